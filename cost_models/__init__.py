@@ -1,0 +1,1 @@
+"""What one thing costs: pure functions of numpy arrays, from op to training step."""

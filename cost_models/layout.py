@@ -1,0 +1,45 @@
+"""How a workload is laid on devices: degrees, schedules, recompute, sharding.
+
+Vocabulary of the field: ``dp_replicate * dp_shard * cp * tp * pp`` devices; expert parallelism
+(``ep * etp``) reuses the ranks of ``dp_shard * cp * tp`` (Megatron-Core's rule of a second mesh).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+RecomputeMode = Literal["none", "selective", "full"]
+CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
+
+SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
+RECOMPUTE_MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelDims:
+    """Degrees of one layout. Every field is at least 1."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        """Devices used."""
+        return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of each expert: ranks of one stage over ``ep * etp``."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)

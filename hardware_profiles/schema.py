@@ -1,0 +1,280 @@
+"""The shapes of the YAML that describes devices, nodes, networks, clusters and stacks.
+
+Every physical number is a :class:`Sourced`: value, unit, where it is from, and how it is known.
+SI units throughout (bytes, seconds, FLOP/s, bytes/s per direction); the loader converts what a
+file writes with another unit. The models are frozen: a profile is a fact, not a variable.
+
+Homogeneous clusters are the one-group case of :class:`ClusterSpec`, not another type.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hardware_profiles.units import to_si
+
+
+class Kind(StrEnum):
+    """How a number is known."""
+
+    DATASHEET = "datasheet"
+    MEASURED = "measured"
+    FITTED = "fitted"
+    ASSUMED = "assumed"
+
+
+class Profile(BaseModel):
+    """Base of every profile: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sourced(Profile):
+    """A number with its unit and its provenance, e.g. ``{value: 312, unit: TFLOP/s, ...}``."""
+
+    value: float
+    unit: str = ""
+    kind: Kind
+    source: str
+    note: str | None = None
+
+    @property
+    def si(self) -> float:
+        """The value in SI base units (bytes, seconds, FLOP/s, bytes/s, watts)."""
+        return to_si(self.value, self.unit)
+
+
+class MatmulConstants(Profile):
+    """Smooth-roofline constants of one dtype's matrix products; see ``cost_models.compute``.
+
+    ``e_compute`` and ``e_memory`` are fractions of the device's peak FLOP/s and bytes/s, ``t0_s``
+    the fixed time per kernel, ``k0`` the reduction length at which half the rate is reached, ``p``
+    the exponent of the smooth maximum of compute and memory time.
+    ``error_median`` and ``error_p90`` are relative errors on shapes left out of the fit.
+    """
+
+    e_compute: Annotated[float, Field(gt=0, le=1.2)]
+    e_memory: Annotated[float, Field(gt=0, le=1.2)]
+    t0_s: Annotated[float, Field(ge=0)]
+    k0: Annotated[float, Field(ge=0)]
+    p: Annotated[float, Field(ge=1)]
+    kind: Kind
+    source: str
+    error_median: float | None = None
+    error_p90: float | None = None
+    borrowed_from: str | None = None
+    note: str | None = None
+
+
+class AttentionConstants(Profile):
+    """Achieved fractions of peak of one attention kernel generation; see ``cost_models.compute``.
+
+    ``e_forward`` and ``e_backward`` are fractions of the dtype's peak on the FLOPs the kernel
+    executes (half of full attention when it skips masked blocks), reached for long sequences;
+    ``half_length`` is the sequence length at which half of it is reached.
+    """
+
+    e_forward: Annotated[float, Field(gt=0, le=1.2)]
+    e_backward: Annotated[float, Field(gt=0, le=1.2)]
+    half_length: Annotated[float, Field(ge=0)]
+    t0_s: Annotated[float, Field(ge=0)]
+    kind: Kind
+    source: str
+    error_median: float | None = None
+    error_p90: float | None = None
+    borrowed_from: str | None = None
+    note: str | None = None
+
+
+class KernelProfile(Profile):
+    """Measured or borrowed kernel efficiencies of a device.
+
+    ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``); ``attention`` by kernel
+    generation (``flash2``, ``flash3``, ``flash4``) then dtype.
+    """
+
+    matmul: dict[str, MatmulConstants]
+    attention: dict[str, dict[str, AttentionConstants]]
+    memory_bound_efficiency: Sourced
+    memory_bound_latency: Sourced
+
+
+class DeviceSpec(Profile):
+    """One accelerator as the software sees it."""
+
+    name: str
+    title: str
+    vendor: str
+    aliases: tuple[str, ...] = ()
+    peak_flops: dict[str, Sourced]
+    """Dense peak by dtype (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp8``)."""
+    memory_capacity: Sourced
+    """Bytes that the driver reports, before the context is created."""
+    memory_bandwidth: Sourced
+    compute_units: Sourced
+    l2_capacity: Sourced | None = None
+    power: Sourced | None = None
+    price_per_hour: Sourced | None = None
+    """List price in USD per device hour."""
+    best_matmul_flops: dict[str, Sourced] = Field(default_factory=dict)
+    """Highest matrix-product rate published for this device, by dtype."""
+    kernels: KernelProfile
+
+
+class CollectiveConstants(Profile):
+    """Two-protocol law of one collective in one node with ``devices`` members.
+
+    ``t = min(latency_s + w / ll_bandwidth, simple_latency_s + w / bandwidth)`` with ``w`` the wire
+    bytes: payload times the collective's bus factor (as nccl-tests defines it).
+    """
+
+    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    devices: int
+    latency_s: float
+    ll_bandwidth: float
+    simple_latency_s: float
+    bandwidth: float
+    kind: Kind
+    source: str
+    borrowed_from: str | None = None
+
+
+class LinkSpec(Profile):
+    """One kind of link: what it carries in one direction, per device or per port."""
+
+    name: str
+    title: str
+    bandwidth: Sourced
+    """Bytes/s, one direction, per device (scale-up) or per port (scale-out)."""
+    latency: Sourced
+    efficiency: Sourced
+    """Share of ``bandwidth`` that large transfers reach."""
+    collectives: tuple[CollectiveConstants, ...] = ()
+    scale: tuple[tuple[int, float], ...] = ()
+    """Pairs (nodes, factor on bandwidth) where a fabric was measured at size; log-interpolated."""
+    scale_source: str | None = None
+
+
+class NodeSpec(Profile):
+    """A server: how many devices, how they are joined, and what leaves the box."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...] = ()
+    device: DeviceSpec
+    devices_per_node: Annotated[int, Field(ge=1)]
+    scale_up: LinkSpec
+    scale_out: LinkSpec
+    nics: Annotated[int, Field(ge=1)]
+    """Scale-out ports per node, each with ``scale_out.bandwidth``."""
+    host_link: Sourced
+    """Bytes/s between one device and the host, one direction."""
+    host_memory: Sourced | None = None
+
+
+class NetworkTier(Profile):
+    """A level of the network above the node: ``nodes`` nodes meet here."""
+
+    name: Literal["rail", "leaf", "spine", "core", "site"]
+    nodes: Annotated[int, Field(ge=1)] | None = None
+    """Nodes below one switch group of this tier; ``None`` = the rest of the cluster."""
+    oversubscription: Annotated[float, Field(ge=1)] = 1.0
+    """Down-link over up-link bandwidth above this tier's nodes."""
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each message that crosses this tier."""
+
+
+class NodeGroup(Profile):
+    """``count`` equal nodes."""
+
+    node: NodeSpec
+    count: Annotated[int, Field(ge=1)]
+
+
+class ClusterSpec(Profile):
+    """One or more groups of nodes below a tree of network tiers (innermost first)."""
+
+    name: str
+    groups: Annotated[tuple[NodeGroup, ...], Field(min_length=1)]
+    tiers: tuple[NetworkTier, ...] = ()
+    link_matrix: tuple[tuple[float, ...], ...] | None = None
+    """Measured bytes/s between nodes; overrides the tree where given."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in all groups."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def devices(self) -> int:
+        """Devices in all groups."""
+        return sum(group.count * group.node.devices_per_node for group in self.groups)
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether every node is the same."""
+        return len(self.groups) == 1
+
+
+class StackSpec(Profile):
+    """The software that runs the plan: it bounds the space and shapes the price.
+
+    Which values of a degree the stack can run is data here; the rules that combine degrees (for
+    example that interleaving needs a multiple of pp microbatches) are named in ``rules`` and
+    implemented by name in ``planner.space``.
+    """
+
+    name: str
+    title: str
+    version: str
+    aliases: tuple[str, ...] = ()
+    source: str
+    schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
+    recompute: tuple[Literal["none", "selective", "full"], ...]
+    recompute_layer_count: bool
+    """Whether full recompute may be limited to a number of layers per virtual stage."""
+    recompute_per_stage: bool
+    """Whether that number may differ from stage to stage."""
+    zero_stages: tuple[Literal[0, 1, 2, 3], ...]
+    hybrid_sharding: bool
+    """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
+    cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
+    sequence_parallel: Literal["optional", "always", "never"]
+    expert_tensor_parallel: bool
+    uneven_stages: bool
+    """Whether stages may hold different numbers of layers."""
+    tensor_parallel_max: int | None = None
+    rules: tuple[str, ...] = ()
+    rank_order: tuple[str, ...]
+    """Innermost dimension first, for the attention mesh."""
+    attention_kernels: dict[str, str]
+    """Best attention kernel generation per device name prefix; ``default`` is the fallback.
+    ``unfused`` means batched matrix products and a masked softmax."""
+    fused: tuple[str, ...] = ()
+    """Fusions on by default: ``bias_gelu``, ``swiglu``, ``bias_dropout_add``, ``rope``,
+    ``cross_entropy``, ``wgrad_accumulation``, ``masked_softmax``, ``grouped_gemm``, ``norm``."""
+    launch_overhead: Sourced
+    """Host seconds per kernel launch; binds where kernels are shorter than that."""
+    overlap_dp_gradients: bool
+    overlap_dp_parameters: bool
+    overlap_pipeline: bool
+    """Whether stage transfers hide behind compute in the interleaved schedule."""
+    overlap_tensor_parallel: float = 0.0
+    """Share of tensor-parallel collectives hidden by default (userbuffer or async TP)."""
+    overlap_contention: Sourced
+    """Factor on compute while a collective runs beside it, minus one."""
+    gradient_dtype: Literal["fp32", "bf16"]
+    """Accumulation and reduction dtype of gradients."""
+    master_weights: bool
+    """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
+    dropout: bool = False
+    vocab_divisor: int = 1
+    """The vocabulary is padded to a multiple of this times tp (1: no padding)."""
+    context_bytes: Sourced
+    """Device memory taken by driver context, libraries and communicators before any tensor."""
+    allocator_slack: Sourced
+    """Bytes the caching allocator holds beyond what is allocated at the peak."""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Models as sequences of blocks: the spec, the readers of config formats, the catalogue."""

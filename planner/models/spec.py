@@ -1,0 +1,135 @@
+"""What a model is: runs of equal blocks between an embedding and a head.
+
+Nothing here is specific to one architecture: a block is a mixer (attention, latent attention, ...)
+and a feed-forward (dense, mixture of experts, ...), each its own type with a ``kind`` tag. A new
+kind of layer is a new type here, its weights in ``planner.models.weights`` and its ops in
+``planner.workload``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Spec(BaseModel):
+    """Base of the request types: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AttentionSpec(Spec):
+    """Multi-head, grouped-query or multi-query softmax attention."""
+
+    kind: Literal["attention"] = "attention"
+    heads: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "per_head", "full"] = "none"
+    """``per_head``: one RMSNorm weight of ``head_dim`` for q and one for k; ``full``: over all."""
+    window: Positive | None = None
+    """Sliding window in tokens; ``None`` = full causal attention."""
+
+
+class LatentAttentionSpec(Spec):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    heads: Positive
+    q_lora_rank: Positive | None
+    kv_lora_rank: Positive
+    qk_nope_head_dim: Positive
+    qk_rope_head_dim: Positive
+    v_head_dim: Positive
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+
+class MlpSpec(Spec):
+    """Dense feed-forward: two matrices, or three when ``gated``."""
+
+    kind: Literal["mlp"] = "mlp"
+    intermediate: Positive
+    gated: bool
+    bias: bool = False
+    activation: str = "silu"
+
+
+class MoeSpec(Spec):
+    """Mixture of ``experts`` feed-forwards of which ``top_k`` see each token."""
+
+    kind: Literal["moe"] = "moe"
+    experts: Positive
+    top_k: Positive
+    intermediate: Positive
+    gated: bool = True
+    activation: str = "silu"
+    shared_intermediate: NonNegative = 0
+    """Width of the shared experts that see every token, summed; 0 = none."""
+    shared_gate: bool = False
+    """Whether a sigmoid gate (one row of hidden) scales the shared experts."""
+    expert_bias: bool = False
+    router_bias: bool = False
+
+
+Mixer = Annotated[AttentionSpec | LatentAttentionSpec, Field(discriminator="kind")]
+FeedForward = Annotated[MlpSpec | MoeSpec, Field(discriminator="kind")]
+
+
+class BlockSpec(Spec):
+    """One residual block: norms, mixer, feed-forward."""
+
+    mixer: Mixer | None
+    feed_forward: FeedForward | None
+    norms: NonNegative = 2
+    """Norms of width hidden in the block (those inside the mixer are the mixer's)."""
+    parallel: bool = False
+    """Whether mixer and feed-forward read the same input (GPT-NeoX)."""
+
+
+class LayerRun(Spec):
+    """``count`` consecutive layers of the same block."""
+
+    block: str
+    count: Positive
+
+
+class ModelSpec(Spec):
+    """A decoder as the planner understands it."""
+
+    name: str
+    family: str
+    source: str
+    """Where the dimensions are from."""
+    hidden: Positive
+    vocab: Positive
+    tied_embeddings: bool
+    norm: Literal["rms", "layer"]
+    norm_bias: bool
+    position_embeddings: NonNegative = 0
+    """Rows of a learned position table; 0 = none (rotary, ALiBi, ...)."""
+    embedding_dim: Positive | None = None
+    """Width of the token embedding where it differs from hidden (projected in and out)."""
+    embedding_norm: bool = False
+    final_norm: bool = True
+    head_bias: bool = False
+    max_sequence: Positive | None = None
+    dropout: bool = False
+    blocks: dict[str, BlockSpec]
+    layers: tuple[LayerRun, ...]
+    mtp: tuple[LayerRun, ...] = ()
+    """Multi-token-prediction modules: each a block with its own norms and projection."""
+    keys_used: tuple[str, ...] = ()
+    keys_ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layer_count(self) -> int:
+        """Layers, without MTP modules."""
+        return sum(run.count for run in self.layers)

@@ -1,0 +1,53 @@
+"""What a user asks for: the job. Models are in ``planner.models.spec``, clusters in
+``hardware_profiles.schema``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from planner.models.spec import Positive, Spec
+
+Degree = Literal[
+    "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
+    "zero_stage",
+]  # fmt: skip
+"""What ``--fix``, ``--max`` and ``--forbid`` may name."""
+
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
+Optimizer = Literal["adamw", "sgd"]
+
+
+class ConstraintSpec(Spec):
+    """Limits on the space: fixed values, upper bounds, degrees that must stay 1."""
+
+    fix: dict[str, int] = Field(default_factory=dict)
+    max: dict[str, int] = Field(default_factory=dict)
+    forbid: tuple[str, ...] = ()
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+    sequence_parallel: bool | None = None
+
+
+class JobSpec(Spec):
+    """One training job. Every field has a default, printed with the plan."""
+
+    sequence_length: Positive | None = None
+    """Tokens per sample; default: the model's maximum, at most 4096 (8192 where the maximum is
+    larger than 8192)."""
+    global_batch: Positive | None = None
+    """Samples per step; default: ``global_batch_tokens``."""
+    global_batch_tokens: Positive | None = None
+    """Tokens per step, an alternative to ``global_batch``; default about 4 M."""
+    precision: Precision = "bf16"
+    optimizer: Optimizer = "adamw"
+    stack: str = "megatron-core"
+    allow_recompute: bool = True
+    memory_reserve_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Bytes per device to leave free; default: the stack's context and allocator terms only."""
+    expert_imbalance: Annotated[float, Field(ge=0)] = 0.0
+    """Routing skew: alpha of the hottest rank's rows (0 = balanced)."""
+    constraints: ConstraintSpec = ConstraintSpec()
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Relative gap within which a plan is called optimal."""
