@@ -17,6 +17,11 @@ change that would fix it. The command line prints both on stderr and exits with 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from planner.plan import Infeasibility
+
 
 class PlannerError(Exception):
     """Base of all errors that a user may see."""
@@ -50,10 +55,16 @@ class UnsupportedError(InputError):
 
 
 class InfeasibleError(PlannerError):
-    """Proven: no layout of the space fits."""
+    """Proven: no layout of the space fits. ``diagnosis`` is the document that says why."""
 
     exit_code = 3
     code = "infeasible"
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, diagnosis: Infeasibility | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.diagnosis = diagnosis
 
 
 class LimitReachedError(PlannerError):

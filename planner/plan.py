@@ -1,0 +1,269 @@
+"""The plan document: one JSON object, versioned, the same bytes for the same inputs.
+
+No timestamps in the body; floats are rounded to nine significant digits; key order is the order
+of the fields here. Its JSON Schema is generated from these classes (``planner schema plan``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = "1.0"
+SIGNIFICANT_DIGITS = 9
+
+
+class Document(BaseModel):
+    """Base of everything in a plan: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Chunk(Document):
+    """Consecutive layers held by one virtual pipeline stage."""
+
+    layers: tuple[int, int]
+    """``[first, last_exclusive]`` in the model's layer order."""
+    has_embedding: bool = False
+    has_head: bool = False
+
+
+class RecomputeLayers(Document):
+    """``layers`` layers of block ``kind`` on a stage are recomputed in ``mode``."""
+
+    kind: str
+    mode: Literal["selective", "full"]
+    layers: Annotated[int, Field(ge=1)]
+
+
+class Stage(Document):
+    """What one pipeline rank holds."""
+
+    chunks: tuple[Chunk, ...]
+    recompute: tuple[RecomputeLayers, ...] = ()
+    activation_offload_layers: Annotated[int, Field(ge=0)] = 0
+    devices: tuple[int, int] | None = None
+    """``[first, last_exclusive]`` device ranks of this stage; derived where left out."""
+
+
+class Layout(Document):
+    """Degrees, schedule, recompute and stages of one way to run the job.
+
+    In the input of ``evaluate`` everything may be left out: degrees default to 1, ``dp_shard`` to
+    what the cluster leaves, stages to an even split, and ``recompute`` fills the stages.
+    """
+
+    dp_replicate: Annotated[int, Field(ge=1)]
+    dp_shard: Annotated[int, Field(ge=1)]
+    cp: Annotated[int, Field(ge=1)] = 1
+    cp_kind: Literal["p2p", "all_gather", "a2a", "a2a_p2p"] = "p2p"
+    tp: Annotated[int, Field(ge=1)] = 1
+    sequence_parallel: bool = False
+    pp: Annotated[int, Field(ge=1)] = 1
+    vpp: Annotated[int, Field(ge=1)] = 1
+    ep: Annotated[int, Field(ge=1)] = 1
+    etp: Annotated[int, Field(ge=1)] = 1
+    expert_dp: Annotated[int, Field(ge=1)] = 1
+    microbatch_size: Annotated[int, Field(ge=1)] = 1
+    num_microbatches: Annotated[int, Field(ge=1)] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    reshard_after_forward: bool | int = False
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    rank_order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
+    optimizer_offload: bool = False
+    stages: tuple[Stage, ...] = ()
+
+
+class Term(Document):
+    """One named part of a total, in seconds (time) or bytes (memory)."""
+
+    name: str
+    seconds: float | None = None
+    bytes: int | None = None
+    detail: str = ""
+    """Which op or tensor, by which formula, from which source."""
+
+
+class StagePrediction(Document):
+    """Prediction for one pipeline rank."""
+
+    peak_bytes: int
+    memory: tuple[Term, ...]
+    """Terms sum exactly to ``peak_bytes``."""
+    compute_s: float
+    """Forward, backward and recompute of all microbatches on this rank."""
+    layers: int
+    parameters: int
+    """Parameters held by one device of the stage."""
+
+
+class Prediction(Document):
+    """What the cost model says of a layout."""
+
+    step_time_s: float
+    step_time_band_s: tuple[float, float]
+    band_source: str
+    tokens_per_s_per_device: float
+    mfu: float
+    mfu_convention: str
+    outside_measured_region: bool
+    max_peak_bytes: int
+    reserved_bytes: int
+    """Context, communicators and allocator slack inside ``peak_bytes``, plus the user's reserve."""
+    capacity_bytes: int
+    fits: bool
+    time: tuple[Term, ...]
+    """Terms sum exactly to ``step_time_s`` (in integer nanoseconds)."""
+    stages: tuple[StagePrediction, ...]
+    assumptions: tuple[str, ...] = ()
+    price_usd_per_step: float | None = None
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Peak per stage."""
+        return tuple(stage.peak_bytes for stage in self.stages)
+
+
+class ProgramCertificate(Document):
+    """The integer program of the chosen leaf: an optimum of a named surrogate."""
+
+    surrogate: str
+    objective_s: float
+    bound_s: float
+    gap: float
+    solver: str
+    termination: str
+
+
+class Certificate(Document):
+    """What is proved about the plan, under the cost model named in ``cost_model_digest``."""
+
+    status: Literal["optimal", "feasible", "infeasible"]
+    objective_s: float | None
+    lower_bound_s: float | None
+    relative_gap: float | None
+    tolerance: float
+    program: ProgramCertificate | None = None
+    space_size: int
+    """Layouts in the space, before and including every one that was removed."""
+    removed: dict[str, int]
+    """Layouts removed, by reason; with ``priced`` they sum to ``space_size``."""
+    priced: int
+    pruned_by_bound: int
+    quantum: str
+    simulated_count: int
+    statement: str
+    """The claim in a sentence."""
+
+
+class Alternative(Document):
+    """Another layout worth a look: why it is listed, and its price."""
+
+    reason: str
+    layout: Layout
+    step_time_s: float
+    max_peak_bytes: int
+    fits: bool
+
+
+class Input(Document):
+    """One input as understood, with a digest of its canonical JSON."""
+
+    name: str
+    digest: str
+    document: dict[str, Any]
+
+
+class Inputs(Document):
+    """The three inputs."""
+
+    model: Input
+    cluster: Input
+    job: Input
+
+
+class Target(Document):
+    """The software that the plan is for."""
+
+    stack: str
+    version: str
+
+
+class Plan(Document):
+    """The whole document."""
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    planner_version: str
+    inputs: Inputs
+    target: Target
+    cost_model_digest: str
+    layout: Layout
+    prediction: Prediction
+    certificate: Certificate
+    alternatives: tuple[Alternative, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _stages_match(self) -> Plan:
+        if len(self.layout.stages) != self.layout.pp:
+            raise ValueError(
+                f"layout has {len(self.layout.stages)} stages but pp = {self.layout.pp}"
+            )
+        return self
+
+
+def round_floats(value: object) -> object:
+    """``value`` with every float at nine significant digits; NaN and infinity are refused."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a plan holds finite numbers only")
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: round_floats(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [round_floats(item) for item in value]
+    return value
+
+
+def to_json(document: Document, *, indent: int | None = 2) -> str:
+    """Canonical JSON text of a document, ending in a newline."""
+    return json.dumps(round_floats(document.model_dump(mode="json")), indent=indent) + "\n"
+
+
+def digest(document: object) -> str:
+    """SHA-256 (first 16 hex digits) of the canonical, key-sorted JSON of plain data."""
+    import hashlib
+
+    text = json.dumps(round_floats(document), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class WayOut(Document):
+    """A change that would make an infeasible request feasible, and what it costs."""
+
+    change: str
+    effect: str
+    step_time_s: float | None = None
+
+
+class Infeasibility(Document):
+    """Proof and diagnosis of a request that no layout satisfies (exit code 3)."""
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    planner_version: str
+    inputs: Inputs
+    target: Target
+    cost_model_digest: str
+    certificate: Certificate
+    message: str
+    binding: str
+    """The constraint that binds, in words with numbers."""
+    closest_layout: Layout | None = None
+    needed_bytes: int | None = None
+    capacity_bytes: int | None = None
+    memory: tuple[Term, ...] = ()
+    """The fullest device of the closest layout, by category; sums to ``needed_bytes``."""
+    ways_out: tuple[WayOut, ...] = ()
