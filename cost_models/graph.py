@@ -7,8 +7,20 @@ configuration or a million.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.layout import CpKind
+from cost_models.ops import Op, SavedTensor
+
+Int64: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+CP_KINDS: tuple[CpKind, ...] = ("p2p", "all_gather", "a2a", "a2a_p2p")
 
 WeightSharding = Literal["column", "row", "replicated", "vocab", "expert_column", "expert_row"]
 """How tensor parallelism splits a weight.
@@ -39,3 +51,74 @@ class Weight:
     def elements(self) -> int:
         """Parameters in all ``count`` tensors, unsharded."""
         return self.rows * self.cols * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """How a layer is split, one entry per configuration (all arrays of one length)."""
+
+    sequence: int
+    """Tokens per sample."""
+    microbatch: Int64
+    tp: Int64
+    cp: Int64
+    ep: Int64
+    etp: Int64
+    sequence_parallel: Bools
+    cp_kind: Int64
+    """Index into :data:`CP_KINDS`."""
+
+    @property
+    def tokens(self) -> Int64:
+        """Tokens of one microbatch on one context-parallel rank."""
+        return self.microbatch * (self.sequence // self.cp)
+
+    @property
+    def sp(self) -> Int64:
+        """By how much the residual stream is split over tp."""
+        return np.where(self.sequence_parallel, self.tp, 1)
+
+    @property
+    def residual_tokens(self) -> Int64:
+        """Tokens of the residual stream on one rank."""
+        return self.tokens // self.sp
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer: its weights, and its ops and saved tensors as functions of the shard."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    ops: Callable[[Shard], tuple[Op, ...]]
+    saved: Callable[[Shard], tuple[SavedTensor, ...]]
+    boundary_bytes: Callable[[Shard], Int64]
+    """Bytes of the layer's input on one device: what full recomputation keeps."""
+    working_bytes: Callable[[Shard], Int64]
+    """Largest short-lived buffers of one layer's backward, beyond the saved tensors."""
+
+
+@dataclass(frozen=True)
+class WorkloadGraph:
+    """A model under a job: a sequence of layers between an embedding and a head."""
+
+    name: str
+    sequence: int
+    hidden: int
+    layers: tuple[str, ...]
+    """Kind of each layer, in order."""
+    kinds: dict[str, LayerKind]
+    embedding: LayerKind
+    head: LayerKind
+    tied_embeddings: bool
+    model_flops_per_token: float
+    """Forward and backward FLOPs per token of the model itself, attention counted causal."""
+    expert_count: int
+    """Routed experts of the widest layer; 0 for a dense model."""
+    heads: int
+    kv_heads: int
+    vocab_divisor: int
+    """Vocabulary rows are padded to a multiple of this times tp."""
+    boundary_bytes_per_token: int
+    """Bytes per token of what a pipeline stage sends to the next."""
+    assumptions: tuple[str, ...] = ()

@@ -9,10 +9,11 @@ Homogeneous clusters are the one-group case of :class:`ClusterSpec`, not another
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hardware_profiles.units import to_si
 
@@ -52,8 +53,10 @@ class MatmulConstants(Profile):
 
     ``e_compute`` and ``e_memory`` are fractions of the device's peak FLOP/s and bytes/s, ``t0_s``
     the fixed time per kernel, ``k0`` the reduction length at which half the rate is reached, ``p``
-    the exponent of the smooth maximum of compute and memory time.
-    ``error_median`` and ``error_p90`` are relative errors on shapes left out of the fit.
+    the exponent of the smooth maximum of compute and memory time, ``wave_share`` the part of the
+    last wave's idle time that is paid (1: full wave quantisation, 0: none).
+    ``error_median`` and ``error_p90`` are relative errors on left-out shapes with all of m, n and
+    k at least 1024.
     """
 
     e_compute: Annotated[float, Field(gt=0, le=1.2)]
@@ -61,6 +64,7 @@ class MatmulConstants(Profile):
     t0_s: Annotated[float, Field(ge=0)]
     k0: Annotated[float, Field(ge=0)]
     p: Annotated[float, Field(ge=1)]
+    wave_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     kind: Kind
     source: str
     error_median: float | None = None
@@ -73,13 +77,19 @@ class AttentionConstants(Profile):
     """Achieved fractions of peak of one attention kernel generation; see ``cost_models.compute``.
 
     ``e_forward`` and ``e_backward`` are fractions of the dtype's peak on the FLOPs the kernel
-    executes (half of full attention when it skips masked blocks), reached for long sequences;
-    ``half_length`` is the sequence length at which half of it is reached.
+    executes (half of full attention when it skips masked blocks), reached for long sequences and
+    large heads; ``half_length`` (``half_length_backward``: its own value in the backward pass) is
+    the mean number of keys per query, ``half_head_dim`` the head dimension, at which half
+    of it is reached. ``wave_share`` is as for matrix products.
+    ``error_median`` and ``error_p90`` are relative errors on left-out forward shapes.
     """
 
     e_forward: Annotated[float, Field(gt=0, le=1.2)]
     e_backward: Annotated[float, Field(gt=0, le=1.2)]
     half_length: Annotated[float, Field(ge=0)]
+    half_length_backward: Annotated[float, Field(ge=0)] | None = None
+    half_head_dim: Annotated[float, Field(ge=0)] = 0.0
+    wave_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     t0_s: Annotated[float, Field(ge=0)]
     kind: Kind
     source: str
@@ -132,11 +142,13 @@ class CollectiveConstants(Profile):
     """
 
     collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-    devices: int
-    latency_s: float
-    ll_bandwidth: float
-    simple_latency_s: float
-    bandwidth: float
+    devices: Annotated[int, Field(ge=2)]
+    latency_s: Annotated[float, Field(ge=0)]
+    ll_bandwidth: Annotated[float, Field(gt=0)]
+    """Bytes/s of the protocol for small messages."""
+    simple_latency_s: Annotated[float, Field(ge=0)]
+    bandwidth: Annotated[float, Field(gt=0)]
+    """Bytes/s of the protocol for large messages."""
     kind: Kind
     source: str
     borrowed_from: str | None = None
@@ -147,15 +159,34 @@ class LinkSpec(Profile):
 
     name: str
     title: str
+    aliases: tuple[str, ...] = ()
     bandwidth: Sourced
     """Bytes/s, one direction, per device (scale-up) or per port (scale-out)."""
     latency: Sourced
+    """Seconds per step across this link with the protocol for small messages."""
+    simple_latency: Sourced | None = None
+    """Seconds per step with the protocol for large messages; default: ``latency``."""
     efficiency: Sourced
     """Share of ``bandwidth`` that large transfers reach."""
+    efficiencies: dict[Literal["all_to_all", "send_recv"], Sourced] = Field(default_factory=dict)
+    """The same for a pattern that reaches another share."""
     collectives: tuple[CollectiveConstants, ...] = ()
     scale: tuple[tuple[int, float], ...] = ()
     """Pairs (nodes, factor on bandwidth) where a fabric was measured at size; log-interpolated."""
     scale_source: str | None = None
+
+    @model_validator(mode="after")
+    def _physical(self) -> Self:
+        if not self.bandwidth.si > 0:
+            raise ValueError(f"bandwidth must be > 0, got {self.bandwidth.value:g}")
+        for share in (self.efficiency, *self.efficiencies.values()):
+            if not 0 < share.si <= 1:
+                raise ValueError(f"an efficiency must be in (0, 1], got {share.value:g}")
+        if any(nodes < 1 or not 0 < share <= 1 for nodes, share in self.scale):
+            raise ValueError("scale needs pairs of nodes >= 1 and a factor in (0, 1]")
+        if [nodes for nodes, _ in self.scale] != sorted({nodes for nodes, _ in self.scale}):
+            raise ValueError("scale needs its node counts in rising order")
+        return self
 
 
 class NodeSpec(Profile):
@@ -202,6 +233,23 @@ class ClusterSpec(Profile):
     tiers: tuple[NetworkTier, ...] = ()
     link_matrix: tuple[tuple[float, ...], ...] | None = None
     """Measured bytes/s between nodes; overrides the tree where given."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> Self:
+        bounds = [tier.nodes for tier in self.tiers if tier.nodes is not None]
+        if bounds != sorted(bounds) or any(tier.nodes is None for tier in self.tiers[:-1]):
+            raise ValueError(
+                "tiers go from the innermost out: each needs at least the 'nodes' of the one "
+                "before, and only the last may leave 'nodes' out"
+            )
+        matrix = self.link_matrix
+        if matrix is not None:
+            if len(matrix) != self.nodes or any(len(row) != self.nodes for row in matrix):
+                raise ValueError(f"link_matrix must be {self.nodes} x {self.nodes}, a row per node")
+            off = (v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j)
+            if not all(0 < value < math.inf for value in off):
+                raise ValueError("link_matrix needs bytes/s > 0 between any two nodes")
+        return self
 
     @property
     def nodes(self) -> int:
@@ -273,6 +321,12 @@ class StackSpec(Profile):
     dropout: bool = False
     vocab_divisor: int = 1
     """The vocabulary is padded to a multiple of this times tp (1: no padding)."""
+    logit_saved_bytes: Sourced
+    """Bytes per logit that the loss keeps from forward to backward."""
+    logit_working_bytes: Sourced
+    """Short-lived bytes per logit at the peak of the loss."""
+    gradient_bucket_bytes: Sourced
+    """Size of the buckets in which gradients are reduced; the last one is never hidden."""
     context_bytes: Sourced
     """Device memory taken by driver context, libraries and communicators before any tensor."""
     allocator_slack: Sourced

@@ -48,6 +48,8 @@ class JobSpec(Spec):
     """Bytes per device to leave free; default: the stack's context and allocator terms only."""
     expert_imbalance: Annotated[float, Field(ge=0)] = 0.0
     """Routing skew: alpha of the hottest rank's rows (0 = balanced)."""
+    mtp: bool = True
+    """Whether multi-token-prediction modules are trained, where the model has them."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

@@ -1,1 +1,1 @@
-
+"""One exporter per target; ``registry`` finds them by name."""

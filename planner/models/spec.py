@@ -8,9 +8,9 @@ kind of layer is a new type here, its weights in ``planner.models.weights`` and 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -35,6 +35,16 @@ class AttentionSpec(Spec):
     """``per_head``: one RMSNorm weight of ``head_dim`` for q and one for k; ``full``: over all."""
     window: Positive | None = None
     """Sliding window in tokens; ``None`` = full causal attention."""
+    sinks: bool = False
+    """Whether each head has a learned logit that takes part in the softmax (gpt-oss)."""
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}"
+            )
+        return self
 
 
 class LatentAttentionSpec(Spec):
@@ -76,6 +86,12 @@ class MoeSpec(Spec):
     """Whether a sigmoid gate (one row of hidden) scales the shared experts."""
     expert_bias: bool = False
     router_bias: bool = False
+
+    @model_validator(mode="after")
+    def _top_k_exists(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k = {self.top_k} is more than experts = {self.experts}")
+        return self
 
 
 Mixer = Annotated[AttentionSpec | LatentAttentionSpec, Field(discriminator="kind")]
@@ -128,6 +144,18 @@ class ModelSpec(Spec):
     keys_used: tuple[str, ...] = ()
     keys_ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _blocks_exist(self) -> Self:
+        for run in (*self.layers, *self.mtp):
+            if run.block not in self.blocks:
+                known = ", ".join(sorted(self.blocks)) or "none"
+                raise ValueError(
+                    f"layers name block {run.block!r}, which is not in blocks ({known})"
+                )
+        if not self.layers:
+            raise ValueError("layers is empty: a model has at least one layer")
+        return self
 
     @property
     def layer_count(self) -> int:

@@ -1,1 +1,1 @@
-
+"""Readers of model configs, one function per architecture, found by ``registry``."""

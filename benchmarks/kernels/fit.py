@@ -1,0 +1,272 @@
+"""Make the kernel constants of the devices from the measured tables in ``data/``.
+
+    python benchmarks/kernels/fit.py            # prints the left-out errors
+    python benchmarks/kernels/fit.py --write    # and rewrites the `kernels:` section of each device
+
+How each device comes by its constants (own tables, a relative's, an assumption) is written here;
+the fits themselves are in ``fits.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import yaml
+from fits import (
+    DEVICES,
+    Errors,
+    fit_attention,
+    fit_attention_train,
+    fit_flash,
+    fit_matmul,
+    fit_sustained,
+    judge_training,
+    machine,
+    rounded,
+)
+
+from hardware_profiles.schema import (
+    AttentionConstants,
+    KernelProfile,
+    Kind,
+    MatmulConstants,
+    Sourced,
+)
+
+A100, A100_40, A100_PCIE = "a100-sxm-80gb", "a100-sxm-40gb", "a100-pcie-80gb"
+H100, H800, H200 = "h100-sxm-80gb", "h800-sxm-80gb", "h200-sxm-141gb"
+B200, L40S, RTX_4090 = "b200-sxm-180gb", "l40s", "rtx-4090"
+
+BF16_COLUMN, FP8_COLUMN = "us_sglang", "us_trtllm"
+SIMUMAX = "MooreThreads/SimuMax (Apache-2.0), default memory-bound op"
+DECODE = "aiconfigurator-core 0.12.0 (Apache-2.0), KV read rate of decode attention"
+
+STREAMING: dict[str, tuple[float, Kind, str]] = {
+    A100_PCIE: (0.752, Kind.MEASURED, f"{SIMUMAX} of A100 PCIe: 0.91 of 1600 GB/s"),
+    A100: (0.752, Kind.ASSUMED, f"{SIMUMAX}: the fraction reached by A100 PCIe"),
+    H100: (0.80, Kind.ASSUMED, f"{DECODE}, 2942 GB/s, times 0.91 (their ratio on A100)"),
+    H200: (0.77, Kind.ASSUMED, f"{DECODE}, 4038 GB/s, times 0.91 (their ratio on A100)"),
+    B200: (0.666, Kind.MEASURED, f"{SIMUMAX} of B200"),
+    RTX_4090: (0.76, Kind.ASSUMED, f"{DECODE} of L40S, 718 of 864 GB/s, times 0.91"),
+}
+"""Fraction of the bandwidth that elementwise kernels reach."""
+
+HALF_RATE_E_COMPUTE = 0.90
+"""GeForce tensor units run at half rate with fp32 accumulation, so that power does not limit them:
+cuBLAS reaches 105-115 of 119.5 TFLOP/s on the L20, of the same generation (CUDA-Learn-Notes)."""
+
+FP32_E_COMPUTE = 0.80
+"""No table of fp32 products on CUDA cores at hand; a round figure for large products."""
+
+
+def lend(constants: Any, source_device: str, **update: Any) -> Any:
+    """``constants`` as borrowed from ``source_device``."""
+    return constants.model_copy(update={"borrowed_from": source_device, **update})
+
+
+def fp32_constants(bf16: MatmulConstants) -> MatmulConstants:
+    """Assumed constants of fp32 products: the memory side of ``bf16``, a round compute side."""
+    return bf16.model_copy(
+        update={
+            "e_compute": FP32_E_COMPUTE,
+            "k0": 0.0,
+            "kind": Kind.ASSUMED,
+            "source": "assumed compute efficiency; memory constants as bf16",
+            "error_median": None,
+            "error_p90": None,
+            "note": "fp32 products on the CUDA cores: tf32 off",
+        }
+    )
+
+
+def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
+    """Matmul constants by device and dtype."""
+    bf16, fp8 = {}, {}
+    for name in (A100, H100, H200, B200, L40S):
+        bf16[name], errors = fit_matmul(name, "bf16", BF16_COLUMN)
+        report.append(errors)
+        if name != A100:
+            fp8[name], errors = fit_matmul(name, "fp8", FP8_COLUMN)
+            report.append(errors)
+            fp8[name] = fp8[name].model_copy(
+                update={"note": "times include the quantisation of the activations"}
+            )
+    report.append(judge_training(B200, bf16[B200]))
+    burst = bf16[B200]
+    bf16[B200], errors_list = fit_sustained(B200, burst)
+    report.extend(errors_list)
+    bf16[A100_PCIE], errors_list = fit_sustained(A100_PCIE, bf16[A100])
+    report.extend(errors_list)
+    throttle = bf16[B200].e_compute / burst.e_compute
+    bf16[B200] = bf16[B200].model_copy(
+        update={
+            "note": f"sustained rate of back-to-back training kernels; short bursts (inference "
+            f"tables) reach e_compute {burst.e_compute}"
+        }
+    )
+    fp8[B200] = fp8[B200].model_copy(
+        update={
+            "e_compute": rounded(fp8[B200].e_compute * throttle),
+            "kind": Kind.ASSUMED,
+            "error_median": None,
+            "error_p90": None,
+            "note": f"the burst fit's e_compute {fp8[B200].e_compute} times bf16's sustained over "
+            f"burst rate, {throttle:.3f}: sustained fp8 was not measured; times include the "
+            "quantisation of the activations",
+        }
+    )
+    by_device = {name: {"bf16": bf16[name]} for name in (A100, A100_PCIE, H100, H200, B200)}
+    for name in (H100, H200, B200):
+        by_device[name]["fp8"] = fp8[name]
+    ada_note = (
+        "e_compute assumed: half-rate units are not power limited (L20, same generation, 0.88-0.96)"
+    )
+    by_device[RTX_4090] = {
+        dtype: lend(
+            constants,
+            L40S,
+            e_compute=HALF_RATE_E_COMPUTE,
+            kind=Kind.ASSUMED,
+            note=ada_note,
+            error_median=None,
+            error_p90=None,
+        )
+        for dtype, constants in (("bf16", bf16[L40S]), ("fp8", fp8[L40S]))
+    }
+    for name in by_device:
+        by_device[name]["fp32"] = fp32_constants(by_device[name]["bf16"])
+    return by_device
+
+
+def make_attention(report: list[Errors]) -> dict[str, dict[str, AttentionConstants]]:
+    """Attention constants (bf16) by device and kernel."""
+    flash2, errors = fit_flash("flash2", None)
+    report.append(errors)
+    flash3 = {}
+    for name in (H100, H200):
+        flash3[name], errors = fit_attention(name, "us_sglang")
+        report.append(errors)
+    flash3[H100], errors = fit_flash("flash3", flash3[H100])
+    report.append(errors)
+    back_ratio = flash3[H100].e_backward / flash3[H100].e_forward
+    flash3[H100] = flash3[H100].model_copy(
+        update={
+            "source": f"forward: {flash3[H100].source}; backward: FlashAttention-3 paper, H100 "
+            "figures (third-party transcription)"
+        }
+    )
+    flash3[H200] = flash3[H200].model_copy(
+        update={
+            "e_backward": rounded(flash3[H200].e_forward * back_ratio),
+            "half_length_backward": flash3[H100].half_length_backward,
+            "note": "backward over forward rate as on H100",
+        }
+    )
+    a100, errors = fit_attention(A100, "us_sglang", half_head_dim=flash2.half_head_dim)
+    report.append(errors)
+    pcie, errors = fit_attention_train(A100_PCIE, a100, length=False)
+    report.append(errors)
+    a100 = a100.model_copy(
+        update={
+            "e_backward": rounded(a100.e_forward * pcie.e_backward / pcie.e_forward),
+            "note": "backward over forward rate as on A100 PCIe; half_head_dim as flash2 on H100",
+        }
+    )
+    b200, errors = fit_attention(B200, "us_trtllm")
+    report.append(errors)
+    b200, errors = fit_attention_train(B200, b200, length=True)
+    report.append(errors)
+    ada, errors = fit_attention(L40S, "us_vllm")
+    report.append(errors)
+    l40s, rtx = machine(L40S), machine(RTX_4090)
+    softmax = ada.half_head_dim / (ada.e_forward * l40s.peak_flops["bf16"]) * l40s.compute_units
+    rtx_dim = softmax * HALF_RATE_E_COMPUTE * rtx.peak_flops["bf16"] / rtx.compute_units
+    rtx_4090 = lend(
+        ada,
+        L40S,
+        e_forward=HALF_RATE_E_COMPUTE,
+        e_backward=rounded(HALF_RATE_E_COMPUTE * flash2.e_backward / flash2.e_forward),
+        half_length_backward=flash2.half_length_backward,
+        half_head_dim=round(rtx_dim, 1),
+        kind=Kind.ASSUMED,
+        error_median=None,
+        error_p90=None,
+        note="rates assumed (half-rate units); softmax time per pair and unit as on L40S; backward "
+        "over forward rate as flash2 on H100",
+    )
+    return {
+        A100: {"flash2": a100},
+        A100_PCIE: {"flash2": pcie},
+        H100: {"flash2": flash2, "flash3": flash3[H100]},
+        H200: {"flash2": lend(flash2, H100), "flash3": flash3[H200]},
+        B200: {"flash4": b200},
+        RTX_4090: {"flash2": rtx_4090},
+    }
+
+
+def make_profiles(report: list[Errors]) -> dict[str, KernelProfile]:
+    """The ``kernels`` section of every device."""
+    matmuls, attention = make_matmuls(report), make_attention(report)
+    profiles = {}
+    for name, matmul in matmuls.items():
+        fraction, kind, source = STREAMING[name]
+        profiles[name] = KernelProfile(
+            matmul=matmul,
+            attention={kernel: {"bf16": found} for kernel, found in attention[name].items()},
+            memory_bound_efficiency=Sourced(value=fraction, unit="1", kind=kind, source=source),
+            memory_bound_latency=Sourced(
+                value=rounded(matmul["bf16"].t0_s * 1e6),
+                unit="us",
+                kind=Kind.FITTED,
+                source="fixed time of short kernels: t0_s of the bf16 matrix products",
+            ),
+        )
+    profiles[A100_40] = borrowed(profiles[A100], A100)
+    profiles[H800] = borrowed(profiles[H100], H100)
+    return profiles
+
+
+def borrowed(profile: KernelProfile, name: str) -> KernelProfile:
+    """``profile`` for a device with the same die as ``name``."""
+    return profile.model_copy(
+        update={
+            "matmul": {dtype: lend(found, name) for dtype, found in profile.matmul.items()},
+            "attention": {
+                kernel: {dtype: lend(found, name) for dtype, found in by_dtype.items()}
+                for kernel, by_dtype in profile.attention.items()
+            },
+        }
+    )
+
+
+def rewrite(name: str, profile: KernelProfile) -> None:
+    """Replace the ``kernels:`` section, the last of the device's file."""
+    path = DEVICES / f"{name}.yaml"
+    facts = path.read_text(encoding="utf-8").split("\nkernels:\n")[0].rstrip("\n")
+    section = profile.model_dump(mode="json", exclude_none=True)
+    body = yaml.safe_dump({"kernels": section}, sort_keys=False, width=96, allow_unicode=True)
+    path.write_text(f"{facts}\n{body}", encoding="utf-8")
+
+
+def main() -> None:
+    """Fit, print the errors, and write where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="rewrite the device files")
+    arguments = parser.parse_args()
+    report: list[Errors] = []
+    profiles = make_profiles(report)
+    print("relative error on left-out shapes, median / P90 (shapes)")
+    for errors in report:
+        cells = (
+            f"{what} {100 * median:.1f} / {100 * p90:.1f} % ({count})"
+            for what, (median, p90, count) in errors.groups.items()
+        )
+        print(f"{errors.label:45s} {';  '.join(cells)}")
+    if arguments.write:
+        for name, profile in profiles.items():
+            rewrite(name, profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Lower bounds on the step time of a layout, valid for every partition of its layers.
+
+Array versions of the surrogate in ``cost_models.leaf`` with the partition relaxed: ``W`` is the
+work of one microbatch through all stages and only its total is known. All times are float64
+nanoseconds; results are shrunk by one part in 1e9 so that rounding cannot lift them above the
+integers they bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Real: TypeAlias = NDArray[np.float64]
+Int64: TypeAlias = NDArray[np.int64]
+
+SAFETY = 1.0 - 1e-9
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the whole model for each layout; ns."""
+
+    work: Real
+    """Forward and backward of one microbatch, with the least recomputation."""
+    gradient: Real
+    update: Real
+    layer_work: Real
+    """Forward and backward of the cheapest layer kind."""
+    embedding_work: Real
+    hop: Real
+    bucket: Real
+    sync: Real
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Pipeline shape of each layout."""
+
+    pp: Int64
+    vpp: Int64
+    microbatches: Int64
+    height: Int64
+    """Layers of a full virtual stage in the interleaved schedule: ``ceil(layers / stages)``."""
+    spare: Int64
+    """Layers by which the first and last virtual stages fall short of ``height``, together."""
+
+
+def one_f_one_b(shape: Shape, totals: Totals) -> Real:
+    """1F1B: round trips of the whole pipeline, and the remainder of the microbatches.
+
+    With ``q = (m-1) // pp`` and ``r = (m-1) mod pp``, time is at least ``(1+q) W + S`` for ``S`` the
+    work of the last ``r`` ranks, and, from the ranks before them, at least ``(W - S) g`` with
+    ``g = 1 / (1 - (1 - 1/m)^(pp-r))``: no split of ``W - S`` over those ranks ends their own work,
+    each starting after the ones before it, sooner. The least of the larger of the two over ``S``.
+    """
+    m, pp = shape.microbatches.astype(np.float64), shape.pp.astype(np.float64)
+    loops, rest = np.divmod(shape.microbatches - 1, shape.pp)
+    trips = (1.0 + loops) * (totals.work + 2 * (pp - 1) * totals.hop)
+    ranks = np.where(rest > 0, pp - rest, pp)
+    growth = geometric(m, ranks)
+    lifted = trips + (growth * totals.work - trips) / (1.0 + growth)
+    with_rest = np.where(rest > 0, np.maximum(trips, np.minimum(lifted, trips + totals.work)), trips)
+    return np.maximum(with_rest, geometric(m, pp) * totals.work)
+
+
+def geometric(m: Real, ranks: Real) -> Real:
+    """``1 / (1 - (1 - 1/m)^ranks)``: the least time of ranks in sequence per unit of their work."""
+    return 1.0 / -np.expm1(ranks * np.log1p(-1.0 / np.maximum(m, 1.0 + 1e-12)))
+
+
+def gpipe(shape: Shape, totals: Totals) -> Real:
+    """GPipe: one trip, and the widest rank, at least the average, for every other microbatch."""
+    pp = shape.pp
+    return totals.work + 2 * (pp - 1) * totals.hop + (shape.microbatches - 1) * totals.work / pp
+
+
+def interleaved(shape: Shape, totals: Totals) -> Real:
+    """Interleaved 1F1B with equal virtual stages, the first and last lighter at most.
+
+    A rank works ``m`` times its chunks after the first chunks of the ranks before it. Averaged over
+    ranks this needs no partition; for the last-but-one rank, whose chunks are all full, it is
+    known too.
+    """
+    m, pp = shape.microbatches, shape.pp
+    full = shape.height * totals.layer_work
+    fill = full * (pp - 1) * (pp - 2) / 2 / pp + (pp - 1) * totals.hop
+    average = m * totals.work / pp + fill
+    lighter = np.minimum(shape.spare, shape.height) * totals.layer_work
+    rank = (
+        m * shape.vpp * full + (pp - 2) * (full + 2 * totals.hop) - lighter + totals.embedding_work
+    )
+    return np.maximum(average, np.where(pp >= 3, rank, 0.0))
+
+
+def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
+    """Lower bound on the step by schedule code (0 gpipe, 1 1f1b, 2 interleaved)."""
+    pipeline = np.select(
+        [schedule == 0, schedule == 1],
+        [gpipe(shape, totals), one_f_one_b(shape, totals)],
+        interleaved(shape, totals),
+    )
+    average = (shape.microbatches * totals.work + totals.gradient) / shape.pp
+    ends = np.maximum(pipeline, average) + totals.bucket
+    result: Real = (ends + totals.update / shape.pp + totals.sync) * SAFETY
+    return result

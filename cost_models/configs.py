@@ -1,0 +1,241 @@
+"""Price many configurations of a workload on a machine: one call, arrays in, integers out.
+
+A configuration is every degree except what belongs to a leaf (schedule, virtual stages, recompute,
+partition). Layers are priced once per distinct shard and once per distinct data-parallel side, then
+gathered, so the same formulas serve one layout and a million.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models import interconnect
+from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.layout import Schedule
+from cost_models.leaf import Leaf
+from cost_models.step import (
+    DataParallel,
+    LayerTimes,
+    Machine,
+    price_kind,
+    price_layer,
+    to_ns,
+)
+
+
+@dataclass(frozen=True)
+class Configs:
+    """Degrees, one entry per configuration; all arrays have one length."""
+
+    microbatch: Int64
+    tp: Int64
+    cp: Int64
+    cp_kind: Int64
+    ep: Int64
+    etp: Int64
+    sequence_parallel: Bools
+    dp_replicate: Int64
+    dp_shard: Int64
+    pp: Int64
+    zero_stage: Int64
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def shard_columns(self) -> list[Int64]:
+        """What the compute of a layer depends on."""
+        return [
+            self.microbatch, self.tp, self.cp, self.cp_kind, self.ep, self.etp,
+            self.sequence_parallel.astype(np.int64),
+        ]  # fmt: skip
+
+    def data_columns(self) -> list[Int64]:
+        """What the data-parallel side adds."""
+        return [self.dp_replicate, self.dp_shard, self.pp, self.zero_stage]
+
+    @property
+    def world(self) -> Int64:
+        """Devices of each configuration."""
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
+
+
+@dataclass(frozen=True)
+class PricedConfigs:
+    """Tables over configurations; ``leaf`` takes one of them out."""
+
+    workload: WorkloadGraph
+    machine: Machine
+    configs: Configs
+    kind_names: tuple[str, ...]
+    kinds: tuple[Int64, ...]
+    """Per layer kind, shape (fields, configurations)."""
+    embedding: Int64
+    head: Int64
+    hop_ns: Int64
+    bucket_ns: Int64
+    tied_sync_ns: Int64
+    sync_ns: Int64
+    fixed_bytes: int
+    capacity_bytes: int
+
+    def leaf(
+        self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool
+    ) -> Leaf:
+        """The leaf of configuration ``index`` under a schedule."""
+        position = {name: i for i, name in enumerate(self.kind_names)}
+        return Leaf(
+            schedule=schedule,
+            pp=int(self.configs.pp[index]),
+            vpp=vpp,
+            microbatches=microbatches,
+            sequence=tuple(position[name] for name in self.workload.layers),
+            kinds=tuple(tuple(table[:, index].tolist()) for table in self.kinds),
+            embedding=tuple(self.embedding[:, index].tolist()),
+            head=tuple(self.head[:, index].tolist()),
+            hop_ns=int(self.hop_ns[index]),
+            bucket_ns=int(self.bucket_ns[index]),
+            tied_sync_ns=int(self.tied_sync_ns[index]),
+            sync_ns=int(self.sync_ns[index]),
+            fixed_bytes=self.fixed_bytes,
+            capacity_bytes=self.capacity_bytes,
+            uneven=uneven,
+        )
+
+
+def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
+    """The shard of every configuration."""
+    return Shard(
+        sequence=workload.sequence,
+        microbatch=configs.microbatch,
+        tp=configs.tp,
+        cp=configs.cp,
+        ep=configs.ep,
+        etp=configs.etp,
+        sequence_parallel=configs.sequence_parallel,
+        cp_kind=configs.cp_kind,
+    )
+
+
+def price_configs(
+    workload: WorkloadGraph, machine: Machine, configs: Configs, *, reserve_bytes: int = 0
+) -> PricedConfigs:
+    """Price every configuration; ``reserve_bytes`` per device are kept free."""
+    shard_keys, shard_of_key = _unique(configs.shard_columns())
+    shards = _shard_from_keys(workload, shard_keys)
+    key_columns, config_of = _unique([shard_of_key, *configs.data_columns()])
+    shard_index = key_columns[0]
+    data = DataParallel(*key_columns[1:])
+    expanded = _take_shard(shards, shard_index)
+    drop_tied = data.pp == 1
+
+    def table(kind: LayerKind, drop: Bools | None = None) -> Int64:
+        times = _take_times(price_layer(kind, shards, machine), shard_index)
+        rows, _ = price_kind(
+            kind, times, expanded, data, machine, vocab_divisor=workload.vocab_divisor,
+            drop_tied=drop,
+        )  # fmt: skip
+        return rows[:, config_of]
+
+    names = tuple(dict.fromkeys(workload.layers))
+    stack = machine.stack
+    shard = shard_of(workload, configs)
+    stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
+    boundary = shard.residual_tokens * workload.boundary_bytes_per_token
+    hop = interconnect.send_recv_time_s(
+        machine.cluster, boundary, stride=stage_stride, size=configs.pp
+    )
+    return PricedConfigs(
+        workload=workload,
+        machine=machine,
+        configs=configs,
+        kind_names=names,
+        kinds=tuple(table(workload.kinds[name]) for name in names),
+        embedding=table(workload.embedding),
+        head=table(workload.head, drop_tied),
+        hop_ns=np.where(configs.pp > 1, to_ns(hop), 0),
+        bucket_ns=_bucket_ns(machine, configs),
+        tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),
+        sync_ns=to_ns(
+            interconnect.collective_time_s(
+                machine.cluster, "all_reduce", np.full(len(configs), 4.0), size=configs.world,
+                stride=np.ones_like(configs.tp),
+            )
+        ),
+        fixed_bytes=int(stack.context_bytes.si) + int(stack.allocator_slack.si) + reserve_bytes,
+        capacity_bytes=int(machine.device.memory_capacity.si),
+    )  # fmt: skip
+
+
+def _bucket_ns(machine: Machine, configs: Configs) -> Int64:
+    """Reduction of the last gradient bucket of a step, which nothing hides."""
+    size = configs.dp_replicate * configs.dp_shard * configs.cp
+    kind = np.where(configs.zero_stage >= 1, 0, 1)
+    payload = np.full(len(configs), machine.stack.gradient_bucket_bytes.si)
+    times = [
+        interconnect.collective_time_s(machine.cluster, name, payload, size=size, stride=configs.tp)
+        for name in ("reduce_scatter", "all_reduce")
+    ]
+    per_step = (size > 1) & (configs.zero_stage < 3)
+    per_step &= (configs.zero_stage < 2) | (configs.pp > 1)
+    return to_ns(np.where(per_step, np.where(kind == 0, times[0], times[1]), 0.0))
+
+
+def _tied_sync_ns(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs, stride: Int64
+) -> Int64:
+    """All-reduce of a tied embedding's gradient between the first and the last stage."""
+    if not workload.tied_embeddings:
+        return np.zeros(len(configs), dtype=np.int64)
+    table = workload.embedding.weights[0]
+    payload = table.elements / shard.tp * machine.rules.gradient_bytes
+    two = np.full_like(configs.pp, 2)
+    span = stride * (configs.pp - 1)
+    time = interconnect.collective_time_s(
+        machine.cluster, "all_reduce", payload, size=two, stride=np.maximum(span, 1)
+    )
+    return to_ns(np.where(configs.pp > 1, time, 0.0))
+
+
+def _unique(columns: list[Int64]) -> tuple[list[Int64], Int64]:
+    """Distinct rows of equal-length columns, and for each row the index of its distinct one."""
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        values, inverse = np.unique(column, return_inverse=True)
+        code = code * len(values) + inverse
+        _, code = np.unique(code, return_inverse=True)
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return [column[first] for column in columns], inverse.astype(np.int64)
+
+
+def _shard_from_keys(workload: WorkloadGraph, keys: list[Int64]) -> Shard:
+    microbatch, tp, cp, cp_kind, ep, etp, sp = keys
+    return Shard(
+        sequence=workload.sequence, microbatch=microbatch, tp=tp, cp=cp, ep=ep, etp=etp,
+        sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
+    )  # fmt: skip
+
+
+def _take_shard(shard: Shard, index: Int64) -> Shard:
+    return Shard(
+        sequence=shard.sequence,
+        microbatch=shard.microbatch[index],
+        tp=shard.tp[index],
+        cp=shard.cp[index],
+        ep=shard.ep[index],
+        etp=shard.etp[index],
+        sequence_parallel=shard.sequence_parallel[index],
+        cp_kind=shard.cp_kind[index],
+    )
+
+
+def _take_times(times: LayerTimes, index: Int64) -> LayerTimes:
+    return LayerTimes(
+        {c: {p: values[index] for p, values in t.items()} for c, t in times.terms.items()}
+    )
+
+
+def cp_kind_code(name: str) -> int:
+    """Index of a context-parallel kind."""
+    return CP_KINDS.index(name)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""The priced vocabulary: what a layer does, as plain data over numpy arrays.
+
+Every size is an integer array (or scalar) that broadcasts over the configurations being priced.
+An op describes its forward; the backward that follows from it is part of its meaning:
+
+* :class:`MatMul` with a weight has a data gradient and a weight gradient of the same FLOPs;
+* :class:`MatMul` of two activations has two products of the same FLOPs;
+* :class:`Attention` has the five products of a fused backward (2.5 x forward);
+* :class:`Elementwise` and :class:`Collective` state both directions.
+
+``selective`` marks what selective recomputation runs again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.int64] | int
+Reals: TypeAlias = NDArray[np.float64] | float
+
+Group = Literal["tp", "cp", "ep", "etp"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
+
+
+@dataclass(frozen=True, slots=True)
+class MatMul:
+    """``batch`` products of (m, k) by (k, n)."""
+
+    name: str
+    m: Ints
+    n: Ints
+    k: Ints
+    batch: Ints = 1
+    weight: bool = True
+    low_precision: bool = True
+    """Whether an 8-bit recipe runs this product in 8 bits."""
+    selective: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedMatMul:
+    """``groups`` products of (rows, k) by (k, n), one launch: the experts of one rank."""
+
+    name: str
+    groups: Ints
+    rows: Reals
+    n: Ints
+    k: Ints
+    low_precision: bool = True
+    selective: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Fused softmax attention of ``heads`` query heads on this rank.
+
+    ``q_len`` queries per sample are on this rank; ``kv_len`` keys are attended (with context
+    parallelism the ring brings them), half of them where ``causal``.
+    """
+
+    name: str
+    batch: Ints
+    q_len: Ints
+    kv_len: Ints
+    heads: Ints
+    kv_heads: Ints
+    qk_head_dim: int
+    v_head_dim: int
+    causal: bool = True
+    selective: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """A memory-bound kernel: bytes read plus written, forward and backward."""
+
+    name: str
+    forward_bytes: Reals
+    backward_bytes: Reals
+    forward_launches: int = 1
+    backward_launches: int = 1
+    selective: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """Communication inside a layer; bytes are the full (gathered or unreduced) buffer.
+
+    ``forward_hidden`` and ``backward_hidden`` name ops whose kernels run at the same time:
+    ``"name:fprop"``, ``"name:dgrad"`` or ``"name:wgrad"``; exposure is decided in
+    ``cost_models.step``. ``ring`` is cp - 1 neighbour exchanges of ``bytes`` each.
+    """
+
+    name: str
+    group: Group
+    forward_kind: CollectiveKind | None
+    forward_bytes: Reals
+    backward_kind: CollectiveKind | None
+    backward_bytes: Reals
+    forward_hidden: str | None = None
+    backward_hidden: str | None = None
+    backward_count: int = 1
+    forward_count: int = 1
+    active: NDArray[np.bool_] | bool = True
+    """Where False the collective does not happen (for example without sequence parallelism)."""
+    selective: bool = False
+
+
+Op: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise | Collective
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor kept from forward to backward of one microbatch, in bytes per device.
+
+    ``selective`` tensors are freed under selective recomputation. Under full recomputation only
+    the layer's input is kept, whatever this list says.
+    """
+
+    name: str
+    bytes: Ints
+    selective: bool = False

@@ -1,0 +1,243 @@
+"""Read YAML and JSON documents and check them against a schema, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+MAX_BYTES = 8 * 1024 * 1024
+"""Largest document read; a model, cluster or job is a few kilobytes."""
+
+M = TypeVar("M", bound=BaseModel)
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+_LISTED = 3
+
+
+class DocumentError(ValueError):
+    """A document that cannot be read or does not say what it must; ``hint`` says how to fix it."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint that names the nearest of ``known``, or lists them when few exist."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(match) for match in near) + "?"
+    if 0 < len(names) <= 20:
+        return "known: " + ", ".join(names)
+    return None
+
+
+class _Loader(yaml.CSafeLoader):
+    """The C loader, except that a key written twice is an error rather than the last one wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is written twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def decode(data: bytes, *, where: str) -> str:
+    """``data`` as text; raises :class:`DocumentError` when it is too large or not UTF-8."""
+    _check_size(len(data), where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{where}: not a text file (byte {error.start} is not UTF-8)",
+            hint="give a YAML or JSON file",
+        ) from None
+
+
+def parse_document(text: str, *, where: str) -> object:
+    """Parse JSON or YAML; ``where`` names the document in errors.
+
+    Raises :class:`DocumentError` for text that is empty, larger than ``MAX_BYTES``, binary, or
+    neither JSON nor YAML, with line and column where there is one.
+    """
+    _check_size(len(text), where)
+    stripped = text.lstrip("\ufeff \t\r\n")
+    if not stripped:
+        raise DocumentError(f"{where}: empty", hint="give a YAML or JSON document")
+    control = _CONTROL.search(text)
+    if control is not None:
+        raise DocumentError(
+            f"{where}: not a text file (control character at position {control.start()})",
+            hint="give a YAML or JSON document",
+        )
+    try:
+        if stripped[0] in "{[":
+            try:
+                return json.loads(stripped)
+            except json.JSONDecodeError as error:
+                if where.endswith(".json"):
+                    raise DocumentError(
+                        f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: "
+                        f"{error.msg}"
+                    ) from None
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise DocumentError(f"{where}: not valid YAML{_at(error)}") from None
+    except RecursionError:
+        raise DocumentError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, DocumentError):
+            raise
+        raise DocumentError(f"{where}: {error}") from None
+
+
+def read_document(path: Path) -> object:
+    """Read and parse the file at ``path``; raises :class:`DocumentError`."""
+    where = str(path)
+    try:
+        if path.is_dir():
+            raise DocumentError(f"{where}: is a folder, not a file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DocumentError(f"{where}: no such file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DocumentError(f"{where}: cannot be read: {reason}") from None
+    return parse_document(decode(data, where=where), where=where)
+
+
+def validate(model: type[M], data: object, *, where: str) -> M:
+    """``data`` as a ``model``; raises one :class:`DocumentError` that names field, value and rule.
+
+    Up to three problems are listed. An unknown key gets a "did you mean" over the fields that the
+    model has there.
+    """
+    if not isinstance(data, (Mapping, model)):
+        raise DocumentError(
+            f"{where}: expected a mapping with keys such as {_some(model)}, got {_show(data)}"
+        )
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+        lines: list[str] = []
+        hint: str | None = None
+        for problem in problems:
+            line, advice = _describe(model, data, problem)
+            lines.append(line)
+            hint = hint or advice
+        if len(lines) == 1:
+            message = f"{where}: {lines[0]}"
+        else:
+            shown = "".join(f"\n  {line}" for line in lines[:_LISTED])
+            rest = len(lines) - _LISTED
+            more = f"\n  and {rest} more" if rest > 0 else ""
+            message = f"{where}: {len(lines)} problems{shown}{more}"
+        raise DocumentError(message, hint=hint) from None
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise DocumentError(
+            f"{where}: larger than {MAX_BYTES // 1024**2} MiB",
+            hint="models, clusters and jobs are a few kilobytes: is this the right file?",
+        )
+
+
+def _at(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{place}: {problem}"
+
+
+def _describe(
+    model: type[BaseModel], data: object, problem: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    kind, loc, value = problem["type"], tuple(problem["loc"]), problem.get("input")
+    path = _path(data, loc, missing=kind == "missing")
+    if kind == "extra_forbidden":
+        known = _fields_at(model, loc[:-1])
+        parent = _path(data, loc[:-1], missing=False)
+        place = f" in {parent}" if parent else ""
+        return f"unknown key {str(loc[-1])!r}{place}", did_you_mean(str(loc[-1]), known)
+    if kind == "missing":
+        return f"{path} is missing", None
+    context = problem.get("ctx", {})
+    message = str(context["error"]) if "error" in context else problem["msg"]
+    rule = message.replace("Input should be", "must be").removeprefix("Value error, ")
+    hint = None
+    if kind == "literal_error" and isinstance(value, str):
+        hint = did_you_mean(value, re.findall(r"'([^']*)'", str(context.get("expected", ""))))
+    return f"{path or 'document'}: {rule}, got {_show(value)}", hint
+
+
+def _path(data: object, loc: Sequence[Any], *, missing: bool) -> str:
+    """The user's path to ``loc``: union tags, which the document does not hold, are left out."""
+    path, here = "", data
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(part, int) and isinstance(here, (list, tuple)):
+            path += f"[{part}]"
+            here = here[part] if part < len(here) else None
+        elif isinstance(here, Mapping) and part in here:
+            path += f".{part}" if path else str(part)
+            here = here[part]
+        elif last and missing:
+            path += f".{part}" if path else str(part)
+    return path
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[Any]) -> set[str]:
+    models = {model}
+    for part in loc:
+        inner = {
+            found
+            for candidate in models
+            if part in candidate.model_fields
+            for found in _models_in(candidate.model_fields[part].annotation)
+        }
+        tagged = {found for found in models if _tag_of(found) == part}
+        models = inner or tagged or models
+    return {name for found in models for name in found.model_fields}
+
+
+def _tag_of(model: type[BaseModel]) -> object:
+    kind = model.model_fields.get("kind")
+    return kind.default if kind is not None else None
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _some(model: type[BaseModel]) -> str:
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    return ", ".join((required or list(model.model_fields))[:4])
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    if isinstance(value, (Mapping, list, tuple)):
+        kind = "a mapping" if isinstance(value, Mapping) else "a list"
+        text = f"{kind} of {len(value)}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Ops and saved tensors of each kind of block; one module per kind of layer."""

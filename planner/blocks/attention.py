@@ -1,0 +1,150 @@
+"""Softmax attention: multi-head, grouped-query, sliding-window; fused or unfused kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.graph import CP_KINDS, Int64, Shard
+from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
+from planner.blocks.context import (
+    BlockContext,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    residual_add,
+)
+from planner.models.spec import AttentionSpec
+
+
+def local_kv_heads(kv_heads: int, tp: Int64) -> Int64:
+    """KV heads on one tensor-parallel rank; with more ranks than heads they are replicated."""
+    return np.maximum(1, kv_heads // tp)
+
+
+def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Ops of the attention sub-block after its norm, up to and including the residual add."""
+    x, e, hd = shard.tokens, ctx.element_bytes, spec.head_dim
+    heads = spec.heads // shard.tp
+    kv = local_kv_heads(spec.kv_heads, shard.tp)
+    width = heads + 2 * kv
+    rotated = (heads + kv) * hd * x * e
+    result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard)]
+    result.append(MatMul("qkv", x, width * hd, ctx.hidden))
+    if spec.qkv_bias:
+        result.append(Elementwise("qkv_bias", 2.0 * width * hd * x * e, 1.0 * width * hd * x * e))
+    if spec.qk_norm != "none":
+        result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
+    result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
+    result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
+    result += core(spec, ctx, shard, heads, kv)
+    result.append(MatMul("proj", x, ctx.hidden, heads * hd))
+    result += leave_tensor_parallel("proj", ctx, shard)
+    result.append(residual_add("attention_residual", ctx, shard))
+    return tuple(result)
+
+
+def core(
+    spec: AttentionSpec, ctx: BlockContext, shard: Shard, heads: Int64, kv: Int64
+) -> tuple[Op, ...]:
+    """Scores, softmax and weighted sum."""
+    keys = min(shard.sequence, spec.window) if spec.window else shard.sequence
+    q_len = shard.sequence // shard.cp
+    if ctx.attention_kernel != "unfused":
+        windowed = spec.window is not None and spec.window < shard.sequence
+        return (
+            Attention(
+                "attention", shard.microbatch, q_len, keys, heads, kv,
+                spec.head_dim, spec.head_dim, causal=not windowed,
+            ),
+        )  # fmt: skip
+    return unfused_core(ctx, shard, heads, spec.head_dim, spec.head_dim)
+
+
+def unfused_core(
+    ctx: BlockContext, shard: Shard, heads: Int64, qk_dim: int, v_dim: int
+) -> tuple[Op, ...]:
+    """Batched products with a masked softmax between: full, not causal, FLOPs."""
+    q_len, kv_len = shard.sequence // shard.cp, shard.sequence
+    batch = shard.microbatch * heads
+    scores = 1.0 * batch * q_len * kv_len
+    e = ctx.element_bytes
+    passes = 1 if "masked_softmax" in ctx.fused else 3
+    result: list[Op] = [
+        MatMul("scores", q_len, kv_len, qk_dim, batch, weight=False, low_precision=False,
+               selective=True),
+        Elementwise("softmax", 2 * e * passes * scores, 3 * e * passes * scores, passes, passes,
+                    selective=True),
+    ]  # fmt: skip
+    if ctx.dropout:
+        size = (2 * e + 1) * scores
+        result.append(Elementwise("attention_dropout", size, size, selective=True))
+    result.append(
+        MatMul("context", q_len, v_dim, kv_len, batch, weight=False, low_precision=False,
+               selective=True)
+    )  # fmt: skip
+    return tuple(result)
+
+
+def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[Op]:
+    """Communication of context parallelism around the attention core.
+
+    ``kv_bytes`` are K and V of this rank, ``qkvo_bytes`` Q, K, V and output together. ``p2p``
+    passes K and V around the ring behind the attention of each block, and their gradients back
+    (Liu et al., arXiv 2310.01889); ``all_gather`` gathers K and V before the attention (Llama 3,
+    arXiv 2407.21783, section 3.3.2); ``a2a`` exchanges heads for sequence (Ulysses, arXiv
+    2309.14509). ``a2a_p2p`` is priced as its ring level: the outer, slower one.
+    """
+
+    def kind(*names: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        codes = [CP_KINDS.index(name) for name in names]  # type: ignore[arg-type]
+        return np.isin(shard.cp_kind, codes) & (shard.cp > 1)
+
+    return [
+        Collective(
+            "cp_ring", "cp", "ring", kv_bytes, "ring", 2 * kv_bytes,
+            forward_hidden="attention:fprop", backward_hidden="attention:dgrad",
+            active=kind("p2p", "a2a_p2p"), selective=True,
+        ),
+        Collective(
+            "cp_gather", "cp", "all_gather", kv_bytes * shard.cp, "reduce_scatter",
+            kv_bytes * shard.cp, active=kind("all_gather"), selective=True,
+        ),
+        Collective(
+            "cp_exchange", "cp", "all_to_all", qkvo_bytes, "all_to_all", qkvo_bytes,
+            active=kind("a2a"), selective=True,
+        ),
+    ]  # fmt: skip
+
+
+def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """Tensors kept for the backward, after the norm's input and output."""
+    x, e, hd = shard.tokens, ctx.element_bytes, spec.head_dim
+    heads = spec.heads // shard.tp
+    kv = local_kv_heads(spec.kv_heads, shard.tp)
+    result = [
+        SavedTensor("qkv", (heads + 2 * kv) * hd * x * e),
+        SavedTensor("attention_output", heads * hd * x * e),
+    ]
+    if spec.qk_norm != "none":
+        result.append(SavedTensor("qk_norm_input", (heads + kv) * hd * x * e))
+    result += core_saved(ctx, shard, heads)
+    return tuple(result)
+
+
+def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTensor]:
+    """What the attention core keeps: softmax statistics, or whole score matrices if unfused."""
+    if ctx.attention_kernel != "unfused":
+        return [SavedTensor("softmax_statistics", heads * shard.tokens * 4, selective=True)]
+    scores = heads * shard.tokens * shard.sequence
+    result = [SavedTensor("softmax", scores * ctx.element_bytes, selective=True)]
+    if ctx.dropout:
+        result.append(SavedTensor("attention_dropout", scores * ctx.element_bytes, selective=True))
+        result.append(SavedTensor("attention_mask", scores, selective=True))
+    return result
+
+
+def working(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Gradients of q, k, v and the output, and the gathered input."""
+    heads = spec.heads // shard.tp
+    kv = local_kv_heads(spec.kv_heads, shard.tp)
+    gradients = (2 * heads + 2 * kv) * spec.head_dim * shard.tokens * ctx.element_bytes
+    return gradients + ctx.gathered_bytes(shard)

@@ -1,0 +1,106 @@
+"""What every block needs to know about the model, the job and the stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Collective, Elementwise, SavedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockContext:
+    """Shared by all blocks of a workload."""
+
+    hidden: int
+    element_bytes: int
+    """Bytes per activation element (2 for bf16, fp16 and fp8 recipes; 4 for fp32)."""
+    attention_kernel: str
+    """``unfused`` or a fused kernel generation such as ``flash3``."""
+    fused: frozenset[str]
+    dropout: bool
+    vocab: int
+    vocab_divisor: int
+    logit_saved_bytes: float
+    logit_working_bytes: float
+    expert_imbalance: float = 0.0
+
+    def residual_bytes(self, shard: Shard) -> Int64:
+        """Bytes of the residual stream of one microbatch on one device."""
+        return shard.residual_tokens * self.hidden * self.element_bytes
+
+    def gathered_bytes(self, shard: Shard) -> Int64:
+        """Bytes of a full-width activation before tensor-parallel splitting."""
+        return shard.tokens * self.hidden * self.element_bytes
+
+
+def enter_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[Collective, ...]:
+    """Collectives at the input of a column-parallel product.
+
+    With sequence parallelism: all-gather forward; backward all-gather again (for the weight
+    gradient, behind the data gradient) and reduce-scatter (behind the weight gradient). Without:
+    nothing forward, all-reduce of the data gradient behind the weight gradient. Korthikanti et
+    al., arXiv 2205.05198, section 4.2.2; the overlaps are Megatron's asynchronous linear layer.
+    """
+    size = ctx.gathered_bytes(shard)
+    sp = shard.sequence_parallel
+    return (
+        Collective(
+            f"{name}.gather", "tp", "all_gather", size, "all_gather", size,
+            backward_hidden=f"{name}:dgrad", active=sp,
+        ),
+        Collective(
+            f"{name}.scatter", "tp", None, 0, "reduce_scatter", size,
+            backward_hidden=f"{name}:wgrad", active=sp,
+        ),
+        Collective(
+            f"{name}.reduce", "tp", None, 0, "all_reduce", size,
+            backward_hidden=f"{name}:wgrad", active=~sp,
+        ),
+    )  # fmt: skip
+
+
+def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[Collective, ...]:
+    """Collectives at the output of a row-parallel product: the adjoint of the above."""
+    size = ctx.gathered_bytes(shard)
+    sp = shard.sequence_parallel
+    return (
+        Collective(
+            f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp
+        ),
+        Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
+    )
+
+
+def norm(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
+    """A norm over the residual stream: read and write forward; read two, write one backward."""
+    size = ctx.residual_bytes(shard)
+    return Elementwise(name, 2.0 * size, 3.0 * size)
+
+
+def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
+    """Residual addition (with dropout and its one-byte mask where the model has it)."""
+    size = ctx.residual_bytes(shard)
+    mask = size / ctx.element_bytes if ctx.dropout else 0
+    fused = "bias_dropout_add" in ctx.fused or not ctx.dropout
+    if fused:
+        return Elementwise(name, 3.0 * size + mask, (2.0 * size + mask) if ctx.dropout else 0.0,
+                           1, 1 if ctx.dropout else 0)  # fmt: skip
+    return Elementwise(name, 5.0 * size + mask, 2.0 * size + mask, 2, 1)
+
+
+def residual_saved(name: str, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """The norm's input and output, and the dropout mask after the sub-block."""
+    size = ctx.residual_bytes(shard)
+    saved = [SavedTensor(f"{name}.norm_input", size), SavedTensor(f"{name}.input", size)]
+    if ctx.dropout:
+        saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))
+    return tuple(saved)
+
+
+def padded_vocab(ctx: BlockContext, tp: Int64) -> Int64:
+    """Vocabulary rows after padding to a multiple of ``vocab_divisor * tp``, or of tp alone."""
+    multiple = ctx.vocab_divisor * tp
+    return -(-np.int64(ctx.vocab) // multiple) * multiple

@@ -1,0 +1,69 @@
+"""The two ends of a decoder: token embedding, and final norm with LM head and loss."""
+
+from __future__ import annotations
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Collective, Elementwise, MatMul, Op, SavedTensor
+from planner.blocks.context import BlockContext, enter_tensor_parallel, norm, padded_vocab
+
+
+def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Gather of rows, then the reduction over tp of a vocabulary-split table."""
+    full = ctx.gathered_bytes(shard)
+    sp = shard.sequence_parallel
+    return (
+        Elementwise("embedding", 2.0 * full, 3.0 * full),
+        Collective("embedding.scatter", "tp", "reduce_scatter", full, "all_gather", full,
+                   active=sp),
+        Collective("embedding.reduce", "tp", "all_reduce", full, None, 0, active=~sp),
+    )  # fmt: skip
+
+
+def embedding_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """Token ids, and the dropout mask where the model has one."""
+    result = [SavedTensor("token_ids", shard.tokens * 8)]
+    if ctx.dropout:
+        result.append(
+            SavedTensor("embedding_mask", ctx.residual_bytes(shard) // ctx.element_bytes)
+        )
+    return tuple(result)
+
+
+def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Final norm, vocabulary-parallel logits, cross-entropy."""
+    x = shard.tokens
+    vocab = padded_vocab(ctx, shard.tp) // shard.tp
+    logits = 1.0 * x * vocab
+    fused = "cross_entropy" in ctx.fused
+    # Unfused: cast to fp32, maximum, subtract-exponentiate, sum, divide; backward: subtract, cast.
+    forward, backward, launches = (4.0, 4.0, 2) if fused else (26.0, 14.0, 8)
+    scalar = 4 * x
+    return (
+        norm("final_norm", ctx, shard),
+        *enter_tensor_parallel("lm_head", ctx, shard),
+        MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False),
+        Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4),
+        Collective("cross_entropy.reduce", "tp", "all_reduce", scalar, None, 0, forward_count=3),
+    )
+
+
+def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """The head's input and what the loss keeps per logit."""
+    residual = ctx.residual_bytes(shard)
+    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
+    return (
+        SavedTensor("final_norm_input", residual),
+        SavedTensor("lm_head_input", residual),
+        SavedTensor("loss", _scaled(logits, ctx.logit_saved_bytes)),
+    )
+
+
+def head_working(ctx: BlockContext, shard: Shard) -> Int64:
+    """Short-lived logits and their gradient."""
+    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
+    return _scaled(logits, ctx.logit_working_bytes) + ctx.gathered_bytes(shard)
+
+
+def _scaled(elements: Int64, bytes_per_element: float) -> Int64:
+    """Bytes of a buffer; per-element sizes are multiples of a half byte."""
+    return elements * int(round(2 * bytes_per_element)) // 2

@@ -1,0 +1,84 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), training form.
+
+Down-projections are replicated over tp, up-projections split by head; the attention itself runs
+with expanded keys and values (no weight absorption, which is an inference form).
+"""
+
+from __future__ import annotations
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Attention, Elementwise, MatMul, Op, SavedTensor
+from planner.blocks.attention import context_parallel, core_saved, unfused_core
+from planner.blocks.context import (
+    BlockContext,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    residual_add,
+)
+from planner.models.spec import LatentAttentionSpec
+
+
+def _qk_dim(spec: LatentAttentionSpec) -> int:
+    return spec.qk_nope_head_dim + spec.qk_rope_head_dim
+
+
+def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Ops of the sub-block after its norm, up to and including the residual add."""
+    x, r, e = shard.tokens, shard.residual_tokens, ctx.element_bytes
+    heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
+    latent = spec.kv_lora_rank + spec.qk_rope_head_dim
+    up = spec.kv_lora_rank
+    result: list[Op] = []
+    if spec.q_lora_rank is not None:
+        result.append(MatMul("q_down", r, spec.q_lora_rank, ctx.hidden))
+        latent_bytes = (spec.q_lora_rank + up) * r * e
+    else:
+        latent_bytes = up * r * e
+    result.append(MatMul("kv_down", r, latent, ctx.hidden))
+    result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
+    result += enter_tensor_parallel("q_up", _latent_context(spec, ctx), shard)
+    result.append(MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden))
+    result.append(MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up))
+    rotated = 2.0 * heads * qk * x * e
+    result.append(Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3))
+    kv_bytes = heads * (qk + v) * x * e
+    result += context_parallel(kv_bytes, kv_bytes + heads * (qk + v) * x * e, shard)
+    if ctx.attention_kernel == "unfused":
+        result += unfused_core(ctx, shard, heads, qk, v)
+    else:
+        result.append(
+            Attention("attention", shard.microbatch, shard.sequence // shard.cp, shard.sequence,
+                      heads, heads, qk, v)
+        )  # fmt: skip
+    result.append(MatMul("proj", x, ctx.hidden, heads * v))
+    result += leave_tensor_parallel("proj", ctx, shard)
+    result.append(residual_add("attention_residual", ctx, shard))
+    return tuple(result)
+
+
+def _latent_context(spec: LatentAttentionSpec, ctx: BlockContext) -> BlockContext:
+    """A context whose gathered width is that of the latents, which are what tp gathers."""
+    from dataclasses import replace
+
+    width = (spec.q_lora_rank or ctx.hidden) + spec.kv_lora_rank + spec.qk_rope_head_dim
+    return replace(ctx, hidden=width)
+
+
+def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """Tensors kept for the backward, after the norm's input and output."""
+    x, r, e = shard.tokens, shard.residual_tokens, ctx.element_bytes
+    heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
+    latent = (spec.q_lora_rank or 0) + spec.kv_lora_rank
+    return (
+        SavedTensor("latent", (2 * latent + spec.qk_rope_head_dim) * r * e),
+        SavedTensor("qkv", heads * (2 * qk + v) * x * e),
+        SavedTensor("attention_output", heads * v * x * e),
+        *core_saved(ctx, shard, heads),
+    )
+
+
+def working(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Gradients of q, k, v and the output, and the gathered input."""
+    heads = spec.heads // shard.tp
+    width = 2 * _qk_dim(spec) + 2 * spec.v_head_dim
+    return heads * width * shard.tokens * ctx.element_bytes + ctx.gathered_bytes(shard)

@@ -1,0 +1,70 @@
+"""Dense feed-forward, gated or plain, tensor parallel."""
+
+from __future__ import annotations
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Elementwise, MatMul, Op, SavedTensor
+from planner.blocks.context import (
+    BlockContext,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    residual_add,
+)
+from planner.models.spec import MlpSpec
+
+
+def activation(name: str, ctx: BlockContext, rows: Int64, width: Int64, *, gated: bool,
+               bias: bool) -> Elementwise:  # fmt: skip
+    """Bias and activation of a feed-forward whose inner width on this rank is ``width``."""
+    element = rows * width * ctx.element_bytes
+    read = 2 if gated else 1
+    fused = ("swiglu" if gated else "bias_gelu") in ctx.fused
+    passes = 1 if fused else (2 if gated or not bias else 3)
+    return Elementwise(
+        name, 1.0 * passes * (read + 1) * element, 1.0 * passes * (2 * read + 1) * element,
+        passes, passes,
+    )  # fmt: skip
+
+
+def ops(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Ops of the sub-block after its norm, up to and including the residual add."""
+    return (
+        *products("", spec.intermediate, ctx, shard, gated=spec.gated, bias=spec.bias),
+        residual_add("mlp_residual", ctx, shard),
+    )
+
+
+def products(
+    prefix: str, intermediate: int, ctx: BlockContext, shard: Shard, *, gated: bool, bias: bool
+) -> tuple[Op, ...]:
+    """The two products with their collectives; also the shared experts of a mixture."""
+    x, width = shard.tokens, intermediate // shard.tp
+    return (
+        *enter_tensor_parallel(f"{prefix}fc1", ctx, shard),
+        MatMul(f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden),
+        activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),
+        MatMul(f"{prefix}fc2", x, ctx.hidden, width),
+        *leave_tensor_parallel(f"{prefix}fc2", ctx, shard),
+    )
+
+
+def saved(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """Tensors kept for the backward, after the norm's input and output."""
+    return inner_saved("", spec.intermediate, ctx, shard, gated=spec.gated)
+
+
+def inner_saved(
+    prefix: str, intermediate: int, ctx: BlockContext, shard: Shard, *, gated: bool
+) -> tuple[SavedTensor, ...]:
+    """The first product's output and the activation's output."""
+    element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
+    return (
+        SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element),
+        SavedTensor(f"{prefix}activation", element),
+    )
+
+
+def working(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Gradients of both inner tensors and the gathered input."""
+    element = shard.tokens * (spec.intermediate // shard.tp) * ctx.element_bytes
+    return (3 if spec.gated else 2) * element + ctx.gathered_bytes(shard)

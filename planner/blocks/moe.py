@@ -1,0 +1,96 @@
+"""Mixture of experts: router, permutation, all-to-all, grouped products, shared experts.
+
+The dispatcher is Megatron-Core's ``alltoall``: each device routes its own tokens (the residual
+stream, so 1/tp of the sequence with sequence parallelism), sends each to the ranks that hold its
+``top_k`` experts, and with expert-tensor parallelism gathers the rows over etp.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, SavedTensor
+from planner.blocks import mlp
+from planner.blocks.context import BlockContext, residual_add
+from planner.models.spec import MoeSpec
+
+
+def imbalance(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> NDArray[np.float64]:
+    """Rows of the hottest rank over the balanced rows.
+
+    ``min(ep^(0.45 alpha), ep * min(k, E / ep) / k)``: a power law fitted on serving kernels, an
+    assumption for training; alpha = 0 is balanced routing. The cap is every token choosing the
+    same rank.
+    """
+    ep = shard.ep.astype(np.float64)
+    local = spec.experts / ep
+    cap = ep * np.minimum(spec.top_k, local) / spec.top_k
+    result: NDArray[np.float64] = np.minimum(ep ** (0.45 * ctx.expert_imbalance), cap)
+    return result
+
+
+def rows(spec: MoeSpec, shard: Shard) -> Int64:
+    """Balanced rows that one rank's experts see: its own tokens' copies, times etp."""
+    return shard.residual_tokens * spec.top_k * shard.etp
+
+
+def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Ops of the sub-block after its norm, up to and including the residual add."""
+    r, h, e = shard.residual_tokens, ctx.hidden, ctx.element_bytes
+    own = r * spec.top_k * h * e
+    hot = rows(spec, shard) * imbalance(spec, ctx, shard)
+    local = spec.experts // shard.ep
+    width = spec.intermediate // shard.etp
+    gathered = rows(spec, shard) * h * e
+    router = 1.0 * r * spec.experts * 4
+    fc1 = (2 if spec.gated else 1) * width
+    inner = hot * width * e
+    read = 2 if spec.gated else 1
+    result: list[Op] = [
+        MatMul("router", r, spec.experts, h, low_precision=False),
+        Elementwise("routing", 4 * router, 3 * router, 6, 4),
+        Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
+        Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own),
+        Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
+        GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
+        Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner),
+        GroupedMatMul("expert_fc2", local, hot / local, h, width),
+        Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
+        Collective("combine", "ep", "all_to_all", own, "all_to_all", own),
+        Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),
+    ]
+    if spec.shared_intermediate:
+        result += mlp.products(
+            "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated, bias=False
+        )
+    result.append(residual_add("moe_residual", ctx, shard))
+    return tuple(result)
+
+
+def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """Tensors kept for the backward, after the norm's input and output."""
+    h, e = ctx.hidden, ctx.element_bytes
+    hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    inner = hot * (spec.intermediate // shard.etp) * e
+    result = [
+        SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
+        SavedTensor("dispatched", hot * h * e),
+        SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner),
+        SavedTensor("expert_activation", inner),
+        SavedTensor("combined", shard.residual_tokens * spec.top_k * h * e),
+    ]
+    if spec.shared_intermediate:
+        result += mlp.inner_saved(
+            "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated
+        )
+    return tuple(result)
+
+
+def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Gradients of the dispatched rows and of the experts' inner tensors."""
+    hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    inner = hot * (spec.intermediate // shard.etp)
+    gradients = 2 * hot * ctx.hidden + (3 if spec.gated else 2) * inner
+    return gradients * ctx.element_bytes + ctx.gathered_bytes(shard)

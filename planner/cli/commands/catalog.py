@@ -1,0 +1,156 @@
+"""``planner catalog``: what ships, and any of it as understood."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from planner.cli import options, output
+from planner.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Kind(StrEnum):
+    """What the catalogue holds."""
+
+    MODEL = "model"
+    CLUSTER = "cluster"
+    NODE = "node"
+    DEVICE = "device"
+    LINK = "link"
+    STACK = "stack"
+
+
+@app.command()
+def catalog(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="KIND", help="model, cluster, node, device, link or stack."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One entry, or your own file.")
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option("--search", "-s", metavar="TEXT", help="Only names that contain this."),
+    ] = None,
+    format_: options.OutputFormat = None,
+) -> None:
+    """List what ships, or show one entry, or your own file, as understood.
+
+    A model is shown with its parameters: total, embedding, active per token, and those of
+    multi-token-prediction modules, which are outside the total.
+    """
+    chosen = output.chosen(format_)
+    if reference is not None:
+        _show(_kind(kind or ""), reference, chosen)
+        return
+    kinds = list(Kind) if kind is None else [_kind(kind)]
+    listing = {item.value: _entries(item, search) for item in kinds}
+    if search is not None and not any(listing.values()):
+        raise InputError(f"nothing in the catalogue contains {search!r}", hint="planner catalog")
+    if chosen is output.Format.JSON:
+        body: Any = listing if kind is None else listing[kinds[0].value]
+        output.write(json.dumps(body, indent=2) + "\n")
+        return
+    from planner.report.catalog import catalog_table
+
+    output.render(lambda: catalog_table(listing))
+
+
+def _kind(text: str) -> Kind:
+    from planner.errors import did_you_mean
+
+    name = text.lower().removesuffix("s")
+    if name not in list(Kind):
+        raise InputError(
+            f"no catalogue of {text!r}", hint=did_you_mean(name, [item.value for item in Kind])
+        )
+    return Kind(name)
+
+
+def _entries(kind: Kind, search: str | None) -> list[dict[str, Any]]:
+    if kind is Kind.MODEL:
+        from planner.models.catalog import catalog_models
+
+        entries: list[dict[str, Any]] = [
+            {"name": model.name, "aliases": list(model.aliases), "title": model.family}
+            for model in catalog_models()
+        ]
+    else:
+        from hardware_profiles.loader import Kind as Profile
+        from hardware_profiles.loader import catalog_aliases, catalog_names
+
+        profile = cast("Profile", kind.value)
+        aliases = catalog_aliases(profile)
+        entries = [
+            {
+                "name": name,
+                "aliases": sorted(alias for alias, target in aliases.items() if target == name),
+                "title": _title(kind, name),
+            }
+            for name in catalog_names(profile)
+        ]
+    if search is None:
+        return entries
+    needle = search.lower()
+    return [
+        entry
+        for entry in entries
+        if any(
+            needle in text.lower() for text in (entry["name"], entry["title"], *entry["aliases"])
+        )
+    ]
+
+
+def _title(kind: Kind, name: str) -> str:
+    entry = _load(kind, name)
+    if kind is Kind.CLUSTER:
+        return f"{getattr(entry, 'devices', '?')} devices"
+    return str(getattr(entry, "title", ""))
+
+
+def _load(kind: Kind, reference: str) -> BaseModel:
+    from hardware_profiles import loader
+
+    load: dict[Kind, Any] = {
+        Kind.CLUSTER: loader.load_cluster,
+        Kind.NODE: loader.load_node,
+        Kind.DEVICE: loader.load_device,
+        Kind.LINK: loader.load_link,
+        Kind.STACK: loader.load_stack,
+    }
+    entry: BaseModel = load[kind](reference)
+    return entry
+
+
+def _show(kind: Kind, reference: str, chosen: output.Format) -> None:
+    if kind is Kind.MODEL:
+        document = _model_document(reference)
+    else:
+        document = _load(kind, reference).model_dump(mode="json")
+    if chosen is output.Format.JSON:
+        output.write(json.dumps(document, indent=2) + "\n")
+        return
+    from planner.report.catalog import entry_table
+
+    output.render(lambda: entry_table(kind.value, document))
+
+
+def _model_document(reference: str) -> dict[str, Any]:
+    from planner.cli.documents import read_stdin
+    from planner.models.reader import read_model
+    from planner.models.weights import parameter_counts
+
+    model = read_model(reference, stdin=lambda: read_stdin("standard input"))
+    counts = parameter_counts(model)
+    names = ("total", "embedding", "active", "mtp")
+    parameters = {name: int(getattr(counts, name)) for name in names}
+    return {**model.model_dump(mode="json"), "parameters": parameters}

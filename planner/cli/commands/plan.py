@@ -1,0 +1,114 @@
+"""``planner plan``: the best layout, with its certificate."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from planner.cli import options, output
+from planner.errors import InfeasibleError, LimitReachedError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def plan(
+    model: options.Model,
+    cluster: options.Cluster,
+    job: options.Job = None,
+    seq_len: options.SeqLen = None,
+    global_batch: options.GlobalBatch = None,
+    global_batch_tokens: options.GlobalBatchTokens = None,
+    precision: options.Precision = None,
+    optimizer: options.Optimizer = None,
+    stack: options.Stack = None,
+    no_recompute: options.NoRecompute = False,
+    reserve: options.Reserve = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option("--fix", metavar="DEGREE=N", help="Fix a degree: tp=8. Repeatable."),
+    ] = None,
+    maximum: Annotated[
+        list[str] | None,
+        typer.Option("--max", metavar="DEGREE=N", help="Bound a degree: pp=16. Repeatable."),
+    ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option("--forbid", metavar="DEGREE", help="Keep a degree at 1. Repeatable."),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", metavar="NAME", help="gpipe, 1f1b or interleaved."),
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option("--recompute", metavar="MODE", help="Allow only none, selective or full."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance", metavar="GAP", help="Relative gap called optimal; default 0.01."
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", metavar="SECONDS", help="Stop the search after this long."),
+    ] = None,
+    require_optimal: Annotated[
+        bool, typer.Option("--require-optimal", help="Exit code 4 unless proven optimal.")
+    ] = False,
+    format_: options.OutputFormat = None,
+    output_file: options.Output = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the best layout of MODEL on CLUSTER, proven under the cost model.
+
+    Exit codes: 0 a plan; 2 bad input; 3 proven infeasible, with the reason; 4 a limit was reached
+    without a plan (with --require-optimal: without a proof).
+    """
+    overrides = options.job_overrides(
+        seq_len=seq_len,
+        global_batch=global_batch,
+        global_batch_tokens=global_batch_tokens,
+        precision=precision,
+        optimizer=optimizer,
+        stack=stack,
+        no_recompute=no_recompute,
+        reserve=reserve,
+        tolerance=tolerance,
+        fix=fix or (),
+        maximum=maximum or (),
+        forbid=forbid or (),
+        schedule=schedule,
+        recompute=recompute,
+    )
+    options.check_time_limit(time_limit)
+
+    from planner import pipeline
+    from planner.plan import to_json
+
+    chosen = output.chosen(format_, output_file)
+    progress = output.Progress(quiet=quiet)
+    request = pipeline.read_request(model, cluster, job, overrides, stdin=sys.stdin)
+    try:
+        result = pipeline.plan(request, time_limit_s=time_limit, progress=progress)
+    except InfeasibleError as error:
+        if chosen is output.Format.JSON and error.diagnosis is not None:
+            output.write(to_json(error.diagnosis), output_file)
+        raise
+    finally:
+        progress.close()
+    if chosen is output.Format.JSON:
+        output.write(to_json(result), output_file)
+    else:
+        from planner.report.plan import plan_table
+
+        output.render(lambda: plan_table(result), output_file)
+    certificate = result.certificate
+    if require_optimal and certificate.status != "optimal":
+        raise LimitReachedError(
+            f"the plan is {certificate.status}, not proven optimal: {certificate.statement}",
+            hint="raise --time-limit or --tolerance",
+        )

@@ -1,0 +1,185 @@
+"""Flags shared by the commands, and how their text becomes the keys of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planner.cli.output import Format
+from planner.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DEGREES = (
+    "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
+    "zero_stage",
+)  # fmt: skip
+"""What ``--fix``, ``--max`` and ``--forbid`` may name (``planner.specs.Degree``)."""
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Catalogue name, config.json, YAML, folder or '-'.")
+]
+Cluster = Annotated[
+    str,
+    typer.Argument(
+        metavar="CLUSTER", help="Catalogue name, YAML file, NODE_TYPE:NODES such as dgx-h100:128."
+    ),
+]
+Job = Annotated[
+    str | None,
+    typer.Argument(metavar="JOB", help="YAML file of the job, or '-'.", show_default=False),
+]
+OutputFormat = Annotated[
+    Format | None,
+    typer.Option("--format", help="Default: table on a terminal, JSON in a pipe or a file."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write here instead of standard output."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+SeqLen = Annotated[
+    str | None, typer.Option("--seq-len", metavar="TOKENS", help="Tokens per sample: 4096, 8Ki.")
+]
+GlobalBatch = Annotated[
+    str | None, typer.Option("--global-batch", metavar="SAMPLES", help="Samples per step.")
+]
+GlobalBatchTokens = Annotated[
+    str | None,
+    typer.Option("--global-batch-tokens", metavar="TOKENS", help="Tokens per step: 4M, 4Mi."),
+]
+Precision = Annotated[
+    str | None, typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32 or fp8.")
+]
+Optimizer = Annotated[str | None, typer.Option("--optimizer", metavar="NAME", help="adamw or sgd.")]
+Stack = Annotated[
+    str | None, typer.Option("--stack", metavar="NAME", help="Software that runs the plan.")
+]
+NoRecompute = Annotated[bool, typer.Option("--no-recompute", help="Never recompute activations.")]
+Reserve = Annotated[
+    str | None,
+    typer.Option("--reserve", metavar="BYTES", help="Leave this free on each device: 2GiB."),
+]
+
+
+def job_overrides(
+    *,
+    seq_len: str | None = None,
+    global_batch: str | None = None,
+    global_batch_tokens: str | None = None,
+    precision: str | None = None,
+    optimizer: str | None = None,
+    stack: str | None = None,
+    no_recompute: bool = False,
+    reserve: str | None = None,
+    tolerance: float | None = None,
+    fix: Iterable[str] = (),
+    maximum: Iterable[str] = (),
+    forbid: Iterable[str] = (),
+    schedule: str | None = None,
+    recompute: str | None = None,
+    sequence_parallel: bool | None = None,
+) -> dict[str, Any]:
+    """The keys of ``planner.specs.JobSpec`` that the user set, ``constraints`` nested.
+
+    Raises :class:`InputError` for text that is not a number, a degree or ``name=value``.
+    """
+    if global_batch is not None and global_batch_tokens is not None:
+        raise InputError(
+            f"--global-batch {global_batch} and --global-batch-tokens {global_batch_tokens} "
+            "both set the batch",
+            hint="give one of them",
+        )
+    constraints = {
+        "fix": _assignments("--fix", fix),
+        "max": _assignments("--max", maximum),
+        "forbid": [_degree("--forbid", name) for name in _split(forbid)],
+        "schedule": schedule,
+        "recompute": recompute,
+        "sequence_parallel": sequence_parallel,
+    }
+    job: dict[str, Any] = {
+        "sequence_length": None if seq_len is None else count("--seq-len", seq_len),
+        "global_batch": None if global_batch is None else count("--global-batch", global_batch),
+        "global_batch_tokens": (
+            None
+            if global_batch_tokens is None
+            else count("--global-batch-tokens", global_batch_tokens)
+        ),
+        "precision": precision,
+        "optimizer": optimizer,
+        "stack": stack,
+        "allow_recompute": False if no_recompute else None,
+        "memory_reserve_bytes": None if reserve is None else size("--reserve", reserve),
+        "tolerance": tolerance,
+        "constraints": {
+            key: value for key, value in constraints.items() if value not in (None, {}, [])
+        }
+        or None,
+    }
+    return {key: value for key, value in job.items() if value is not None}
+
+
+def check_time_limit(seconds: float | None) -> None:
+    """Raise :class:`InputError` for a time limit that is not a positive number."""
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"--time-limit {seconds:g}: must be more than 0 seconds")
+
+
+def count(flag: str, text: str, *, least: int = 1) -> int:
+    """A whole number of at least ``least``, with an optional SI or binary prefix."""
+    from hardware_profiles.units import UnitError, parse_count
+
+    negative = text.strip().startswith("-")
+    try:
+        value = parse_count(text.strip().removeprefix("-"))
+    except UnitError as error:
+        raise InputError(f"{flag}: {error}", hint=f"for example {flag} 4096") from None
+    value = -value if negative else value
+    if value < least:
+        raise InputError(
+            f"{flag} {text}: must be at least {least}", hint=f"for example {flag} 4096"
+        )
+    return value
+
+
+def size(flag: str, text: str) -> int:
+    """Bytes from text such as ``2GiB``; a bare number counts bytes."""
+    from hardware_profiles.units import UnitError, parse_quantity
+
+    if text.strip().startswith("-"):
+        raise InputError(f"{flag} {text}: must not be negative", hint=f"for example {flag} 2GiB")
+    try:
+        return round(parse_quantity(text, base="B"))
+    except UnitError as error:
+        raise InputError(f"{flag}: {error}", hint=f"for example {flag} 2GiB") from None
+
+
+def _assignments(flag: str, items: Iterable[str]) -> dict[str, int]:
+    values: dict[str, int] = {}
+    for item in _split(items):
+        name, mark, text = item.partition("=")
+        if not mark:
+            raise InputError(
+                f"{flag} {item}: expected DEGREE=VALUE", hint=f"for example {flag} tp=8"
+            )
+        name = _degree(flag, name)
+        least = 0 if name == "zero_stage" else 1
+        value = count(f"{flag} {name}", text, least=least)
+        if values.setdefault(name, value) != value:
+            raise InputError(f"{flag} sets {name} to both {values[name]} and {value}")
+    return values
+
+
+def _degree(flag: str, name: str) -> str:
+    known = name.strip().replace("-", "_")
+    if known not in DEGREES:
+        raise InputError(f"{flag}: no degree {name!r}", hint=did_you_mean(known, list(DEGREES)))
+    return known
+
+
+def _split(items: Iterable[str]) -> list[str]:
+    return [part for item in items for part in item.split(",") if part.strip()]

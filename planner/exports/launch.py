@@ -1,0 +1,40 @@
+"""What an exporter returns: flags, environment and remarks for one target."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+Flag = tuple[str, ...]
+"""A flag with its values, e.g. ``("--tensor-model-parallel-size", "8")``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a plan on its target."""
+
+    target: str
+    devices: int
+    flags: tuple[Flag, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What the plan assumes and no flag can say."""
+
+    def line(self) -> str:
+        """All flags on one line, for an unquoted ``$(...)``: no value needs a shell's quotes."""
+        return " ".join(word for flag in self.flags for word in flag) + "\n"
+
+    def lines(self) -> str:
+        """One flag a line, quoted for a shell."""
+        return "".join(f"{shlex.join(flag)}\n" for flag in self.flags)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; ``argv`` is the list to pass to the program."""
+        return {
+            "target": self.target,
+            "devices": self.devices,
+            "argv": [word for flag in self.flags for word in flag],
+            "environment": self.environment,
+            "notes": list(self.notes),
+        }

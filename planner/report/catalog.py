@@ -1,0 +1,84 @@
+"""What ships, and one entry of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+
+from hardware_profiles.units import UnitError, format_bytes, format_count, to_si
+from planner.report import parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+MOST_ITEMS = 12
+"""Items of a list shown in an entry; the rest is counted."""
+
+
+def catalog_table(listing: dict[str, list[dict[str, Any]]]) -> RenderableType:
+    """Names, titles and aliases by kind; kinds without entries are left out."""
+    blocks: list[RenderableType] = []
+    for kind, entries in listing.items():
+        if not entries:
+            continue
+        table = parts.grid(("name", "left"), ("", "left"), ("also", "left"))
+        for entry in entries:
+            aliases = ", ".join(entry["aliases"])
+            table.add_row("", entry["name"], entry["title"], Text(aliases, style="dim"))
+        blocks += [*([Text()] if blocks else []), parts.section(f"{kind}s ({len(entries)})"), table]
+    return Group(*blocks)
+
+
+def entry_table(kind: str, document: dict[str, Any]) -> RenderableType:
+    """One entry: every field on a line, numbers with unit, kind and source."""
+    body = dict(document)
+    title = str(body.get("title") or body.get("name"))
+    blocks: list[RenderableType] = [parts.section(f"{kind} {body.get('name', '')}")]
+    if title != body.get("name"):
+        blocks.append(Text(f"  {title}", style="dim"))
+    counts = body.pop("parameters", None)
+    if isinstance(counts, dict):
+        text = " · ".join(f"{name} {format_count(value)}" for name, value in counts.items())
+        blocks.append(Text(f"  parameters: {text}", style="bold"))
+    for used in ("name", "title"):
+        body.pop(used, None)
+    table = parts.grid(("", "left"), ("", "left"), ("", "left"))
+    for key, value, origin in _rows(body, ""):
+        table.add_row("", key, value, Text(origin, style="dim"))
+    return Group(*blocks, table)
+
+
+def _rows(body: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for key, value in body.items():
+        path = f"{prefix}{key}"
+        if value in (None, [], {}, ""):
+            continue
+        if isinstance(value, dict) and {"value", "unit", "source"} <= value.keys():
+            yield path, _quantity(value), f"{value['kind']}: {value['source']}"
+        elif isinstance(value, dict):
+            yield from _rows(value, f"{path}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value[:MOST_ITEMS]):
+                yield from _rows(item, f"{path}[{index}].")
+            if len(value) > MOST_ITEMS:
+                yield path, f"... {len(value) - MOST_ITEMS} more", ""
+        elif isinstance(value, list):
+            shown = ", ".join(str(item) for item in value[:MOST_ITEMS])
+            rest = f", ... {len(value) - MOST_ITEMS} more" if len(value) > MOST_ITEMS else ""
+            yield path, shown + rest, ""
+        else:
+            yield path, str(value), ""
+
+
+def _quantity(value: dict[str, Any]) -> str:
+    text = f"{value['value']:,g} {value['unit']}".strip()
+    if value["unit"] != "B":
+        return text
+    try:
+        return f"{text} = {format_bytes(to_si(value['value'], value['unit']))}"
+    except UnitError:
+        return text

@@ -1,0 +1,85 @@
+"""A complete request: model, cluster, job and stack, with every default filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from cost_models.graph import WorkloadGraph
+from cost_models.step import Machine
+from hardware_profiles.schema import ClusterSpec, StackSpec
+from planner.models.spec import ModelSpec
+from planner.specs import JobSpec
+
+DEFAULT_BATCH_TOKENS = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan. ``job`` has ``sequence_length`` and ``global_batch`` set."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    job: JobSpec
+    stack: StackSpec
+
+    @property
+    def sequence(self) -> int:
+        """Tokens per sample."""
+        assert self.job.sequence_length is not None
+        return self.job.sequence_length
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step."""
+        assert self.job.global_batch is not None
+        return self.job.global_batch
+
+    @property
+    def devices(self) -> int:
+        """Devices of the cluster; a plan uses all of them."""
+        return self.cluster.devices
+
+    @cached_property
+    def machine(self) -> Machine:
+        """What prices depend on besides the layer and the layout."""
+        return Machine(self.cluster, self.stack, self.job.precision, self.job.optimizer)
+
+    @cached_property
+    def workload(self) -> WorkloadGraph:
+        """The model lowered under the job and the stack."""
+        from planner.workload import build_workload
+
+        return build_workload(self.model, self.job, self.stack, self.machine.device)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes per device that the user keeps free."""
+        return self.job.memory_reserve_bytes or 0
+
+
+def fill_defaults(job: JobSpec, model: ModelSpec, devices: int) -> JobSpec:
+    """``job`` with sequence length and global batch in samples set.
+
+    The sequence length defaults to the model's maximum, at most 4096 (8192 where the maximum
+    exceeds 8192). The batch defaults to about 4 Mi tokens, rounded to the multiple of the device
+    count (or, below that, the power of two) that is nearest.
+    """
+    sequence = job.sequence_length
+    if sequence is None:
+        longest = model.max_sequence or 4096
+        sequence = 8192 if longest > 8192 else min(longest, 4096)
+    batch = job.global_batch
+    if batch is None:
+        tokens = job.global_batch_tokens or DEFAULT_BATCH_TOKENS
+        batch = max(1, round(tokens / sequence))
+        if job.global_batch_tokens is None:
+            unit = devices if batch >= devices else 1 << max(0, batch.bit_length() - 1)
+            batch = max(1, round(batch / unit)) * unit
+    return job.model_copy(
+        update={
+            "sequence_length": sequence,
+            "global_batch": batch,
+            "global_batch_tokens": batch * sequence,
+        }
+    )

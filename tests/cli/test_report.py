@@ -1,0 +1,158 @@
+"""Tables: what they say, that they fit their width, and that ASCII terminals can show them."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import RenderableType
+
+from planner.report.console import to_text
+from planner.report.evaluation import evaluation_table
+from planner.report.infeasibility import infeasibility_table
+from planner.report.plan import plan_table
+from planner.report.validation import step_time_errors, validation_table
+from planner.report.words import changes, equal_runs, extent, seconds, span
+from tests.cli import sample
+
+WIDTHS = [60, 80, 100, 160]
+PLANS = ["dense_plan", "interleaved_plan", "moe_plan", "single_device_plan"]
+
+
+def text_of(table: RenderableType, monkeypatch: pytest.MonkeyPatch, width: int = 80) -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    return to_text(table, stream=None)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", PLANS)
+def test_no_line_is_wider_than_the_terminal(name, width, monkeypatch) -> None:
+    text = text_of(plan_table(getattr(sample, name)()), monkeypatch, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_stays_short(name, monkeypatch) -> None:
+    assert len(text_of(plan_table(getattr(sample, name)()), monkeypatch).splitlines()) <= 64
+    assert len(text_of(plan_table(getattr(sample, name)()), monkeypatch, 160).splitlines()) <= 42
+
+
+def test_a_plan_says_what_an_expert_asks(monkeypatch) -> None:
+    plan = sample.dense_plan()
+    text = " ".join(text_of(plan_table(plan), monkeypatch, 160).split())
+    for said in (
+        "llama-3.1-405b on dgx-h100:2048",
+        "512 x 8,192 = 4.19 M tokens per step",
+        "18.0 s between 16.6 s and 19.8 s",
+        "28.4 tokens/s per device",
+        "41.2 % causal attention, bf16 peak 989 TFLOP/s",
+        "66.5 GiB of 80.0 GiB (83 %)",
+        "tp 8 + sp · pp 16 · dp_shard 128",
+        "1f1b · 4 microbatches of 1 per step · ZeRO 1",
+        "1-14 1024-15359 8 each (7-118) full 2",
+        "13.9 s 77.2 %",
+        "optimal within 0.39 %",
+        "90,000 microbatch does not divide the batch",
+        "19.4 s +7.8 % 61.0 GiB simplest sharding",
+        "zero_stage 0 (was 1)",
+        "the cluster has 2 devices more than the layout uses",
+    ):
+        assert said in text
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much(monkeypatch) -> None:
+    layout = sample.dense_plan().layout
+    prediction = sample.prediction(layout, fits=False)
+    text = " ".join(text_of(evaluation_table(layout, prediction), monkeypatch, 160).split())
+    assert "96.5 GiB of 80.0 GiB (121 %) on the fullest device, 16.5 GiB too much" in text
+
+
+def test_infeasibility_names_the_device_by_category_and_the_ways_out(monkeypatch) -> None:
+    text = " ".join(text_of(infeasibility_table(sample.infeasibility()), monkeypatch).split())
+    assert "needs 96.5 GiB of 80.0 GiB per device" in text
+    assert "activations 66.0 GiB 68.4 %" in text
+    assert "9.40 s double the nodes to 4096 fits" in text
+
+
+def test_a_stream_that_is_ascii_gets_ascii(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    text = to_text(plan_table(sample.moe_plan()), stream=stream)
+    assert text.isascii()
+    assert "#####" in text
+
+
+def test_no_colour_outside_a_terminal(monkeypatch) -> None:
+    assert "\x1b" not in text_of(plan_table(sample.dense_plan()), monkeypatch)
+
+
+def test_many_unlike_stages_are_cut_and_said(monkeypatch) -> None:
+    counts = [[(rank % 2) + 3 for rank in range(36)]]
+    plan = sample.dense_plan()
+    layout = plan.layout.model_copy(update={"pp": 36, "stages": sample.stages(counts)})
+    plan = plan.model_copy(update={"layout": layout, "prediction": sample.prediction(layout)})
+    assert "24 more stages: see --format json" in text_of(plan_table(plan), monkeypatch)
+
+
+def test_validation_errors_are_predicted_over_measured() -> None:
+    rows = [
+        {"id": "a", "status": "priced", "predicted_step_time_s": 11.0, "measured_step_time_s": 10},
+        {"id": "b", "status": "priced", "predicted_step_time_s": 1.0, "measured_step_time_s": None},
+        {"id": "c", "status": "skipped", "reason": "fp8 on a device without it"},
+    ]
+    [(name, error)] = step_time_errors({"rows": rows})
+    assert name == "a"
+    assert error == pytest.approx(0.1)
+
+
+def test_validation_table_counts_what_was_skipped(monkeypatch) -> None:
+    row = {
+        "id": "run-1", "status": "priced", "predicted_step_time_s": 9.0,
+        "measured_step_time_s": 10.0, "band_s": [8.0, 10.5], "predicted_peak_gib": 40.0,
+        "measured_peak_gib": 42.0,
+    }  # fmt: skip
+    skipped = [{"id": f"s{i}", "status": "skipped", "reason": "no layers"} for i in range(3)]
+    document = {"rows": [row, *skipped], "summary": {"priced": 1, "median": 0.1}}
+    text = " ".join(text_of(validation_table(document), monkeypatch, 100).split())
+    assert "run-1 10.0 s 9.00 s -10.0 % yes 40.0 / 42.0" in text
+    assert "3 no layers" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(18.0, "18.0 s"), (0.6, "600 ms"), (1234.5, "1,234 s"), (999.7, "1,000 s"),
+     (2.5e-5, "25.0 us"), (3e-9, "3 ns"), (0, "0 s")],
+)  # fmt: skip
+def test_seconds_keep_three_digits(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_extent_joins_a_range() -> None:
+    assert extent([2.0, 2.0], seconds) == "2.00 s"
+    assert extent([3.0, 2.0], seconds) == "2.00-3.00 s"
+    assert extent([0.5, 2.0], seconds) == "500 ms-2.00 s"
+
+
+def test_runs_and_spans_are_half_open() -> None:
+    assert equal_runs(["a", "b", "b"]) == [(0, 1), (1, 3)]
+    assert [span(0, 1), span(1, 3)] == ["0", "1-2"]
+
+
+def test_changes_name_old_and_new() -> None:
+    base = sample.dense_plan().layout
+    other = base.model_copy(update={"tp": 4, "sequence_parallel": False})
+    assert changes(base, other) == "tp 4 (was 8), sequence_parallel off (was on)"
+    assert changes(base, base) == "same degrees"
+
+
+def test_samples_keep_the_promises_of_the_document() -> None:
+    for name in PLANS:
+        plan = getattr(sample, name)()
+        prediction = plan.prediction
+        assert sum(t.seconds or 0 for t in prediction.time) == pytest.approx(prediction.step_time_s)
+        for stage in prediction.stages:
+            assert sum(term.bytes or 0 for term in stage.memory) == stage.peak_bytes
+        assert re.fullmatch(r"sha256:[0-9a-f]{16}", plan.inputs.model.digest)
+        certificate = plan.certificate
+        assert sum(certificate.removed.values()) + certificate.priced == certificate.space_size

@@ -1,0 +1,189 @@
+"""The devices that ship: valid, plausible, and as accurate on the measured tables as they say."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cost_models import compute
+from hardware_profiles.schema import DeviceSpec, Kind
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "hardware_profiles" / "devices").glob("*.yaml"))
+DATA = ROOT / "benchmarks" / "kernels" / "data"
+EXPECTED = {
+    "a100-pcie-80gb",
+    "a100-sxm-40gb",
+    "a100-sxm-80gb",
+    "b200-sxm-180gb",
+    "h100-sxm-80gb",
+    "h200-sxm-141gb",
+    "h800-sxm-80gb",
+    "rtx-4090",
+}
+
+
+def _load(path: Path) -> DeviceSpec:
+    return DeviceSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+DEVICES = {path.stem: _load(path) for path in FILES}
+
+
+def test_the_promised_devices_ship() -> None:
+    assert set(DEVICES) >= EXPECTED
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_rates_are_below_what_was_measured_and_that_below_the_peak(name: str) -> None:
+    device = DEVICES[name]
+    assert device.name == name
+    for dtype, best in device.best_matmul_flops.items():
+        peak = device.peak_flops[dtype].si
+        assert best.si <= peak
+        # Training cannot sustain more than the best shape ever published for the device.
+        assert device.kernels.matmul[dtype].e_compute * peak <= best.si
+    for dtype, constants in device.kernels.matmul.items():
+        assert dtype in device.peak_flops
+        assert constants.e_compute <= 1.0
+        assert constants.t0_s > 0.0
+        assert constants.kind is Kind.ASSUMED or constants.error_median is not None
+    assert device.kernels.attention
+    assert 2**30 < device.memory_capacity.si < 2**38
+
+
+def test_borrowed_constants_equal_their_lender() -> None:
+    for name, lender in (("h800-sxm-80gb", "h100-sxm-80gb"), ("a100-sxm-40gb", "a100-sxm-80gb")):
+        for dtype, constants in DEVICES[name].kernels.matmul.items():
+            assert constants.borrowed_from == lender
+            own = DEVICES[lender].kernels.matmul[dtype]
+            assert constants.model_copy(update={"borrowed_from": None}) == own
+
+
+def test_an_a100_has_no_fp8() -> None:
+    with pytest.raises(ValueError, match="a100-sxm-80gb has no fp8 matrix products"):
+        compute.matmul_time_s(DEVICES["a100-sxm-80gb"], "fp8", 4096, 4096, 4096)
+
+
+def _rows(name: str, **wanted: str) -> list[dict[str, str]]:
+    opener: Any = gzip.open if name.endswith(".gz") else open
+    with opener(DATA / name, "rt", encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _column(rows: list[dict[str, str]], name: str) -> Any:
+    return np.array([float(row[name]) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "column", "median", "p90"),
+    [
+        ("a100-sxm-80gb", "bf16", "us_sglang", 0.05, 0.14),
+        ("h100-sxm-80gb", "bf16", "us_sglang", 0.06, 0.14),
+        ("h200-sxm-141gb", "bf16", "us_sglang", 0.06, 0.22),
+        ("h100-sxm-80gb", "fp8", "us_trtllm", 0.09, 0.30),
+        ("h200-sxm-141gb", "fp8", "us_trtllm", 0.09, 0.30),
+    ],
+)
+def test_training_size_products_agree_with_the_tables(
+    name: str, dtype: str, column: str, median: float, p90: float
+) -> None:
+    rows = [row for row in _rows("gemm.csv.gz", device=name, dtype=dtype) if row[column]]
+    rows = [row for row in rows if min(int(row["m"]), int(row["n"]), int(row["k"])) >= 1024]
+    assert len(rows) > 200
+    m, n, k, us = (_column(rows, c) for c in ("m", "n", "k", column))
+    error = np.abs(compute.matmul_time_s(DEVICES[name], dtype, m, n, k) / (us * 1e-6) - 1)
+    assert np.median(error) < median
+    assert np.quantile(error, 0.9) < p90
+
+
+@pytest.mark.parametrize("name", ["a100-pcie-80gb", "b200-sxm-180gb"])
+@pytest.mark.parametrize("stage", ["fprop", "dgrad", "wgrad"])
+def test_training_kernels_agree_with_the_training_table(name: str, stage: Any) -> None:
+    rows = _rows("gemm_train.csv", device=name, stage=stage)
+    rows = [row for row in rows if stage != "wgrad" or row["out_dtype"] == "fp32"]
+    assert len(rows) > 20
+    m, n, k, us = (_column(rows, c) for c in ("m", "n", "k", "us"))
+    found = compute.matmul_time_s(DEVICES[name], "bf16", m, n, k, stage=stage)
+    assert np.median(np.abs(found / (us * 1e-6) - 1)) < 0.09
+
+
+@pytest.mark.parametrize("name", ["a100-pcie-80gb", "b200-sxm-180gb"])
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_training_attention_agrees_with_the_training_table(name: str, stage: Any) -> None:
+    rows = _rows("attention_train.csv", device=name, stage=stage)
+    # Below 150 us halving the heads does not shorten the kernel: the host was timed.
+    rows = [row for row in rows if float(row["us"]) >= 150]
+    assert len(rows) > 5
+    kernel = "flash4" if name.startswith("b200") else "flash2"
+    length = _column(rows, "seq_len")
+    found = compute.attention_time_s(
+        DEVICES[name],
+        "bf16",
+        kernel,
+        batch=1,
+        q_len=length,
+        kv_len=length,
+        heads=_column(rows, "heads"),
+        kv_heads=_column(rows, "kv_heads"),
+        qk_head_dim=_column(rows, "qk_head_dim"),
+        v_head_dim=_column(rows, "v_head_dim"),
+        causal=True,
+        stage=stage,
+    )
+    assert np.median(np.abs(found / (_column(rows, "us") * 1e-6) - 1)) < 0.13
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_more_work_never_costs_less_and_nothing_is_free(name: str) -> None:
+    device = DEVICES[name]
+    sizes = np.unique(np.geomspace(1, 65536, 120).astype(int)).astype(float)
+    for order in ((sizes, 4096, 4096), (4096, sizes, 4096), (4096, 4096, sizes)):
+        found = compute.matmul_time_s(device, "bf16", *order)
+        assert np.all(found > 0.0)
+        assert np.all(np.diff(found) >= 0.0)
+    assert np.all(compute.memory_bound_time_s(device, sizes) > 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_one_configuration_costs_the_same_alone_and_among_many(name: str) -> None:
+    device = DEVICES[name]
+    kernel = sorted(device.kernels.attention)[-1]
+    sizes = np.random.default_rng(7).integers(1, 20000, (3, 257))
+    many = compute.matmul_time_s(device, "bf16", *sizes)
+    alone = [float(compute.matmul_time_s(device, "bf16", *(int(v) for v in s))) for s in sizes.T]
+    assert many.tolist() == alone
+
+    def attention(length: Any) -> Any:
+        return compute.attention_time_s(
+            device,
+            "bf16",
+            kernel,
+            batch=2,
+            q_len=length,
+            kv_len=length,
+            heads=8,
+            kv_heads=2,
+            qk_head_dim=128,
+            v_head_dim=128,
+            causal=True,
+            stage="backward",
+        )
+
+    assert attention(sizes[0]).tolist() == [float(attention(int(v))) for v in sizes[0]]
+
+
+def test_a_million_products_are_priced_in_less_than_a_second() -> None:
+    sizes = np.random.default_rng(3).integers(1, 65536, (3, 1_000_000)).astype(float)
+    start = time.process_time()
+    found = compute.matmul_time_s(DEVICES["h100-sxm-80gb"], "bf16", *sizes)
+    assert time.process_time() - start < 1.0
+    assert found.shape == (1_000_000,)

@@ -1,0 +1,126 @@
+"""Parameter counts against models built by real software, and against published tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.errors import UnknownModelError
+from planner.models import catalog
+from planner.models.reader import model_from_document, read_model
+from planner.models.weights import parameter_counts
+
+DATA = json.loads((Path(__file__).parent / "data" / "parameter_counts.json").read_text())["models"]
+
+REFUSED = {
+    "Qwen--Qwen2-VL-7B": "vision tower",
+    "Qwen--Qwen3-VL-30B-A3B-Instruct": "vision tower",
+    "Qwen--Qwen3-VL-8B-Instruct": "vision tower",
+    "Qwen--Qwen3.5-27B": "linear-attention layers",
+    "Qwen--Qwen3.5-35B-A3B": "linear-attention layers",
+    "Qwen--Qwen3.5-397B-A17B": "linear-attention layers",
+    "ai21labs--Jamba-v0.1": "state-space",
+    "deepseek-ai--DeepSeek-V3.2": "sparse-attention indexer",
+    "google--gemma-4-26B-A4B": "vision tower",
+    "meta-llama--Llama-4-Maverick-17B-128E-Instruct": "experts on every n-th layer",
+    "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "state-space",
+    "state-spaces--mamba-2.8b-hf": "state-space",
+    "zai-org--GLM-5": "sparse-attention indexer",
+}
+"""Architectures without a reader, and what the refusal must name."""
+
+READ = sorted(DATA.keys() - REFUSED.keys())
+
+
+def test_every_reference_model_is_read_or_refused() -> None:
+    assert len(DATA) == 47
+    assert REFUSED.keys() <= DATA.keys()
+    assert len(READ) == 34
+
+
+@pytest.mark.parametrize("name", READ)
+def test_counts_equal_the_built_model(name: str) -> None:
+    expected = DATA[name]
+    counts = parameter_counts(model_from_document(expected["config"], where=name))
+    assert counts.total == expected["total"]
+    assert counts.embedding == expected["embedding"]
+    assert counts.head == expected["lm_head"]
+    assert counts.active == expected["active"]
+    assert counts.routed_experts == expected["routed_experts"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_catalogue_model_has_the_counts_of_its_public_id(name: str) -> None:
+    counts = parameter_counts(read_model(name.replace("--", "/")))
+    assert counts.total == DATA[name]["total"]
+    assert counts.embedding == DATA[name]["embedding"]
+    assert counts.active == DATA[name]["active"]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_an_architecture_without_a_reader_is_refused_by_what_it_has(name: str) -> None:
+    config: dict[str, Any] = DATA[name]["config"]
+    with pytest.raises(UnknownModelError) as caught:
+        model_from_document(config, where=f"{name}.json")
+    assert config["model_type"] in caught.value.message
+    assert REFUSED[name] in caught.value.message
+    assert caught.value.hint is not None
+    assert "nearest known family" in caught.value.hint
+    assert "set model_type" not in caught.value.hint
+
+
+PTDP = {
+    "gpt-1.7b": 1.7,
+    "gpt-3.6b": 3.6,
+    "gpt-7.5b": 7.5,
+    "gpt-18.4b": 18.4,
+    "gpt-39.1b": 39.1,
+    "gpt-76.1b": 76.1,
+    "gpt-145.6b": 145.6,
+    "gpt-310.1b": 310.1,
+    "gpt-529.6b": 529.6,
+    "gpt-1t": 1008.0,
+}
+"""Parameters in billions as arXiv 2104.04473, Table 1, prints them."""
+
+
+@pytest.mark.parametrize("name", sorted(PTDP))
+def test_megatron_series_has_the_published_size(name: str) -> None:
+    # Equation 2 of the paper, P = 12 l h^2 (1 + 13/(12h) + (V + s)/(12 l h)), counts everything
+    # but the final LayerNorm's 2h.
+    model = read_model(name)
+    layers, hidden = model.layer_count, model.hidden
+    formula = 12 * layers * hidden**2 + 13 * layers * hidden + (51200 + 2048) * hidden
+    counts = parameter_counts(model)
+    assert counts.total == formula + 2 * hidden
+    assert counts.total / 1e9 == pytest.approx(PTDP[name], abs=0.05)
+
+
+PYTHIA = {
+    "pythia-1b": (1_011_781_632, 805_736_448),
+    "pythia-1.4b": (1_414_647_808, 1_208_602_624),
+    "pythia-2.8b": (2_775_208_960, 2_517_652_480),
+    "pythia-6.9b": (6_857_302_016, 6_444_163_072),
+    "pythia-12b": (11_846_072_320, 11_327_027_200),
+}
+"""Total and non-embedding parameters: model cards of EleutherAI's Pythia suite."""
+
+
+@pytest.mark.parametrize("name", sorted(PYTHIA))
+def test_pythia_has_the_published_counts(name: str) -> None:
+    counts = parameter_counts(read_model(name))
+    assert (counts.total, counts.total - counts.embedding - counts.head) == PYTHIA[name]
+
+
+def test_catalogue_is_broad_and_every_model_reads() -> None:
+    entries = catalog.catalog_models()
+    assert len(entries) >= 30
+    for entry in entries:
+        model = read_model(entry.name)
+        assert model.name == entry.name
+        assert model.family == entry.family
+        assert model.source == entry.source
+        assert parameter_counts(model).total > 1e8
