@@ -119,9 +119,17 @@ def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
 
 
 def price_configs(
-    workload: WorkloadGraph, machine: Machine, configs: Configs, *, reserve_bytes: int = 0
+    workload: WorkloadGraph,
+    machine: Machine,
+    configs: Configs,
+    *,
+    reserve_bytes: int = 0,
+    capacity_bytes: int | None = None,
 ) -> PricedConfigs:
-    """Price every configuration; ``reserve_bytes`` per device are kept free."""
+    """Price every configuration; ``reserve_bytes`` per device are kept free.
+
+    ``capacity_bytes`` stands in for the device's own memory.
+    """
     shard_keys, shard_of_key = _unique(configs.shard_columns())
     shards = _shard_from_keys(workload, shard_keys)
     key_columns, config_of = _unique([shard_of_key, *configs.data_columns()])
@@ -164,7 +172,7 @@ def price_configs(
             )
         ),
         fixed_bytes=int(stack.context_bytes.si) + int(stack.allocator_slack.si) + reserve_bytes,
-        capacity_bytes=int(machine.device.memory_capacity.si),
+        capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from cost_models.layout import RecomputeMode, Schedule
 from cost_models.schedule import Timeline, live_peaks, simulate
@@ -76,28 +76,24 @@ class Leaf:
         return self.pp * self.vpp
 
     @cached_property
-    def prefix(self) -> tuple[tuple[int, ...], ...]:
-        """``prefix[field][i]``: the field summed over the first ``i`` layers."""
-        result = []
-        for field in Field:
-            total, sums = 0, [0]
-            for kind in self.sequence:
-                total += self.kinds[kind][field]
-                sums.append(total)
-            result.append(tuple(sums))
-        return tuple(result)
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        """``counts[i][kind]``: layers of each kind among the first ``i``."""
+        return _running_counts(self.sequence, len(self.kinds))
 
     @cached_property
-    def kind_counts(self) -> tuple[tuple[int, ...], ...]:
-        """``kind_counts[kind][i]``: layers of that kind among the first ``i``."""
-        result = []
-        for kind in range(len(self.kinds)):
-            total, sums = 0, [0]
-            for other in self.sequence:
-                total += other == kind
-                sums.append(total)
-            result.append(tuple(sums))
-        return tuple(result)
+    def chunk_cache(self) -> dict[tuple[object, ...], ChunkCosts]:
+        """Costs of chunks by what they hold; see :func:`chunk_costs`."""
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _running_counts(sequence: tuple[int, ...], kinds: int) -> tuple[tuple[int, ...], ...]:
+    counts = [0] * kinds
+    result = [tuple(counts)]
+    for kind in sequence:
+        counts[kind] += 1
+        result.append(tuple(counts))
+    return tuple(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,38 +119,55 @@ class ChunkCosts:
 
 
 def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recompute) -> ChunkCosts:
-    """Costs of virtual stage ``stage`` holding layers ``first .. last - 1``."""
-    prefix, mode = leaf.prefix, recompute[0]
+    """Costs of virtual stage ``stage`` holding layers ``first .. last - 1``.
 
-    def total(field: Field) -> int:
-        return prefix[field][last] - prefix[field][first]
+    Chunks of the same layers in the same place (an end, or between) cost the same, and most chunks
+    of a model are alike: results are kept per leaf.
+    """
+    mode, limit = recompute
+    counts = leaf.counts
+    split = last if mode != "full" else min(last, first + limit)
+    held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
+    front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
+    key = (stage == 0, stage == leaf.stages - 1, mode, held, front)
+    known = leaf.chunk_cache.get(key)
+    if known is None:
+        known = leaf.chunk_cache[key] = _chunk_costs(leaf, key[0], key[1], mode, held, front)
+    return known
 
-    backward = total(Field.BACKWARD)
-    split = first
-    if mode == "none":
-        activation = total(Field.ACT_NONE)
-        working = _largest(leaf, Field.WORK_NONE, first, last)
-    elif mode == "selective":
-        backward += total(Field.SELECTIVE)
-        activation = total(Field.ACT_SELECTIVE)
-        working = _largest(leaf, Field.WORK_SELECTIVE, first, last)
-    else:
-        split = min(last, first + recompute[1])
-        backward += prefix[Field.FULL][split] - prefix[Field.FULL][first]
-        activation = (
-            prefix[Field.ACT_FULL][split] - prefix[Field.ACT_FULL][first]
-            + prefix[Field.ACT_NONE][last] - prefix[Field.ACT_NONE][split]
-        )  # fmt: skip
-        working = max(
-            _largest(leaf, Field.WORK_FULL, first, split),
-            _largest(leaf, Field.WORK_NONE, split, last),
-        )
-    forward = total(Field.FORWARD)
-    gradient = total(Field.GRADIENT)
-    update = total(Field.OPTIMIZER) + total(Field.PARAMETER)
-    static = total(Field.STATIC)
-    gathered = _largest(leaf, Field.GATHERED, first, last)
-    for end, present in ((leaf.embedding, stage == 0), (leaf.head, stage == leaf.stages - 1)):
+
+_MODE_FIELDS = {
+    "none": (Field.ACT_NONE, Field.WORK_NONE, None),
+    "selective": (Field.ACT_SELECTIVE, Field.WORK_SELECTIVE, Field.SELECTIVE),
+    "full": (Field.ACT_FULL, Field.WORK_FULL, Field.FULL),
+}
+"""Activation and working bytes, and extra backward time, of a layer in each mode."""
+
+
+def _chunk_costs(
+    leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
+    front: tuple[int, ...],
+) -> ChunkCosts:  # fmt: skip
+    """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
+    forward = backward = gradient = update = static = activation = working = gathered = 0
+    kept, short, extra = _MODE_FIELDS[mode]
+    for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
+        if not total:
+            continue
+        forward += total * kind[Field.FORWARD]
+        backward += total * kind[Field.BACKWARD]
+        gradient += total * kind[Field.GRADIENT]
+        update += total * (kind[Field.OPTIMIZER] + kind[Field.PARAMETER])
+        static += total * kind[Field.STATIC]
+        gathered = max(gathered, kind[Field.GATHERED])
+        if extra is not None:
+            backward += changed * kind[extra]
+        activation += changed * kind[kept] + (total - changed) * kind[Field.ACT_NONE]
+        if changed:
+            working = max(working, kind[short])
+        if changed < total:
+            working = max(working, kind[Field.WORK_NONE])
+    for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
             forward += end[Field.FORWARD]
             backward += end[Field.BACKWARD]
@@ -164,17 +177,7 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
             activation += end[Field.ACT_NONE]
             working = max(working, end[Field.WORK_NONE])
             gathered = max(gathered, end[Field.GATHERED])
-    return ChunkCosts(
-        forward, backward, gradient, update, static, activation, working + gathered
-    )
-
-
-def _largest(leaf: Leaf, field: Field, first: int, last: int) -> int:
-    largest = 0
-    for kind, counts in enumerate(leaf.kind_counts):
-        if counts[last] > counts[first]:
-            largest = max(largest, leaf.kinds[kind][field])
-    return largest
+    return ChunkCosts(forward, backward, gradient, update, static, activation, working + gathered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,31 +185,40 @@ class RankCosts:
     """One pipeline rank: its chunks, and what they add up to."""
 
     chunks: tuple[ChunkCosts, ...]
+    work_ns: int
+    """Forward and backward of one microbatch through all chunks."""
     gradient_ns: int
     update_ns: int
-    peak_bytes: int
-
-    @property
-    def work_ns(self) -> int:
-        """Forward and backward of one microbatch through all chunks."""
-        return sum(chunk.forward_ns + chunk.backward_ns for chunk in self.chunks)
 
 
-def rank_costs(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> RankCosts:
-    """Sum the chunks of a rank and find its peak bytes."""
-    peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
-    activations = max(
-        sum(live * chunk.activation_bytes for live, chunk in zip(peak, chunks, strict=True))
-        for peak in peaks
-    )
+def rank_costs(leaf: Leaf, chunks: tuple[ChunkCosts, ...]) -> RankCosts:
+    """Sum the chunks of a rank."""
     return RankCosts(
         chunks=chunks,
-        gradient_ns=leaf.bucket_ns + sum(chunk.gradient_ns for chunk in chunks),
-        update_ns=sum(chunk.update_ns for chunk in chunks),
-        peak_bytes=leaf.fixed_bytes
-        + sum(chunk.static_bytes for chunk in chunks)
-        + activations
-        + max(chunk.working_bytes for chunk in chunks),
+        work_ns=sum([chunk.forward_ns + chunk.backward_ns for chunk in chunks]),
+        gradient_ns=leaf.bucket_ns + sum([chunk.gradient_ns for chunk in chunks]),
+        update_ns=sum([chunk.update_ns for chunk in chunks]),
+    )
+
+
+def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
+    """Most bytes that a device of ``rank`` holds at once."""
+    return (
+        leaf.fixed_bytes
+        + sum([chunk.static_bytes for chunk in chunks])
+        + live_activations(leaf, rank, chunks)[0]
+        + max([chunk.working_bytes for chunk in chunks])
+    )
+
+
+def live_activations(
+    leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Most activation bytes alive at once, and the microbatches per chunk that they belong to."""
+    peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
+    sizes = [chunk.activation_bytes for chunk in chunks]
+    return max(
+        (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
     )
 
 
@@ -217,14 +229,20 @@ def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
         chunk_costs(leaf, j, bounds[j], bounds[j + 1], completion.recompute[j])
         for j in range(leaf.stages)
     ]
-    return tuple(
-        rank_costs(leaf, rank, tuple(chunks[rank :: leaf.pp])) for rank in range(leaf.pp)
-    )
+    return tuple(rank_costs(leaf, tuple(chunks[rank :: leaf.pp])) for rank in range(leaf.pp))
+
+
+def peaks(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> tuple[int, ...]:
+    """Peak bytes of every rank."""
+    return tuple(peak_bytes(leaf, rank, costs.chunks) for rank, costs in enumerate(ranks))
 
 
 def fits(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> bool:
     """Whether every rank's peak is within capacity."""
-    return all(rank.peak_bytes <= leaf.capacity_bytes for rank in ranks)
+    return all(
+        peak_bytes(leaf, rank, costs.chunks) <= leaf.capacity_bytes
+        for rank, costs in enumerate(ranks)
+    )
 
 
 @dataclass(frozen=True, slots=True)

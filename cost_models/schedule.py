@@ -76,15 +76,20 @@ def live_peaks(
         return ((microbatches,),)
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
-    # The pattern repeats every pp microbatches once warm: a longer run adds no new peak.
-    shortened = min(microbatches, (2 * vpp + 4) * pp)
+    # Live microbatches grow during the warm-up and then stay at their most: one more forward
+    # follows each backward. The pattern repeats every pp microbatches of every chunk.
+    shortened = min(microbatches, (vpp + 4) * pp // vpp // pp * pp + 4 * pp)
     live = [0] * vpp
-    seen: set[tuple[int, ...]] = set()
+    seen: dict[tuple[int, ...], None] = {}
     for action in rank_order(schedule, pp, vpp, shortened, rank):
         live[action.chunk] += 1 if action.forward else -1
         if action.forward:
-            seen.add(tuple(live))
-    return tuple(sorted(v for v in seen if not any(_dominates(o, v) for o in seen)))
+            seen[tuple(live)] = None
+    most = max(sum(vector) for vector in seen)
+    full = [vector for vector in seen if sum(vector) == most]
+    others = [v for v in seen if sum(v) < most and not any(_dominates(o, v) for o in full)]
+    kept = [v for v in others if not any(_dominates(o, v) for o in others)]
+    return tuple(sorted(full + kept))
 
 
 def _dominates(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -80,7 +80,7 @@ class AttentionConstants(Profile):
     executes (half of full attention when it skips masked blocks), reached for long sequences and
     large heads; ``half_length`` (``half_length_backward``: its own value in the backward pass) is
     the mean number of keys per query, ``half_head_dim`` the head dimension, at which half
-    of it is reached. ``wave_share`` is as for matrix products.
+    of it is reached in the forward pass. ``wave_share`` is as for matrix products.
     ``error_median`` and ``error_p90`` are relative errors on left-out forward shapes.
     """
 

@@ -22,10 +22,11 @@ from cost_models.leaf import (
     StepTime,
     fits,
     interleaved_bounds,
+    live_activations,
+    peak_bytes,
     simulate_step,
     stage_costs,
 )
-from cost_models.schedule import live_peaks
 from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
 from planner.errors import InputError, did_you_mean
 from planner.plan import (
@@ -83,8 +84,9 @@ def configs_of(layout: Layout) -> Configs:
 def price(layout: Layout, request: Request) -> Priced:
     """Price a complete layout by exact simulation."""
     tables = price_configs(
-        request.workload, request.machine, configs_of(layout), reserve_bytes=request.reserve_bytes
-    )
+        request.workload, request.machine, configs_of(layout),
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
+    )  # fmt: skip
     leaf = tables.leaf(
         0,
         schedule=layout.schedule,
@@ -251,16 +253,13 @@ def _stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredi
         first, last = completion.bounds[j], completion.bounds[j + 1]
         layers += last - first
         for field in sums:
-            sums[field] += leaf.prefix[field][last] - leaf.prefix[field][first]
+            counts = zip(leaf.kinds, leaf.counts[first], leaf.counts[last], strict=True)
+            sums[field] += sum(kind[field] * (after - before) for kind, before, after in counts)
             if j == 0:
                 sums[field] += leaf.embedding[field]
             if j == leaf.stages - 1:
                 sums[field] += leaf.head[field]
-    peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
-    activations, live = max(
-        (sum(n * chunk.activation_bytes for n, chunk in zip(peak, costs.chunks, strict=True)), peak)
-        for peak in peaks
-    )
+    activations, live = live_activations(leaf, rank, costs.chunks)
     working = max(chunk.working_bytes for chunk in costs.chunks)
     held = "+".join(str(n) for n in live)
     stack = priced.tables.machine.stack
@@ -280,7 +279,7 @@ def _stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredi
     if reserve:
         terms.append(Term(name="reserve", bytes=reserve, detail="kept free as asked"))
     return StagePrediction(
-        peak_bytes=costs.peak_bytes,
+        peak_bytes=peak_bytes(leaf, rank, costs.chunks),
         memory=tuple(terms),
         compute_s=costs.work_ns * leaf.microbatches / SECOND,
         layers=layers,
@@ -301,7 +300,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     for j in range(rank, leaf.stages, leaf.pp):
         first, last = completion.bounds[j], completion.bounds[j + 1]
         for index, name in enumerate(names):
-            count = leaf.kind_counts[index][last] - leaf.kind_counts[index][first]
+            count = leaf.counts[last][index] - leaf.counts[first][index]
             if count:
                 parts.append((times[name], count, leaf.kinds[index]))
         if j == 0:

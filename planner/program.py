@@ -40,6 +40,7 @@ from cost_models.leaf import (
     extend_label,
     fits,
     interleaved_bounds,
+    peak_bytes,
     rank_costs,
     stage_costs,
     surrogate_ns,
@@ -64,9 +65,9 @@ class Rows:
         """Costs of ``rank`` with layers ``first .. last - 1``; None where it does not fit."""
         key = (rank, first, last, option)
         if key not in self.cache:
-            chunk = chunk_costs(self.leaf, rank, first, last, option)
-            costs = rank_costs(self.leaf, rank, (chunk,))
-            self.cache[key] = costs if costs.peak_bytes <= self.leaf.capacity_bytes else None
+            chunks = (chunk_costs(self.leaf, rank, first, last, option),)
+            fits = peak_bytes(self.leaf, rank, chunks) <= self.leaf.capacity_bytes
+            self.cache[key] = rank_costs(self.leaf, chunks) if fits else None
         return self.cache[key]
 
 
@@ -154,13 +155,14 @@ def _firsts(rank: int, last: int, rows: Rows) -> Iterator[int]:
 
 def _least_work(leaf: Leaf, options: tuple[Recompute, ...]) -> list[int]:
     """``result[i]``: least forward plus backward of the first ``i`` layers over the options."""
-    prefix = leaf.prefix
-    modes = {mode for mode, _ in options}
-    extra = None if "none" in modes or "full" in modes else prefix[Field.SELECTIVE]
-    return [
-        prefix[Field.FORWARD][i] + prefix[Field.BACKWARD][i] + (extra[i] if extra else 0)
-        for i in range(len(leaf.sequence) + 1)
-    ]
+    selective = all(mode == "selective" for mode, _ in options)
+    total, result = 0, [0]
+    for index in leaf.sequence:
+        kind = leaf.kinds[index]
+        total += kind[Field.FORWARD] + kind[Field.BACKWARD]
+        total += kind[Field.SELECTIVE] if selective else 0
+        result.append(total)
+    return result
 
 
 def _optimistic(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
@@ -240,13 +242,22 @@ def enumerate_chain(
 
 
 def interleaved_candidates(
-    leaf: Leaf, options: Iterable[Recompute]
-) -> Iterator[tuple[int, Completion]]:
-    """Every completion of an interleaved leaf that fits, with its surrogate in ns."""
-    partitions = list(interleaved_bounds(leaf))
-    for option in options:
-        for bounds in partitions:
+    leaf: Leaf, options: Iterable[Recompute], *, cutoff_ns: int
+) -> Iterator[tuple[int, Completion, tuple[RankCosts, ...]]]:
+    """Completions of an interleaved leaf with their surrogates in ns, fitting or not.
+
+    ``options`` come in the order of :func:`planner.tables.recompute_options`. For one partition
+    each further one only adds time, so after the first at or above the cutoff, and after the first
+    number of fully recomputed layers that fits, the rest of its kind cannot win and is left out.
+    """
+    choices = tuple(options)
+    for bounds in interleaved_bounds(leaf):
+        for option in choices:
             completion = Completion(bounds, (option,) * leaf.stages)
             ranks = stage_costs(leaf, completion)
-            if fits(leaf, ranks):
-                yield surrogate_ns(leaf, ranks), completion
+            surrogate = surrogate_ns(leaf, ranks)
+            yield surrogate, completion, ranks
+            if surrogate >= cutoff_ns and option[0] != "selective":
+                break
+            if option[0] == "full" and fits(leaf, ranks):
+                break

@@ -22,6 +22,8 @@ class Request:
     cluster: ClusterSpec
     job: JobSpec
     stack: StackSpec
+    capacity_bytes: int | None = None
+    """What-if: device memory in bytes instead of the device's own."""
 
     @property
     def sequence(self) -> int:

@@ -24,6 +24,8 @@ from cost_models.leaf import (
     Completion,
     Leaf,
     Recompute,
+    fits,
+    peaks,
     simulate_step,
     stage_costs,
 )
@@ -52,8 +54,8 @@ LARGEST_BATCH = 4096
 SIMULATIONS_PER_LEAF = 4000
 """After so many completions of one leaf its program bound stands, and the gap says so."""
 OUT_OF_MEMORY = "does not fit in memory, whatever is recomputed"
-KEPT = 64
-"""Best layouts remembered for the alternatives."""
+SPARES = 256
+"""Layouts per batch looked at for alternatives."""
 
 Degrees = dict[str, int | str | bool]
 
@@ -117,6 +119,8 @@ class Search:
         """Least bound of everything that was closed without being the best."""
         self.leaves = self.simulated = self.pruned = 0
         self.queue: list[tuple[float, int, int, PricedLayouts]] = []
+        self.spares: dict[tuple[int, ...], tuple[float, int, PricedLayouts]] = {}
+        """Best bound of each kind of mesh, hopeless ones too: where alternatives come from."""
         self.batches = 0
 
     @property
@@ -210,6 +214,7 @@ class Search:
         if hopeless.any():
             self.pruned += int(hopeless.sum())
             self._close(int(priced.bound_ns[hopeless].min()))
+        self._remember_spares(priced)
         for index in np.flatnonzero(~infinite & ~hopeless).tolist():
             entry = (float(priced.bound_ns[index]), self.batches * (1 << 40) + index, index, priced)
             heapq.heappush(self.queue, entry)
@@ -219,6 +224,41 @@ class Search:
         if self.progress is not None:
             best = f"best {self.best.time_ns / 1e9:.4g} s, " if self.best else ""
             self.progress(f"{best}{self.leaves:,} leaves opened, {text}")
+
+    def _remember_spares(self, priced: PricedLayouts) -> None:
+        meshes, own = priced.meshes, priced.layouts.mesh
+        order = np.argsort(priced.bound_ns, kind="stable")[:SPARES]
+        for index in order.tolist():
+            bound = float(priced.bound_ns[index])
+            if np.isinf(bound):
+                break
+            mesh = int(own[index])
+            key = tuple(int(getattr(meshes, name)[mesh]) for name in ("tp", "cp", "pp", "ep"))
+            if key not in self.spares or bound < self.spares[key][0]:
+                self.spares[key] = (bound, index, priced)
+
+    def alternatives(self, count: int) -> list[Candidate]:
+        """The best layouts with other (tp, cp, pp, ep) than the winner, about by time.
+
+        Some were simulated on the way; for the rest the kinds of mesh with the least bounds are
+        opened, whatever the cutoff.
+        """
+        if self.best is None:
+            return []
+        chosen = {_mesh_key(c.degrees): c for c in reversed(sorted(self.kept, key=Candidate.key))}
+        chosen.pop(_mesh_key(self.best.degrees), None)
+        winner, tolerance = self.best, self.tolerance
+        spares = sorted(self.spares.items(), key=lambda item: (item[1][0], item[0]))
+        for key, (_, index, priced) in spares[: 4 * count]:
+            if key in chosen or key == _mesh_key(winner.degrees):
+                continue
+            self.best, before = None, len(self.kept)
+            self._open(priced, index, 0, Counter())
+            found = sorted(self.kept[before:], key=Candidate.key)
+            if self.best is not None and found:
+                chosen[key] = found[0]
+        self.best, self.tolerance = winner, tolerance
+        return sorted(chosen.values(), key=Candidate.key)[:count]
 
     def _close(self, bound_ns: int) -> None:
         self.proved = min(self.proved, bound_ns)
@@ -252,16 +292,18 @@ class Search:
         """List the few completions; simulate those whose surrogate is below the cutoff."""
         height = -(-len(leaf.sequence) // leaf.stages) + 1
         useful = [option for option in options if option[1] <= height or option == options[-1]]
-        candidates = sorted(interleaved_candidates(leaf, useful), key=lambda c: (c[0], c[1].bounds))
-        if not candidates:
-            return None
-        reached = UNLIMITED
-        program = ProgramSolution("optimal", candidates[0][0], candidates[0][1], "enumeration")
-        for surrogate, completion in candidates:
+        listed = interleaved_candidates(leaf, useful, cutoff_ns=self.cutoff)
+        candidates = sorted(listed, key=lambda c: (c[0], c[1].bounds))
+        program: ProgramSolution | None = None
+        reached: int | None = None
+        for surrogate, completion, ranks in candidates:
             if surrogate >= self.cutoff:
-                reached = min(reached, surrogate)
-                break
-            reached = min(reached, self._simulate(leaf, degrees, completion, program))
+                return surrogate if reached is None else min(reached, surrogate)
+            if not fits(leaf, ranks):
+                continue
+            program = program or ProgramSolution("optimal", surrogate, completion, "enumeration")
+            simulated = self._simulate(leaf, degrees, completion, program)
+            reached = simulated if reached is None else min(reached, simulated)
         return reached
 
     def _open_chain(
@@ -332,7 +374,7 @@ class Search:
         self.simulated += 1
         ranks = stage_costs(leaf, completion)
         step = simulate_step(leaf, ranks)
-        peak = max(rank.peak_bytes for rank in ranks)
+        peak = max(peaks(leaf, ranks))
         candidate = Candidate(step.total_ns, peak, degrees, leaf, completion, program)
         if self.best is None or candidate.key() < self.best.key():
             self.best = candidate
@@ -347,12 +389,14 @@ class Search:
                     self.kept[index] = candidate
                 return
         self.kept.append(candidate)
-        if len(self.kept) > 2 * KEPT:
-            self.kept = sorted(self.kept, key=Candidate.key)[:KEPT]
 
 
 class _DeadlineError(Exception):
     """The time limit was reached."""
+
+
+def _mesh_key(degrees: Degrees) -> tuple[int, ...]:
+    return tuple(int(degrees[name]) for name in ("tp", "cp", "pp", "ep"))
 
 
 def _time_alone(leaf: Leaf, group: tuple[Recompute, ...], cutoff_ns: int) -> int:

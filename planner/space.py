@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,8 +21,11 @@ import numpy as np
 from cost_models.configs import cp_kind_code
 from cost_models.graph import CP_KINDS, Bools, Int64
 from cost_models.layout import Schedule
+from planner.errors import InputError
 from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
+from planner.plan import Layout
 from planner.request import Request
+from planner.specs import ConstraintSpec
 
 COLUMNS = ("tp", "sp", "cp", "cp_kind", "pp", "ep", "etp", "microbatch", "dp")
 
@@ -399,3 +402,52 @@ def _even_enough(request: Request, stages: Int64) -> Bools:
 def cp_kind_name(code: int) -> str:
     """Name of a context-parallel kind."""
     return CP_KINDS[code]
+
+
+def check_layout(request: Request, layout: Layout) -> None:
+    """Raise :class:`InputError` with the reason where the space would remove this layout.
+
+    The user's constraints are not applied: they bound the search, not a layout that is asked about.
+    """
+    free = replace(
+        request, job=request.job.model_copy(update={"constraints": ConstraintSpec()})
+    )
+
+    def one(value: int) -> Int64:
+        return np.array([value], dtype=np.int64)
+
+    meshes = Meshes(
+        tp=one(layout.tp), sp=one(layout.sequence_parallel), cp=one(layout.cp),
+        cp_kind=one(cp_kind_code(layout.cp_kind)), pp=one(layout.pp), ep=one(layout.ep),
+        etp=one(layout.etp), microbatch=one(layout.microbatch_size),
+        dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
+    )  # fmt: skip
+    for reason, broken in mesh_rules(free):
+        if broken(meshes).any():
+            raise InputError(f"layout {_brief(layout)}: {reason}")
+    layouts = Layouts(
+        mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
+        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULE_NAMES.index(layout.schedule)),
+        vpp=one(layout.vpp),
+    )  # fmt: skip
+    if layout.zero_stage not in request.stack.zero_stages:
+        raise InputError(
+            f"{request.stack.name} has no ZeRO stage {layout.zero_stage}; "
+            f"it has {', '.join(map(str, request.stack.zero_stages))}"
+        )
+    if layout.pp > 1 and layout.schedule not in request.stack.schedules:
+        raise InputError(
+            f"{request.stack.name} has no schedule {layout.schedule}; "
+            f"it has {', '.join(request.stack.schedules)}"
+        )
+    for reason, layout_broken in layout_rules(free):
+        if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
+            raise InputError(f"layout {_brief(layout)}: {reason}")
+
+
+def _brief(layout: Layout) -> str:
+    return (
+        f"tp {layout.tp} cp {layout.cp} pp {layout.pp} vpp {layout.vpp} ep {layout.ep} "
+        f"etp {layout.etp} dp {layout.dp_replicate}x{layout.dp_shard} "
+        f"microbatch {layout.microbatch_size}"
+    )

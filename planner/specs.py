@@ -9,10 +9,10 @@ from pydantic import Field
 
 from planner.models.spec import Positive, Spec
 
-Degree = Literal[
+DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
     "zero_stage",
-]  # fmt: skip
+)  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]

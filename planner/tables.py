@@ -73,7 +73,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     one = np.ones_like(meshes.dp)
     priced = price_configs(
         request.workload, request.machine, configs_of_meshes(meshes, meshes.dp, one, one * 0),
-        reserve_bytes=request.reserve_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
     model = _model(priced)
     work = _sum(priced, model, (Field.FORWARD, Field.BACKWARD))
@@ -186,7 +186,7 @@ def price_layouts(
             meshes.take(layouts.mesh[first]), layouts.dp_replicate[first],
             layouts.dp_shard[first], layouts.zero_stage[first],
         ),
-        reserve_bytes=request.reserve_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
     estimate = _Estimate(request, meshes.take(layouts.mesh), layouts, tables, config)
     return PricedLayouts(meshes, layouts, tables, config, estimate.bounds(cutoff_ns), request)

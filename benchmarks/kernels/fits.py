@@ -21,10 +21,8 @@ from hardware_profiles.schema import AttentionConstants, Kind, MatmulConstants
 from hardware_profiles.units import to_si
 
 DEVICES = Path(__file__).parents[2] / "hardware_profiles" / "devices"
-TRAINING_DIM = 1024
-TRAINING_WEIGHT = 3.0
-LONG_S = 200e-6
-LAUNCH_BOUND_US = 150.0
+TRAINING_DIM, TRAINING_WEIGHT = 1024, 3.0
+LONG_S, LAUNCH_BOUND_US = 200e-6, 150.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ def machine(name: str) -> Machine:
     if name == "l40s":
         return L40S
     document = yaml.safe_load((DEVICES / f"{name}.yaml").read_text(encoding="utf-8"))
-    si = lambda item: to_si(item["value"], item["unit"])  # noqa: E731
+    bandwidth = document["memory_bandwidth"]
     return Machine(
-        {dtype: si(peak) for dtype, peak in document["peak_flops"].items()},
-        si(document["memory_bandwidth"]),
+        {name: to_si(p["value"], p["unit"]) for name, p in document["peak_flops"].items()},
+        to_si(bandwidth["value"], bandwidth["unit"]),
         document["compute_units"]["value"],
     )
 
@@ -64,8 +62,6 @@ def machine(name: str) -> Machine:
 def quantiles(error: FloatArray, where: BoolArray) -> tuple[float, float, int]:
     """Median, 90th percentile and count of ``error`` over ``where``."""
     chosen = error[where]
-    if not len(chosen):
-        return (float("nan"), float("nan"), 0)
     return (float(np.median(chosen)), float(np.quantile(chosen, 0.9)), len(chosen))
 
 
@@ -75,7 +71,7 @@ def sigmoid(value: float) -> float:
 
 
 def rounded(value: float) -> float:
-    """Four significant digits; what is below a millionth of its unit's scale counts as zero."""
+    """Four significant digits."""
     return float(f"{value:.4g}")
 
 
@@ -114,7 +110,7 @@ def fit_matmul(name: str, dtype: str, column: str) -> tuple[MatmulConstants, Err
             e_memory=rounded(sigmoid(x[1])),
             t0_s=rounded(np.exp(x[2])),
             k0=round(float(np.exp(x[3])), 1),
-            wave_share=rounded(sigmoid(x[4])),
+            wave_share=round(sigmoid(x[4]), 4),
             p=p,
             kind=Kind.FITTED,
             source=source,
@@ -147,8 +143,8 @@ def fit_matmul(name: str, dtype: str, column: str) -> tuple[MatmulConstants, Err
 
 def train_output_bytes(rows: Table) -> FloatArray:
     """Bytes per output element: a weight gradient is read and written in its own dtype."""
-    size = np.where(rows.text("out_dtype") == "fp32", 4.0, 2.0)
-    return np.asarray(np.where(rows.text("stage") == "wgrad", 2.0 * size, size))
+    passes = np.where(rows.text("stage") == "wgrad", 2.0, 1.0)
+    return np.asarray(passes * np.where(rows.text("out_dtype") == "fp32", 4.0, 2.0))
 
 
 def fit_sustained(name: str, base: MatmulConstants) -> tuple[MatmulConstants, list[Errors]]:
@@ -247,9 +243,8 @@ def attention_times(
 def cache_write_s(rows: Table, box: Machine) -> FloatArray:
     """Seconds that the serving tables include for writing the new keys and values to the cache.
 
-    One read and one write of keys and values: with equal heads and KV heads the A100 rows exceed a
-    fit on grouped-query rows by 2.5 to 3 times the bytes over the datasheet bandwidth, at every
-    length from 64 to 12288. Training writes no cache.
+    One read and one write of keys and values; the evidence is in ``data/README.md``. Training
+    writes no cache.
     """
     elements = rows.number("batch") * rows.number("seq_len") * rows.number("kv_heads")
     traffic = 2.0 * (2.0 * 2.0 * elements * rows.number("head_dim"))
@@ -274,7 +269,7 @@ def fit_attention(
             e_backward=rounded(sigmoid(x[0])),
             half_length=round(float(np.exp(x[1])), 1),
             half_head_dim=round(float(np.exp(x[4])), 1) if half_head_dim is None else half_head_dim,
-            wave_share=rounded(sigmoid(x[3])),
+            wave_share=round(sigmoid(x[3]), 4),
             t0_s=rounded(np.exp(x[2])),
             kind=Kind.FITTED,
             source=f"aiconfigurator-core 0.12.0 (Apache-2.0), prefill tables of {name}, "
@@ -357,13 +352,13 @@ def fit_flash(kernel: str, base: AttentionConstants | None) -> tuple[AttentionCo
 def fit_attention_train(
     name: str, base: AttentionConstants, *, length: bool
 ) -> tuple[AttentionConstants, Errors]:
-    """``base`` with the two rates (and, with ``length``, half lengths) of training kernels.
+    """``base`` with the rates (and, with ``length``, the half lengths) of training kernels.
 
     Kernels below ``LAUNCH_BOUND_US`` are left away: halving their heads does not shorten them, so
     what was timed is the host.
     """
     box = machine(name)
-    best = base
+    best, both = base, []
     groups = {}
     for stage, field in (("forward", "e_forward"), ("backward", "e_backward")):
         rows = read("attention_train.csv").where(device=name, stage=stage)
@@ -387,14 +382,18 @@ def fit_attention_train(
             [0.3, 5.0],
         )
         best = constants(x)
-        groups[stage] = quantiles(np.abs(ratio(best) - 1.0), out)
-    median, p90, _ = groups["forward"]
+        error = np.abs(ratio(best) - 1.0)
+        groups[stage] = quantiles(error, out)
+        both.append(error[out])
+    pooled = np.concatenate(both)
+    median, p90, count = quantiles(pooled, np.ones(len(pooled), dtype=bool))
     best = best.model_copy(
         update={
             "error_median": round(median, 4),
             "error_p90": round(p90, 4),
+            "note": f"errors on only {count} left-out rows, forward and backward together",
             "source": f"MooreThreads/SimuMax (Apache-2.0), training attention table of {name} "
-            f"(rates{' and lengths' if length else ''}); other constants: {base.source}",
+            f"(rates{' and half lengths' if length else ''}); other constants: {base.source}",
         }
     )
     return best, Errors(f"{name} training attention", groups)

@@ -27,7 +27,7 @@ def read_plan(reference: str) -> Plan:
 
     where = "standard input" if reference == "-" else reference
     if reference == "-":
-        data = parse_document(read_stdin(where), where=where)
+        data = parse_document(read_stdin(), where=where)
     else:
         data = read_document(Path(reference))
     if isinstance(data, dict) and "ways_out" in data:
@@ -45,13 +45,13 @@ def read_plan(reference: str) -> Plan:
         ) from None
 
 
-def read_stdin(where: str) -> str:
-    """Standard input as text, refused past the size limit of documents."""
+def read_stdin() -> str:
+    """Standard input as text; raises ``DocumentError`` past the size limit of documents."""
     from hardware_profiles.documents import MAX_BYTES, decode
 
     if sys.stdin is None:
-        raise InputError(f"{where}: is closed")
-    return decode(sys.stdin.buffer.read(MAX_BYTES + 1), where=where)
+        raise InputError("standard input is closed")
+    return decode(sys.stdin.buffer.read(MAX_BYTES + 1), where="standard input")
 
 
 def lines_of(reference: str) -> Iterator[str]:

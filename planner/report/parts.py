@@ -88,7 +88,7 @@ def headline(prediction: Prediction) -> Table:
     table.add_row(
         "",
         Text("throughput", style="dim"),
-        Text(f"{prediction.tokens_per_s_per_device:,.4g}", style="bold"),
+        Text(words.rate(prediction.tokens_per_s_per_device), style="bold"),
         "tokens/s per device",
     )
     table.add_row(
@@ -102,7 +102,7 @@ def headline(prediction: Prediction) -> Table:
         table.add_row(
             "",
             Text("price", style="dim"),
-            Text(f"${prediction.price_usd_per_step:,.4g}", style="bold"),
+            Text(f"${words.rate(prediction.price_usd_per_step)}", style="bold"),
             "per step",
         )
     return table
@@ -126,7 +126,7 @@ def breakdown(terms: Sequence[Term], total: float) -> Table:
     table = grid(("", "left"), ("", "right"), ("", "right"), ("", "left"))
     for term, value, share in words.shares(terms, total):
         shown = words.seconds(value) if term.seconds is not None else format_bytes(value)
-        table.add_row("", term.name, shown, f"{share * 100:.1f} %", bar(share))
+        table.add_row("", words.label(term.name), shown, f"{share * 100:.1f} %", bar(share))
     return table
 
 

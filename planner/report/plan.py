@@ -181,20 +181,18 @@ def certificate_words(certificate: Certificate) -> RenderableType:
 
 
 def alternatives_table(plan: Plan) -> RenderableType:
-    """Why each is listed, how it differs, and what it costs."""
+    """What each costs in time and memory, and how it differs."""
     table = parts.grid(
-        ("step time", "right"), ("price", "right"), ("peak", "right"), ("what and how", "left")
+        ("step time", "right"), ("price", "right"), ("peak", "right"), ("change", "left")
     )
     best = plan.prediction.step_time_s
     for other in plan.alternatives:
         price = f"{(other.step_time_s / best - 1) * 100:+.1f} %" if best else ""
-        what = Text(other.reason)
-        what.append(f"\n{words.changes(plan.layout, other.layout)}", style="dim")
         table.add_row(
             "",
             words.seconds(other.step_time_s),
             price,
             Text(format_bytes(other.max_peak_bytes), style="" if other.fits else "red"),
-            what,
+            words.changes(plan.layout, other.layout),
         )
     return table

@@ -102,11 +102,11 @@ def span(first: int, last_exclusive: int) -> str:
 
 
 def changes(base: Layout, other: Layout) -> str:
-    """How ``other`` differs from ``base``: ``vpp 1 (was 2), zero_stage 1 (was 0)``."""
+    """How ``other`` differs from ``base``: ``vpp 2 -> 1, zero_stage 0 -> 1``."""
     names = (*_DEGREES, "cp_kind", "sequence_parallel", "microbatch_size", "zero_stage",
              "reshard_after_forward", "schedule", "optimizer_offload")  # fmt: skip
     parts = [
-        f"{name} {_plain(getattr(other, name))} (was {_plain(getattr(base, name))})"
+        f"{name} {_plain(getattr(base, name))} -> {_plain(getattr(other, name))}"
         for name in names
         if getattr(other, name) != getattr(base, name)
     ]
@@ -125,6 +125,16 @@ def seconds(value: float) -> str:
             text = f"{scaled:,.0f}" if abs(scaled) >= 999.5 else f"{scaled:#.3g}"
             return f"{text.rstrip('.')} {suffix}"
     return f"{value * 1e9:.0f} ns" if value else "0 s"
+
+
+def label(name: str) -> str:
+    """A term's name as words: ``optimizer_and_gather`` reads ``optimizer and gather``."""
+    return name.replace("_", " ")
+
+
+def rate(value: float) -> str:
+    """A number to three digits or more, never in powers of ten: ``12,840``, ``28.4``."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def extent(values: Sequence[float], show: Callable[[float], str]) -> str:

@@ -54,8 +54,7 @@ def test_a_plan_says_what_an_expert_asks(monkeypatch) -> None:
         "13.9 s 77.2 %",
         "optimal within 0.39 %",
         "90,000 microbatch does not divide the batch",
-        "19.4 s +7.8 % 61.0 GiB simplest sharding",
-        "zero_stage 0 (was 1)",
+        "19.4 s +7.8 % 61.0 GiB zero_stage 1 -> 0",
         "the cluster has 2 devices more than the layout uses",
     ):
         assert said in text
@@ -142,7 +141,7 @@ def test_runs_and_spans_are_half_open() -> None:
 def test_changes_name_old_and_new() -> None:
     base = sample.dense_plan().layout
     other = base.model_copy(update={"tp": 4, "sequence_parallel": False})
-    assert changes(base, other) == "tp 4 (was 8), sequence_parallel off (was on)"
+    assert changes(base, other) == "tp 8 -> 4, sequence_parallel on -> off"
     assert changes(base, base) == "same degrees"
 
 

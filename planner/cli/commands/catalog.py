@@ -149,7 +149,7 @@ def _model_document(reference: str) -> dict[str, Any]:
     from planner.models.reader import read_model
     from planner.models.weights import parameter_counts
 
-    model = read_model(reference, stdin=lambda: read_stdin("standard input"))
+    model = read_model(reference, stdin=read_stdin)
     counts = parameter_counts(model)
     names = ("total", "embedding", "active", "mtp")
     parameters = {name: int(getattr(counts, name)) for name in names}

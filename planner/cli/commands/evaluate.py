@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli import options, output
+from planner.cli.documents import lines_of, read_stdin
 from planner.errors import InputError, PlannerError
 
 if TYPE_CHECKING:
@@ -100,9 +100,15 @@ def evaluate(
             f"{flag} and --layouts both name layouts", hint="give the layout in one of them"
         )
 
+    if layouts == "-" and "-" in (model, cluster, job):
+        raise InputError(
+            "standard input cannot hold both the layouts and another input",
+            hint="put one of them in a file",
+        )
+
     from planner import pipeline
 
-    request = pipeline.read_request(model, cluster, job, overrides, stdin=sys.stdin)
+    request = pipeline.read_request(model, cluster, job, overrides, stdin=read_stdin)
     if layouts is None:
         _evaluate_one(request, layout, format_)
     else:
@@ -142,8 +148,6 @@ def _evaluate_stream(request: Request, reference: str) -> None:
 
 def _records(request: Request, reference: str) -> Iterator[tuple[dict[str, Any], bool]]:
     """One result per line that is not blank, and whether the line was a JSON object."""
-    from planner.cli.documents import lines_of
-
     index = 0
     for line in lines_of(reference):
         if not line.strip():

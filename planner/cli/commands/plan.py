@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from planner.cli import options, output
+from planner.cli.documents import read_stdin
 from planner.errors import InfeasibleError, LimitReachedError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -91,7 +91,7 @@ def plan(
 
     chosen = output.chosen(format_, output_file)
     progress = output.Progress(quiet=quiet)
-    request = pipeline.read_request(model, cluster, job, overrides, stdin=sys.stdin)
+    request = pipeline.read_request(model, cluster, job, overrides, stdin=read_stdin)
     try:
         result = pipeline.plan(request, time_limit_s=time_limit, progress=progress)
     except InfeasibleError as error:

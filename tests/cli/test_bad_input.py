@@ -1,0 +1,171 @@
+"""Bad input of every kind: exit code 2, nothing on stdout, the user's numbers and often a hint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.process import Result, planner
+
+MODEL = "llama-3.1-8b"
+CLUSTER = "dgx-h100:1"
+TINY = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "vocab_size": 1000, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def refused(result: Result, *said: str, hint: str | None = None) -> None:
+    """Exit code 2 and an ``error:`` that holds every part of ``said``."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    for part in said:
+        assert part in result.err
+    if hint is not None:
+        [line] = [line for line in result.err.splitlines() if line.startswith("hint: ")]
+        assert hint in line
+
+
+def written(folder: Path, name: str, content: object) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_missing_model_file(tmp_path: Path) -> None:
+    refused(planner("plan", tmp_path / "absent.json", CLUSTER), "absent.json")
+
+
+def test_unknown_model_name_gets_the_nearest() -> None:
+    refused(planner("plan", "llama-3.1-8c", CLUSTER), "llama-3.1-8c", hint="llama-3.1-8b")
+
+
+def test_model_that_is_not_yaml(tmp_path: Path) -> None:
+    path = written(tmp_path, "model.yaml", "a: [1, 2\nb: }")
+    refused(planner("plan", path, CLUSTER), "model.yaml", "not valid YAML at line")
+
+
+def test_model_that_is_a_list(tmp_path: Path) -> None:
+    refused(planner("plan", written(tmp_path, "m.json", [1, 2]), CLUSTER), "expected a mapping")
+
+
+def test_empty_model(tmp_path: Path) -> None:
+    refused(planner("plan", written(tmp_path, "m.yaml", ""), CLUSTER), "empty")
+
+
+def test_config_without_hidden_size(tmp_path: Path) -> None:
+    config = {key: value for key, value in TINY.items() if key != "hidden_size"}
+    refused(planner("plan", written(tmp_path, "config.json", config), CLUSTER), "hidden_size")
+
+
+@pytest.mark.parametrize("value", [0, -4, 2.5, "many"])
+def test_sizes_must_be_positive_whole_numbers(tmp_path: Path, value: object) -> None:
+    path = written(tmp_path, "config.json", {**TINY, "num_hidden_layers": value})
+    refused(planner("plan", path, CLUSTER), "num_hidden_layers", str(value))
+
+
+def test_unknown_architecture_names_the_nearest(tmp_path: Path) -> None:
+    path = written(tmp_path, "config.json", {**TINY, "model_type": "lama"})
+    refused(planner("plan", path, CLUSTER), "lama", hint="llama")
+
+
+def test_unknown_key_in_a_job_gets_the_nearest(tmp_path: Path) -> None:
+    job = written(tmp_path, "job.yaml", "sequence_lenght: 4096\n")
+    refused(
+        planner("plan", MODEL, CLUSTER, job),
+        "unknown key 'sequence_lenght'",
+        hint="sequence_length",
+    )
+
+
+@pytest.mark.parametrize("text", ["global_batch: 0", "global_batch: -8", "tolerance: 2"])
+def test_job_values_out_of_range(tmp_path: Path, text: str) -> None:
+    job = written(tmp_path, "job.yaml", text)
+    refused(planner("plan", MODEL, CLUSTER, job), text.split(":")[0], text.split()[-1])
+
+
+def test_unknown_cluster_gets_the_nearest() -> None:
+    refused(planner("plan", MODEL, "dgx-h10:4"), "dgx-h10", hint="dgx-h100")
+
+
+@pytest.mark.parametrize("nodes", ["0", "-2", "x", ""])
+def test_node_count_must_be_positive(nodes: str) -> None:
+    refused(planner("plan", MODEL, f"dgx-h100:{nodes}"), f"dgx-h100:{nodes}")
+
+
+def test_unknown_key_in_a_cluster(tmp_path: Path) -> None:
+    path = written(tmp_path, "cluster.yaml", "node: dgx-h100\nnodse: 4\n")
+    refused(planner("plan", MODEL, path), "unknown key 'nodse'", hint="'nodes'")
+
+
+def test_groups_of_unlike_nodes_are_said_to_come_later(tmp_path: Path) -> None:
+    text = "groups:\n  - {node: dgx-h100, count: 1}\n  - {node: dgx-a100-80, count: 1}\n"
+    refused(planner("plan", MODEL, written(tmp_path, "cluster.yaml", text)), "unlike")
+
+
+def test_batch_that_no_degree_divides() -> None:
+    result = planner("plan", MODEL, "dgx-h100:1", "--global-batch", "7", "--fix", "dp_shard=8")
+    assert result.code in (2, 3)
+    assert "7" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("flag", ["--precision=bf61", "--optimizer=adam", "--schedule=zb"])
+def test_words_that_are_not_choices(flag: str) -> None:
+    refused(planner("plan", MODEL, CLUSTER, flag), flag.split("=")[1])
+
+
+def test_ten_megabytes_of_garbage_on_stdin() -> None:
+    garbage = bytes(range(256)) * (10 * 4096)
+    refused(planner("plan", "-", CLUSTER, stdin=garbage), "standard input")
+
+
+def test_ten_megabytes_of_text_on_stdin() -> None:
+    refused(planner("plan", "-", CLUSTER, stdin=b"x" * (10 * 2**20)), "larger than 8 MiB")
+
+
+def test_two_inputs_cannot_both_be_stdin() -> None:
+    refused(planner("plan", "-", "-", stdin=json.dumps(TINY)), "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("{}", "schema_version"),
+        ("[]", "expected a mapping"),
+        ("{\x00}", "not a text file"),
+        ('{"ways_out": []}', "infeasible"),
+    ],
+)
+@pytest.mark.parametrize("command", [["verify", "-"], ["export", "megatron-core"]], ids=str)
+def test_what_is_not_a_plan(command: list[str], text: str, said: str) -> None:
+    result = planner(*command, stdin=text)
+    if text == "{}":
+        assert (result.code, result.out) == (2, "")
+        assert "missing" in result.err
+    else:
+        refused(result, said)
+
+
+def test_missing_plan_file(tmp_path: Path) -> None:
+    refused(planner("verify", tmp_path / "absent.json"), "absent.json: no such file")
+
+
+def test_output_folder_that_does_not_exist(tmp_path: Path) -> None:
+    target = tmp_path / "absent" / "plan.json"
+    result = planner("plan", MODEL, CLUSTER, "--output", target)
+    refused(result, "cannot be written")
+
+
+def test_a_layout_in_flags_and_in_a_file() -> None:
+    result = planner("evaluate", MODEL, CLUSTER, "--tp", "2", "--layouts", "-", stdin="{}")
+    refused(result, "--tp and --layouts both name layouts")
+
+
+def test_missing_measurements() -> None:
+    refused(planner("validate", "absent.csv"), "absent.csv")
