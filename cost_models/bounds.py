@@ -52,8 +52,8 @@ class Shape:
 def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     """1F1B: round trips of the whole pipeline, and the remainder of the microbatches.
 
-    With ``q = (m-1) // pp`` and ``r = (m-1) mod pp``, time is at least ``(1+q) W + S`` for ``S`` the
-    work of the last ``r`` ranks, and, from the ranks before them, at least ``(W - S) g`` with
+    With ``q = (m-1) // pp`` and ``r = (m-1) mod pp``, time is at least ``(1+q) W + S`` for ``S``
+    the work of the last ``r`` ranks, and, from the ranks before them, at least ``(W - S) g`` with
     ``g = 1 / (1 - (1 - 1/m)^(pp-r))``: no split of ``W - S`` over those ranks ends their own work,
     each starting after the ones before it, sooner. The least of the larger of the two over ``S``.
     """
@@ -63,7 +63,9 @@ def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     ranks = np.where(rest > 0, pp - rest, pp)
     growth = geometric(m, ranks)
     lifted = trips + (growth * totals.work - trips) / (1.0 + growth)
-    with_rest = np.where(rest > 0, np.maximum(trips, np.minimum(lifted, trips + totals.work)), trips)
+    with_rest = np.where(
+        rest > 0, np.maximum(trips, np.minimum(lifted, trips + totals.work)), trips
+    )
     return np.maximum(with_rest, geometric(m, pp) * totals.work)
 
 

@@ -10,8 +10,9 @@ says which layers each virtual stage holds and what it recomputes. From the two 
 Step time = ``max over ranks (finish + exposed gradient reduction) + max over ranks (optimizer +
 exposed parameter gather) + sync``: clipping by the global gradient norm is a barrier.
 
-Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and backward, ``w = f + b``,
-``d`` for the hop, ``m`` for microbatches, ``k = pp - s``. From the first forward of rank ``s``:
+Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and backward, ``w`` for
+``f + b``, ``d`` for the hop, ``m`` for microbatches, ``k = pp - s``. From the first forward of rank
+``s``:
 
 1. its work: ``m * w_s`` (all its chunks);
 2. nesting: the first forward feeds the next rank and the last backward waits for it, so

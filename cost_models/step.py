@@ -180,8 +180,6 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
             _launch(acc, 1, 2)
-            if dtype == "fp8":
-                _quantise(acc, machine, op.m * op.k, op.m * op.n)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
             args = (op.groups, op.rows, op.n, op.k)
@@ -194,15 +192,11 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             )
             acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
             _launch(acc, 1, 2)
-            if dtype == "fp8":
-                rows = op.groups * op.rows
-                _quantise(acc, machine, rows * op.k, rows * op.n)
         case Attention():
-            kernel = _attention_kernel(machine)
-            dtype = "fp32" if machine.precision == "fp32" else "bf16"
+            kernel = machine.stack.attention_kernel(device.name)
             forward, backward = (
                 compute.attention_time_s(
-                    device, dtype, kernel, batch=op.batch, q_len=op.q_len, kv_len=op.kv_len,
+                    device, "bf16", kernel, batch=op.batch, q_len=op.q_len, kv_len=op.kv_len,
                     heads=op.heads, kv_heads=op.kv_heads, qk_head_dim=op.qk_head_dim,
                     v_head_dim=op.v_head_dim, causal=op.causal, stage=stage,
                 )
@@ -225,24 +219,9 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             pass
 
 
-def _attention_kernel(machine: Machine) -> str:
-    table = machine.stack.attention_kernels
-    matches = [prefix for prefix in table if machine.device.name.startswith(prefix)]
-    return table[max(matches, key=len)] if matches else table["default"]
-
-
 def _launch(acc: _Accumulator, forward: int, backward: int) -> None:
     acc.launches["forward"] += forward
     acc.launches["backward"] += backward
-
-
-def _quantise(acc: _Accumulator, machine: Machine, inputs: Real | Int64, outputs: Real | Int64):  # type: ignore[no-untyped-def]
-    """Cast 16-bit inputs and output gradients to 8 bits: read two bytes, write one, each."""
-    device = machine.device
-    forward = compute.memory_bound_time_s(device, 3.0 * inputs)
-    backward = compute.memory_bound_time_s(device, 3.0 * outputs)
-    acc.add("memory_bound", forward, backward, selective=False)
-    _launch(acc, 1, 1)
 
 
 def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: Machine) -> None:

@@ -280,12 +280,15 @@ class StackSpec(Profile):
     version: str
     aliases: tuple[str, ...] = ()
     source: str
+    launchable: bool = True
+    """Whether people start new runs on it; past stacks ship to price published measurements."""
     schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
     recompute: tuple[Literal["none", "selective", "full"], ...]
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_per_stage: bool
-    """Whether that number may differ from stage to stage."""
+    """Whether mode and number may differ from stage to stage (1F1B and GPipe; interleaved virtual
+    stages always share them)."""
     zero_stages: tuple[Literal[0, 1, 2, 3], ...]
     hybrid_sharding: bool
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
@@ -332,3 +335,8 @@ class StackSpec(Profile):
     allocator_slack: Sourced
     """Bytes the caching allocator holds beyond what is allocated at the peak."""
     notes: tuple[str, ...] = ()
+
+    def attention_kernel(self, device: str) -> str:
+        """The kernel for a device: that of the longest matching name prefix, else ``default``."""
+        matches = [prefix for prefix in self.attention_kernels if device.startswith(prefix)]
+        return self.attention_kernels[max(matches, key=len) if matches else "default"]

@@ -25,7 +25,7 @@ from planner.plan import (
 )
 from planner.predict import Priced, complete_layout, layout_of, predict, price
 from planner.request import Request, fill_defaults
-from planner.search import Candidate, Search, SearchResult
+from planner.search import Candidate, Search, SearchResult, within
 
 __all__ = ["EvaluatedLayout", "Request", "evaluate", "plan", "read_request"]
 
@@ -125,7 +125,7 @@ def plan(
         prediction=prediction,
         certificate=certificate(request, result, best),
         alternatives=tuple(_alternative(other, best, request) for other in others),
-        warnings=_warnings(request, priced, prediction),
+        warnings=_warnings(request, prediction),
     )
 
 
@@ -184,7 +184,7 @@ def certificate(request: Request, result: SearchResult, best: Candidate | None) 
             **common,
         )  # fmt: skip
     gap = max(0.0, 1 - result.bound_ns / best.time_ns)
-    proved = result.complete and gap <= tolerance * (1 + 1e-9)
+    proved = result.complete and result.bound_ns >= within(best.time_ns, tolerance)
     status = "optimal" if proved else "feasible"
     program = best.program
     objective = program.objective_ns or 0
@@ -225,7 +225,9 @@ def _alternative(other: Candidate, best: Candidate, request: Request) -> Alterna
     slower = other.time_ns / best.time_ns - 1
     memory = other.peak_bytes / best.peak_bytes - 1
     return Alternative(
-        reason=f"{100 * slower:+.1f} % time, {100 * memory:+.0f} % memory: {_difference(other, best)}",
+        reason=(
+            f"{100 * slower:+.1f} % time, {100 * memory:+.0f} % memory: {_difference(other, best)}"
+        ),
         layout=priced.layout,
         step_time_s=other.time_ns / 1e9,
         max_peak_bytes=other.peak_bytes,
@@ -242,7 +244,7 @@ def _difference(other: Candidate, best: Candidate) -> str:
     return ", ".join(parts)
 
 
-def _warnings(request: Request, priced: Priced, prediction: Prediction) -> tuple[str, ...]:
+def _warnings(request: Request, prediction: Prediction) -> tuple[str, ...]:
     warnings = []
     longest = request.model.max_sequence
     if longest is not None and request.sequence > longest:

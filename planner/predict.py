@@ -134,9 +134,7 @@ def _stage_mode(stage: Stage) -> Recompute:
     )
 
 
-def layout_of(
-    base: Mapping[str, Any], completion: Completion, request: Request
-) -> Layout:
+def layout_of(base: Mapping[str, Any], completion: Completion, request: Request) -> Layout:
     """The plan's layout from degrees and a completion."""
     pp, vpp = int(base["pp"]), int(base["vpp"])
     per_stage = request.devices // pp
@@ -288,7 +286,7 @@ def _stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredi
 
 
 def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
-    """The step on its critical rank: work by category, idle time, then what follows the pipeline."""
+    """The step on its critical rank: work by category, idle time, what follows the pipeline."""
     leaf, step, completion = priced.leaf, priced.step, priced.completion
     rank = step.critical_rank
     shard = shard_of(request.workload, priced.tables.configs)
@@ -418,9 +416,7 @@ def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
                 f"{degree['dp_replicate']} = {rest} does not divide {world} devices"
             )
         degree["dp_shard"] = world // rest
-    used = (
-        degree["tp"] * degree["cp"] * degree["pp"] * degree["dp_replicate"] * degree["dp_shard"]
-    )
+    used = degree["tp"] * degree["cp"] * degree["pp"] * degree["dp_replicate"] * degree["dp_shard"]
     if used != world:
         raise InputError(
             f"dp_replicate {degree['dp_replicate']} x dp_shard {degree['dp_shard']} x cp "

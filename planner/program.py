@@ -7,7 +7,8 @@ For one layout (degrees, schedule, virtual stages all fixed), with layers ``0 ..
     boundaries  0 = x_0 <= x_1 <= ... <= x_pp = L                    (boundaries)
     option      o_s in options, equal on all ranks unless the stack allows otherwise (options)
     memory      peak(s, x_s, x_{s+1}, o_s) <= capacity              (rows: absent if violated)
-    size        x_{s+1} - x_s >= 1, or 0 on a rank with an end      (rows)
+    size        x_{s+1} - x_s >= 1, or 0 on a rank with an end; all equal where the stack cannot
+                split unevenly                                      (rows)
     work        (w, f, b, g, u)_s = row(s, x_s, x_{s+1}, o_s)        (rows)
     nesting     nested_s >= m w_s
                 nested_s >= f_s + b_s + 2 hop + nested_{s+1}         (nesting)
@@ -26,7 +27,7 @@ ends) that :func:`interleaved_candidates` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cost_models.leaf import (
@@ -58,8 +59,18 @@ class Rows:
     cache: dict[tuple[int, int, int, Recompute], RankCosts | None] = field(default_factory=dict)
 
     def least(self, rank: int) -> int:
-        """Fewest layers that a rank may hold."""
+        """Fewest layers that a rank may hold: a rank with an end may do without."""
         return 0 if rank in (0, self.leaf.pp - 1) and self.leaf.pp > 1 else 1
+
+    def firsts(self, rank: int, last: int) -> range:
+        """First layers of a rank that ends before layer ``last``, smallest stage first."""
+        layers, pp = len(self.leaf.sequence), self.leaf.pp
+        if not self.leaf.uneven:
+            first, end = rank * layers // pp, (rank + 1) * layers // pp
+            return range(first, first - 1, -1) if last == end else range(0)
+        if rank == 0:
+            return range(0, -1, -1) if last >= self.least(0) else range(0)
+        return range(last - self.least(rank), rank - 2, -1)
 
     def get(self, rank: int, first: int, last: int, option: Recompute) -> RankCosts | None:
         """Costs of ``rank`` with layers ``first .. last - 1``; None where it does not fit."""
@@ -83,7 +94,11 @@ class ProgramSolution:
 
 
 def solve_chain(
-    leaf: Leaf, options: Iterable[Recompute], *, cutoff_ns: int = UNLIMITED, rows: Rows | None = None
+    leaf: Leaf,
+    options: Iterable[Recompute],
+    *,
+    cutoff_ns: int = UNLIMITED,
+    rows: Rows | None = None,
 ) -> ProgramSolution:
     """Exact optimum by dynamic programming over ranks, last to first; one option set per rank.
 
@@ -94,12 +109,12 @@ def solve_chain(
     layers = len(leaf.sequence)
     if not any(reaches(rows, (choice,)) for choice in choices) and not reaches(rows, choices):
         return ProgramSolution("infeasible", None, None, "dynamic_program")
-    least_work = _least_work(leaf, choices)
+    least_work = _least_work(leaf, choices, cutoff_ns)
     states: dict[int, list[_Node]] = {layers: [_Node(EMPTY_LABEL, layers, ("none", 0), None)]}
     for rank in reversed(range(leaf.pp)):
         following: dict[int, list[_Node]] = {}
         for last, nodes in states.items():
-            for first in _firsts(rank, last, rows):
+            for first in rows.firsts(rank, last):
                 if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff_ns:
                     break
                 for option in choices:
@@ -143,24 +158,26 @@ class _Node:
         return Completion((*(first for first, _ in key), layers), tuple(o for _, o in key))
 
 
-def _firsts(rank: int, last: int, rows: Rows) -> Iterator[int]:
-    """First layers for ``rank`` ending at ``last``, largest (smallest stage) first."""
-    if rank == 0:
-        if last >= rows.least(0):
-            yield 0
-        return
-    before = sum(rows.least(r) for r in range(rank))
-    yield from range(last - rows.least(rank), before - 1, -1)
+def _least_work(leaf: Leaf, options: tuple[Recompute, ...], cutoff_ns: int) -> list[int]:
+    """``result[i]``: least forward, backward and recomputation of the first ``i`` layers.
 
-
-def _least_work(leaf: Leaf, options: tuple[Recompute, ...]) -> list[int]:
-    """``result[i]``: least forward plus backward of the first ``i`` layers over the options."""
-    selective = all(mode == "selective" for mode, _ in options)
+    With ``n`` layers recomputed at the front of each stage, a stage of at most ``most`` layers
+    recomputes at least ``n / max(n, most)`` of them; a longer one is above the cutoff by itself.
+    """
+    field, share = None, (1, 1)
+    if len(options) == 1 and options[0][0] == "selective":
+        field = Field.SELECTIVE
+    elif len(options) == 1 and options[0][0] == "full":
+        cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
+        most = min(len(leaf.sequence), cutoff_ns // max(1, leaf.microbatches * cheapest))
+        field, share = Field.FULL, (options[0][1], max(1, options[0][1], most))
     total, result = 0, [0]
     for index in leaf.sequence:
         kind = leaf.kinds[index]
         total += kind[Field.FORWARD] + kind[Field.BACKWARD]
-        total += kind[Field.SELECTIVE] if selective else 0
+        if field is not None:
+            extra = min(k[field] for k in leaf.kinds) if field is Field.FULL else kind[field]
+            total += extra * share[0] // share[1]
         result.append(total)
     return result
 
@@ -180,34 +197,41 @@ def _optimistic(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
 def _insert(nodes: list[_Node], new: _Node) -> None:
     """Add ``new`` unless dominated, dropping what it dominates; ties keep the smaller key."""
     for node in nodes:
-        if node.label.dominates(new.label) and (
-            node.label != new.label or node.key() <= new.key()
-        ):
+        if node.label.dominates(new.label) and (node.label != new.label or node.key() <= new.key()):
             return
     nodes[:] = [node for node in nodes if not new.label.dominates(node.label)]
     nodes.append(new)
 
 
 def reaches(rows: Rows, options: tuple[Recompute, ...]) -> bool:
-    """Whether some partition fits: each rank takes as many layers as it can hold.
+    """Whether some partition fits, each rank with any of ``options``.
 
-    Greedy is exact because a stage's peak never falls when it takes more layers.
+    A stage's peak never falls when it takes more layers, so the ends that a rank can reach from one
+    first layer are an interval, whose end only moves up with the first layer.
     """
-    layers, position = len(rows.leaf.sequence), 0
-    for rank in range(rows.leaf.pp):
-        reach = None
-        for last in range(position + rows.least(rank), layers + 1):
-            if all(rows.get(rank, position, last, option) is None for option in options):
-                break
-            reach = last
-        if reach is None:
-            # With fewer layers before it the rank may still fit empty.
-            if position == layers and rows.least(rank) == 1:
-                reach = layers
-            else:
-                return False
-        position = reach
-    return position == layers
+    leaf = rows.leaf
+    layers, starts = len(leaf.sequence), [0]
+
+    def holds(rank: int, first: int, last: int) -> bool:
+        return any(rows.get(rank, first, last, option) is not None for option in options)
+
+    for rank in range(leaf.pp):
+        if not leaf.uneven:
+            last = (rank + 1) * layers // leaf.pp
+            starts = [last] if starts and holds(rank, rank * layers // leaf.pp, last) else []
+            continue
+        reached: set[int] = set()
+        last = 0
+        for first in starts:
+            least = first + rows.least(rank)
+            last = max(last, least)
+            if least > layers or not holds(rank, first, least):
+                continue
+            while last < layers and holds(rank, first, last + 1):
+                last += 1
+            reached.update(range(least, last + 1))
+        starts = sorted(reached)
+    return layers in starts
 
 
 def enumerate_chain(
@@ -216,14 +240,14 @@ def enumerate_chain(
     """Every completion that fits and whose surrogate is below ``cutoff_ns``, depth first."""
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
-    least_work = _least_work(leaf, choices)
+    least_work = _least_work(leaf, choices, cutoff_ns)
 
     def descend(node: _Node, last: int, rank: int) -> Iterator[_Node]:
         if rank < 0:
             if last == 0:
                 yield node
             return
-        for first in _firsts(rank, last, rows):
+        for first in rows.firsts(rank, last):
             if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff_ns:
                 break
             for option in choices:
@@ -242,22 +266,55 @@ def enumerate_chain(
 
 
 def interleaved_candidates(
-    leaf: Leaf, options: Iterable[Recompute], *, cutoff_ns: int
-) -> Iterator[tuple[int, Completion, tuple[RankCosts, ...]]]:
-    """Completions of an interleaved leaf with their surrogates in ns, fitting or not.
+    leaf: Leaf, options: Iterable[Recompute], *, cutoff: Callable[[], int]
+) -> Iterator[tuple[int, Completion | None]]:
+    """Completions of an interleaved leaf that fit, with their surrogates in ns.
 
-    ``options`` come in the order of :func:`planner.tables.recompute_options`. For one partition
-    each further one only adds time, so after the first at or above the cutoff, and after the first
-    number of fully recomputed layers that fits, the rest of its kind cannot win and is left out.
+    Partitions come in the order of their surrogates without recomputation; the last item, with no
+    completion, is the bound on everything that was left out for being at or above ``cutoff()``.
+    For one partition only the fewest fully recomputed layers that fit are listed: more of them add
+    time and nothing else.
     """
     choices = tuple(options)
-    for bounds in interleaved_bounds(leaf):
-        for option in choices:
-            completion = Completion(bounds, (option,) * leaf.stages)
-            ranks = stage_costs(leaf, completion)
+    partial = [option for option in choices if option[0] != "full"]
+    full = [option for option in choices if option[0] == "full"]
+
+    def costs(bounds: tuple[int, ...], option: Recompute) -> tuple[RankCosts, ...]:
+        return stage_costs(leaf, Completion(bounds, (option,) * leaf.stages))
+
+    partitions = sorted(
+        (surrogate_ns(leaf, costs(bounds, choices[0])), bounds)
+        for bounds in interleaved_bounds(leaf)
+    )
+    skipped = UNLIMITED
+    for least, bounds in partitions:
+        if least >= cutoff():
+            skipped = min(skipped, least)
+            break
+        for option in (*partial, *_fewest(leaf, bounds, full)):
+            ranks = costs(bounds, option)
             surrogate = surrogate_ns(leaf, ranks)
-            yield surrogate, completion, ranks
-            if surrogate >= cutoff_ns and option[0] != "selective":
-                break
-            if option[0] == "full" and fits(leaf, ranks):
-                break
+            if surrogate >= cutoff():
+                skipped = min(skipped, surrogate)
+            elif fits(leaf, ranks):
+                yield surrogate, Completion(bounds, (option,) * leaf.stages)
+    if skipped < UNLIMITED:
+        yield skipped, None
+
+
+def _fewest(leaf: Leaf, bounds: tuple[int, ...], full: list[Recompute]) -> tuple[Recompute, ...]:
+    """The fewest fully recomputed layers that fit, by bisection: more of them never need more."""
+
+    def fit(option: Recompute) -> bool:
+        return fits(leaf, stage_costs(leaf, Completion(bounds, (option,) * leaf.stages)))
+
+    if not full or not fit(full[-1]):
+        return ()
+    low, high = 0, len(full) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fit(full[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return (full[low],)

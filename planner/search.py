@@ -24,7 +24,6 @@ from cost_models.leaf import (
     Completion,
     Leaf,
     Recompute,
-    fits,
     peaks,
     simulate_step,
     stage_costs,
@@ -128,7 +127,7 @@ class Search:
         """A layout must have a bound below this to matter."""
         if self.best is None:
             return UNLIMITED
-        return int(self.best.time_ns * (1 - self.tolerance))
+        return within(self.best.time_ns, self.tolerance)
 
     def run(self) -> SearchResult:
         """Search to the end, the limit, or an interruption."""
@@ -245,7 +244,8 @@ class Search:
         """
         if self.best is None:
             return []
-        chosen = {_mesh_key(c.degrees): c for c in reversed(sorted(self.kept, key=Candidate.key))}
+        by_preference = sorted(self.kept, key=Candidate.key, reverse=True)
+        chosen = {_mesh_key(c.degrees): c for c in by_preference}
         chosen.pop(_mesh_key(self.best.degrees), None)
         winner, tolerance = self.best, self.tolerance
         spares = sorted(self.spares.items(), key=lambda item: (item[1][0], item[0]))
@@ -289,21 +289,21 @@ class Search:
     def _open_interleaved(
         self, leaf: Leaf, degrees: Degrees, options: tuple[Recompute, ...]
     ) -> int | None:
-        """List the few completions; simulate those whose surrogate is below the cutoff."""
-        height = -(-len(leaf.sequence) // leaf.stages) + 1
-        useful = [option for option in options if option[1] <= height or option == options[-1]]
-        listed = interleaved_candidates(leaf, useful, cutoff_ns=self.cutoff)
-        candidates = sorted(listed, key=lambda c: (c[0], c[1].bounds))
+        """Simulate the few completions whose surrogate is below the cutoff."""
+        tallest = len(leaf.sequence) // max(1, leaf.stages - 2)
+        useful = [option for option in options if option[1] <= tallest or option == options[-1]]
         program: ProgramSolution | None = None
         reached: int | None = None
-        for surrogate, completion, ranks in candidates:
-            if surrogate >= self.cutoff:
-                return surrogate if reached is None else min(reached, surrogate)
-            if not fits(leaf, ranks):
-                continue
-            program = program or ProgramSolution("optimal", surrogate, completion, "enumeration")
-            simulated = self._simulate(leaf, degrees, completion, program)
-            reached = simulated if reached is None else min(reached, simulated)
+        for surrogate, completion in interleaved_candidates(
+            leaf, useful, cutoff=lambda: self.cutoff
+        ):
+            bound = surrogate
+            if completion is not None:
+                program = program or ProgramSolution(
+                    "optimal", surrogate, completion, "enumeration"
+                )
+                bound = self._simulate(leaf, degrees, completion, program)
+            reached = bound if reached is None else min(reached, bound)
         return reached
 
     def _open_chain(
@@ -346,9 +346,7 @@ class Search:
             least = min(least, self._simulate(leaf, degrees, completion, solution))
         return min(least, self.cutoff)
 
-    def _program(
-        self, leaf: Leaf, group: tuple[Recompute, ...], rows: Rows
-    ) -> ProgramSolution:
+    def _program(self, leaf: Leaf, group: tuple[Recompute, ...], rows: Rows) -> ProgramSolution:
         """The program's optimum below the cutoff; without one, widen the cutoff until it shows."""
         if self.best is not None:
             return solve_chain(leaf, group, cutoff_ns=self.cutoff, rows=rows)
@@ -389,6 +387,12 @@ class Search:
                     self.kept[index] = candidate
                 return
         self.kept.append(candidate)
+
+
+def within(time_ns: int, tolerance: float) -> int:
+    """The least integer bound that proves ``time_ns`` optimal within ``tolerance``."""
+    parts = 10**12
+    return -(-time_ns * (parts - round(tolerance * parts)) // parts)
 
 
 class _DeadlineError(Exception):

@@ -28,10 +28,10 @@ class _Chain:
         self.model: cp_model.CpModel = cp_model.CpModel()
         self.layers = len(leaf.sequence)
         self.horizon = self._horizon()
-        self.boundary = [self.model.new_int_var(0, self.layers, f"x{s}") for s in range(leaf.pp + 1)]
-        self.option = [
-            self.model.new_int_var(0, len(options) - 1, f"o{s}") for s in range(leaf.pp)
+        self.boundary = [
+            self.model.new_int_var(0, self.layers, f"x{s}") for s in range(leaf.pp + 1)
         ]
+        self.option = [self.model.new_int_var(0, len(options) - 1, f"o{s}") for s in range(leaf.pp)]
         names = ("work", "forward", "backward", "gradient", "update")
         self.value = {name: [self._time(f"{name}{s}") for s in range(leaf.pp)] for name in names}
         self.nested = [self._time(f"nested{s}") for s in range(leaf.pp)]
@@ -41,7 +41,8 @@ class _Chain:
     def _horizon(self) -> int:
         slowest = self._row_or_none(0, 0, self.layers)
         work = slowest if slowest else 1
-        return 4 * (self.leaf.microbatches + self.leaf.pp + 2) * work + 1_000_000
+        extra = self.leaf.bucket_ns + 2 * self.leaf.tied_sync_ns
+        return 4 * (self.leaf.microbatches + self.leaf.pp + 2) * work + extra + 1_000_000
 
     def _row_or_none(self, rank: int, first: int, last: int) -> int:
         """Time of everything on one rank, whatever it needs in memory."""
@@ -70,8 +71,8 @@ class _Chain:
         """Each rank takes a row that fits in memory and holds at least its fewest layers."""
         for rank in range(self.leaf.pp):
             tuples = []
-            for first in range(self.layers + 1):
-                for last in range(first + self.table.least(rank), self.layers + 1):
+            for last in range(self.layers + 1):
+                for first in self.table.firsts(rank, last):
                     for index, option in enumerate(self.options):
                         costs = self.table.get(rank, first, last, option)
                         if costs is not None:
@@ -99,9 +100,7 @@ class _Chain:
             k = leaf.pp - s
             loops, rest = divmod(leaf.microbatches - 1, k)
             trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns
-            self.model.add(
-                self.nested[s] >= (1 + loops) * trip + rest * self.value["backward"][s]
-            )
+            self.model.add(self.nested[s] >= (1 + loops) * trip + rest * self.value["backward"][s])
             if s == 0:
                 tail: Any = 0
                 if rest:
@@ -122,9 +121,7 @@ class _Chain:
         for s in range(leaf.pp):
             self.model.add(self.ends[s] >= self.nested[s] + value["gradient"][s])
             if s < leaf.pp - 1:
-                self.model.add(
-                    self.ends[s] >= value["forward"][s] + leaf.hop_ns + self.ends[s + 1]
-                )
+                self.model.add(self.ends[s] >= value["forward"][s] + leaf.hop_ns + self.ends[s + 1])
             self.model.add(self.update >= value["update"][s])
         self.model.minimize(self.ends[0] + self.update)
 

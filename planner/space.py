@@ -78,7 +78,8 @@ def virtual_stage_options(request: Request, pp: int) -> tuple[tuple[Schedule, in
         if schedule != "interleaved":
             options.append((schedule, 1))
             continue
-        most = -(-request.model.layer_count // pp)
+        layers = request.model.layer_count
+        most = (layers + 2) // pp if request.stack.uneven_stages else layers // pp
         options += (("interleaved", vpp) for vpp in range(2, most + 1))
     return tuple(options)
 
@@ -212,9 +213,7 @@ def _model_rules(request: Request) -> Iterator[Rule]:
     for width in sorted({f.intermediate for f in moes}):
         yield f"expert width {width} does not split over etp", _splits(width, lambda m: m.etp)
     for width in sorted({f.shared_intermediate for f in moes if f.shared_intermediate}):
-        yield f"shared expert width {width} does not split over tp", _splits(
-            width, lambda m: m.tp
-        )
+        yield f"shared expert width {width} does not split over tp", _splits(width, lambda m: m.tp)
     for experts in sorted({f.experts for f in moes}):
         yield f"{experts} experts do not split over ep", _splits(experts, lambda m: m.ep)
     yield (
@@ -237,9 +236,11 @@ def _model_rules(request: Request) -> Iterator[Rule]:
     for heads in sorted({_exchanged_heads(b.mixer) for b in blocks if b.mixer is not None}):
         yield (
             f"{heads} (KV) heads do not split over tp x cp (all-to-all context parallelism)",
-            lambda m, heads=heads: (m.cp > 1)  # type: ignore[misc]
-            & (m.cp_kind == exchange)
-            & (heads % (m.tp * m.cp) != 0),
+            lambda m, heads=heads: (
+                (m.cp > 1)  # type: ignore[misc]
+                & (m.cp_kind == exchange)
+                & (heads % (m.tp * m.cp) != 0)
+            ),
         )
 
 
@@ -321,7 +322,7 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
             stages[pp] = np.array(
                 [(SCHEDULE_NAMES.index(s), v) for s, v in virtual_stage_options(request, pp)],
                 dtype=np.int64,
-            )
+            ).reshape(-1, 2)
         index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp))
         left, right = data[dp], stages[pp]
         shape = (len(index), len(left), len(right))
@@ -353,9 +354,11 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         )
     yield (
         "ep x etp does not divide dp_shard x cp x tp",
-        lambda m, x: (x.dp_shard * m.cp * m.tp) % (m.ep * m.etp) != 0
-        if request.workload.expert_count
-        else np.zeros(len(x), dtype=bool),
+        lambda m, x: (
+            (x.dp_shard * m.cp * m.tp) % (m.ep * m.etp) != 0
+            if request.workload.expert_count
+            else np.zeros(len(x), dtype=bool)
+        ),
     )
     yield (
         "sharding over one rank is ZeRO stage 0",
@@ -365,8 +368,9 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
     if "interleaved_needs_multiple_of_pp" in stack.rules:
         yield (
             f"{label}: interleaving needs a multiple of pp microbatches",
-            lambda m, x: (x.schedule == interleaved)
-            & ((batch // (m.dp * m.microbatch)) % m.pp != 0),
+            lambda m, x: (
+                (x.schedule == interleaved) & ((batch // (m.dp * m.microbatch)) % m.pp != 0)
+            ),
         )
     yield (
         "no even split into virtual stages, the first and last lighter at most",
@@ -409,9 +413,7 @@ def check_layout(request: Request, layout: Layout) -> None:
 
     The user's constraints are not applied: they bound the search, not a layout that is asked about.
     """
-    free = replace(
-        request, job=request.job.model_copy(update={"constraints": ConstraintSpec()})
-    )
+    free = replace(request, job=request.job.model_copy(update={"constraints": ConstraintSpec()}))
 
     def one(value: int) -> Int64:
         return np.array([value], dtype=np.int64)

@@ -9,7 +9,6 @@ number it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 
 from cost_models import bounds
 from cost_models.configs import Configs, PricedConfigs, price_configs
-from cost_models.graph import Bools, Int64
+from cost_models.graph import Int64
+from cost_models.layout import RecomputeMode
 from cost_models.leaf import Leaf, Recompute
+from cost_models.relaxation import Relaxation, model_sum
 from cost_models.step import Field
 from planner.request import Request
 from planner.space import SCHEDULE_NAMES, Layouts, Meshes
@@ -47,22 +48,6 @@ def configs_of_meshes(
     )
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Counts of each layer kind, in the order of the tables."""
-
-    counts: tuple[int, ...]
-
-    @property
-    def layers(self) -> int:
-        return sum(self.counts)
-
-
-def _model(priced: PricedConfigs) -> _Model:
-    layers = priced.workload.layers
-    return _Model(tuple(layers.count(name) for name in priced.kind_names))
-
-
 def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     """Lower bound in ns on every layout of each mesh; infinity where none can fit.
 
@@ -75,8 +60,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         request.workload, request.machine, configs_of_meshes(meshes, meshes.dp, one, one * 0),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
-    model = _model(priced)
-    work = _sum(priced, model, (Field.FORWARD, Field.BACKWARD))
+    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))
     m = request.global_batch // (meshes.dp * meshes.microbatch)
     shape = bounds.Shape(meshes.pp, one, m, one, one)
     zero = np.zeros(len(meshes))
@@ -92,29 +76,17 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         latency = work + 2 * (meshes.pp - 1) * priced.hop_ns
         relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
-    held = _least_state(request, priced, model, meshes) + _sum(priced, model, (Field.ACT_FULL,))
+    held = _least_state(request, priced, meshes)
+    held += model_sum(priced, (Field.ACT_FULL,), ends=False)
     room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes)
     return np.where(held > room, np.inf, least)
 
 
-def _sum(priced: PricedConfigs, model: _Model, fields: Iterable[Field]) -> Real:
-    """A field summed over layers and both ends."""
-    total = np.zeros(priced.embedding.shape[1])
-    for field in fields:
-        for count, table in zip(model.counts, priced.kinds, strict=True):
-            total += count * table[field].astype(np.float64)
-        if field is not Field.ACT_FULL:
-            total += priced.embedding[field] + priced.head[field].astype(np.float64)
-    return total
-
-
-def _least_state(
-    request: Request, priced: PricedConfigs, model: _Model, meshes: Meshes
-) -> Real:
+def _least_state(request: Request, priced: PricedConfigs, meshes: Meshes) -> Real:
     """Persistent bytes of a whole pipeline that no allowed sharding removes."""
     rules, stages = request.machine.rules, request.stack.zero_stages
     most = max(stages)
-    parameters = _sum(priced, model, (Field.PARAMETERS,))
+    parameters = model_sum(priced, (Field.PARAMETERS,))
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
     fsdp = rules.weight_bytes > rules.gather_bytes
     state = parameters * 0.0
@@ -153,16 +125,20 @@ class PricedLayouts:
         )
 
 
-def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
-    """What a stage may recompute, in ascending order of time: nothing, attention, whole layers."""
+def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
+    """Modes that the stack has and the job allows."""
     limits = request.job.constraints
-    allowed = [
+    return tuple(
         mode
         for mode in request.stack.recompute
         if limits.recompute in (None, mode) and (request.job.allow_recompute or mode == "none")
-    ]
+    )
+
+
+def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
+    """What a stage may recompute, in ascending order of time: nothing, attention, whole layers."""
     options: list[Recompute] = []
-    for mode in allowed:
+    for mode in recompute_modes(request):
         if mode != "full":
             options.append((mode, 0))
         elif request.stack.recompute_layer_count:
@@ -188,180 +164,14 @@ def price_layouts(
         ),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
-    estimate = _Estimate(request, meshes.take(layouts.mesh), layouts, tables, config)
-    return PricedLayouts(meshes, layouts, tables, config, estimate.bounds(cutoff_ns), request)
-
-
-class _Estimate:
-    """Bounds of layouts: time with the least recomputation that a relaxed memory check allows."""
-
-    def __init__(
-        self, request: Request, meshes: Meshes, layouts: Layouts, tables: PricedConfigs,
-        config: Int64,
-    ) -> None:  # fmt: skip
-        self.request, self.meshes, self.layouts = request, meshes, layouts
-        self.tables, self.config = tables, config
-        self.model = _model(tables)
-        self.m = request.global_batch // (meshes.dp * meshes.microbatch)
-        stages = meshes.pp * layouts.vpp
-        self.height = -(-self.model.layers // stages)
-        self.spare = stages * self.height - self.model.layers
-
-    def column(self, table: Int64, field: Field) -> Real:
-        """One field of one table, per layout."""
-        return table[field][self.config].astype(np.float64)
-
-    def total(self, field: Field) -> Real:
-        """A field summed over the model, per layout."""
-        return _sum(self.tables, self.model, (field,))[self.config]
-
-    def bounds(self, cutoff_ns: float) -> Real:
-        work = self.total(Field.FORWARD) + self.total(Field.BACKWARD)
-        plain = self.time(work)
-        options = {mode for mode, _ in recompute_options(self.request, self.model.layers)}
-        result = np.full(len(self.layouts), np.inf)
-        open_ = plain < cutoff_ns
-        if "none" in options:
-            ok = self.memory(open_, "none", np.zeros_like(self.m))
-            result = np.where(ok, plain, result)
-            open_ = open_ & ~ok
-        # Skipped rows keep their time bound: it is at or above the cutoff already.
-        result = np.where(plain < cutoff_ns, result, plain)
-        if "selective" in options and open_.any():
-            extra = sum(
-                n * self.column(t, Field.SELECTIVE)
-                for n, t in zip(self.model.counts, self.tables.kinds, strict=True)
-            )
-            ok = self.memory(open_, "selective", np.zeros_like(self.m))
-            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
-        if "full" in options and open_.any():
-            least, most, ok = self.least_full(open_)
-            cheapest = np.min([self.column(t, Field.FULL) for t in self.tables.kinds], axis=0)
-            share = least / np.maximum(least, most)
-            extra = self.model.layers * share * cheapest
-            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
-        return result
-
-    def time(self, work: Real) -> Real:
-        """Time bound with ``work`` ns per microbatch through the pipeline."""
-        cheapest = np.min(
-            [
-                self.column(t, Field.FORWARD) + self.column(t, Field.BACKWARD)
-                for t in self.tables.kinds
-            ],
-            axis=0,
-        )
-        ends = self.tables.embedding
-        totals = bounds.Totals(
-            work=work,
-            gradient=self.total(Field.GRADIENT),
-            update=self.total(Field.OPTIMIZER) + self.total(Field.PARAMETER),
-            layer_work=cheapest,
-            embedding_work=self.column(ends, Field.FORWARD) + self.column(ends, Field.BACKWARD),
-            hop=self.tables.hop_ns[self.config].astype(np.float64),
-            bucket=self.tables.bucket_ns[self.config].astype(np.float64),
-            sync=self.tables.sync_ns[self.config].astype(np.float64),
-        )
-        shape = bounds.Shape(self.meshes.pp, self.layouts.vpp, self.m, self.height, self.spare)
-        return bounds.step_bound(self.layouts.schedule, shape, totals)
-
-    def memory(self, rows: Bools, mode: str, count: Int64) -> Bools:
-        """Whether some partition may fit: for each kind alone, what the stages can hold of it."""
-        index = np.flatnonzero(rows)
-        result = np.zeros(len(rows), dtype=bool)
-        if len(index):
-            result[index] = self._memory(index, mode, count[index])[0]
-        return result
-
-    def least_full(self, rows: Bools) -> tuple[Real, Real, Bools]:
-        """Fewest fully recomputed layers per chunk that may fit, the most layers that a stage
-        then holds, and whether any number fits."""
-        index = np.flatnonzero(rows)
-        layers = self.model.layers
-        counted = self.request.stack.recompute_layer_count
-        low = np.full(len(index), 1 if counted else layers, dtype=np.int64)
-        high = np.full(len(index), layers, dtype=np.int64)
-        ok, most = self._memory(index, "full", high)
-        while counted and np.any(low < high):
-            middle = (low + high) // 2
-            enough, _ = self._memory(index, "full", middle)
-            high = np.where(enough, middle, high)
-            low = np.where(enough, low, np.minimum(middle + 1, high))
-        _, most = self._memory(index, "full", high)
-        least = np.ones(len(rows))
-        widest = np.ones(len(rows))
-        fit = np.zeros(len(rows), dtype=bool)
-        least[index], widest[index], fit[index] = high, most, ok
-        return least, widest, fit
-
-    def _memory(self, index: Int64, mode: str, count: Int64) -> tuple[Bools, Real]:
-        ok = np.ones(len(index), dtype=bool)
-        widest = np.zeros(len(index))
-        for kind, table in zip(self.model.counts, self.tables.kinds, strict=True):
-            held, most = self._capacity(index, table, mode, count)
-            ok &= held >= kind
-            widest = np.maximum(widest, most)
-        return ok, widest
-
-    def _capacity(
-        self, index: Int64, table: Int64, mode: str, count: Int64
-    ) -> tuple[Real, Real]:
-        """Layers of one kind that all stages, and that the roomiest stage, can hold."""
-        config = self.config[index]
-        pp, vpp, m = self.meshes.pp[index], self.layouts.vpp[index], self.m[index]
-        schedule, height = self.layouts.schedule[index], self.height[index]
-        fields = {
-            "none": (Field.ACT_NONE, Field.ACT_NONE, Field.WORK_NONE),
-            "selective": (Field.ACT_SELECTIVE, Field.ACT_SELECTIVE, Field.WORK_SELECTIVE),
-            "full": (Field.ACT_FULL, Field.ACT_NONE, Field.WORK_FULL),
-        }[mode]
-        front, rest, working = (table[f][config].astype(np.float64) for f in fields)
-        static = table[Field.STATIC][config].astype(np.float64)
-        if len(self.model.counts) > 1:
-            # The recomputed layers of a mixed stage may be of another kind.
-            working = table[Field.WORK_NONE][config].astype(np.float64)
-        room = self.tables.capacity_bytes - self.tables.fixed_bytes - working
-        room = room - table[Field.GATHERED][config]
-        limit = count.astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
-        total = np.zeros(len(index))
-        widest = np.zeros(len(index))
-        for rank in range(int(pp.max(initial=0))):
-            live = np.where(schedule == 0, m, np.minimum(m, pp - rank)).astype(np.float64)
-            left = room - np.where(rank == 0, self._end(self.tables.embedding, config, live), 0.0)
-            left = left - np.where(rank == pp - 1, self._end(self.tables.head, config, live), 0.0)
-            cost_front, cost_rest = static + live * front, static + live * rest
-            few = np.floor(np.maximum(left, 0.0) / cost_front)
-            with np.errstate(invalid="ignore"):
-                more = limit + np.floor((left - limit * cost_front) / cost_rest)
-            holds = np.where((mode != "full") | (few <= limit), few, more)
-            holds = np.where(left < 0, -np.inf, holds)
-            chunked = self._interleaved(
-                rank, pp, vpp, m, height, left, static, front, rest, limit
-            )
-            holds = np.where(schedule == 2, chunked, holds)
-            active = rank < pp
-            total += np.where(active, holds, 0.0)
-            widest = np.maximum(widest, np.where(active, np.minimum(holds, self.model.layers), 0))
-        return total, np.maximum(widest, 1.0)
-
-    def _end(self, table: Int64, config: Int64, live: Real) -> Real:
-        """Bytes of the embedding or head on its stage; one microbatch of activations at least."""
-        return table[Field.STATIC][config] + table[Field.ACT_NONE][config].astype(np.float64)
-
-    def _interleaved(
-        self, rank: int, pp: Int64, vpp: Int64, m: Int64, height: Int64, left: Real,
-        static: Real, front: Real, rest: Real, limit: Real,
-    ) -> Real:  # fmt: skip
-        """Layers a rank of an interleaved pipeline holds: all its chunks are full, or none fits.
-
-        The first and the last rank have one lighter chunk, which is left out of the count.
-        """
-        in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
-        lighter = ((rank == 0) | (rank == pp - 1)).astype(np.int64) * (rank < pp)
-        # A lighter chunk is alive at most pp times the other chunks' rounds; drop its share.
-        dropped = np.minimum(in_flight, lighter * m)
-        alive = np.maximum(in_flight - np.where(lighter > 0, dropped, 0), 0)
-        per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
-        need = (vpp - lighter) * height * static + alive * per_chunk
-        result: Real = np.where(need <= left, (vpp * height).astype(np.float64), -np.inf)
-        return result
+    relaxation = Relaxation(
+        tables,
+        config=config,
+        schedule=layouts.schedule,
+        vpp=layouts.vpp,
+        microbatches=request.global_batch // (meshes.dp * meshes.microbatch)[layouts.mesh],
+        modes=recompute_modes(request),
+        counted=request.stack.recompute_layer_count,
+        per_stage=request.stack.recompute_per_stage,
+    )
+    return PricedLayouts(meshes, layouts, tables, config, relaxation.bounds(cutoff_ns), request)

@@ -45,7 +45,9 @@ def build_workload(
     ctx = BlockContext(
         hidden=model.hidden,
         element_bytes=4 if job.precision == "fp32" else 2,
-        attention_kernel=attention_kernel(stack, device),
+        attention_kernel=(
+            "unfused" if job.precision == "fp32" else stack.attention_kernel(device.name)
+        ),
         fused=frozenset(stack.fused),
         dropout=model.dropout and stack.dropout,
         vocab=model.vocab,
@@ -76,13 +78,6 @@ def build_workload(
         vocab_divisor=stack.vocab_divisor,
         assumptions=_assumptions(model, job, ctx),
     )  # fmt: skip
-
-
-def attention_kernel(stack: StackSpec, device: DeviceSpec) -> str:
-    """The stack's attention kernel on this device, by the longest matching name prefix."""
-    table = stack.attention_kernels
-    matches = [prefix for prefix in table if device.name.startswith(prefix)]
-    return table[max(matches, key=len)] if matches else table["default"]
 
 
 def model_flops_per_token(model: ModelSpec, sequence: int, *, mtp: bool = True) -> float:
@@ -246,6 +241,8 @@ def _assumptions(model: ModelSpec, job: JobSpec, ctx: BlockContext) -> tuple[str
             )
     if job.precision == "fp8":
         notes.append("fp8: LM head, router and attention stay in bf16; weights kept in bf16")
-    if ctx.attention_kernel == "unfused":
+    if job.precision == "fp32":
+        notes.append("fp32: no fused attention kernel; batched products and a softmax instead")
+    elif ctx.attention_kernel == "unfused":
         notes.append("attention is unfused: full, not causal, score matrices are computed")
     return tuple(notes)

@@ -67,9 +67,7 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
     size = ctx.gathered_bytes(shard)
     sp = shard.sequence_parallel
     return (
-        Collective(
-            f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp
-        ),
+        Collective(f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp),
         Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
     )
 

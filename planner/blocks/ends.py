@@ -23,9 +23,7 @@ def embedding_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Token ids, and the dropout mask where the model has one."""
     result = [SavedTensor("token_ids", shard.tokens * 8)]
     if ctx.dropout:
-        result.append(
-            SavedTensor("embedding_mask", ctx.residual_bytes(shard) // ctx.element_bytes)
-        )
+        result.append(SavedTensor("embedding_mask", ctx.residual_bytes(shard) // ctx.element_bytes))
     return tuple(result)
 
 
@@ -66,4 +64,4 @@ def head_working(ctx: BlockContext, shard: Shard) -> Int64:
 
 def _scaled(elements: Int64, bytes_per_element: float) -> Int64:
     """Bytes of a buffer; per-element sizes are multiples of a half byte."""
-    return elements * int(round(2 * bytes_per_element)) // 2
+    return elements * round(2 * bytes_per_element) // 2

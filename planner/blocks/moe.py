@@ -82,9 +82,7 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("combined", shard.residual_tokens * spec.top_k * h * e),
     ]
     if spec.shared_intermediate:
-        result += mlp.inner_saved(
-            "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated
-        )
+        result += mlp.inner_saved("shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated)
     return tuple(result)
 
 

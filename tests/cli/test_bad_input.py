@@ -129,7 +129,7 @@ def test_ten_megabytes_of_text_on_stdin() -> None:
 
 
 def test_two_inputs_cannot_both_be_stdin() -> None:
-    refused(planner("plan", "-", "-", stdin=json.dumps(TINY)), "-")
+    refused(planner("plan", "-", "-", stdin=json.dumps(TINY)), "only one of MODEL, CLUSTER and JOB")
 
 
 @pytest.mark.parametrize(

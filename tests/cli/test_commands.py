@@ -128,6 +128,15 @@ def test_constraints_are_obeyed() -> None:
     assert (layout["tp"], layout["pp"], layout["cp"], layout["vpp"]) == (4, 1, 1, 1)
 
 
+def test_a_limit_without_a_proof_is_4() -> None:
+    result = planner(
+        "plan", *REQUEST, *BATCH, "--tolerance", "0", "--time-limit", "0.0001", "--require-optimal"
+    )
+    assert result.code == 4
+    assert result.err.startswith("error: ")
+    assert "--time-limit" in result.err
+
+
 def test_verify_accepts_a_plan(plan_text: str) -> None:
     result = planner("verify", "-", "--format", "json", stdin=plan_text)
     assert result.code == 0, result.err

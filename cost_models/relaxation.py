@@ -1,0 +1,256 @@
+"""Lower bounds of many layouts at once, memory included.
+
+A layout is bounded by ``cost_models.bounds`` at the least recomputation that could make it fit. The
+memory check is relaxed so that it never refuses what some partition could hold: for each kind of
+layer alone, the stages together must have room for all layers of that kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models import bounds
+from cost_models.configs import PricedConfigs
+from cost_models.graph import Bools, Int64
+from cost_models.step import Field
+
+Real = NDArray[np.float64]
+
+
+def layer_counts(priced: PricedConfigs) -> tuple[int, ...]:
+    """Layers of each kind, in the order of the tables."""
+    layers = priced.workload.layers
+    return tuple(layers.count(name) for name in priced.kind_names)
+
+
+def model_sum(priced: PricedConfigs, fields: Iterable[Field], *, ends: bool = True) -> Real:
+    """Fields summed over all layers and, unless told otherwise, embedding and head; per
+    configuration."""
+    total = np.zeros(priced.embedding.shape[1])
+    for field in fields:
+        for count, table in zip(layer_counts(priced), priced.kinds, strict=True):
+            total += count * table[field].astype(np.float64)
+        if ends:
+            total += priced.embedding[field] + priced.head[field].astype(np.float64)
+    return total
+
+
+class Relaxation:
+    """Bounds of layouts (arrays of one length) over priced configurations.
+
+    ``config`` is each layout's column in the tables, ``schedule`` 0 for GPipe, 1 for 1F1B and 2 for
+    interleaved; ``modes`` are the allowed recompute modes, and ``counted`` says whether full
+    recomputation may be limited to a number of layers. With ``per_stage`` only the stages that need
+    it recompute, so the time bound has none.
+    """
+
+    def __init__(
+        self, tables: PricedConfigs, *, config: Int64, schedule: Int64, vpp: Int64,
+        microbatches: Int64, modes: Collection[str], counted: bool,
+        per_stage: bool = False,
+    ) -> None:  # fmt: skip
+        self.tables, self.config = tables, config
+        self.schedule, self.vpp, self.m = schedule, vpp, microbatches
+        self.pp = tables.configs.pp[config]
+        self.modes, self.counted, self.per_stage = modes, counted, per_stage
+        self.kind_counts = layer_counts(tables)
+        self.layers = sum(self.kind_counts)
+        stages = self.pp * vpp
+        self.height = -(-self.layers // stages)
+        self.spare = stages * self.height - self.layers
+
+    def column(self, table: Int64, field: Field) -> Real:
+        """One field of one table, per layout."""
+        return table[field][self.config].astype(np.float64)
+
+    def total(self, field: Field) -> Real:
+        """A field summed over the model, per layout."""
+        return model_sum(self.tables, (field,))[self.config]
+
+    def bounds(self, cutoff_ns: float = np.inf) -> Real:
+        """Lower bound on the step in ns; infinity where no partition can fit.
+
+        Memory is looked at only where time alone stays below ``cutoff_ns``.
+        """
+        work = self.total(Field.FORWARD) + self.total(Field.BACKWARD)
+        plain = self.time(work)
+        result = np.full(len(self.config), np.inf)
+        open_ = plain < cutoff_ns
+        if self.per_stage:
+            everything = np.full_like(self.m, self.layers)
+            ok = np.zeros(len(self.config), dtype=bool)
+            for mode in self.modes:
+                ok |= self.memory(open_, mode, everything)
+            return np.where(ok | ~open_, plain, np.inf)
+        if "none" in self.modes:
+            ok = self.memory(open_, "none", np.zeros_like(self.m))
+            result = np.where(ok, plain, result)
+            open_ = open_ & ~ok
+        # Skipped rows keep their time bound: it is at or above the cutoff already.
+        result = np.where(plain < cutoff_ns, result, plain)
+        if "selective" in self.modes and open_.any():
+            extra = sum(
+                n * self.column(t, Field.SELECTIVE)
+                for n, t in zip(self.kind_counts, self.tables.kinds, strict=True)
+            )
+            ok = self.memory(open_, "selective", np.zeros_like(self.m))
+            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
+        if "full" in self.modes and open_.any():
+            least, most, ok = self.least_full(open_)
+            cheapest = np.min([self.column(t, Field.FULL) for t in self.tables.kinds], axis=0)
+            share = least / np.maximum(least, most)
+            extra = self.layers * share * cheapest
+            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
+        return result
+
+    def time(self, work: Real) -> Real:
+        """Time bound with ``work`` ns per microbatch through the pipeline."""
+        cheapest = np.min(
+            [
+                self.column(t, Field.FORWARD) + self.column(t, Field.BACKWARD)
+                for t in self.tables.kinds
+            ],
+            axis=0,
+        )
+        ends = self.tables.embedding
+        totals = bounds.Totals(
+            work=work,
+            gradient=self.total(Field.GRADIENT),
+            update=self.total(Field.OPTIMIZER) + self.total(Field.PARAMETER),
+            layer_work=cheapest,
+            embedding_work=self.column(ends, Field.FORWARD) + self.column(ends, Field.BACKWARD),
+            hop=self.tables.hop_ns[self.config].astype(np.float64),
+            bucket=self.tables.bucket_ns[self.config].astype(np.float64),
+            sync=self.tables.sync_ns[self.config].astype(np.float64),
+        )
+        shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare)
+        return bounds.step_bound(self.schedule, shape, totals)
+
+    def memory(self, rows: Bools, mode: str, count: Int64) -> Bools:
+        """Whether some partition may fit: for each kind alone, what the stages can hold of it."""
+        index = np.flatnonzero(rows)
+        result = np.zeros(len(rows), dtype=bool)
+        if len(index):
+            result[index] = self._memory(index, mode, count[index])[0]
+        return result
+
+    def least_full(self, rows: Bools) -> tuple[Real, Real, Bools]:
+        """Fewest fully recomputed layers per chunk that may fit, the most layers that a stage
+        then holds, and whether any number fits."""
+        index = np.flatnonzero(rows)
+        layers = self.layers
+        counted = self.counted
+        low = np.full(len(index), 1 if counted else layers, dtype=np.int64)
+        high = np.full(len(index), layers, dtype=np.int64)
+        ok, most = self._memory(index, "full", high)
+        while counted and np.any(low < high):
+            middle = (low + high) // 2
+            enough, _ = self._memory(index, "full", middle)
+            high = np.where(enough, middle, high)
+            low = np.where(enough, low, np.minimum(middle + 1, high))
+        _, most = self._memory(index, "full", high)
+        least = np.ones(len(rows))
+        widest = np.ones(len(rows))
+        fit = np.zeros(len(rows), dtype=bool)
+        least[index], widest[index], fit[index] = high, most, ok
+        return least, widest, fit
+
+    def _memory(self, index: Int64, mode: str, count: Int64) -> tuple[Bools, Real]:
+        """Whether layouts may fit, and the most layers that one stage may hold."""
+        limit = count.astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
+        chunked = self.schedule[index] == 2
+        ok = np.ones(len(index), dtype=bool)
+        widest = np.zeros(len(index))
+        if chunked.any():
+            part = index[chunked]
+            ok[chunked] = self._interleaved(part, mode, limit[chunked])
+            widest[chunked] = np.minimum(self.layers, self.vpp[part] * self.height[part] * 2.0)
+        if not chunked.all():
+            part = index[~chunked]
+            for kind, table in zip(self.kind_counts, self.tables.kinds, strict=True):
+                held, most = self._chain(part, table, mode, limit[~chunked])
+                ok[~chunked] &= held >= kind
+                widest[~chunked] = np.maximum(widest[~chunked], most)
+        return ok, widest
+
+    def _room(self, config: Int64, tables: Sequence[Int64], working: Field) -> Real:
+        """Bytes for state and activations on a stage that holds the least demanding of ``tables``.
+
+        Where a model has several kinds, the recomputed layers of a stage may be of another one.
+        """
+        field = working if len(self.kind_counts) == 1 else Field.WORK_NONE
+        need = np.min([t[field][config] + t[Field.GATHERED][config] for t in tables], axis=0)
+        capacity = self.tables.capacity_bytes - self.tables.fixed_bytes
+        return (capacity - need).astype(np.float64)
+
+    def _chain(self, index: Int64, table: Int64, mode: str, limit: Real) -> tuple[Real, Real]:
+        """Layers of one kind that all stages, and that the roomiest stage, can hold (1F1B, GPipe).
+
+        A stage without room for one such layer holds none of them, unless every stage must.
+        """
+        config = self.config[index]
+        pp, m, schedule = self.pp[index], self.m[index], self.schedule[index]
+        front_field, rest_field, work_field = _FIELDS[mode]
+        front = table[front_field][config].astype(np.float64)
+        rest = table[rest_field][config].astype(np.float64)
+        static = table[Field.STATIC][config].astype(np.float64)
+        room = self._room(config, [table], work_field)
+        total, widest = np.zeros(len(index)), np.ones(len(index))
+        for rank in range(int(pp.max(initial=0))):
+            live = np.where(schedule == 0, m, np.minimum(m, pp - rank)).astype(np.float64)
+            left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
+            left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
+            cost_front, cost_rest = static + live * front, static + live * rest
+            few = np.floor(np.maximum(left, 0.0) / cost_front)
+            with np.errstate(invalid="ignore"):
+                more = limit + np.floor((left - limit * cost_front) / cost_rest)
+            holds = np.where(few <= limit, few, more) if mode == "full" else few
+            may_be_empty = len(self.kind_counts) > 1 or rank == 0
+            empty = np.where(may_be_empty | (rank == pp - 1), 0.0, -np.inf)
+            holds = np.where(left < 0, np.where(pp == 1, -np.inf, empty), holds)
+            active = rank < pp
+            total += np.where(active, holds, 0.0)
+            widest = np.maximum(widest, np.where(active, np.minimum(holds, self.layers), 1.0))
+        return total, widest
+
+    def _end(self, table: Int64, config: Int64) -> Real:
+        """Bytes of the embedding or head on its stage, with one microbatch of activations."""
+        return table[Field.STATIC][config] + table[Field.ACT_NONE][config].astype(np.float64)
+
+    def _interleaved(self, index: Int64, mode: str, limit: Real) -> Bools:
+        """Whether every rank has room for its full chunks of the least demanding layers.
+
+        The first and the last rank have one lighter chunk, which is left out, with the most
+        microbatches that it may have in flight.
+        """
+        config, tables = self.config[index], self.tables.kinds
+        pp, vpp, m, height = self.pp[index], self.vpp[index], self.m[index], self.height[index]
+        front_field, rest_field, work_field = _FIELDS[mode]
+
+        def least(field: Field) -> Real:
+            return np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+
+        static, front, rest = least(Field.STATIC), least(front_field), least(rest_field)
+        room = self._room(config, tables, work_field)
+        per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
+        ok = np.ones(len(index), dtype=bool)
+        for rank in range(int(pp.max(initial=0))):
+            left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
+            left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
+            lighter = ((rank == 0) | (rank == pp - 1)).astype(np.int64)
+            in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
+            alive = np.maximum(in_flight - lighter * m, 0)
+            need = (vpp - lighter) * height * static + alive * per_chunk
+            ok &= (need <= left) | (rank >= pp)
+        return ok
+
+
+_FIELDS = {
+    "none": (Field.ACT_NONE, Field.ACT_NONE, Field.WORK_NONE),
+    "selective": (Field.ACT_SELECTIVE, Field.ACT_SELECTIVE, Field.WORK_SELECTIVE),
+    "full": (Field.ACT_FULL, Field.ACT_NONE, Field.WORK_FULL),
+}
+"""Activations of a layer in a mode and beyond its counted front, and the working bytes."""

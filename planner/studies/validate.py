@@ -1,0 +1,125 @@
+"""Predictions beside published measurements: price every run of a file that can be priced.
+
+Each row goes through the same pipeline as ``evaluate``. Which stack ran it, and what the row leaves
+out, is decided by the tables in ``planner/studies/policies`` from the row's own columns; the name
+of the model, the source and the notes change no prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cost_models.leaf import peaks
+from planner.errors import InputError
+from planner.predict import Priced, complete_layout, price
+from planner.request import Request
+from planner.studies.measured import GIB, has_metric, measured
+from planner.studies.policy import Cell, family_of, reading_of
+from planner.studies.published import layout_of, request_of
+from planner.studies.runs import Run, SkippedError, read_runs
+from planner.studies.summary import summarise
+
+SECOND = 1e9
+DENOMINATOR = ("gpus", "seq", "layers", "hidden", "gbs")
+"""With a metric, what a row must state to count in the share priced."""
+
+
+def validate(
+    source: Path | str,
+    *,
+    fail_above: float | None = None,
+    changes: Mapping[str, Cell] | None = None,
+) -> dict[str, Any]:
+    """Every run of a CSV file (or CSV text) with its prediction, in order, and a summary.
+
+    ``fail_above`` is a limit on the median absolute step-time error in percent; the summary's
+    ``gate`` then says whether it held. ``changes`` replace what the policy fills where a row leaves
+    it out: the error under another policy. Raises :class:`InputError` for a file that cannot be
+    read.
+    """
+    runs = read_runs(source)
+    rows = [row_of(run, changes) for run in runs]
+    summary = summarise(rows, denominator=[_counts(run) for run in runs])
+    if fail_above is not None:
+        overall = summary["step_time"]["overall"]
+        found = overall["median"] * 100 if overall else None
+        summary["gate"] = {
+            "limit_percent": fail_above,
+            "median_percent": found,
+            "passed": found is not None and found <= fail_above,
+        }
+    return {"rows": rows, "summary": summary}
+
+
+def _counts(run: Run) -> bool:
+    return all(run.size(column) for column in DENOMINATOR) and has_metric(run)
+
+
+def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any]:
+    """One row of the document."""
+    source = run.text("source")
+    row: dict[str, Any] = {
+        "id": run.text("id") or str(run.row + 1),
+        "source": source,
+        "family": family_of(source),
+        "stack": None,
+        "status": "skipped",
+        "reason": None,
+        "measured_basis": None,
+        "policy_filled": [],
+        "predicted_step_time_s": None,
+        "measured_step_time_s": None,
+        "band_s": None,
+        "predicted_peak_gib": None,
+        "measured_peak_gib": None,
+        "fits": None,
+        "scored": False,
+        "warnings": [],
+    }
+    request = None
+    try:
+        reading = reading_of(run, changes)
+        row["stack"] = reading.stack
+        request = request_of(reading)
+        layout, warnings = layout_of(reading, request)
+        priced = price_run(request, layout)
+    except SkippedError as skipped:
+        row["reason"] = str(skipped)
+    else:
+        row |= _prediction(priced, request)
+        row |= {
+            "status": "priced",
+            "policy_filled": sorted(reading.filled),
+            "warnings": warnings,
+        }
+    found = measured(run, request)
+    row |= {
+        "measured_basis": found.basis,
+        "measured_step_time_s": found.step_time_s,
+        "measured_peak_gib": found.peak_gib,
+        "scored": row["status"] == "priced" and found.scored,
+    }
+    return row
+
+
+def price_run(request: Request, layout: Mapping[str, Any]) -> Priced:
+    """A run's layout priced. Raises :class:`SkippedError` for one that cannot exist."""
+    try:
+        return price(complete_layout(layout, request), request)
+    except (InputError, ValueError) as error:
+        raise SkippedError(f"layout not defined: {error}") from None
+
+
+def _prediction(priced: Priced, request: Request) -> dict[str, Any]:
+    from planner.accuracy import band
+
+    step_s = priced.step.total_ns / SECOND
+    low, high, _ = band(request, priced.layout, step_s)
+    return {
+        "predicted_step_time_s": step_s,
+        "band_s": [low, high],
+        "predicted_peak_gib": max(peaks(priced.leaf, priced.ranks)) / GIB,
+        "fits": priced.fits,
+    }

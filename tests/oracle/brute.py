@@ -1,0 +1,287 @@
+"""Brute force: every layout, partition and recomputation; no tables, bounds or solver.
+
+Only the prices of one layer are the cost model's (nanoseconds and bytes per layer kind, from
+``price_configs``): they define the problem. All layouts of an instance are priced in one call;
+:func:`priced_alone` prices one of them by itself, and the tests compare the two. Stage sums,
+memory, live activations, schedules and the search itself are written here a second time.
+
+A branch is left only where a single rank's own work is no shorter than the best step so far, or
+where a rank does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+
+from cost_models.configs import Configs, PricedConfigs, price_configs
+from cost_models.step import Field
+from planner.request import Request
+from tests.oracle.layouts import (
+    CP_KINDS,
+    Layout,
+    Option,
+    every_layout,
+    partitions,
+    recompute_choices,
+)
+from tests.oracle.timeline import finish_times, most_live_bytes
+
+_TIMES = {"selective": Field.SELECTIVE, "full": Field.FULL}
+_KEPT = {"selective": Field.ACT_SELECTIVE, "full": Field.ACT_FULL}
+_WORKING = {"selective": Field.WORK_SELECTIVE, "full": Field.WORK_FULL}
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Sums over one virtual stage."""
+
+    forward: int
+    backward: int
+    gradient: int
+    update: int
+    static: int
+    activation: int
+    working: int
+
+
+@dataclass
+class Prices:
+    """One layout's integers per layer, and the chunks summed from them so far."""
+
+    layers: tuple[tuple[int, ...], ...]
+    embedding: tuple[int, ...]
+    head: tuple[int, ...]
+    hop: int
+    bucket: int
+    tied_sync: int
+    sync: int
+    fixed: int
+    capacity: int
+    chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
+
+    def key(self) -> tuple[object, ...]:
+        """Everything that defines the problem."""
+        return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
+                self.sync, self.fixed, self.capacity)  # fmt: skip
+
+
+@dataclass
+class Answer:
+    """The optimum, or ``time`` None where nothing fits."""
+
+    time: int | None = None
+    layout: Layout | None = None
+    sizes: tuple[int, ...] = ()
+    options: tuple[Option, ...] = ()
+    uniform_time: int | None = None
+    """The best step with equal layers per virtual stage and one recompute mode for all layers."""
+    layouts: int = 0
+    completions: int = 0
+    """Completions that were looked at, in full or in part."""
+
+
+def _configs(layouts: Sequence[Layout]) -> Configs:
+    def column(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        return np.array([getattr(x, name) for x in layouts], dtype=np.int64)
+
+    return Configs(
+        microbatch=column("microbatch"), tp=column("tp"), cp=column("cp"),
+        cp_kind=np.array([CP_KINDS.index(x.cp_kind) for x in layouts], dtype=np.int64),
+        ep=column("ep"), etp=column("etp"), sequence_parallel=column("sp").astype(bool),
+        dp_replicate=column("dp_replicate"), dp_shard=column("dp_shard"), pp=column("pp"),
+        zero_stage=column("zero"),
+    )  # fmt: skip
+
+
+def price_all(request: Request, layouts: Sequence[Layout]) -> list[Prices]:
+    """Prices of each layout."""
+    tables = price_configs(
+        request.workload, request.machine, _configs(layouts), reserve_bytes=request.reserve_bytes,
+        capacity_bytes=request.capacity_bytes,
+    )  # fmt: skip
+    return [_take(request, tables, index) for index in range(len(layouts))]
+
+
+def priced_alone(request: Request, layout: Layout) -> Prices:
+    """Prices of one layout by itself."""
+    return price_all(request, [layout])[0]
+
+
+def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
+    rows = {
+        name: tuple(table[:, index].tolist())
+        for name, table in zip(tables.kind_names, tables.kinds, strict=True)
+    }
+    return Prices(
+        layers=tuple(rows[name] for name in request.workload.layers),
+        embedding=tuple(tables.embedding[:, index].tolist()),
+        head=tuple(tables.head[:, index].tolist()),
+        hop=int(tables.hop_ns[index]),
+        bucket=int(tables.bucket_ns[index]),
+        tied_sync=int(tables.tied_sync_ns[index]),
+        sync=int(tables.sync_ns[index]),
+        fixed=tables.fixed_bytes,
+        capacity=tables.capacity_bytes,
+    )
+
+
+def sum_chunk(
+    prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option
+) -> Chunk:
+    """A virtual stage of ``size`` layers from ``first`` on; ``start`` and ``end`` of the model,
+    ``many`` pipeline ranks."""
+    key = (start, end, many, first, size, option)
+    if key in prices.chunks:
+        return prices.chunks[key]
+    mode, limit = option
+    forward = backward = gradient = update = static = activation = working = gathered = 0
+    for place, row in enumerate(prices.layers[first : first + size]):
+        again = mode == "selective" or (mode == "full" and place < limit)
+        forward += row[Field.FORWARD]
+        backward += row[Field.BACKWARD] + (row[_TIMES[mode]] if again else 0)
+        gradient += row[Field.GRADIENT]
+        update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
+        static += row[Field.STATIC]
+        activation += row[_KEPT[mode]] if again else row[Field.ACT_NONE]
+        working = max(working, row[_WORKING[mode]] if again else row[Field.WORK_NONE])
+        gathered = max(gathered, row[Field.GATHERED])
+    for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
+        forward += row[Field.FORWARD]
+        backward += row[Field.BACKWARD]
+        gradient += row[Field.GRADIENT] + (prices.tied_sync if many else 0)
+        update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
+        static += row[Field.STATIC]
+        activation += row[Field.ACT_NONE]
+        working = max(working, row[Field.WORK_NONE])
+        gathered = max(gathered, row[Field.GATHERED])
+    chunk = Chunk(forward, backward, gradient, update, static, activation, working + gathered)
+    prices.chunks[key] = chunk
+    return chunk
+
+
+def chunks_of(
+    prices: Prices, x: Layout, sizes: Sequence[int], options: Sequence[Option]
+) -> list[Chunk]:
+    """All virtual stages, in order; ``options`` per rank."""
+    chunks, first, stages = [], 0, x.pp * x.vpp
+    for j, size in enumerate(sizes):
+        chunks.append(
+            sum_chunk(prices, j == 0, j == stages - 1, x.pp > 1, first, size, options[j % x.pp])
+        )
+        first += size
+    return chunks
+
+
+def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]) -> int:
+    """Peak bytes of a device of ``rank``."""
+    live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, [c.activation for c in own])
+    return prices.fixed + sum(c.static for c in own) + live + max(c.working for c in own)
+
+
+def step_time(prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk]) -> int:
+    """The step: pipeline and exposed reduction, then the update behind the norm's barrier."""
+    durations = [time for c in chunks for time in (c.forward, c.backward)]
+    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, prices.hop)
+    reduced = max(
+        end + prices.bucket + sum(c.gradient for c in chunks[rank :: x.pp])
+        for rank, end in enumerate(ends)
+    )
+    return reduced + max(sum(c.update for c in chunks[r :: x.pp]) for r in range(x.pp)) + prices.sync
+
+
+class BruteForce:
+    """Looks at everything and remembers the best."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.answer = Answer()
+        self.choices = recompute_choices(request)
+
+    def run(self) -> Answer:
+        layouts = list(every_layout(self.request))
+        self.answer.layouts = len(layouts)
+        if not layouts:
+            return self.answer
+        prices = self.prices(layouts)
+        # Short ones first, so that later ones end early; the order changes nothing else.
+        layouts.sort(key=lambda x: self._work(x, prices[x.config()]))
+        for x in layouts:
+            self._layout(x, prices[x.config()])
+        return self.answer
+
+    def prices(self, layouts: Sequence[Layout]) -> dict[tuple[object, ...], Prices]:
+        """Prices by :meth:`Layout.config`."""
+        distinct = list({x.config(): x for x in layouts}.values())
+        priced = price_all(self.request, distinct)
+        return {x.config(): each for x, each in zip(distinct, priced, strict=True)}
+
+    def best_of(self, x: Layout, prices: Prices) -> int | None:
+        """The best step of one layout by itself."""
+        self.answer = Answer(layouts=1)
+        self._layout(x, prices)
+        return self.answer.time
+
+    def _microbatches(self, x: Layout) -> int:
+        return self.request.global_batch // (x.dp * x.microbatch)
+
+    def _work(self, x: Layout, prices: Prices) -> float:
+        rows = (*prices.layers, prices.embedding, prices.head)
+        each = sum(row[Field.FORWARD] + row[Field.BACKWARD] for row in rows)
+        return self._microbatches(x) * each / x.pp
+
+    def _layout(self, x: Layout, prices: Prices) -> None:
+        stack, layers = self.request.stack, self.request.model.layer_count
+        m = self._microbatches(x)
+        for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
+            height = max(sizes)
+            useful = [o for o in self.choices if o[1] <= height or o == self.choices[-1]]
+            if len(set(sizes)) == 1:
+                for option in useful:
+                    if option[0] != "full" or option[1] >= height:
+                        self._uniform(x, prices, m, sizes, option)
+            if stack.recompute_per_stage:
+                for options in product(useful, repeat=x.pp):
+                    self._completion(x, prices, m, sizes, options)
+            else:
+                for option in useful:
+                    self._completion(x, prices, m, sizes, (option,) * x.pp)
+
+    def _uniform(
+        self, x: Layout, prices: Prices, m: int, sizes: Sequence[int], option: Option
+    ) -> None:
+        time = self._evaluate(x, prices, m, sizes, (option,) * x.pp, self.answer.uniform_time)
+        if time is not None:
+            self.answer.uniform_time = time
+
+    def _completion(
+        self, x: Layout, prices: Prices, m: int, sizes: Sequence[int], options: tuple[Option, ...]
+    ) -> None:
+        self.answer.completions += 1
+        time = self._evaluate(x, prices, m, sizes, options, self.answer.time)
+        if time is not None:
+            self.answer.time, self.answer.layout = time, x
+            self.answer.sizes, self.answer.options = tuple(sizes), options
+
+    def _evaluate(
+        self, x: Layout, prices: Prices, m: int, sizes: Sequence[int],
+        options: tuple[Option, ...], best: int | None,
+    ) -> int | None:  # fmt: skip
+        """The step's time where it fits and is below ``best``."""
+        chunks = chunks_of(prices, x, sizes, options)
+        for rank in range(x.pp):
+            own = chunks[rank :: x.pp]
+            if best is not None and m * sum(c.forward + c.backward for c in own) >= best:
+                return None
+            if rank_peak(prices, x, m, rank, own) > prices.capacity:
+                return None
+        time = step_time(prices, x, m, chunks)
+        return time if best is None or time < best else None
+
+
+def brute_force(request: Request) -> Answer:
+    """The optimum of ``request`` over everything that fits."""
+    return BruteForce(request).run()

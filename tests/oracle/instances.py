@@ -1,0 +1,282 @@
+"""Tiny random requests from a seed: model, cluster, job, stack, and a device memory that binds.
+
+Shapes are small so that brute force can look at everything; speeds, links and memory are the
+shipped profiles' with one or two numbers changed, so that every kind of layout wins somewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from hardware_profiles.loader import load_node, load_stack
+from hardware_profiles.schema import (
+    ClusterSpec,
+    Kind,
+    LinkSpec,
+    NetworkTier,
+    NodeGroup,
+    NodeSpec,
+    Sourced,
+    StackSpec,
+)
+from planner.models.spec import (
+    AttentionSpec,
+    BlockSpec,
+    LayerRun,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
+from planner.request import Request
+from planner.specs import ConstraintSpec, JobSpec
+from tests.oracle.brute import chunks_of, price_all, rank_peak
+from tests.oracle.layouts import Layout, every_layout, partitions, recompute_choices
+
+MOST_WORK = 14_000
+"""Completions of an instance at most (layouts x partitions x recompute options)."""
+NODES = ("dgx-h100", "dgx-a100", "rtx4090-x4", "dgx-b200")
+STACKS = ("megatron-core", "torchtitan", "megatron-lm-2022")
+
+
+def number(value: float, unit: str = "") -> Sourced:
+    """A made-up number."""
+    return Sourced(value=value, unit=unit, kind=Kind.ASSUMED, source="test")
+
+
+def scaled_link(link: LinkSpec, factor: float) -> LinkSpec:
+    """``link`` with every time multiplied by ``factor``."""
+    simple = link.simple_latency
+    return link.model_copy(
+        update={
+            "bandwidth": number(link.bandwidth.si / factor, "B/s"),
+            "latency": number(link.latency.si * factor, "s"),
+            "simple_latency": None if simple is None else number(simple.si * factor, "s"),
+            "collectives": tuple(
+                each.model_copy(
+                    update={
+                        "latency_s": each.latency_s * factor,
+                        "simple_latency_s": each.simple_latency_s * factor,
+                        "ll_bandwidth": each.ll_bandwidth / factor,
+                        "bandwidth": each.bandwidth / factor,
+                    }
+                )
+                for each in link.collectives
+            ),
+        }
+    )
+
+
+@lru_cache(maxsize=8)
+def _node(name: str) -> NodeSpec:
+    return load_node(name)
+
+
+@lru_cache(maxsize=8)
+def _stack(name: str) -> StackSpec:
+    return load_stack(name)
+
+
+def draw_cluster(rng: Random) -> ClusterSpec:
+    """1 to 8 devices in one or several nodes, with fast or slow links."""
+    devices = rng.choice((1, 2, 2, 3, 4, 4, 4, 4, 5, 6, 6, 7, 8, 8))
+    per_node = rng.choice([d for d in range(1, devices + 1) if devices % d == 0])
+    node = _node(rng.choice(NODES))
+    node = node.model_copy(
+        update={
+            "devices_per_node": per_node,
+            "nics": min(node.nics, per_node),
+            "scale_up": scaled_link(node.scale_up, rng.choice((0.3, 1.0, 1.0, 5.0, 40.0))),
+            "scale_out": scaled_link(node.scale_out, rng.choice((0.3, 1.0, 4.0, 30.0))),
+        }
+    )
+    tiers: tuple[NetworkTier, ...] = ()
+    if rng.random() < 0.3:
+        tiers = (
+            NetworkTier(name="leaf", nodes=2, latency_s=1e-6),
+            NetworkTier(name="spine", oversubscription=rng.choice((1.0, 3.0)), latency_s=3e-6),
+        )
+    count = devices // per_node
+    return ClusterSpec(name="tiny", groups=(NodeGroup(node=node, count=count),), tiers=tiers)
+
+
+def draw_model(rng: Random, layers: int) -> ModelSpec:
+    """A decoder of ``layers`` layers: dense, MoE, or both kinds."""
+    heads = rng.choice((1, 2, 3, 4, 4, 5, 6, 8, 8, 12))
+    kv = rng.choice([d for d in range(1, heads + 1) if heads % d == 0])
+    hidden = rng.choice((48, 96, 256, 768, 1536, 3072))
+    head_dim = rng.choice((8, 32, 64))
+    mixer = AttentionSpec(heads=heads, kv_heads=kv, head_dim=head_dim, qkv_bias=rng.random() < 0.3)
+    width = rng.choice((96, 120, 210, 1024, 4096, 8192))
+    dense = BlockSpec(mixer=mixer, feed_forward=MlpSpec(intermediate=width, gated=True))
+    experts = rng.choice((2, 3, 4, 6, 8))
+    moe = BlockSpec(
+        mixer=mixer,
+        feed_forward=MoeSpec(
+            experts=experts, top_k=rng.randint(1, 2), intermediate=rng.choice((30, 64, 256, 1024)),
+            shared_intermediate=rng.choice((0, 0, 60)),
+        ),
+    )  # fmt: skip
+    shape = rng.choice(("dense", "dense", "dense", "moe", "mixed"))
+    if layers == 1 and shape == "mixed":
+        shape = "moe"
+    first = rng.randint(1, layers - 1) if shape == "mixed" else 0
+    runs = {
+        "dense": (LayerRun(block="dense", count=layers),),
+        "moe": (LayerRun(block="moe", count=layers),),
+        "mixed": (
+            LayerRun(block="dense", count=max(first, 1)),
+            LayerRun(block="moe", count=max(layers - first, 1)),
+        ),
+    }[shape]
+    blocks = {run.block: {"dense": dense, "moe": moe}[run.block] for run in runs}
+    return ModelSpec(
+        name="tiny",
+        family="tiny",
+        source="test",
+        hidden=hidden,
+        vocab=rng.choice((64, 500, 8_000, 50_257, 200_000)),
+        tied_embeddings=rng.random() < 0.4,
+        norm="rms",
+        norm_bias=False,
+        blocks=blocks,
+        layers=runs,
+    )
+
+
+def draw_stack(rng: Random, moe: bool) -> StackSpec:
+    """A shipped stack, often with one of its limits moved."""
+    name = rng.choice(STACKS[:2] if moe else STACKS)
+    stack = _stack(name)
+    changes: dict[str, Any] = {
+        "launch_overhead": number(rng.choice((0.05, 0.5, 5.0)), "us"),
+        "gradient_bucket_bytes": number(rng.choice((0.1, 10.0, 160.0)), "MB"),
+    }
+    if rng.random() < 0.2:
+        changes["recompute_per_stage"] = True
+        if rng.random() < 0.5:
+            changes["recompute_layer_count"] = False
+    if rng.random() < 0.25:
+        changes["uneven_stages"] = not stack.uneven_stages
+    if rng.random() < 0.25:
+        changes["schedules"] = rng.choice(
+            (("gpipe",), ("gpipe", "1f1b"), ("gpipe", "1f1b", "interleaved"), ("interleaved",))
+        )
+    if rng.random() < 0.3:
+        changes["hybrid_sharding"] = not stack.hybrid_sharding
+    if rng.random() < 0.25:
+        changes["zero_stages"] = rng.choice(((0,), (1,), (0, 1, 2, 3), (2,), (0, 3), (1, 2)))
+    if rng.random() < 0.3:
+        changes["cp_kinds"] = rng.choice(((), ("all_gather",), ("a2a", "p2p")))
+    return stack.model_copy(update=changes)
+
+
+def draw_constraints(rng: Random, devices: int) -> ConstraintSpec:
+    """The user's limits: often a pipeline, sometimes others."""
+    fix: dict[str, int] = {}
+    most: dict[str, int] = {}
+    forbid: list[str] = []
+    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+    if rng.random() < 0.5:
+        fix["pp"] = rng.choice(divisors)
+    if rng.random() < 0.1:
+        fix[rng.choice(("tp", "cp", "dp_shard", "dp_replicate", "ep", "etp"))] = rng.choice(divisors)
+    if rng.random() < 0.15:
+        fix["microbatch_size"] = rng.choice((1, 2, 3))
+    if rng.random() < 0.1:
+        fix["zero_stage"] = rng.choice((0, 1, 2, 3))
+    if rng.random() < 0.2:
+        most[rng.choice(("tp", "cp", "ep", "etp", "pp", "dp_shard", "vpp"))] = rng.choice((1, 2, 4))
+    if rng.random() < 0.2:
+        forbid.append(rng.choice(("tp", "cp", "ep", "zero_stage", "vpp", "dp_replicate")))
+    return ConstraintSpec(
+        fix=fix,
+        max=most,
+        forbid=tuple(forbid),
+        schedule=rng.choice(("gpipe", "1f1b", "interleaved")) if rng.random() < 0.12 else None,
+        recompute=rng.choice(("none", "selective", "full")) if rng.random() < 0.1 else None,
+        sequence_parallel=rng.random() < 0.5 if rng.random() < 0.1 else None,
+    )
+
+
+def _candidate(rng: Random) -> Request:
+    cluster = draw_cluster(rng)
+    layers = rng.choice((1, 2, 3, 4, 5, 5, 6, 7, 7, 8))
+    model = draw_model(rng, layers)
+    moe = any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values())
+    stack = draw_stack(rng, moe)
+    job = JobSpec(
+        sequence_length=rng.choice((8, 30, 64, 97, 128, 210, 512)),
+        global_batch=rng.choice((1, 2, 4, 5, 6, 7, 8, 8, 11, 12, 12, 16, 24)),
+        precision=rng.choice(("bf16", "bf16", "fp32")),
+        optimizer=rng.choice(("adamw", "adamw", "sgd")),
+        stack=stack.name,
+        allow_recompute=rng.random() < 0.9,
+        constraints=draw_constraints(rng, cluster.devices),
+        tolerance=0.0,
+    )
+    return Request(model, cluster, job, stack)
+
+
+def _work(request: Request, layouts: list[Layout]) -> int:
+    options = len(recompute_choices(request))
+    total = 0
+    for x in layouts:
+        count = len(
+            partitions(
+                request.model.layer_count, x.schedule, x.pp, x.vpp, request.stack.uneven_stages
+            )
+        )
+        total += count * (options**x.pp if request.stack.recompute_per_stage else options)
+    return total
+
+
+def _middle(sizes: list[list[int]]) -> list[int]:
+    return min(sizes, key=lambda each: (max(each), each))
+
+
+def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | None:
+    """Device memory around what the thriftiest and the greediest layouts need."""
+    sample = layouts if len(layouts) <= 40 else rng.sample(layouts, 40)
+    options = recompute_choices(request)
+    if not sample or not options:
+        return None
+    needs: list[int] = []
+    fixed = 0
+    for x, prices in zip(sample, price_all(request, sample), strict=True):
+        m = request.global_batch // (x.dp * x.microbatch)
+        sizes = _middle(
+            partitions(
+                request.model.layer_count, x.schedule, x.pp, x.vpp, request.stack.uneven_stages
+            )
+        )
+        fixed = prices.fixed
+        for option in {options[0], options[len(options) // 2], options[-1]}:
+            chunks = chunks_of(prices, x, sizes, (option,) * x.pp)
+            needs.append(
+                max(rank_peak(prices, x, m, r, chunks[r :: x.pp]) for r in range(x.pp)) - fixed
+            )
+    needs.sort()
+    kind = rng.random()
+    if kind < 0.28:
+        return fixed + int(needs[0] * rng.uniform(0.3, 0.97))
+    if kind < 0.85:
+        low = needs[0]
+        high = needs[min(len(needs) - 1, rng.randrange(1 + len(needs) // 2))]
+        return fixed + int(low + (max(high, int(1.3 * low)) - low) * rng.random())
+    return fixed + 2 * needs[-1]
+
+
+def draw(seed: int) -> Request:
+    """The request of a seed; always the same one."""
+    rng = Random(seed)
+    while True:
+        request = _candidate(rng)
+        layouts = list(every_layout(request))
+        if _work(request, layouts) > MOST_WORK:
+            continue
+        if not layouts and rng.random() < 0.7:
+            continue
+        return replace(request, capacity_bytes=_capacity(request, layouts, rng))

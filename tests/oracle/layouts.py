@@ -1,0 +1,234 @@
+"""The space of layouts stated a second time: nested loops, and the rules in plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+from planner.models.spec import AttentionSpec, MlpSpec, MoeSpec
+from planner.request import Request
+
+CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p")
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """Every degree of one layout."""
+
+    tp: int
+    sp: int
+    cp: int
+    cp_kind: str
+    pp: int
+    ep: int
+    etp: int
+    microbatch: int
+    dp_replicate: int
+    dp_shard: int
+    zero: int
+    schedule: str
+    vpp: int
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    def config(self) -> tuple[object, ...]:
+        """What prices depend on: all but schedule and virtual stages."""
+        return astuple(self)[:11]
+
+
+def factors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def every_layout(request: Request) -> Iterator[Layout]:
+    """All layouts that the rules allow."""
+    world, stack = request.devices, request.stack
+    experts = max(
+        (b.feed_forward.experts for b in request.model.blocks.values()
+         if isinstance(b.feed_forward, MoeSpec)),
+        default=0,
+    )  # fmt: skip
+    for tp in factors(world):
+        for cp in factors(world // tp):
+            for pp in factors(world // tp // cp):
+                dp = world // tp // cp // pp
+                if request.global_batch % dp:
+                    continue
+                for sp in _sequence_parallel(stack.sequence_parallel, tp):
+                    for kind in stack.cp_kinds if cp > 1 else _no_cp(stack.cp_kinds):
+                        for ep in factors(experts) if experts else [1]:
+                            for etp in _expert_tp(request, experts, tp):
+                                for mbs in factors(request.global_batch // dp):
+                                    for rep, shard, zero in _sharding(request, dp):
+                                        for schedule, vpp in _schedules(request, pp):
+                                            layout = Layout(
+                                                tp, sp, cp, kind, pp, ep, etp, mbs, rep, shard,
+                                                zero, schedule, vpp,
+                                            )  # fmt: skip
+                                            if runs(request, layout) and wanted(request, layout):
+                                                yield layout
+
+
+def _sequence_parallel(rule: str, tp: int) -> list[int]:
+    if tp == 1 or rule == "never":
+        return [0]
+    return [1] if rule == "always" else [0, 1]
+
+
+def _no_cp(kinds: tuple[str, ...]) -> list[str]:
+    return [kinds[0]] if kinds else ["p2p"]
+
+
+def _expert_tp(request: Request, experts: int, tp: int) -> list[int]:
+    return factors(tp) if experts and request.stack.expert_tensor_parallel else [1]
+
+
+def _sharding(request: Request, dp: int) -> Iterator[tuple[int, int, int]]:
+    for zero in request.stack.zero_stages:
+        for shard in factors(dp):
+            if zero == 0 and shard > 1:
+                continue
+            if zero > 0 and shard < dp and not request.stack.hybrid_sharding:
+                continue
+            yield dp // shard, shard, zero
+
+
+def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
+    if pp == 1:
+        yield "1f1b", 1
+        return
+    for schedule in request.stack.schedules:
+        if schedule != "interleaved":
+            yield schedule, 1
+        else:
+            # Every virtual stage but the first and the last holds a layer.
+            for vpp in range(2, request.model.layer_count + 3):
+                if pp * vpp <= request.model.layer_count + 2:
+                    yield schedule, vpp
+
+
+def runs(request: Request, x: Layout) -> bool:
+    """Whether the model splits this way and the stack can run it."""
+    stack, layers = request.stack, request.model.layer_count
+    experts = False
+    for block in request.model.blocks.values():
+        mixer, feed = block.mixer, block.feed_forward
+        if mixer is not None:
+            if mixer.heads % x.tp:
+                return False
+            exchanged = mixer.heads
+            if isinstance(mixer, AttentionSpec):
+                exchanged = mixer.kv_heads
+                if mixer.kv_heads % x.tp and x.tp % mixer.kv_heads:
+                    return False
+            if x.cp > 1 and x.cp_kind == "a2a" and exchanged % (x.tp * x.cp):
+                return False
+        if isinstance(feed, MlpSpec) and feed.intermediate % x.tp:
+            return False
+        if isinstance(feed, MoeSpec):
+            experts = True
+            if feed.experts % x.ep or feed.intermediate % x.etp:
+                return False
+            if feed.shared_intermediate % x.tp:
+                return False
+    if (x.dp_shard * x.cp * x.tp) % (x.ep * x.etp):
+        return False
+    if x.cp > 1 and (not stack.cp_kinds or request.sequence % (2 * x.cp)):
+        return False
+    if x.sp and request.sequence % (x.cp * x.tp):
+        return False
+    if stack.tensor_parallel_max is not None and x.tp > stack.tensor_parallel_max:
+        return False
+    if x.zero > 0 and x.dp_shard * x.cp == 1 and 0 in stack.zero_stages:
+        return False
+    if request.global_batch % (x.dp * x.microbatch):
+        return False
+    m = request.global_batch // (x.dp * x.microbatch)
+    stages = x.pp * x.vpp
+    if stages > layers + 2 or (not stack.uneven_stages and layers % stages):
+        return False
+    if not partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
+        return False
+    rules = set(stack.rules)
+    if "interleaved_needs_multiple_of_pp" in rules and x.schedule == "interleaved" and m % x.pp:
+        return False
+    if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
+        return False
+    if "no_experts" in rules and experts:
+        return False
+    replicated = x.zero == 0 and x.dp > 1
+    if "zero_0_is_replicate_only" in rules and replicated and x.tp * x.cp * x.pp > 1:
+        return False
+    return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
+
+
+def wanted(request: Request, x: Layout) -> bool:
+    """Whether the user's constraints admit the layout."""
+    limits = request.job.constraints
+    degree = {
+        "tp": x.tp, "cp": x.cp, "pp": x.pp, "vpp": x.vpp, "dp_replicate": x.dp_replicate,
+        "dp_shard": x.dp_shard, "ep": x.ep, "etp": x.etp, "microbatch_size": x.microbatch,
+        "zero_stage": x.zero,
+    }  # fmt: skip
+    if any(degree[name] != value for name, value in limits.fix.items()):
+        return False
+    if any(degree[name] > value for name, value in limits.max.items()):
+        return False
+    if any(degree[name] > (0 if name == "zero_stage" else 1) for name in limits.forbid):
+        return False
+    if limits.schedule is not None and x.pp > 1 and x.schedule != limits.schedule:
+        return False
+    wanted_sp = limits.sequence_parallel
+    return wanted_sp is None or x.tp == 1 or bool(x.sp) == wanted_sp
+
+
+def partitions(layers: int, schedule: str, pp: int, vpp: int, uneven: bool) -> list[list[int]]:
+    """Sizes of the virtual stages, every way that the schedule and the stack allow."""
+    stages = pp * vpp
+    if not uneven:
+        return [[layers // stages] * stages]
+    if stages == 1:
+        return [[layers]]
+    if schedule == "interleaved":
+        found = []
+        for height in range(1, layers + 1):
+            for first in range(height + 1):
+                last = layers - first - (stages - 2) * height
+                if 0 <= last <= height:
+                    found.append([first, *[height] * (stages - 2), last])
+        return found
+    return list(_compositions(layers, pp, at_start=True))
+
+
+def _compositions(layers: int, parts: int, *, at_start: bool) -> Iterator[list[int]]:
+    """Ordered sums; the first and the last stage hold an end of the model and may hold no layer."""
+    if parts == 1:
+        yield [layers]
+        return
+    for size in range(0 if at_start else 1, layers + 1):
+        for rest in _compositions(layers - size, parts - 1, at_start=False):
+            yield [size, *rest]
+
+
+Option = tuple[str, int]
+
+
+def recompute_choices(request: Request) -> list[Option]:
+    """What a stage may recompute: a mode, and how many layers at a chunk's front for ``full``."""
+    limits, stack = request.job.constraints, request.stack
+    choices: list[Option] = []
+    layers = request.model.layer_count
+    for mode in stack.recompute:
+        if limits.recompute is not None and mode != limits.recompute:
+            continue
+        if mode != "none" and not request.job.allow_recompute:
+            continue
+        if mode != "full":
+            choices.append((mode, 0))
+        elif stack.recompute_layer_count:
+            choices += [("full", count) for count in range(1, layers + 1)]
+        else:
+            choices.append(("full", layers))
+    return choices

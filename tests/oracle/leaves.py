@@ -1,0 +1,81 @@
+"""Random leaves: integers per layer, a schedule, and a memory that may bind."""
+
+from __future__ import annotations
+
+from random import Random
+
+from cost_models.layout import Schedule
+from cost_models.leaf import Leaf, Recompute, Row, peaks, stage_costs
+from cost_models.leaf import Completion as Completion
+from cost_models.step import Field
+
+
+def draw_row(rng: Random, scale: int = 1000) -> Row:
+    """Prices of one layer: recomputation keeps less, works longer and needs more room meanwhile."""
+
+    def up_to(limit: int) -> int:
+        return rng.randrange(limit + 1)
+
+    none = up_to(scale)
+    selective = up_to(none)
+    full = up_to(selective)
+    working = up_to(scale // 2)
+    row = [0] * len(Field)
+    forward = up_to(scale)
+    row[Field.FORWARD], row[Field.BACKWARD] = forward, up_to(2 * scale)
+    row[Field.SELECTIVE] = up_to(forward // 2)
+    row[Field.FULL] = row[Field.SELECTIVE] + up_to(forward)
+    row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
+    row[Field.OPTIMIZER] = up_to(scale)
+    row[Field.STATIC], row[Field.GATHERED] = up_to(3 * scale), up_to(scale // 3)
+    row[Field.ACT_NONE], row[Field.ACT_SELECTIVE], row[Field.ACT_FULL] = none, selective, full
+    row[Field.WORK_NONE] = working
+    row[Field.WORK_SELECTIVE] = working + none - selective
+    row[Field.WORK_FULL] = working + none - full
+    return tuple(row)
+
+
+def draw_leaf(
+    rng: Random, *, schedule: Schedule, pp: int, vpp: int, microbatches: int, layers: int,
+    uneven: bool = True, tight: bool = True,
+) -> Leaf:  # fmt: skip
+    """A leaf with one to three kinds of layers; ``tight`` memory may refuse some completions."""
+    kinds = rng.randint(1, min(3, layers))
+    cuts = sorted(rng.sample(range(1, layers), kinds - 1)) if kinds > 1 else []
+    sequence = tuple(sum(position >= cut for cut in cuts) for position in range(layers))
+    scale = rng.choice((10, 1000, 100_000))
+    free = Leaf(
+        schedule=schedule, pp=pp, vpp=vpp, microbatches=microbatches, sequence=sequence,
+        kinds=tuple(draw_row(rng, scale) for _ in range(kinds)),
+        embedding=draw_row(rng, rng.choice((scale, 4 * scale))),
+        head=draw_row(rng, rng.choice((scale, 4 * scale))),
+        hop_ns=rng.choice((0, scale // 10, scale)), bucket_ns=rng.choice((0, scale, 50 * scale)),
+        tied_sync_ns=rng.choice((0, scale)), sync_ns=rng.choice((0, scale)),
+        fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven,
+    )  # fmt: skip
+    if not tight:
+        return free
+    height = -(-layers // free.stages)
+    bounds = [min(layers, height * j) for j in range(free.stages + 1)]
+    bounds[-1] = layers
+    even = Completion(tuple(bounds), (("none", 0),) * free.stages)
+    need = max(peaks(free, stage_costs(free, even)))
+    capacity = int(need * rng.uniform(0.5, 1.2))
+    return Leaf(**{**_fields(free), "capacity_bytes": capacity})  # type: ignore[arg-type]
+
+
+def _fields(leaf: Leaf) -> dict[str, object]:
+    return {name: getattr(leaf, name) for name in Leaf.__dataclass_fields__}
+
+
+def draw_options(rng: Random, layers: int) -> tuple[Recompute, ...]:
+    """Some modes and counts, in ascending order of time."""
+    options: list[Recompute] = []
+    if rng.random() < 0.8:
+        options.append(("none", 0))
+    if rng.random() < 0.4:
+        options.append(("selective", 0))
+    if rng.random() < 0.7 or not options:
+        options += [("full", count) for count in range(1, layers + 1) if rng.random() < 0.6]
+        options.append(("full", layers + 1))
+    return tuple(options)
