@@ -29,7 +29,12 @@ class Totals:
     gradient: Real
     update: Real
     layer_work: Real
-    """Forward and backward of the cheapest layer kind."""
+    """Forward and backward of the cheapest layer."""
+    rank_work: Real
+    """The ``vpp * height`` cheapest layers: what a rank of full virtual stages holds at least."""
+    first_work: Real
+    """The ``(pp - 2) * height - lighter`` cheapest layers: in the first chunks of the ranks before
+    the last but one, whose very first may be lighter."""
     embedding_work: Real
     hop: Real
     bucket: Real
@@ -91,10 +96,8 @@ def interleaved(shape: Shape, totals: Totals) -> Real:
     full = shape.height * totals.layer_work
     fill = full * (pp - 1) * (pp - 2) / 2 / pp + (pp - 1) * totals.hop
     average = m * totals.work / pp + fill
-    lighter = np.minimum(shape.spare, shape.height) * totals.layer_work
-    rank = (
-        m * shape.vpp * full + (pp - 2) * (full + 2 * totals.hop) - lighter + totals.embedding_work
-    )
+    hops = 2 * (pp - 2) * totals.hop
+    rank = m * totals.rank_work + totals.first_work + totals.embedding_work + hops
     return np.maximum(average, np.where(pp >= 3, rank, 0.0))
 
 

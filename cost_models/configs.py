@@ -152,7 +152,7 @@ def price_configs(
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
     boundary = shard.residual_tokens * workload.boundary_bytes_per_token
     hop = interconnect.send_recv_time_s(
-        machine.cluster, boundary, stride=stage_stride, size=configs.pp
+        machine.fabric, boundary, stride=stage_stride, size=configs.pp
     )
     return PricedConfigs(
         workload=workload,
@@ -167,7 +167,7 @@ def price_configs(
         tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),
         sync_ns=to_ns(
             interconnect.collective_time_s(
-                machine.cluster, "all_reduce", np.full(len(configs), 4.0), size=configs.world,
+                machine.fabric, "all_reduce", np.full(len(configs), 4.0), size=configs.world,
                 stride=np.ones_like(configs.tp),
             )
         ),
@@ -182,7 +182,7 @@ def _bucket_ns(machine: Machine, configs: Configs) -> Int64:
     kind = np.where(configs.zero_stage >= 1, 0, 1)
     payload = np.full(len(configs), machine.stack.gradient_bucket_bytes.si)
     times = [
-        interconnect.collective_time_s(machine.cluster, name, payload, size=size, stride=configs.tp)
+        interconnect.collective_time_s(machine.fabric, name, payload, size=size, stride=configs.tp)
         for name in ("reduce_scatter", "all_reduce")
     ]
     per_step = (size > 1) & (configs.zero_stage < 3)
@@ -201,18 +201,21 @@ def _tied_sync_ns(
     two = np.full_like(configs.pp, 2)
     span = stride * (configs.pp - 1)
     time = interconnect.collective_time_s(
-        machine.cluster, "all_reduce", payload, size=two, stride=np.maximum(span, 1)
+        machine.fabric, "all_reduce", payload, size=two, stride=np.maximum(span, 1)
     )
     return to_ns(np.where(configs.pp > 1, time, 0.0))
 
 
 def _unique(columns: list[Int64]) -> tuple[list[Int64], Int64]:
     """Distinct rows of equal-length columns, and for each row the index of its distinct one."""
-    code = np.zeros(len(columns[0]), dtype=np.int64)
+    code, range_ = np.zeros(len(columns[0]), dtype=np.int64), 1
     for column in columns:
-        values, inverse = np.unique(column, return_inverse=True)
-        code = code * len(values) + inverse
-        _, code = np.unique(code, return_inverse=True)
+        radix = int(column.max(initial=0)) + 1
+        if range_ * radix >= 1 << 62:
+            _, code = np.unique(code, return_inverse=True)
+            range_ = len(code)
+        code = code * radix + column
+        range_ *= radix
     _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
     return [column[first] for column in columns], inverse.astype(np.int64)
 

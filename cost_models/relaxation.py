@@ -121,6 +121,10 @@ class Relaxation:
             gradient=self.total(Field.GRADIENT),
             update=self.total(Field.OPTIMIZER) + self.total(Field.PARAMETER),
             layer_work=cheapest,
+            rank_work=self.cheapest_layers(self.vpp * self.height),
+            first_work=self.cheapest_layers(
+                np.maximum((self.pp - 2) * self.height - np.minimum(self.spare, self.height), 0)
+            ),
             embedding_work=self.column(ends, Field.FORWARD) + self.column(ends, Field.BACKWARD),
             hop=self.tables.hop_ns[self.config].astype(np.float64),
             bucket=self.tables.bucket_ns[self.config].astype(np.float64),
@@ -128,6 +132,24 @@ class Relaxation:
         )
         shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare)
         return bounds.step_bound(self.schedule, shape, totals)
+
+    def cheapest_layers(self, count: Int64) -> Real:
+        """Work of the ``count`` cheapest layers of the model."""
+        work = np.stack(
+            [
+                self.column(t, Field.FORWARD) + self.column(t, Field.BACKWARD)
+                for t in self.tables.kinds
+            ]
+        )
+        order = np.argsort(work, axis=0)
+        available = np.array(self.kind_counts)[order]
+        sorted_work = np.take_along_axis(work, order, axis=0)
+        left, total = count.astype(np.int64), np.zeros(len(count))
+        for layers, each in zip(available, sorted_work, strict=True):
+            taken = np.minimum(left, layers)
+            total += taken * each
+            left = left - taken
+        return total
 
     def memory(self, rows: Bools, mode: str, count: Int64) -> Bools:
         """Whether some partition may fit: for each kind alone, what the stages can hold of it."""

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import compute, interconnect, memory
+from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.ops import Attention, Collective, Elementwise, GroupedMatMul, MatMul, Op
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
@@ -81,9 +82,11 @@ class Machine:
     precision: str
     optimizer: str
     device: DeviceSpec = field(init=False)
+    fabric: Fabric = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", self.cluster.groups[0].node.device)
+        object.__setattr__(self, "fabric", fabric_of(self.cluster))
 
     @property
     def rules(self) -> memory.StateRules:
@@ -259,9 +262,9 @@ def _collective_time(
     kind: str, payload: object, size: Int64, stride: Int64, machine: Machine
 ) -> Real:
     if kind == "ring":
-        hop = interconnect.send_recv_time_s(machine.cluster, payload, stride=stride, size=size)
+        hop = interconnect.send_recv_time_s(machine.fabric, payload, stride=stride, size=size)
         return hop * (size - 1)
-    return interconnect.collective_time_s(machine.cluster, kind, payload, size=size, stride=stride)
+    return interconnect.collective_time_s(machine.fabric, kind, payload, size=size, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -387,12 +390,12 @@ def _data_parallel_times(
     elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine
 ) -> tuple[Real, Real]:
     """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights."""
-    rules, cluster = machine.rules, machine.cluster
+    rules, fabric = machine.rules, machine.fabric
     gradient = elements * float(rules.gradient_bytes)
     ranks = mesh.ways * mesh.replicas
 
     def collective(kind: str, payload: Real, size: Int64, stride: Int64) -> Real:
-        time = interconnect.collective_time_s(cluster, kind, payload, size=size, stride=stride)
+        time = interconnect.collective_time_s(fabric, kind, payload, size=size, stride=stride)
         return np.where((size > 1) & (elements > 0), time, 0.0)
 
     sharded = collective("reduce_scatter", gradient, mesh.ways, mesh.stride) + collective(

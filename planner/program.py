@@ -56,7 +56,7 @@ class Rows:
     """Costs of each rank for each range of layers and option, computed on demand."""
 
     leaf: Leaf
-    cache: dict[tuple[int, int, int, Recompute], RankCosts | None] = field(default_factory=dict)
+    cache: dict[tuple[object, ...], RankCosts | None] = field(default_factory=dict)
 
     def least(self, rank: int) -> int:
         """Fewest layers that a rank may hold: a rank with an end may do without."""
@@ -74,7 +74,14 @@ class Rows:
 
     def get(self, rank: int, first: int, last: int, option: Recompute) -> RankCosts | None:
         """Costs of ``rank`` with layers ``first .. last - 1``; None where it does not fit."""
-        key = (rank, first, last, option)
+        counts = self.leaf.counts
+        split = last if option[0] != "full" else min(last, first + option[1])
+        key = (
+            rank,
+            option[0],
+            tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)]),
+            tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)]),
+        )
         if key not in self.cache:
             chunks = (chunk_costs(self.leaf, rank, first, last, option),)
             fits = peak_bytes(self.leaf, rank, chunks) <= self.leaf.capacity_bytes
@@ -99,15 +106,17 @@ def solve_chain(
     *,
     cutoff_ns: int = UNLIMITED,
     rows: Rows | None = None,
+    fits: bool = False,
 ) -> ProgramSolution:
     """Exact optimum by dynamic programming over ranks, last to first; one option set per rank.
 
     Each state (rank, first layer) keeps the labels that no other dominates. With ``cutoff_ns``
-    only solutions strictly below it are looked for.
+    only solutions strictly below it are looked for. ``fits`` says that :func:`reaches` is known
+    to hold.
     """
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
-    if not any(reaches(rows, (choice,)) for choice in choices) and not reaches(rows, choices):
+    if not fits and not reaches(rows, choices):
         return ProgramSolution("infeasible", None, None, "dynamic_program")
     least_work = _least_work(leaf, choices, cutoff_ns)
     states: dict[int, list[_Node]] = {layers: [_Node(EMPTY_LABEL, layers, ("none", 0), None)]}

@@ -349,7 +349,7 @@ class Search:
     def _program(self, leaf: Leaf, group: tuple[Recompute, ...], rows: Rows) -> ProgramSolution:
         """The program's optimum below the cutoff; without one, widen the cutoff until it shows."""
         if self.best is not None:
-            return solve_chain(leaf, group, cutoff_ns=self.cutoff, rows=rows)
+            return solve_chain(leaf, group, cutoff_ns=self.cutoff, rows=rows, fits=True)
         share = sum(
             leaf.microbatches * work
             for work in (
@@ -360,10 +360,10 @@ class Search:
         )
         guess = max(share // leaf.pp, 1)
         for factor in (1.25, 1.6, 2.5, 6.0):
-            solution = solve_chain(leaf, group, cutoff_ns=int(guess * factor), rows=rows)
+            solution = solve_chain(leaf, group, cutoff_ns=int(guess * factor), rows=rows, fits=True)
             if solution.termination != "cutoff":
                 return solution
-        return solve_chain(leaf, group, rows=rows)
+        return solve_chain(leaf, group, rows=rows, fits=True)
 
     def _simulate(
         self, leaf: Leaf, degrees: Degrees, completion: Completion, program: ProgramSolution

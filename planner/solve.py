@@ -141,7 +141,7 @@ def solve_cp_sat(
 
     choices, rows = tuple(options), Rows(leaf)
     chain = _Chain(leaf, choices, rows)
-    if not any(reaches(rows, (choice,)) for choice in choices) and not reaches(rows, choices):
+    if not reaches(rows, choices):
         return ProgramSolution("infeasible", None, None, "cp_sat")
     chain.boundaries()
     chain.rows()

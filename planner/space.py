@@ -12,7 +12,7 @@ are counted under the rule's reason, so ``space_size = sum(removed) + priced``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -108,7 +108,8 @@ def enumerate_meshes(request: Request) -> Meshes:
     sp_options = {"optional": (0, 1), "always": (1,), "never": (0,)}[stack.sequence_parallel]
     kinds = [cp_kind_code(kind) for kind in stack.cp_kinds] or [cp_kind_code("p2p")]
     weights: dict[tuple[int, int], int] = {}
-    rows: list[tuple[int, ...]] = []
+    blocks: list[Int64] = []
+    eps = divisors(experts) if experts else (1,)
     for tp in divisors(devices):
         etps = divisors(tp) if experts and stack.expert_tensor_parallel else (1,)
         for cp in divisors(devices // tp):
@@ -121,16 +122,21 @@ def enumerate_meshes(request: Request) -> Meshes:
                     )
                 batch, rest = divmod(request.global_batch, dp)
                 microbatches = divisors(batch) if batch and not rest else (1,)
-                rows += (
-                    (tp, sp, cp, kind, pp, ep, etp, mbs, dp, weights[key])
-                    for sp in (sp_options if tp > 1 else (0,))
-                    for kind in (kinds if cp > 1 else kinds[:1])
-                    for ep in (divisors(experts) if experts else (1,))
-                    for etp in etps
-                    for mbs in microbatches
-                )
-    table = np.array(rows, dtype=np.int64)
+                blocks.append(
+                    _product(
+                        (tp,), sp_options if tp > 1 else (0,), (cp,),
+                        kinds if cp > 1 else kinds[:1], (pp,), eps, etps, microbatches, (dp,),
+                        (weights[key],),
+                    )
+                )  # fmt: skip
+    table = np.concatenate(blocks)
     return Meshes(*(np.ascontiguousarray(table[:, i]) for i in range(table.shape[1])))
+
+
+def _product(*axes: Sequence[int]) -> Int64:
+    """All combinations of the axes' values as rows, the last axis fastest."""
+    grids = np.meshgrid(*(np.array(axis, dtype=np.int64) for axis in axes), indexing="ij")
+    return np.stack([grid.ravel() for grid in grids], axis=1)
 
 
 def build_space(request: Request) -> Space:

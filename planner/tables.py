@@ -65,7 +65,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     shape = bounds.Shape(meshes.pp, one, m, one, one)
     zero = np.zeros(len(meshes))
     totals = bounds.Totals(
-        work, zero, zero, zero, zero, priced.hop_ns.astype(np.float64), zero, zero
+        work, zero, zero, zero, zero, zero, zero, priced.hop_ns.astype(np.float64), zero, zero
     )
     least = bounds.step_bound(one, shape, totals)
     if "interleaved" in request.stack.schedules or "gpipe" in request.stack.schedules:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from planner.request import Request
 from planner.studies.policy import convention, pattern, table
-from planner.studies.runs import Run
+from planner.studies.runs import METRICS, Run
 from planner.workload import model_flops_per_token
 
 GIB = 1024**3
@@ -26,10 +26,7 @@ class Measured:
 
 def has_metric(run: Run) -> bool:
     """Whether the run states a time or something that gives one."""
-    return any(
-        run.number(column)
-        for column in ("step_time_s", "iter_s", "tokens_per_s_per_gpu", "tflops_per_gpu_model", "mfu")
-    )  # fmt: skip
+    return any(run.number(column) for column in METRICS)
 
 
 def measured(run: Run, request: Request | None = None) -> Measured:

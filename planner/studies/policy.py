@@ -76,7 +76,7 @@ class Reading:
 
 
 def precision_of(text: str) -> str:
-    """The priced precision of a label. Raises :class:`SkippedError` for one that is not modelled."""
+    """The priced precision of a label. Raises :class:`SkippedError` for an unknown one."""
     for name, labels in table("frameworks")["precisions"].items():
         if name != "source" and text in labels:
             return str(name)

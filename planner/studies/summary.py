@@ -107,5 +107,5 @@ def _middle(values: Iterable[float]) -> float | None:
 def _share_in_band(rows: Sequence[Row]) -> float | None:
     if not rows:
         return None
-    inside = sum(row["band_s"][0] <= row["measured_step_time_s"] <= row["band_s"][1] for row in rows)
-    return inside / len(rows)
+    inside = [row["band_s"][0] <= row["measured_step_time_s"] <= row["band_s"][1] for row in rows]
+    return inside.count(True) / len(rows)

@@ -15,6 +15,7 @@ from cost_models.leaf import peaks
 from planner.errors import InputError
 from planner.predict import Priced, complete_layout, price
 from planner.request import Request
+from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, has_metric, measured
 from planner.studies.policy import Cell, family_of, reading_of
 from planner.studies.published import layout_of, request_of
@@ -80,6 +81,7 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
     }
     request = None
     try:
+        cluster_of(machine_columns(run))
         reading = reading_of(run, changes)
         row["stack"] = reading.stack
         request = request_of(reading)

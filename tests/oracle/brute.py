@@ -243,7 +243,8 @@ class BruteForce:
                 for option in useful:
                     if option[0] != "full" or option[1] >= height:
                         self._uniform(x, prices, m, sizes, option)
-            if stack.recompute_per_stage:
+            # The interleaved schedule has one option for all, whatever the stack allows.
+            if stack.recompute_per_stage and x.schedule != "interleaved":
                 for options in product(useful, repeat=x.pp):
                     self._completion(x, prices, m, sizes, options)
             else:

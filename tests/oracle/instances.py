@@ -229,7 +229,8 @@ def _work(request: Request, layouts: list[Layout]) -> int:
                 request.model.layer_count, x.schedule, x.pp, x.vpp, request.stack.uneven_stages
             )
         )
-        total += count * (options**x.pp if request.stack.recompute_per_stage else options)
+        free = request.stack.recompute_per_stage and x.schedule != "interleaved"
+        total += count * (options**x.pp if free else options)
     return total
 
 

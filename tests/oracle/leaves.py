@@ -16,7 +16,7 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     def up_to(limit: int) -> int:
         return rng.randrange(limit + 1)
 
-    none = up_to(scale)
+    none = up_to(4 * scale)
     selective = up_to(none)
     full = up_to(selective)
     working = up_to(scale // 2)
@@ -27,7 +27,7 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     row[Field.FULL] = row[Field.SELECTIVE] + up_to(forward)
     row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
     row[Field.OPTIMIZER] = up_to(scale)
-    row[Field.STATIC], row[Field.GATHERED] = up_to(3 * scale), up_to(scale // 3)
+    row[Field.STATIC], row[Field.GATHERED] = up_to(scale), up_to(scale // 3)
     row[Field.ACT_NONE], row[Field.ACT_SELECTIVE], row[Field.ACT_FULL] = none, selective, full
     row[Field.WORK_NONE] = working
     row[Field.WORK_SELECTIVE] = working + none - selective
@@ -49,7 +49,7 @@ def draw_leaf(
         kinds=tuple(draw_row(rng, scale) for _ in range(kinds)),
         embedding=draw_row(rng, rng.choice((scale, 4 * scale))),
         head=draw_row(rng, rng.choice((scale, 4 * scale))),
-        hop_ns=rng.choice((0, scale // 10, scale)), bucket_ns=rng.choice((0, scale, 50 * scale)),
+        hop_ns=rng.choice((0, scale // 10, scale)), bucket_ns=rng.choice((0, scale, 20_000 * scale)),
         tied_sync_ns=rng.choice((0, scale)), sync_ns=rng.choice((0, scale)),
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def draw_leaf(
     bounds[-1] = layers
     even = Completion(tuple(bounds), (("none", 0),) * free.stages)
     need = max(peaks(free, stage_costs(free, even)))
-    capacity = int(need * rng.uniform(0.5, 1.2))
+    capacity = int(need * rng.uniform(0.6, 1.1))
     return Leaf(**{**_fields(free), "capacity_bytes": capacity})  # type: ignore[arg-type]
 
 

@@ -1,0 +1,151 @@
+"""Schedules, stages and surrogates on random leaves and completions."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_models.layout import Schedule
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    interleaved_bounds,
+    peak_bytes,
+    simulate_step,
+    stage_costs,
+    surrogate_ns,
+)
+from cost_models.schedule import live_peaks, rank_order, simulate
+from tests.oracle.layouts import partitions
+from tests.oracle.leaves import draw_leaf, draw_options
+from tests.oracle.timeline import finish_times, live_vectors, most_live_bytes, rank_actions
+
+Shape = tuple[Schedule, int, int, int]
+"""Schedule, pp, vpp, microbatches."""
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    schedule: Schedule = draw(st.sampled_from(("1f1b", "gpipe", "interleaved")))
+    pp = draw(st.integers(2 if schedule == "interleaved" else 1, 6))
+    vpp = draw(st.integers(2, 4)) if schedule == "interleaved" else 1
+    m = draw(st.integers(1, 4)) * pp if schedule == "interleaved" else draw(st.integers(1, 14))
+    return schedule, pp, vpp, m
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shapes())
+def test_orders_run_every_action_once(shape: Shape) -> None:
+    schedule, pp, vpp, m = shape
+    for rank in range(pp):
+        order = [
+            (a.forward, a.chunk * pp + rank, a.microbatch)
+            for a in rank_order(schedule, pp, vpp, m, rank)
+        ]
+        assert len(set(order)) == len(order) == 2 * vpp * m
+        assert order == rank_actions(schedule, pp, vpp, m, rank)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shapes(), st.integers(0, 2**32 - 1))
+def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
+    schedule, pp, vpp, m = shape
+    rng = Random(seed)
+    forward = [rng.randint(0, 50) for _ in range(pp * vpp)]
+    backward = [rng.randint(0, 90) for _ in range(pp * vpp)]
+    hop = rng.choice((0, 1, 30))
+    durations = [time for pair in zip(forward, backward, strict=True) for time in pair]
+    timeline = simulate(schedule, pp, vpp, m, forward, backward, hop)
+    assert list(timeline.finish_ns) == finish_times(schedule, pp, vpp, m, durations, hop)
+    for rank in range(pp):
+        assert timeline.busy_ns[rank] == m * sum(
+            forward[j] + backward[j] for j in range(rank, pp * vpp, pp)
+        )
+        assert timeline.busy_ns[rank] <= timeline.finish_ns[rank]
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shapes(), st.integers(0, 2**32 - 1))
+def test_live_peaks_equal_a_walk(shape: Shape, seed: int) -> None:
+    schedule, pp, vpp, m = shape
+    rng = Random(seed)
+    for rank in range(pp):
+        listed = live_peaks(schedule, pp, vpp, m, rank)
+        assert set(listed) <= set(live_vectors(schedule, pp, vpp, m, rank))
+        for sizes in ([1] * vpp, [rng.randint(0, 9) for _ in range(vpp)]):
+            most = max(sum(n * s for n, s in zip(v, sizes, strict=True)) for v in listed)
+            assert most == most_live_bytes(schedule, pp, vpp, m, rank, sizes)
+
+
+def completions(leaf: Leaf, rng: Random) -> list[Completion]:
+    """A few completions, with one option for all virtual stages or one each."""
+    layers = len(leaf.sequence)
+    every = partitions(layers, leaf.schedule, leaf.pp, leaf.vpp, leaf.uneven)
+    options = draw_options(rng, layers)
+    found = []
+    for sizes in rng.sample(every, min(4, len(every))):
+        bounds = tuple(sum(sizes[:j]) for j in range(leaf.stages + 1))
+        found.append(Completion(bounds, (rng.choice(options),) * leaf.stages))
+        per_rank = [rng.choice(options) for _ in range(leaf.pp)]
+        found.append(Completion(bounds, tuple(per_rank) * leaf.vpp))
+    return found
+
+
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(shapes(), st.integers(1, 14), st.integers(0, 2**32 - 1))
+def test_surrogate_is_at_most_the_simulated_step(shape: Shape, layers: int, seed: int) -> None:
+    schedule, pp, vpp, m = shape
+    rng = Random(seed)
+    leaf = draw_leaf(
+        rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False
+    )
+    for completion in completions(leaf, rng):
+        assert completion.bounds[0] == 0
+        assert completion.bounds[-1] == layers
+        ranks = stage_costs(leaf, completion)
+        assert surrogate_ns(leaf, ranks) <= simulate_step(leaf, ranks).total_ns
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 30), st.booleans())
+def test_interleaved_bounds_partition_the_layers(
+    pp: int, vpp: int, layers: int, uneven: bool
+) -> None:
+    leaf = draw_leaf(
+        Random(layers), schedule="interleaved", pp=pp, vpp=vpp, microbatches=pp, layers=layers,
+        uneven=uneven, tight=False,
+    )  # fmt: skip
+    found = list(interleaved_bounds(leaf))
+    sizes = [[b - a for a, b in zip(x, x[1:], strict=False)] for x in found]
+    possible = uneven or layers % (pp * vpp) == 0
+    expected = partitions(layers, "interleaved", pp, vpp, uneven) if possible else []
+    assert sorted(sizes) == sorted(expected)
+    assert all(min(each) >= 0 and sum(each) == layers for each in sizes)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shapes(), st.integers(2, 10), st.integers(0, 2**32 - 1))
+def test_a_stage_with_a_layer_more_never_needs_less(shape: Shape, layers: int, seed: int) -> None:
+    schedule, pp, vpp, m = shape
+    rng = Random(seed)
+    leaf = draw_leaf(
+        rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False
+    )
+    for option in draw_options(rng, layers):
+        if vpp > 1:
+            continue
+        for rank in range(pp):
+            first = rng.randrange(layers)
+            last = rng.randint(first, layers - 1)
+            smaller = _peak(leaf, rank, first, last, option)
+            assert smaller <= _peak(leaf, rank, first, last + 1, option)
+            if first:
+                assert smaller <= _peak(leaf, rank, first - 1, last, option)
+
+
+def _peak(leaf: Leaf, rank: int, first: int, last: int, option: tuple[str, int]) -> int:
+    from cost_models.leaf import chunk_costs
+
+    return peak_bytes(leaf, rank, (chunk_costs(leaf, rank, first, last, option),))  # type: ignore[arg-type]

@@ -1,0 +1,272 @@
+"""Reading published runs, and what validation says of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.errors import InputError
+from planner.studies.measured import measured
+from planner.studies.runs import REQUIRED, Run, read_runs
+from planner.studies.validate import validate
+
+RUN = {
+    "id": "one", "source": "somewhere", "model": "a model", "notes": "a note", "year": "2025",
+    "framework": "megatron-core", "layers": "8", "hidden": "2048", "heads": "16",
+    "kv_heads": "4", "ffn_hidden": "8192", "gated_mlp": "1", "vocab": "32000",
+    "tied_embeddings": "0", "seq": "2048", "precision": "bf16", "accelerator": "H100-80GB",
+    "gpus": "16", "gpus_per_node": "8", "tp": "2", "sp": "1", "pp": "2", "vpp": "1", "cp": "1",
+    "dp": "4", "zero_stage": "1", "mbs": "1", "gbs": "64", "recompute": "none",
+    "step_time_s": "1.5", "step_time_basis": "iter_s",
+}  # fmt: skip
+"""A run that states everything it needs."""
+
+
+def text_of(*runs: dict[str, str]) -> str:
+    """The runs as CSV text with the columns of the first."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(runs[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(runs)
+    return out.getvalue()
+
+
+def row_of(**changes: str) -> dict[str, Any]:
+    """The only row of a validation of ``RUN`` with ``changes``."""
+    (row,) = validate(text_of({**RUN, **changes}))["rows"]
+    return dict(row)
+
+
+def test_a_complete_run_is_priced_without_a_policy() -> None:
+    row = row_of()
+    assert (row["status"], row["reason"], row["stack"]) == ("priced", None, "megatron-core")
+    assert row["policy_filled"] == []
+    assert row["measured_step_time_s"] == 1.5
+    assert row["measured_basis"] == "step_time_s:iter_s"
+    low, high = row["band_s"]
+    assert 0 < low < row["predicted_step_time_s"] < high
+    assert row["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"accelerator": "TPU v5p"}, "accelerator not in the catalogue: TPU v5p"),
+        ({"accelerator": ""}, "no accelerator"),
+        ({"framework": "abacus"}, "no stack for framework abacus"),
+        ({"framework": ""}, "no framework"),
+        ({"gbs": ""}, "no global batch"),
+        ({"seq": "0"}, "no sequence length"),
+        ({"layers": "eight"}, "no layer count"),
+        ({"precision": "nvfp4"}, "precision not modelled: nvfp4"),
+        ({"precision": "fp8", "accelerator": "A100"}, "a100-sxm-80gb has no fp8 arithmetic"),
+        ({"offload": "optimizer_cpu"}, "offload not modelled: optimizer_cpu"),
+        ({"schedule": "1F1B (vocab-1)"}, "schedule not modelled: 1f1b (vocab-1)"),
+        ({"recompute": "custom"}, "recomputation not modelled: custom"),
+        ({"gpus": "12"}, "12 devices do not fill nodes of 8"),
+        ({"tp": "3"}, "tp 3 x pp 2 x cp 1 does not divide 16 devices"),
+    ],
+)
+def test_a_run_that_cannot_be_priced_says_why(changes: dict[str, str], reason: str) -> None:
+    base = {"offload": "", "schedule": ""}
+    row = row_of(**{**base, **changes})
+    assert (row["status"], row["reason"]) == ("skipped", reason)
+    assert row["predicted_step_time_s"] is None
+    assert row["scored"] is False
+
+
+def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
+    row = row_of(gbs="62")
+    assert row["status"] == "skipped"
+    assert "62 samples is not a multiple of dp 4" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    "column", ["recompute", "zero_stage", "sp", "tied_embeddings", "precision"]
+)
+def test_a_blank_is_filled_and_counted(column: str) -> None:
+    row = row_of(**{column: ""})
+    assert row["status"] == "priced"
+    assert row["policy_filled"] == [column]
+
+
+def test_what_does_not_matter_is_not_counted() -> None:
+    # sp without tp, vpp without pp, ep without experts and ZeRO on one rank decide nothing.
+    row = row_of(gpus="1", gpus_per_node="1", tp="1", pp="1", dp="1", sp="", vpp="", zero_stage="")
+    assert (row["status"], row["policy_filled"]) == ("priced", [])
+
+
+def test_another_policy_changes_the_prediction_only_where_the_row_is_silent() -> None:
+    silent = text_of({**RUN, "recompute": ""})
+    plain = validate(silent)["rows"][0]["predicted_step_time_s"]
+    full = validate(silent, changes={"recompute": "full"})["rows"][0]["predicted_step_time_s"]
+    assert full > plain
+    stated = validate(text_of(RUN), changes={"recompute": "full"})["rows"][0]
+    assert stated["predicted_step_time_s"] == row_of()["predicted_step_time_s"]
+
+
+def test_order_names_sources_and_notes_change_no_prediction() -> None:
+    runs = [
+        {
+            **RUN, "id": str(index), "layers": str(4 + 4 * (index % 3)), "tp": str(1 + index % 2),
+            "dp": str(8 // (1 + index % 2)),
+            "framework": ("megatron-core", "NeMo", "torchtitan")[index % 3],
+        }
+        for index in range(9)
+    ]  # fmt: skip
+    known = {row["id"]: row["predicted_step_time_s"] for row in validate(text_of(*runs))["rows"]}
+    assert None not in known.values()
+    assert len(set(known.values())) > 3
+    stripped = [{**run, "model": f"m{i}", "source": "", "notes": ""} for i, run in enumerate(runs)]
+    random.Random(7).shuffle(stripped)
+    again = validate(text_of(*stripped))["rows"]
+    assert [row["id"] for row in again] == [run["id"] for run in stripped]
+    assert {row["id"]: row["predicted_step_time_s"] for row in again} == known
+
+
+def test_every_row_appears_once_in_order() -> None:
+    runs = [RUN, {**RUN, "id": "two", "gbs": ""}, {**RUN, "id": ""}]
+    document = validate(text_of(*runs))
+    assert [row["id"] for row in document["rows"]] == ["one", "two", "3"]
+    summary = document["summary"]
+    assert (summary["rows"], summary["priced"]) == (3, 2)
+    assert summary["skipped"] == {"no global batch": 1}
+    assert (summary["denominator"], summary["share_priced"]) == (2, 1.0)
+
+
+def test_an_adapter_run_is_priced_but_not_scored() -> None:
+    full, adapter = row_of(), row_of(model="llama3-8b LoRA")
+    assert adapter["predicted_step_time_s"] == full["predicted_step_time_s"]
+    assert (full["scored"], adapter["scored"]) == (True, False)
+
+
+def test_a_formula_is_no_memory_reading() -> None:
+    assert row_of(source="korthikanti-2205.05198", mem_gib="40")["measured_peak_gib"] is None
+    assert row_of(source="torchtitan", mem_gib="40")["measured_peak_gib"] == 40
+    # 40 GB are 40e9 / 2^30 GiB.
+    gigabytes = row_of(source="bigscience-a100", mem_gib="40")["measured_peak_gib"]
+    assert gigabytes == pytest.approx(37.2529, abs=1e-4)
+
+
+def test_a_gate_compares_the_median() -> None:
+    row = row_of()
+    error = abs(row["predicted_step_time_s"] / 1.5 - 1) * 100
+    gate = validate(text_of(RUN), fail_above=error + 0.1)["summary"]["gate"]
+    assert gate["median_percent"] == pytest.approx(error)
+    assert gate["passed"] is True
+    assert validate(text_of(RUN), fail_above=error - 0.1)["summary"]["gate"]["passed"] is False
+
+
+class TestMeasured:
+    """Step times from other figures of ``RUN``."""
+
+    def test_iteration_time_stands_in_for_the_scored_one(self) -> None:
+        row = row_of(step_time_s="", iter_s="1.25")
+        assert (row["measured_step_time_s"], row["measured_basis"]) == (1.25, "iter_s")
+
+    def test_tokens_per_second(self) -> None:
+        # 64 samples x 2048 tokens / (1024 tokens/s x 16 devices) = 8 s.
+        row = row_of(step_time_s="", tokens_per_s_per_gpu="1024")
+        assert row["measured_step_time_s"] == 8
+        assert row["measured_basis"] == "tokens_per_s_per_gpu"
+
+    def test_model_flops_count_all_pairs_by_default(self) -> None:
+        # Parameters of a matrix kind that a token meets: per layer 2048 x (2048 + 2 x 512) for
+        # q, k, v, 2048 x 2048 out, 3 x 2048 x 8192 MLP = 60,817,408; 8 layers and the head of
+        # 32000 x 2048 make 552,075,264. Attention: 4 x 2048 hidden x 2048 keys x 8 layers forward.
+        # 6 x 552,075,264 + 3 x 134,217,728 = 3,715,104,768 FLOPs per token; 8192 tokens a device
+        # at 100 TFLOP/s take 0.30434 s.
+        row = row_of(step_time_s="", tflops_per_gpu_model="100")
+        assert row["measured_basis"] == "tflops_per_gpu_model:full"
+        assert row["measured_step_time_s"] == pytest.approx(0.304341, rel=1e-5)
+
+    def test_a_causal_source_counts_half_the_pairs(self) -> None:
+        # 6 x 552,075,264 + 1.5 x 134,217,728 = 3,513,778,176.
+        row = row_of(source="ml-engineering", step_time_s="", tflops_per_gpu_model="100")
+        assert row["measured_basis"] == "tflops_per_gpu_model:causal"
+        assert row["measured_step_time_s"] == pytest.approx(0.287849, rel=1e-5)
+
+    def test_utilisation_is_of_the_dense_peak_of_the_runs_precision(self) -> None:
+        # 40 % of 989 TFLOP/s: 3,715,104,768 x 8192 / 395.6e12 = 0.076932 s.
+        row = row_of(step_time_s="", mfu="40")
+        assert row["measured_basis"] == "mfu:full:bf16"
+        assert row["measured_step_time_s"] == pytest.approx(0.0769315, rel=1e-5)
+
+    def test_no_figure_is_no_time(self) -> None:
+        row = row_of(step_time_s="")
+        assert (row["status"], row["measured_step_time_s"], row["measured_basis"]) == (
+            "priced", None, None,
+        )  # fmt: skip
+        assert measured(Run(0, {"gpus": "8"})).step_time_s is None
+
+
+class TestMachine:
+    """Clusters from the accelerator and link columns."""
+
+    @pytest.mark.parametrize(
+        ("link", "nics", "name"),
+        [
+            ("", 8, "infiniband-ndr"),
+            ("8 x 400Gb/s NDR IB per node", 8, "infiniband-ndr"),
+            ("1600 Gbps node-node RoCE", 4, "roce-400g"),
+            ("4 x 100Gb RoCE per node", 4, "roce-100g"),
+            ("RDMA 400 Gb/s per GPU", 8, "infiniband-ndr"),
+            ("EFA", 32, "efa-v2"),
+        ],
+    )
+    def test_links(self, link: str, nics: int, name: str) -> None:
+        from planner.studies.machines import cluster_of, machine_columns
+
+        (run,) = read_runs(text_of({**RUN, "inter_link": link}))
+        node = cluster_of(machine_columns(run)).groups[0].node
+        assert (node.nics, node.scale_out.name) == (nics, name)
+
+    def test_part_of_a_node_has_only_its_devices(self) -> None:
+        from planner.studies.machines import cluster_of, machine_columns
+
+        (run,) = read_runs(text_of({**RUN, "gpus": "4"}))
+        cluster = cluster_of(machine_columns(run))
+        assert (cluster.devices, cluster.nodes) == (4, 1)
+
+
+class TestReading:
+    """Bad files."""
+
+    def refused(self, text: str | Path, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            read_runs(text)
+
+    def test_missing_column(self) -> None:
+        for column in REQUIRED:
+            run = {key: value for key, value in RUN.items() if key != column}
+            self.refused(text_of(run), f"missing column {column}")
+
+    def test_misspelt_column_has_a_hint(self) -> None:
+        with pytest.raises(InputError) as error:
+            read_runs(text_of(RUN).replace("accelerator", "acelerator"))
+        assert error.value.hint is not None
+        assert "acelerator" in error.value.hint
+
+    def test_files(self, tmp_path: Path) -> None:
+        self.refused(tmp_path / "absent.csv", "cannot be read")
+        self.refused(tmp_path, "cannot be read")
+        binary = tmp_path / "binary.csv"
+        binary.write_bytes(b"\xff\xfe\x00\x01")
+        self.refused(binary, "not a text file")
+        self.refused("\n\n", "empty")
+        self.refused(",".join(REQUIRED) + "\n", "no runs")
+        self.refused("gpus,gpus\n1,2\n", "twice")
+        self.refused(text_of(RUN) + ",".join("x" * 99) + "\n", "cells for")
+        self.refused('"' + text_of(RUN), "not a CSV file")
+
+    def test_a_byte_order_mark_and_short_rows_are_fine(self, tmp_path: Path) -> None:
+        file = tmp_path / "runs.csv"
+        file.write_bytes(b"\xef\xbb\xbf" + text_of(RUN).encode() + b"lonely\n")
+        first, second = read_runs(file)
+        assert first.text("id") == "one"
+        assert dict(second.cells) == {"id": "lonely"}
