@@ -17,9 +17,12 @@ Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and bac
 1. its work: ``m * w_s`` (all its chunks);
 2. nesting: the first forward feeds the next rank and the last backward waits for it, so
    ``Z_s >= f_s0 + b_s0 + 2 d + Z_{s+1}`` with the times of the rank's first chunk;
-3. in 1F1B, forward ``i + k`` of rank ``s`` follows backward ``i``: a chain of ``q = (m-1) // k``
-   more round trips through ranks ``s..pp-1``, and ``r = (m-1) mod k`` backwards after it:
-   ``(1 + q) (S_s + 2 (k-1) d) + r b_s`` with ``S_s`` the sum of ``w`` from ``s`` on;
+3. in 1F1B, forward ``i + k`` of rank ``s`` follows backward ``i``: after the first round trip
+   through ranks ``s..pp-1``, of ``R = S_s + 2 (k-1) d`` with ``S_s`` the sum of ``w`` from ``s``
+   on, another one advances ``k`` microbatches, and one forward and backward on the rank itself
+   advances one. With ``a >= 1`` more trips that is ``(1 + a) R + (m - 1 - a k) w_s``: linear in
+   ``a``, so largest at ``a = 1`` or ``a = q = (m-1) // k``. With ``q = 0`` only backwards are
+   left: ``R + (m-1) b_s``;
 4. at ``s = 0`` the remainder ``r`` can make its round trip through the last ``r`` ranks:
    ``(1 + q) (S_0 + 2 (pp-1) d) + S_{pp-r} + 2 (r-1) d``;
 5. in GPipe, all forwards then all backwards are two flow shops of equal jobs:
@@ -334,7 +337,11 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
     trip = work + 2 * (k - 1) * hop
     tail = label.tail
     if leaf.schedule == "1f1b":
-        nested = max(nested, (1 + loops) * trip + rest * first.backward_ns)
+        if loops:
+            on_rank = (m - 1 - k) * costs.work_ns
+            nested = max(nested, (1 + loops) * trip + rest * costs.work_ns, 2 * trip + on_rank)
+        else:
+            nested = max(nested, trip + rest * first.backward_ns)
         if k == (m - 1) % leaf.pp:
             tail = work + 2 * (k - 1) * hop
         if rank == 0:

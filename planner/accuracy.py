@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from planner.plan import Layout
-from planner.request import Request
-
-DEFAULT_BAND = 0.25
-"""Half-width of the band, relative, until residuals of left-out measurements narrow it."""
+HALF_WIDTH = 0.25
+"""Relative half-width of the band, until residuals of left-out measurements earn a narrower one."""
+SOURCE = "assumed +-25 %: not yet earned from left-out measurements"
 
 
-def band(request: Request, layout: Layout, step_s: float) -> tuple[float, float, str]:
+def band(step_s: float) -> tuple[float, float, str]:
     """Low and high step time in seconds, and where the width is from."""
-    return (
-        step_s * (1 - DEFAULT_BAND),
-        step_s * (1 + DEFAULT_BAND),
-        "assumed +-25 %: not yet earned from left-out measurements",
-    )
+    return (step_s * (1 - HALF_WIDTH), step_s * (1 + HALF_WIDTH), SOURCE)

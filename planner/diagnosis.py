@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from hardware_profiles.units import format_bytes, format_seconds
+from planner.claims import certificate, envelope
 from planner.errors import PlannerError
 from planner.plan import Infeasibility, WayOut
 from planner.predict import layout_of, predict, price
@@ -27,16 +28,14 @@ COARSE = 0.2
 MOST_WAYS = 6
 
 
-def diagnose(request: Request, result: SearchResult, envelope: dict[str, Any]) -> Infeasibility:
+def diagnose(request: Request, result: SearchResult) -> Infeasibility:
     """The diagnosis of a request for which ``result`` found nothing."""
-    from planner.pipeline import certificate
-
-    proof = certificate(request, result, None)
+    common = {**envelope(request), "certificate": certificate(request, result, None)}
     if result.removed[OUT_OF_MEMORY] == 0:
-        return _ruled_out(request, result, {**envelope, "certificate": proof})
+        return _ruled_out(request, result, common)
     closest = _closest(request)
     capacity = int(request.machine.device.memory_capacity.si)
-    common = {**envelope, "certificate": proof, "capacity_bytes": capacity}
+    common["capacity_bytes"] = capacity
     size = request.model.name
     if closest is None:
         text = f"{size} needs more than {LARGEST_GROWTH} times {format_bytes(capacity)} per device"

@@ -177,12 +177,12 @@ def predict(priced: Priced, request: Request) -> Prediction:
     """The prediction of a priced layout."""
     from planner.accuracy import band
 
-    layout, step = priced.layout, priced.step
+    step = priced.step
     step_s = step.total_ns / SECOND
     tokens = request.global_batch * request.sequence
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
-    low, high, source = band(request, layout, step_s)
+    low, high, source = band(step_s)
     stages = tuple(
         _stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks)
     )

@@ -12,7 +12,8 @@ For one layout (degrees, schedule, virtual stages all fixed), with layers ``0 ..
     work        (w, f, b, g, u)_s = row(s, x_s, x_{s+1}, o_s)        (rows)
     nesting     nested_s >= m w_s
                 nested_s >= f_s + b_s + 2 hop + nested_{s+1}         (nesting)
-    round trips nested_s >= (1+q_s) (S_s + 2 (k_s-1) hop) + r_s b_s  (round_trips, 1F1B)
+    round trips nested_s >= (1+q_s) R_s + r_s w_s, 2 R_s + (m-1-k_s) w_s  where q_s > 0, else
+                nested_s >= R_s + r_s b_s,  R_s = S_s + 2 (k_s-1) hop    (round_trips, 1F1B)
                 nested_0 >= (1+q_0) (S_0 + 2 (pp-1) hop) + S_{pp-r} + 2 (r-1) hop
     flow shop   nested_s >= S_s + 2 (k_s-1) hop + (m-1) max_{j>=s} w_j (flow_shop, GPipe)
     ends        ends_s >= nested_s + g_s
@@ -244,33 +245,42 @@ def reaches(rows: Rows, options: tuple[Recompute, ...]) -> bool:
 
 
 def enumerate_chain(
-    leaf: Leaf, options: Iterable[Recompute], *, cutoff_ns: int, rows: Rows | None = None
+    leaf: Leaf,
+    options: Iterable[Recompute],
+    *,
+    cutoff: Callable[[], int],
+    rows: Rows | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Every completion that fits and whose surrogate is below ``cutoff_ns``, depth first."""
+    """Every completion that fits and whose surrogate is below ``cutoff()``, depth first.
+
+    ``tick`` is called at every node; it may raise to stop.
+    """
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
-    least_work = _least_work(leaf, choices, cutoff_ns)
+    least_work = _least_work(leaf, choices, cutoff())
 
     def descend(node: _Node, last: int, rank: int) -> Iterator[_Node]:
+        tick()
         if rank < 0:
             if last == 0:
                 yield node
             return
         for first in rows.firsts(rank, last):
-            if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff_ns:
+            if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff():
                 break
             for option in choices:
                 costs = rows.get(rank, first, last, option)
                 if costs is None:
                     continue
                 label = extend_label(leaf, node.label, rank, costs)
-                if _optimistic(leaf, label, rank, least_work[first]) < cutoff_ns:
+                if _optimistic(leaf, label, rank, least_work[first]) < cutoff():
                     yield from descend(_Node(label, first, option, node), first, rank - 1)
 
     root = _Node(EMPTY_LABEL, layers, ("none", 0), None)
     for node in descend(root, layers, leaf.pp - 1):
         objective = node.label.objective_ns(leaf)
-        if objective < cutoff_ns:
+        if objective < cutoff():
             yield objective, node.completion(layers)
 
 
@@ -291,11 +301,17 @@ def interleaved_candidates(
     def costs(bounds: tuple[int, ...], option: Recompute) -> tuple[RankCosts, ...]:
         return stage_costs(leaf, Completion(bounds, (option,) * leaf.stages))
 
-    partitions = sorted(
-        (surrogate_ns(leaf, costs(bounds, choices[0])), bounds)
-        for bounds in interleaved_bounds(leaf)
-    )
-    skipped = UNLIMITED
+    # A rank other than the two ends holds full chunks only; an end all but one of them.
+    full_chunks = leaf.vpp if leaf.pp > 2 else leaf.vpp - 1
+    cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
+    skipped, partitions = UNLIMITED, []
+    for bounds in interleaved_bounds(leaf):
+        height = bounds[2] - bounds[1]
+        if leaf.microbatches * full_chunks * height * cheapest >= cutoff():
+            skipped = cutoff()
+            break
+        partitions.append((surrogate_ns(leaf, costs(bounds, choices[0])), bounds))
+    partitions.sort()
     for least, bounds in partitions:
         if least >= cutoff():
             skipped = min(skipped, least)

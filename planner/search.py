@@ -50,8 +50,10 @@ from planner.tables import (
 FIRST_BATCH = 48
 """Meshes expanded at first; each following batch is larger, up to :data:`LARGEST_BATCH`."""
 LARGEST_BATCH = 4096
-SIMULATIONS_PER_LEAF = 4000
-"""After so many completions of one leaf its program bound stands, and the gap says so."""
+NODES_PER_LEAF = 300_000
+"""Partial completions listed in one leaf before its program bound stands as it is."""
+ACTIONS_PER_LEAF = 20_000_000
+"""Likewise for simulated forwards and backwards."""
 OUT_OF_MEMORY = "does not fit in memory, whatever is recomputed"
 SPARES = 256
 """Layouts per batch looked at for alternatives."""
@@ -315,9 +317,14 @@ class Search:
         if self.request.stack.recompute_per_stage:
             groups = [options]
         else:
+            # In ascending order of time: nothing, attention, then more and more layers.
             groups = [(option,) for option in options]
         reached: int | None = None
-        for group in _fitting(rows, groups):
+        slow = [g for g in groups if _time_alone(leaf, g, self.cutoff) >= self.cutoff]
+        if slow:
+            # Above the cutoff whatever the memory; more recomputed layers only add to that.
+            reached = self.cutoff
+        for group in _fitting(rows, groups[: len(groups) - len(slow)]):
             bound = self.cutoff
             if _time_alone(leaf, group, bound) < bound:
                 bound = self._solve_group(leaf, degrees, group, rows)
@@ -335,15 +342,16 @@ class Search:
         bound = solution.objective_ns
         if bound >= self.cutoff:
             return bound
+        budget = _Budget(self._check_deadline)
         least = simulated
-        for count, (_, completion) in enumerate(
-            enumerate_chain(leaf, group, cutoff_ns=self.cutoff, rows=rows)
-        ):
-            if count >= SIMULATIONS_PER_LEAF:
-                return bound
-            if count % 64 == 0:
-                self._check_deadline()
-            least = min(least, self._simulate(leaf, degrees, completion, solution))
+        try:
+            for _, completion in enumerate_chain(
+                leaf, group, cutoff=lambda: self.cutoff, rows=rows, tick=budget.spend
+            ):
+                budget.simulate(leaf)
+                least = min(least, self._simulate(leaf, degrees, completion, solution))
+        except _SpentError:
+            return bound
         return min(least, self.cutoff)
 
     def _program(self, leaf: Leaf, group: tuple[Recompute, ...], rows: Rows) -> ProgramSolution:
@@ -393,6 +401,30 @@ def within(time_ns: int, tolerance: float) -> int:
     """The least integer bound that proves ``time_ns`` optimal within ``tolerance``."""
     parts = 10**12
     return -(-time_ns * (parts - round(tolerance * parts)) // parts)
+
+
+class _Budget:
+    """What may be spent on listing and simulating the completions of one leaf."""
+
+    def __init__(self, check_deadline: Callable[[], None]) -> None:
+        self.check_deadline = check_deadline
+        self.nodes = self.actions = 0
+
+    def spend(self) -> None:
+        """Count a node; raises when the leaf has had its share, or the time is up."""
+        self.nodes += 1
+        if self.nodes % 1024 == 0:
+            self.check_deadline()
+        if self.nodes > NODES_PER_LEAF or self.actions > ACTIONS_PER_LEAF:
+            raise _SpentError
+
+    def simulate(self, leaf: Leaf) -> None:
+        """Count a simulation."""
+        self.actions += 2 * leaf.stages * leaf.microbatches
+
+
+class _SpentError(Exception):
+    """A leaf has had its share of the search."""
 
 
 class _DeadlineError(Exception):

@@ -100,7 +100,12 @@ class _Chain:
             k = leaf.pp - s
             loops, rest = divmod(leaf.microbatches - 1, k)
             trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns
-            self.model.add(self.nested[s] >= (1 + loops) * trip + rest * self.value["backward"][s])
+            if loops:
+                on_rank = (leaf.microbatches - 1 - k) * work[s]
+                self.model.add(self.nested[s] >= (1 + loops) * trip + rest * work[s])
+                self.model.add(self.nested[s] >= 2 * trip + on_rank)
+            else:
+                self.model.add(self.nested[s] >= trip + rest * self.value["backward"][s])
             if s == 0:
                 tail: Any = 0
                 if rest:

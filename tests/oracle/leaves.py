@@ -5,8 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from cost_models.layout import Schedule
-from cost_models.leaf import Leaf, Recompute, Row, peaks, stage_costs
-from cost_models.leaf import Completion as Completion
+from cost_models.leaf import Completion, Leaf, Recompute, Row, peaks, stage_costs
 from cost_models.step import Field
 
 
@@ -27,7 +26,7 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     row[Field.FULL] = row[Field.SELECTIVE] + up_to(forward)
     row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
     row[Field.OPTIMIZER] = up_to(scale)
-    row[Field.STATIC], row[Field.GATHERED] = up_to(scale), up_to(scale // 3)
+    row[Field.STATIC], row[Field.GATHERED] = 1 + up_to(scale), up_to(scale // 3)
     row[Field.ACT_NONE], row[Field.ACT_SELECTIVE], row[Field.ACT_FULL] = none, selective, full
     row[Field.WORK_NONE] = working
     row[Field.WORK_SELECTIVE] = working + none - selective

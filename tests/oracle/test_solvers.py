@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from cost_models.leaf import Leaf, Recompute, fits, simulate_step, stage_costs, surrogate_ns
-from planner.program import UNLIMITED, Completion, enumerate_chain, solve_chain
+from cost_models.leaf import Completion, Leaf, Recompute, fits, simulate_step, stage_costs, surrogate_ns
+from planner.program import UNLIMITED, enumerate_chain, solve_chain
 from planner.solve import solve_cp_sat
 from tests.oracle.leaves import draw_leaf, draw_options
 from tests.oracle.layouts import partitions
