@@ -222,7 +222,8 @@ class Relaxation:
         room = self._room(config, [table], work_field)
         total, widest = np.zeros(len(index)), np.ones(len(index))
         for rank in range(int(pp.max(initial=0))):
-            live = np.where(schedule == 0, m, np.minimum(m, pp - rank)).astype(np.float64)
+            alive = np.where(schedule == 0, m, np.minimum(m, pp - rank))
+            live = np.maximum(alive, 1).astype(np.float64)
             left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
             left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
             cost_front, cost_rest = static + live * front, static + live * rest

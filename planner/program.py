@@ -310,7 +310,7 @@ def interleaved_candidates(
         if leaf.microbatches * full_chunks * height * cheapest >= cutoff():
             skipped = cutoff()
             break
-        partitions.append((surrogate_ns(leaf, costs(bounds, choices[0])), bounds))
+        partitions.append((surrogate_ns(leaf, costs(bounds, ("none", 0))), bounds))
     partitions.sort()
     for least, bounds in partitions:
         if least >= cutoff():
@@ -328,7 +328,11 @@ def interleaved_candidates(
 
 
 def _fewest(leaf: Leaf, bounds: tuple[int, ...], full: list[Recompute]) -> tuple[Recompute, ...]:
-    """The fewest fully recomputed layers that fit, by bisection: more of them never need more."""
+    """The fewest fully recomputed layers that fit, by bisection.
+
+    One more recomputed layer keeps less per microbatch in flight and needs the working set of a
+    layer at most once; it needs more room only in a chunk that is empty at its rank's peak.
+    """
 
     def fit(option: Recompute) -> bool:
         return fits(leaf, stage_costs(leaf, Completion(bounds, (option,) * leaf.stages)))

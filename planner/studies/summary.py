@@ -32,6 +32,7 @@ def summarise(rows: Sequence[Row], *, denominator: Sequence[bool]) -> dict[str, 
         "denominator": eligible,
         "denominator_priced": covered,
         "share_priced": covered / eligible if eligible else None,
+        "priced_not_fitting": sum(row["fits"] is False for row in priced),
         "policy_filled": dict(
             sorted(Counter(name for row in priced for name in row["policy_filled"]).items())
         ),

@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cost_models.leaf import peaks
 from planner.errors import InputError
-from planner.predict import Priced, complete_layout, price
+from planner.predict import Priced, complete_layout, predict, price
 from planner.request import Request
 from planner.studies.machines import cluster_of, machine_columns
-from planner.studies.measured import GIB, has_metric, measured
+from planner.studies.measured import GIB, flops_per_token, has_metric, measured
 from planner.studies.policy import Cell, family_of, reading_of
 from planner.studies.published import layout_of, request_of
 from planner.studies.runs import Run, SkippedError, read_runs
 from planner.studies.summary import summarise
 
-SECOND = 1e9
 DENOMINATOR = ("gpus", "seq", "layers", "hidden", "gbs")
 """With a metric, what a row must state to count in the share priced."""
 
@@ -97,13 +95,29 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
             "warnings": warnings,
         }
     found = measured(run, request)
+    utilisation = _utilisation(found.step_time_s, request)
+    possible = utilisation is None or utilisation <= 1
+    if not possible:
+        row["warnings"] = [
+            *row["warnings"],
+            f"the stated figures imply {utilisation:.0%} of the device's peak: not scored",
+        ]
     row |= {
         "measured_basis": found.basis,
         "measured_step_time_s": found.step_time_s,
         "measured_peak_gib": found.peak_gib,
-        "scored": row["status"] == "priced" and found.scored,
+        "scored": row["status"] == "priced" and found.scored and possible,
     }
     return row
+
+
+def _utilisation(step_s: float | None, request: Request | None) -> float | None:
+    """Causal model FLOPs over the dense peak of the run's precision; above 1 is impossible."""
+    if not step_s or request is None:
+        return None
+    flops = flops_per_token(request, full_attention=False) * request.global_batch * request.sequence
+    peak = request.machine.device.peak_flops[request.job.precision].si
+    return flops / request.devices / step_s / peak
 
 
 def price_run(request: Request, layout: Mapping[str, Any]) -> Priced:
@@ -115,13 +129,11 @@ def price_run(request: Request, layout: Mapping[str, Any]) -> Priced:
 
 
 def _prediction(priced: Priced, request: Request) -> dict[str, Any]:
-    from planner.accuracy import band
-
-    step_s = priced.step.total_ns / SECOND
-    low, high, _ = band(request, priced.layout, step_s)
+    """What a plan would say of this layout."""
+    prediction = predict(priced, request)
     return {
-        "predicted_step_time_s": step_s,
-        "band_s": [low, high],
-        "predicted_peak_gib": max(peaks(priced.leaf, priced.ranks)) / GIB,
-        "fits": priced.fits,
+        "predicted_step_time_s": prediction.step_time_s,
+        "band_s": list(prediction.step_time_band_s),
+        "predicted_peak_gib": prediction.max_peak_bytes / GIB,
+        "fits": prediction.fits,
     }

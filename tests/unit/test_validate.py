@@ -145,6 +145,17 @@ def test_an_adapter_run_is_priced_but_not_scored() -> None:
     assert (full["scored"], adapter["scored"]) == (True, False)
 
 
+def test_more_than_the_peak_is_not_scored() -> None:
+    # 3,513,778,176 causal FLOPs per token (see below) x 8192 tokens a device in 29.1 ms are
+    # 989.2 TFLOP/s; the H100's dense bf16 peak is 989.
+    impossible, possible = row_of(step_time_s="0.0290"), row_of(step_time_s="0.0292")
+    assert (impossible["status"], impossible["scored"]) == ("priced", False)
+    assert impossible["warnings"] == [
+        "the stated figures imply 100% of the device's peak: not scored"
+    ]
+    assert (possible["scored"], possible["warnings"]) == (True, [])
+
+
 def test_a_formula_is_no_memory_reading() -> None:
     assert row_of(source="korthikanti-2205.05198", mem_gib="40")["measured_peak_gib"] is None
     assert row_of(source="torchtitan", mem_gib="40")["measured_peak_gib"] == 40
