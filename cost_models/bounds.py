@@ -26,6 +26,8 @@ class Totals:
 
     work: Real
     """Forward and backward of one microbatch, with the least recomputation."""
+    tallest_work: Real
+    """The ``ceil(layers / pp)`` cheapest layers: some rank holds at least as many (1F1B, GPipe)."""
     gradient: Real
     update: Real
     layer_work: Real
@@ -68,10 +70,12 @@ def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     ranks = np.where(rest > 0, pp - rest, pp)
     growth = geometric(m, ranks)
     lifted = trips + (growth * totals.work - trips) / (1.0 + growth)
-    with_rest = np.where(
-        rest > 0, np.maximum(trips, np.minimum(lifted, trips + totals.work)), trips
-    )
-    return np.maximum(with_rest, geometric(m, pp) * totals.work)
+    lifted = np.clip(lifted, trips, trips + totals.work)
+    relaxed = np.maximum(np.where(rest > 0, lifted, trips), geometric(m, pp) * totals.work)
+    # Layers are whole: with the tallest rank of work w, two trips and its own work between them are
+    # at least W + (m - pp) w (cost_models.leaf, bound 3 with a = 1 and k <= pp).
+    whole = totals.work + (m - pp) * totals.tallest_work
+    return np.maximum(relaxed, np.where(m > pp, whole, 0.0))
 
 
 def geometric(m: Real, ranks: Real) -> Real:
@@ -80,9 +84,10 @@ def geometric(m: Real, ranks: Real) -> Real:
 
 
 def gpipe(shape: Shape, totals: Totals) -> Real:
-    """GPipe: one trip, and the widest rank, at least the average, for every other microbatch."""
+    """GPipe: one trip, and the widest rank for every other microbatch: at least the average."""
     pp = shape.pp
-    return totals.work + 2 * (pp - 1) * totals.hop + (shape.microbatches - 1) * totals.work / pp
+    widest = np.maximum(totals.work / pp, totals.tallest_work)
+    return totals.work + 2 * (pp - 1) * totals.hop + (shape.microbatches - 1) * widest
 
 
 def interleaved(shape: Shape, totals: Totals) -> Real:

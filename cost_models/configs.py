@@ -12,17 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models import interconnect
+from cost_models.data_parallel import DataParallel, price_kind
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import Schedule
 from cost_models.leaf import Leaf
-from cost_models.step import (
-    DataParallel,
-    LayerTimes,
-    Machine,
-    price_kind,
-    price_layer,
-    to_ns,
-)
+from cost_models.step import LayerTimes, Machine, price_layer, to_ns
 
 
 @dataclass(frozen=True)
@@ -130,9 +124,9 @@ def price_configs(
 
     ``capacity_bytes`` stands in for the device's own memory.
     """
-    shard_keys, shard_of_key = _unique(configs.shard_columns())
+    shard_keys, shard_of_key = unique_rows(configs.shard_columns())
     shards = _shard_from_keys(workload, shard_keys)
-    key_columns, config_of = _unique([shard_of_key, *configs.data_columns()])
+    key_columns, config_of = unique_rows([shard_of_key, *configs.data_columns()])
     shard_index = key_columns[0]
     data = DataParallel(*key_columns[1:])
     expanded = _take_shard(shards, shard_index)
@@ -150,10 +144,6 @@ def price_configs(
     stack = machine.stack
     shard = shard_of(workload, configs)
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
-    boundary = shard.residual_tokens * workload.boundary_bytes_per_token
-    hop = interconnect.send_recv_time_s(
-        machine.fabric, boundary, stride=stage_stride, size=configs.pp
-    )
     return PricedConfigs(
         workload=workload,
         machine=machine,
@@ -162,7 +152,7 @@ def price_configs(
         kinds=tuple(table(workload.kinds[name]) for name in names),
         embedding=table(workload.embedding),
         head=table(workload.head, drop_tied),
-        hop_ns=np.where(configs.pp > 1, to_ns(hop), 0),
+        hop_ns=hop_ns(workload, machine, configs),
         bucket_ns=_bucket_ns(machine, configs),
         tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),
         sync_ns=to_ns(
@@ -174,6 +164,15 @@ def price_configs(
         fixed_bytes=int(stack.context_bytes.si) + int(stack.allocator_slack.si) + reserve_bytes,
         capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
     )  # fmt: skip
+
+
+def hop_ns(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64:
+    """Transfer of one microbatch's boundary to the next pipeline stage."""
+    shard = shard_of(workload, configs)
+    stride = configs.tp * configs.cp * configs.dp_replicate * configs.dp_shard
+    boundary = shard.residual_tokens * workload.boundary_bytes_per_token
+    hop = interconnect.send_recv_time_s(machine.fabric, boundary, stride=stride, size=configs.pp)
+    return np.where(configs.pp > 1, to_ns(hop), 0)
 
 
 def _bucket_ns(machine: Machine, configs: Configs) -> Int64:
@@ -206,7 +205,7 @@ def _tied_sync_ns(
     return to_ns(np.where(configs.pp > 1, time, 0.0))
 
 
-def _unique(columns: list[Int64]) -> tuple[list[Int64], Int64]:
+def unique_rows(columns: list[Int64]) -> tuple[list[Int64], Int64]:
     """Distinct rows of equal-length columns, and for each row the index of its distinct one."""
     code, range_ = np.zeros(len(columns[0]), dtype=np.int64), 1
     for column in columns:
@@ -249,4 +248,4 @@ def _take_times(times: LayerTimes, index: Int64) -> LayerTimes:
 
 def cp_kind_code(name: str) -> int:
     """Index of a context-parallel kind."""
-    return CP_KINDS.index(name)  # type: ignore[arg-type]
+    return CP_KINDS.index(name)

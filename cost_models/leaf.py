@@ -140,12 +140,14 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     return known
 
 
-_MODE_FIELDS = {
-    "none": (Field.ACT_NONE, Field.WORK_NONE, None),
-    "selective": (Field.ACT_SELECTIVE, Field.WORK_SELECTIVE, Field.SELECTIVE),
-    "full": (Field.ACT_FULL, Field.WORK_FULL, Field.FULL),
+MODE_FIELDS = {
+    "none": (Field.ACT_NONE, Field.WORK_NONE),
+    "selective": (Field.ACT_SELECTIVE, Field.WORK_SELECTIVE),
+    "full": (Field.ACT_FULL, Field.WORK_FULL),
 }
-"""Activation and working bytes, and extra backward time, of a layer in each mode."""
+"""Activation and working bytes of a layer in each mode."""
+_EXTRA = {"none": None, "selective": Field.SELECTIVE, "full": Field.FULL}
+"""Extra backward time of a layer in each mode."""
 
 
 def _chunk_costs(
@@ -154,7 +156,7 @@ def _chunk_costs(
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
     forward = backward = gradient = update = static = activation = working = gathered = 0
-    kept, short, extra = _MODE_FIELDS[mode]
+    (kept, short), extra = MODE_FIELDS[mode], _EXTRA[mode]
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
         if not total:
             continue

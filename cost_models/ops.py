@@ -14,13 +14,13 @@ An op describes its forward; the backward that follows from it is part of its me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints: TypeAlias = NDArray[np.int64] | int
-Reals: TypeAlias = NDArray[np.float64] | float
+Ints: TypeAlias = NDArray[np.integer[Any]] | int
+Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
 Group = Literal["tp", "cp", "ep", "etp"]
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]

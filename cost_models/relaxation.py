@@ -64,7 +64,8 @@ class Relaxation:
 
     def column(self, table: Int64, field: Field) -> Real:
         """One field of one table, per layout."""
-        return table[field][self.config].astype(np.float64)
+        values: Real = table[field][self.config].astype(np.float64)
+        return values
 
     def total(self, field: Field) -> Real:
         """A field summed over the model, per layout."""
@@ -100,14 +101,25 @@ class Relaxation:
             result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
         if "full" in self.modes and open_.any():
             least, most, ok = self.least_full(open_)
-            cheapest = np.min([self.column(t, Field.FULL) for t in self.tables.kinds], axis=0)
+            if np.isfinite(cutoff_ns):
+                # A stage of more layers than this is above the cutoff by itself.
+                layer = self.cheapest_layers(np.ones_like(self.m))
+                most = np.minimum(most, np.maximum(cutoff_ns / (self.m * layer), 1.0))
             share = least / np.maximum(least, most)
-            extra = self.layers * share * cheapest
-            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
+            recomputed = np.floor(self.layers * share + 1e-9).astype(np.int64)
+            tall = np.minimum(least.astype(np.int64), -(-self.layers // self.pp))
+            full = (Field.FULL,)
+            bound = self.time(
+                work + self.cheapest_layers(recomputed, full), self.cheapest_layers(tall, full)
+            )
+            result = np.where(ok, np.minimum(result, bound), result)
         return result
 
-    def time(self, work: Real) -> Real:
-        """Time bound with ``work`` ns per microbatch through the pipeline."""
+    def time(self, work: Real, tallest_extra: Real | float = 0.0) -> Real:
+        """Time bound with ``work`` ns per microbatch through the pipeline.
+
+        ``tallest_extra`` is recomputation on the rank with the most layers.
+        """
         cheapest = np.min(
             [
                 self.column(t, Field.FORWARD) + self.column(t, Field.BACKWARD)
@@ -118,6 +130,7 @@ class Relaxation:
         ends = self.tables.embedding
         totals = bounds.Totals(
             work=work,
+            tallest_work=self.cheapest_layers(-(-self.layers // self.pp)) + tallest_extra,
             gradient=self.total(Field.GRADIENT),
             update=self.total(Field.OPTIMIZER) + self.total(Field.PARAMETER),
             layer_work=cheapest,
@@ -133,14 +146,11 @@ class Relaxation:
         shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare)
         return bounds.step_bound(self.schedule, shape, totals)
 
-    def cheapest_layers(self, count: Int64) -> Real:
-        """Work of the ``count`` cheapest layers of the model."""
-        work = np.stack(
-            [
-                self.column(t, Field.FORWARD) + self.column(t, Field.BACKWARD)
-                for t in self.tables.kinds
-            ]
-        )
+    def cheapest_layers(
+        self, count: Int64, fields: tuple[Field, ...] = (Field.FORWARD, Field.BACKWARD)
+    ) -> Real:
+        """Fields of the ``count`` layers of the model in which they are least."""
+        work = np.stack([sum(self.column(t, field) for field in fields) for t in self.tables.kinds])
         order = np.argsort(work, axis=0)
         available = np.array(self.kind_counts)[order]
         sorted_work = np.take_along_axis(work, order, axis=0)
@@ -206,7 +216,8 @@ class Relaxation:
         field = working if len(self.kind_counts) == 1 else Field.WORK_NONE
         need = np.min([t[field][config] + t[Field.GATHERED][config] for t in tables], axis=0)
         capacity = self.tables.capacity_bytes - self.tables.fixed_bytes
-        return (capacity - need).astype(np.float64)
+        room: Real = (capacity - need).astype(np.float64)
+        return room
 
     def _chain(self, index: Int64, table: Int64, mode: str, limit: Real) -> tuple[Real, Real]:
         """Layers of one kind that all stages, and that the roomiest stage, can hold (1F1B, GPipe).
@@ -241,7 +252,8 @@ class Relaxation:
 
     def _end(self, table: Int64, config: Int64) -> Real:
         """Bytes of the embedding or head on its stage, with one microbatch of activations."""
-        return table[Field.STATIC][config] + table[Field.ACT_NONE][config].astype(np.float64)
+        size: Real = table[Field.STATIC][config] + table[Field.ACT_NONE][config].astype(np.float64)
+        return size
 
     def _interleaved(self, index: Int64, mode: str, limit: Real) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.
@@ -254,7 +266,8 @@ class Relaxation:
         front_field, rest_field, work_field = _FIELDS[mode]
 
         def least(field: Field) -> Real:
-            return np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+            values: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+            return values
 
         static, front, rest = least(Field.STATIC), least(front_field), least(rest_field)
         room = self._room(config, tables, work_field)
@@ -263,7 +276,7 @@ class Relaxation:
         for rank in range(int(pp.max(initial=0))):
             left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
             left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
-            lighter = ((rank == 0) | (rank == pp - 1)).astype(np.int64)
+            lighter = ((pp - 1 == rank) | (rank == 0)).astype(np.int64)
             in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
             alive = np.maximum(in_flight - lighter * m, 0)
             need = (vpp - lighter) * height * static + alive * per_chunk

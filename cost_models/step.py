@@ -1,4 +1,4 @@
-"""Price layers under many configurations at once; overlap and exposure are decided here only.
+"""Price layers under many configurations at once; overlap inside a microbatch is decided here only.
 
 The result for one layer kind is a table of integers (nanoseconds and bytes), one column per
 configuration. Integers make everything above exact: a stage's time is the sum of its layers'.
@@ -9,12 +9,10 @@ What hides behind what:
   data-gradient product they are named with (Megatron's asynchronous linear layer); all others are
   exposed, less the share that the stack overlaps by other means (``overlap_tensor_parallel``);
 * the context-parallel ring hides behind the attention of the block in hand;
-* FSDP gathers and reductions hide behind the compute of the same layer (one layer of prefetch);
-* gradient reductions of a step hide behind the backward of the last microbatch, parameter gathers
-  behind the forward of the first, layer by layer, where the stack overlaps them; one bucket of
-  gradients is always exposed;
 * while two things overlap, the hidden collective still costs its contention: ``overlap_contention``
   of the hidden time.
+
+Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_models.data_parallel``.
 """
 
 from __future__ import annotations
@@ -28,8 +26,18 @@ from numpy.typing import NDArray
 
 from cost_models import compute, interconnect, memory
 from cost_models.fabric import Fabric, fabric_of
-from cost_models.graph import Bools, Int64, LayerKind, Shard
-from cost_models.ops import Attention, Collective, Elementwise, GroupedMatMul, MatMul, Op
+from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.ops import (
+    Attention,
+    Collective,
+    CollectiveKind,
+    Elementwise,
+    GroupedMatMul,
+    Ints,
+    MatMul,
+    Op,
+    Reals,
+)
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
 
 Real: TypeAlias = NDArray[np.float64]
@@ -114,7 +122,8 @@ class LayerTimes:
     def nanoseconds(self, phase: str) -> Int64:
         """Integer time of a phase: the sum of its rounded terms."""
         parts = [to_ns(term[phase]) for term in self.terms.values()]
-        return np.sum(parts, axis=0, dtype=np.int64)
+        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
+        return total
 
 
 def to_ns(seconds: Real) -> Int64:
@@ -172,7 +181,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
         case MatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
 
-            def time(m: object, n: object, k: object, stage: str) -> Real:
+            def time(m: Ints, n: Ints, k: Ints, stage: compute.MatmulStage) -> Real:
                 return compute.matmul_time_s(device, dtype, m, n, k, stage=stage, batch=op.batch)
 
             fprop = time(op.m, op.n, op.k, "fprop")
@@ -199,7 +208,8 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             kernel = machine.stack.attention_kernel(device.name)
             # Context parallelism deals the blocks of a causal mask out evenly: a rank with a share
             # of the queries has that share of the work of all of them.
-            batch, q_len = op.batch, op.q_len
+            batch: Reals = op.batch
+            q_len = op.q_len
             if op.causal:
                 batch, q_len = np.asarray(op.batch) * (op.q_len / np.asarray(op.kv_len)), op.kv_len
             forward, backward = (
@@ -214,17 +224,23 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             acc.windows |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
             _launch(acc, 1, 2)
         case Elementwise():
-            latency = device.kernels.memory_bound_latency.si
-            forward = compute.memory_bound_time_s(device, op.forward_bytes)
-            forward = forward + latency * max(op.forward_launches - 1, 0)
-            backward = np.zeros_like(forward)
-            if op.backward_launches:
-                backward = compute.memory_bound_time_s(device, op.backward_bytes)
-                backward = backward + latency * (op.backward_launches - 1)
-            acc.add("memory_bound", forward, backward, selective=op.selective)
+            acc.add(
+                "memory_bound",
+                _memory_bound(machine, op.forward_bytes, op.forward_launches),
+                _memory_bound(machine, op.backward_bytes, op.backward_launches),
+                selective=op.selective,
+            )
             _launch(acc, op.forward_launches, op.backward_launches)
         case Collective():  # priced after the kernels it may hide behind
             pass
+
+
+def _memory_bound(machine: Machine, bytes_moved: Reals, launches: int) -> Real | float:
+    """``launches`` kernels that move ``bytes_moved`` together; no launch, no time."""
+    if not launches:
+        return 0.0
+    latency = machine.device.kernels.memory_bound_latency.si
+    return compute.memory_bound_time_s(machine.device, bytes_moved) + latency * (launches - 1)
 
 
 def _launch(acc: _Accumulator, forward: int, backward: int) -> None:
@@ -264,167 +280,9 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
 
 
 def _collective_time(
-    kind: str, payload: object, size: Int64, stride: Int64, machine: Machine
+    kind: CollectiveKind, payload: Reals, size: Int64, stride: Int64, machine: Machine
 ) -> Real:
     if kind == "ring":
         hop = interconnect.send_recv_time_s(machine.fabric, payload, stride=stride, size=size)
         return hop * (size - 1)
     return interconnect.collective_time_s(machine.fabric, kind, payload, size=size, stride=stride)
-
-
-@dataclass(frozen=True)
-class DataParallel:
-    """The data-parallel side of each configuration (arrays of one length)."""
-
-    replicate: Int64
-    shard: Int64
-    pp: Int64
-    zero_stage: Int64
-
-
-@dataclass(frozen=True)
-class _Mesh:
-    """Groups over which parameters are replicated, and their rank strides."""
-
-    ways: Int64
-    """Ranks that shard the state."""
-    stride: Int64
-    replicas: Int64
-    replica_stride: Int64
-
-
-def price_kind(
-    kind: LayerKind,
-    times: LayerTimes,
-    shard: Shard,
-    data: DataParallel,
-    machine: Machine,
-    *,
-    vocab_divisor: int,
-    drop_tied: Bools | None = None,
-) -> tuple[Int64, dict[str, Int64]]:
-    """All :class:`Field` rows of one layer, shape (fields, configurations), and its exposed
-    data-parallel communication per microbatch (``{"forward": ns, "backward": ns}``).
-
-    ``times`` are the layer's for the same ``shard``. ``drop_tied`` marks configurations whose
-    head shares the embedding's weights on the same device (one pipeline stage).
-    """
-    local = memory.local_parameters(kind, shard, vocab_divisor)
-    dense = local.dense
-    if drop_tied is not None:
-        for weight in kind.weights:
-            if weight.name == "head.tied":
-                dense = dense - np.where(
-                    drop_tied, memory.local_elements(weight, shard, vocab_divisor), 0
-                )
-    expert_ranks = shard.tp * shard.cp * data.shard // (shard.ep * shard.etp)
-    attention_mesh = _Mesh(
-        data.shard * shard.cp, shard.tp, data.replicate, shard.tp * shard.cp * data.shard
-    )
-    expert_mesh = _Mesh(
-        np.maximum(expert_ranks, 1), shard.ep * shard.etp, data.replicate,
-        shard.tp * shard.cp * data.shard,
-    )  # fmt: skip
-    forward = _phase_seconds(times, "forward")
-    backward = _phase_seconds(times, "backward")
-    rules, stack = machine.rules, machine.stack
-    state = [
-        memory.state_bytes(elements, ways=mesh.ways, zero_stage=data.zero_stage, rules=rules)
-        for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh))
-    ]
-    reduce_s = np.zeros(len(shard.tp))
-    gather_s = np.zeros(len(shard.tp))
-    for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh)):
-        reduced, gathered = _data_parallel_times(elements, mesh, data, machine)
-        reduce_s += reduced
-        gather_s += gathered
-    # ZeRO 3 gathers and reduces with every microbatch; ZeRO 2 gathers once per forward, and with a
-    # pipeline keeps the weights for the whole step.
-    fsdp = (data.zero_stage >= 3) | ((data.zero_stage == 2) & (data.pp == 1))
-    contention = stack.overlap_contention.si
-    per_microbatch = {
-        "forward": to_ns(np.where(fsdp, expose(gather_s, forward, contention), 0.0)),
-        "backward": to_ns(
-            np.where(
-                fsdp,
-                expose(
-                    reduce_s + np.where(data.zero_stage >= 3, gather_s, 0.0), backward, contention
-                ),
-                0.0,
-            )
-        ),
-    }
-    gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
-    parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
-    activations = memory.activation_bytes(kind, shard)
-    gathered_bytes = state[0].gathered + state[1].gathered
-    lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
-    weights = state[0].weights + state[1].weights
-    gradients = state[0].gradients + state[1].gradients
-    optimizer = state[0].optimizer + state[1].optimizer
-    rows = np.empty((len(Field), len(shard.tp)), dtype=np.int64)
-    rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
-    rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
-    rows[Field.SELECTIVE] = times.nanoseconds("selective")
-    rows[Field.FULL] = times.nanoseconds("full")
-    rows[Field.GRADIENT] = to_ns(np.where(fsdp, 0.0, gradient))
-    rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
-    rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
-                                                     expert_mesh, data, machine))  # fmt: skip
-    rows[Field.STATIC] = weights + gradients + optimizer + lasting
-    rows[Field.GATHERED] = np.where(lasting > 0, 0, 2 * gathered_bytes)
-    rows[Field.ACT_NONE] = activations.none
-    rows[Field.ACT_SELECTIVE] = activations.selective
-    rows[Field.ACT_FULL] = activations.full
-    rows[Field.WORK_NONE] = activations.working_none
-    rows[Field.WORK_SELECTIVE] = activations.working_selective
-    rows[Field.WORK_FULL] = activations.working_full
-    rows[Field.PARAMETERS] = dense + local.expert
-    rows[Field.WEIGHT_BYTES] = weights + lasting
-    rows[Field.GRADIENT_BYTES] = gradients
-    rows[Field.OPTIMIZER_BYTES] = optimizer
-    return rows, per_microbatch
-
-
-def _phase_seconds(times: LayerTimes, phase: str) -> Real:
-    result: Real = np.sum([term[phase] for term in times.terms.values()], axis=0)
-    return result
-
-
-def _data_parallel_times(
-    elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine
-) -> tuple[Real, Real]:
-    """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights."""
-    rules, fabric = machine.rules, machine.fabric
-    gradient = elements * float(rules.gradient_bytes)
-    ranks = mesh.ways * mesh.replicas
-
-    def collective(kind: str, payload: Real, size: Int64, stride: Int64) -> Real:
-        time = interconnect.collective_time_s(fabric, kind, payload, size=size, stride=stride)
-        return np.where((size > 1) & (elements > 0), time, 0.0)
-
-    sharded = collective("reduce_scatter", gradient, mesh.ways, mesh.stride) + collective(
-        "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride
-    )
-    plain = collective("all_reduce", gradient, ranks, mesh.stride)
-    weights = elements * float(rules.gather_bytes)
-    gather = collective("all_gather", weights, mesh.ways, mesh.stride)
-    return (
-        np.where(data.zero_stage == 0, plain, sharded),
-        np.where(data.zero_stage == 0, 0.0, gather),
-    )
-
-
-def _optimizer_seconds(
-    dense: Int64, expert: Int64, attention_mesh: _Mesh, expert_mesh: _Mesh, data: DataParallel,
-    machine: Machine,
-) -> Real:  # fmt: skip
-    """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
-    moments = memory.OPTIMIZER_MOMENTS[machine.optimizer]
-    per_element = 8 + 8 + 8 * moments + machine.rules.gather_bytes
-    sharded = data.zero_stage >= 1
-    elements = np.where(sharded, memory.ceil_div(dense, attention_mesh.ways), dense)
-    elements = elements + np.where(sharded, memory.ceil_div(expert, expert_mesh.ways), expert)
-    time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
-    result: Real = np.where(elements > 0, time, 0.0)
-    return result

@@ -1,1 +1,1 @@
-"""What a machine and the software on it are: devices, nodes, clusters, stacks. Data, no behaviour."""
+"""What a machine and its software are: devices, nodes, clusters, stacks. Data, no behaviour."""

@@ -131,6 +131,9 @@ class DeviceSpec(Profile):
     """List price in USD per device hour."""
     best_matmul_flops: dict[str, Sourced] = Field(default_factory=dict)
     """Highest matrix-product rate published for this device, by dtype."""
+    best_run_mfu: dict[str, Sourced] = Field(default_factory=dict)
+    """Highest model FLOPs utilisation of a published training run, by precision: causal attention,
+    no recomputation counted, over the dense peak."""
     kernels: KernelProfile
 
 
@@ -272,7 +275,7 @@ class StackSpec(Profile):
 
     Which values of a degree the stack can run is data here; the rules that combine degrees (for
     example that interleaving needs a multiple of pp microbatches) are named in ``rules`` and
-    implemented by name in ``planner.space``.
+    implemented by name in ``planner.rules``.
     """
 
     name: str

@@ -69,7 +69,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """Seconds with the prefix that keeps three digits: ``"18.2 s"``, ``"431 ms"``, ``"12.1 us"``."""
+    """Seconds with a prefix that keeps three digits: ``"18.2 s"``, ``"431 ms"``, ``"12.1 us"``."""
     for suffix, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(value) >= scale:
             scaled = value / scale

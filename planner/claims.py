@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner import __version__
+from planner.leaves import Candidate, within
 from planner.plan import (
     Certificate,
     Input,
@@ -14,7 +15,7 @@ from planner.plan import (
     digest,
 )
 from planner.request import Request
-from planner.search import Candidate, SearchResult, within
+from planner.search import SearchResult
 from planner.tables import QUANTUM
 
 SURROGATE = "nested round trips (cost_models.leaf), a lower bound on the simulated step"

@@ -13,10 +13,12 @@ from typing import Any
 from hardware_profiles.units import format_bytes, format_seconds
 from planner.claims import certificate, envelope
 from planner.errors import PlannerError
+from planner.layouts import layout_of
+from planner.leaves import Candidate
 from planner.plan import Infeasibility, WayOut
-from planner.predict import layout_of, predict, price
+from planner.predict import predict, price
 from planner.request import Request, fill_defaults
-from planner.search import OUT_OF_MEMORY, Candidate, Search, SearchResult
+from planner.search import OUT_OF_MEMORY, Search, SearchResult
 from planner.specs import ConstraintSpec
 
 LARGEST_GROWTH = 256
@@ -88,10 +90,10 @@ def _search(request: Request) -> Candidate | None:
 
 def _closest(request: Request) -> Candidate | None:
     """The layout found at the least capacity at which there is one."""
-    low = int(request.machine.device.memory_capacity.si)
-    high, found = 2 * low, None
+    capacity = int(request.machine.device.memory_capacity.si)
+    low, high, found = capacity, 2 * capacity, None
     while found is None:
-        if high > LARGEST_GROWTH * low:
+        if high > LARGEST_GROWTH * capacity:
             return None
         found = _search(replace(request, capacity_bytes=high))
         if found is None:

@@ -23,7 +23,8 @@ def read_job(
     """
     from hardware_profiles.documents import parse_document, read_document, validate
 
-    where, data = "job", {}
+    where = "job"
+    data: object = None
     if reference == "-":
         if stdin is None:
             raise InputError("no standard input to read the job from")

@@ -12,15 +12,17 @@ from typing import Any
 
 from planner.claims import certificate, envelope
 from planner.errors import InfeasibleError, InputError, LimitReachedError, UnsupportedError
+from planner.layouts import complete_layout, layout_of
+from planner.leaves import Candidate
 from planner.plan import (
     Alternative,
     Layout,
     Plan,
     Prediction,
 )
-from planner.predict import Priced, complete_layout, layout_of, predict, price
+from planner.predict import Priced, predict, price
 from planner.request import Request, fill_defaults
-from planner.search import Candidate, Search
+from planner.search import Search
 
 __all__ = ["EvaluatedLayout", "Request", "evaluate", "plan", "read_request"]
 
@@ -188,7 +190,7 @@ def evaluate(request: Request, layout: Mapping[str, Any]) -> EvaluatedLayout:
     A layout that does not fit is priced too (``prediction.fits`` is False); one that cannot exist
     raises :class:`InputError`.
     """
-    from planner.space import check_layout
+    from planner.rules import check_layout
 
     complete = complete_layout(layout, request)
     check_layout(request, complete)

@@ -23,13 +23,16 @@ For one layout (degrees, schedule, virtual stages all fixed), with layers ``0 ..
 The objective is the *surrogate* of ``cost_models.leaf``, a proved lower bound on the simulated
 time. Two solvers state it: an exact dynamic program over labels (here, :func:`solve_chain`) and
 CP-SAT (``planner.solve``). The interleaved schedule has so few partitions (equal chunks, lighter
-ends) that :func:`interleaved_candidates` lists them.
+ends) that ``planner.interleaved`` lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from cost_models.leaf import (
     EMPTY_LABEL,
@@ -40,14 +43,10 @@ from cost_models.leaf import (
     Recompute,
     chunk_costs,
     extend_label,
-    fits,
-    interleaved_bounds,
-    peak_bytes,
     rank_costs,
-    stage_costs,
-    surrogate_ns,
 )
 from cost_models.step import Field
+from planner.ranges import Ranges, Table
 
 UNLIMITED = 1 << 62
 
@@ -57,7 +56,8 @@ class Rows:
     """Costs of each rank for each range of layers and option, computed on demand."""
 
     leaf: Leaf
-    cache: dict[tuple[object, ...], RankCosts | None] = field(default_factory=dict)
+    cache: dict[tuple[int, int, int, Recompute], RankCosts] = field(default_factory=dict)
+    rooms: dict[tuple[int, Recompute], Table] = field(default_factory=dict)
 
     def least(self, rank: int) -> int:
         """Fewest layers that a rank may hold: a rank with an end may do without."""
@@ -75,19 +75,29 @@ class Rows:
 
     def get(self, rank: int, first: int, last: int, option: Recompute) -> RankCosts | None:
         """Costs of ``rank`` with layers ``first .. last - 1``; None where it does not fit."""
-        counts = self.leaf.counts
-        split = last if option[0] != "full" else min(last, first + option[1])
-        key = (
-            rank,
-            option[0],
-            tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)]),
-            tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)]),
-        )
-        if key not in self.cache:
-            chunks = (chunk_costs(self.leaf, rank, first, last, option),)
-            fits = peak_bytes(self.leaf, rank, chunks) <= self.leaf.capacity_bytes
-            self.cache[key] = rank_costs(self.leaf, chunks) if fits else None
-        return self.cache[key]
+        if not self.room(rank, option)[first, last]:
+            return None
+        return self.costs(rank, first, last, option)
+
+    def costs(self, rank: int, first: int, last: int, option: Recompute) -> RankCosts:
+        """Costs of ``rank`` with layers ``first .. last - 1``, whatever they need."""
+        key = (rank, first, last, option)
+        costs = self.cache.get(key)
+        if costs is None:
+            chunk = chunk_costs(self.leaf, rank, first, last, option)
+            costs = self.cache[key] = rank_costs(self.leaf, (chunk,))
+        return costs
+
+    def room(self, rank: int, option: Recompute) -> Table:
+        """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``."""
+        key = (rank, option)
+        if key not in self.rooms:
+            self.rooms[key] = self._space.table(rank, option, least=self.least(rank))
+        return self.rooms[key]
+
+    @cached_property
+    def _space(self) -> Ranges:
+        return Ranges(self.leaf)
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,14 @@ def solve_chain(
     cutoff_ns: int = UNLIMITED,
     rows: Rows | None = None,
     fits: bool = False,
+    room: Recompute | None = None,
 ) -> ProgramSolution:
     """Exact optimum by dynamic programming over ranks, last to first; one option set per rank.
 
     Each state (rank, first layer) keeps the labels that no other dominates. With ``cutoff_ns``
     only solutions strictly below it are looked for. ``fits`` says that :func:`reaches` is known
-    to hold.
+    to hold. With ``room`` the memory is that of another option: a relaxation of all options
+    between the two, since one recomputes least and the other keeps least.
     """
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
@@ -123,13 +135,16 @@ def solve_chain(
     states: dict[int, list[_Node]] = {layers: [_Node(EMPTY_LABEL, layers, ("none", 0), None)]}
     for rank in reversed(range(leaf.pp)):
         following: dict[int, list[_Node]] = {}
+        tables = [(option, rows.room(rank, room or option)) for option in choices]
         for last, nodes in states.items():
             for first in rows.firsts(rank, last):
                 if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff_ns:
                     break
-                for option in choices:
-                    costs = rows.get(rank, first, last, option)
-                    if costs is None:
+                for option, holds in tables:
+                    if not holds[first, last]:
+                        continue
+                    costs = rows.costs(rank, first, last, option)
+                    if leaf.microbatches * costs.work_ns >= cutoff_ns:
                         continue
                     for node in nodes:
                         label = extend_label(leaf, node.label, rank, costs)
@@ -214,34 +229,18 @@ def _insert(nodes: list[_Node], new: _Node) -> None:
 
 
 def reaches(rows: Rows, options: tuple[Recompute, ...]) -> bool:
-    """Whether some partition fits, each rank with any of ``options``.
-
-    A stage's peak never falls when it takes more layers, so the ends that a rank can reach from one
-    first layer are an interval, whose end only moves up with the first layer.
-    """
-    leaf = rows.leaf
-    layers, starts = len(leaf.sequence), [0]
-
-    def holds(rank: int, first: int, last: int) -> bool:
-        return any(rows.get(rank, first, last, option) is not None for option in options)
-
-    for rank in range(leaf.pp):
-        if not leaf.uneven:
-            last = (rank + 1) * layers // leaf.pp
-            starts = [last] if starts and holds(rank, rank * layers // leaf.pp, last) else []
-            continue
-        reached: set[int] = set()
-        last = 0
-        for first in starts:
-            least = first + rows.least(rank)
-            last = max(last, least)
-            if least > layers or not holds(rank, first, least):
-                continue
-            while last < layers and holds(rank, first, last + 1):
-                last += 1
-            reached.update(range(least, last + 1))
-        starts = sorted(reached)
-    return layers in starts
+    """Whether some partition fits, each rank with any of ``options``."""
+    layers = len(rows.leaf.sequence)
+    starts = np.zeros(layers + 1, dtype=bool)
+    starts[0] = True
+    for rank in range(rows.leaf.pp):
+        room = rows.room(rank, options[0])
+        for option in options[1:]:
+            room = room | rows.room(rank, option)
+        starts = np.any(room[starts], axis=0)
+        if not starts.any():
+            return False
+    return bool(starts[layers])
 
 
 def enumerate_chain(
@@ -282,68 +281,3 @@ def enumerate_chain(
         objective = node.label.objective_ns(leaf)
         if objective < cutoff():
             yield objective, node.completion(layers)
-
-
-def interleaved_candidates(
-    leaf: Leaf, options: Iterable[Recompute], *, cutoff: Callable[[], int]
-) -> Iterator[tuple[int, Completion | None]]:
-    """Completions of an interleaved leaf that fit, with their surrogates in ns.
-
-    Partitions come in the order of their surrogates without recomputation; the last item, with no
-    completion, is the bound on everything that was left out for being at or above ``cutoff()``.
-    For one partition only the fewest fully recomputed layers that fit are listed: more of them add
-    time and nothing else.
-    """
-    choices = tuple(options)
-    partial = [option for option in choices if option[0] != "full"]
-    full = [option for option in choices if option[0] == "full"]
-
-    def costs(bounds: tuple[int, ...], option: Recompute) -> tuple[RankCosts, ...]:
-        return stage_costs(leaf, Completion(bounds, (option,) * leaf.stages))
-
-    # A rank other than the two ends holds full chunks only; an end all but one of them.
-    full_chunks = leaf.vpp if leaf.pp > 2 else leaf.vpp - 1
-    cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
-    skipped, partitions = UNLIMITED, []
-    for bounds in interleaved_bounds(leaf):
-        height = bounds[2] - bounds[1]
-        if leaf.microbatches * full_chunks * height * cheapest >= cutoff():
-            skipped = cutoff()
-            break
-        partitions.append((surrogate_ns(leaf, costs(bounds, ("none", 0))), bounds))
-    partitions.sort()
-    for least, bounds in partitions:
-        if least >= cutoff():
-            skipped = min(skipped, least)
-            break
-        for option in (*partial, *_fewest(leaf, bounds, full)):
-            ranks = costs(bounds, option)
-            surrogate = surrogate_ns(leaf, ranks)
-            if surrogate >= cutoff():
-                skipped = min(skipped, surrogate)
-            elif fits(leaf, ranks):
-                yield surrogate, Completion(bounds, (option,) * leaf.stages)
-    if skipped < UNLIMITED:
-        yield skipped, None
-
-
-def _fewest(leaf: Leaf, bounds: tuple[int, ...], full: list[Recompute]) -> tuple[Recompute, ...]:
-    """The fewest fully recomputed layers that fit, by bisection.
-
-    One more recomputed layer keeps less per microbatch in flight and needs the working set of a
-    layer at most once; it needs more room only in a chunk that is empty at its rank's peak.
-    """
-
-    def fit(option: Recompute) -> bool:
-        return fits(leaf, stage_costs(leaf, Completion(bounds, (option,) * leaf.stages)))
-
-    if not full or not fit(full[-1]):
-        return ()
-    low, high = 0, len(full) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fit(full[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return (full[low],)

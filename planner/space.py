@@ -1,9 +1,8 @@
 """The space: every layout that the target stack could be asked for, and why some are removed.
 
-A *mesh* fixes tp, sequence parallelism, cp (and its kind), pp, ep, etp and the microbatch size; a
-*layout* adds the split of data parallelism into replicate and shard, the ZeRO stage, the schedule
-and the number of virtual stages. Partition and recompute complete a layout; they are chosen inside
-its leaf. Degrees are divisors, not powers of two only.
+Meshes are enumerated first, then expanded into layouts (``planner.meshes`` says what each fixes).
+Partition and recompute complete a layout; they are chosen inside its leaf. Degrees are divisors,
+not powers of two only.
 
 Nothing is dropped in silence: a mesh that breaks a rule takes all its layouts with it, and they
 are counted under the rule's reason, so ``space_size = sum(removed) + priced``.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -21,36 +20,10 @@ import numpy as np
 from cost_models.configs import cp_kind_code
 from cost_models.graph import CP_KINDS, Bools, Int64
 from cost_models.layout import Schedule
-from planner.errors import InputError
-from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
-from planner.plan import Layout
+from planner import rules
+from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.request import Request
-from planner.specs import ConstraintSpec
-
-COLUMNS = ("tp", "sp", "cp", "cp_kind", "pp", "ep", "etp", "microbatch", "dp")
-
-
-@dataclass(frozen=True)
-class Meshes:
-    """Meshes as arrays of one length, with the number of layouts of each in ``weight``."""
-
-    tp: Int64
-    sp: Int64
-    cp: Int64
-    cp_kind: Int64
-    pp: Int64
-    ep: Int64
-    etp: Int64
-    microbatch: Int64
-    dp: Int64
-    weight: Int64
-
-    def __len__(self) -> int:
-        return len(self.tp)
-
-    def take(self, index: Int64 | Bools) -> Meshes:
-        """The meshes at ``index``."""
-        return Meshes(**{name: getattr(self, name)[index] for name in (*COLUMNS, "weight")})
+from planner.rules import LayoutRule, Rule
 
 
 @dataclass
@@ -151,19 +124,27 @@ def build_space(request: Request) -> Space:
     return space
 
 
-Rule = tuple[str, Callable[[Meshes], Bools]]
-
-
 def mesh_rules(request: Request) -> Iterator[Rule]:
     """Reasons to remove a mesh, in the order in which they are counted."""
     yield from _constraint_rules(request)
-    yield from _batch_rules(request)
-    yield from _model_rules(request)
-    yield from _stack_rules(request)
+    yield from rules.mesh_rules(request)
+
+
+def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
+    """Modes that the stack has and the job allows."""
+    limits = request.job.constraints
+    return tuple(
+        mode
+        for mode in request.stack.recompute
+        if limits.recompute in (None, mode) and (request.job.allow_recompute or mode == "none")
+    )
 
 
 def _constraint_rules(request: Request) -> Iterator[Rule]:
     limits = request.job.constraints
+    if not recompute_modes(request):
+        asked = f"recompute {limits.recompute}" if limits.recompute else "no recomputation"
+        yield f"{request.stack.name} cannot do {asked} under this job", lambda m: m.tp >= 1
     for name in ("tp", "cp", "pp", "ep", "etp", "microbatch_size"):
         column = "microbatch" if name == "microbatch_size" else name
         for reason, broken in degree_limits(limits.fix, limits.max, limits.forbid, name):
@@ -194,128 +175,6 @@ def degree_limits(
         yield f"asked for no {name}", lambda x: x > (0 if name == "zero_stage" else 1)
 
 
-def _batch_rules(request: Request) -> Iterator[Rule]:
-    batch = request.global_batch
-    yield (
-        f"the global batch of {batch:,} is not a multiple of dp x microbatch",
-        lambda m: batch % (m.dp * m.microbatch) != 0,
-    )
-
-
-def _model_rules(request: Request) -> Iterator[Rule]:
-    model, sequence = request.model, request.sequence
-    blocks = tuple(model.blocks.values())
-    for heads in sorted({b.mixer.heads for b in blocks if b.mixer is not None}):
-        yield f"{heads} attention heads do not split over tp", _splits(heads, lambda m: m.tp)
-    for kv in sorted({b.mixer.kv_heads for b in blocks if isinstance(b.mixer, AttentionSpec)}):
-        yield (
-            f"{kv} KV heads neither split nor replicate over tp",
-            lambda m, kv=kv: (kv % m.tp != 0) & (m.tp % kv != 0),  # type: ignore[misc]
-        )
-    feed_forwards = [b.feed_forward for b in blocks]
-    for width in sorted({f.intermediate for f in feed_forwards if isinstance(f, MlpSpec)}):
-        yield f"feed-forward width {width} does not split over tp", _splits(width, lambda m: m.tp)
-    moes = [f for f in feed_forwards if isinstance(f, MoeSpec)]
-    for width in sorted({f.intermediate for f in moes}):
-        yield f"expert width {width} does not split over etp", _splits(width, lambda m: m.etp)
-    for width in sorted({f.shared_intermediate for f in moes if f.shared_intermediate}):
-        yield f"shared expert width {width} does not split over tp", _splits(width, lambda m: m.tp)
-    for experts in sorted({f.experts for f in moes}):
-        yield f"{experts} experts do not split over ep", _splits(experts, lambda m: m.ep)
-    yield (
-        "ep x etp does not divide dp x cp x tp",
-        lambda m: (m.dp * m.cp * m.tp) % (m.ep * m.etp) != 0,
-    )
-    yield (
-        f"sequence of {sequence} does not split over cp (twice, for a balanced causal mask)",
-        lambda m: (m.cp > 1) & (sequence % (2 * m.cp) != 0),
-    )
-    yield (
-        f"sequence of {sequence} does not split over cp x tp (sequence parallelism)",
-        lambda m: (m.sp == 1) & (sequence % (m.cp * m.tp) != 0),
-    )
-    yield (
-        f"more pipeline stages than the {model.layer_count} layers can fill",
-        lambda m: m.pp > model.layer_count + (2 if request.stack.uneven_stages else 0),
-    )
-    exchange = cp_kind_code("a2a")
-    for heads in sorted({_exchanged_heads(b.mixer) for b in blocks if b.mixer is not None}):
-        yield (
-            f"{heads} (KV) heads do not split over tp x cp (all-to-all context parallelism)",
-            lambda m, heads=heads: (
-                (m.cp > 1)  # type: ignore[misc]
-                & (m.cp_kind == exchange)
-                & (heads % (m.tp * m.cp) != 0)
-            ),
-        )
-
-
-def _exchanged_heads(mixer: AttentionSpec | LatentAttentionSpec) -> int:
-    return mixer.kv_heads if isinstance(mixer, AttentionSpec) else mixer.heads
-
-
-def _splits(size: int, ways: Callable[[Meshes], Int64]) -> Callable[[Meshes], Bools]:
-    return lambda meshes: size % ways(meshes) != 0
-
-
-def _stack_rules(request: Request) -> Iterator[Rule]:
-    stack = request.stack
-    label = f"{stack.name} {stack.version}"
-    if not stack.cp_kinds:
-        yield f"{label} has no context parallelism", lambda m: m.cp > 1
-    if stack.tensor_parallel_max is not None:
-        most = stack.tensor_parallel_max
-        yield f"{label} splits tensors at most {most} ways", lambda m: m.tp > most
-    for name in stack.rules:
-        if name in STACK_RULES:
-            reason, broken = STACK_RULES[name]
-            if reason is not None and _concerns(name, request):
-                yield f"{label}: {reason}", broken
-
-
-def _concerns(rule: str, request: Request) -> bool:
-    return request.workload.expert_count > 0 or rule not in {
-        "moe_with_tp_needs_sequence_parallel",
-        "no_experts",
-    }
-
-
-STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
-    "moe_with_tp_needs_sequence_parallel": (
-        "experts with tp need sequence parallelism",
-        lambda m: (m.tp > 1) & (m.sp == 0),
-    ),
-    "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
-}
-"""Rules on meshes by the name that a stack's YAML uses."""
-
-
-@dataclass(frozen=True)
-class Layouts:
-    """Layouts as arrays of one length; ``mesh`` indexes the meshes they came from."""
-
-    mesh: Int64
-    dp_replicate: Int64
-    dp_shard: Int64
-    zero_stage: Int64
-    schedule: Int64
-    """Index into :data:`SCHEDULE_NAMES`."""
-    vpp: Int64
-
-    def __len__(self) -> int:
-        return len(self.mesh)
-
-    def take(self, index: Int64 | Bools) -> Layouts:
-        """The layouts at ``index``."""
-        return Layouts(
-            self.mesh[index], self.dp_replicate[index], self.dp_shard[index],
-            self.zero_stage[index], self.schedule[index], self.vpp[index],
-        )  # fmt: skip
-
-
-SCHEDULE_NAMES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
-
-
 def expand(request: Request, meshes: Meshes) -> Layouts:
     """All layouts of ``meshes``, before any rule."""
     data: dict[int, Int64] = {}
@@ -342,120 +201,29 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
     return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(6)))
 
 
-LayoutRule = tuple[str, Callable[[Meshes, Layouts], Bools]]
-
-
 def layout_rules(request: Request) -> Iterator[LayoutRule]:
-    """Reasons to remove a layout. ``meshes`` are already gathered to the layouts' length."""
-    limits, stack, batch = request.job.constraints, request.stack, request.global_batch
-    label = f"{stack.name} {stack.version}"
+    """Reasons to remove a layout. Meshes are already gathered to the layouts' length."""
+    yield from _layout_constraint_rules(request)
+    yield from rules.layout_rules(request)
+
+
+def _layout_constraint_rules(request: Request) -> Iterator[LayoutRule]:
+    limits = request.job.constraints
     for name in ("dp_replicate", "dp_shard", "zero_stage", "vpp"):
         for reason, broken in degree_limits(limits.fix, limits.max, limits.forbid, name):
-            yield reason, lambda _, x, name=name, broken=broken: broken(getattr(x, name))  # type: ignore[misc]
+            yield reason, _on_layout(name, broken)
     if limits.schedule is not None:
         wanted = SCHEDULE_NAMES.index(limits.schedule)
         yield (
             f"asked for schedule {limits.schedule}",
             lambda m, x: (m.pp > 1) & (x.schedule != wanted),
         )
-    yield (
-        "ep x etp does not divide dp_shard x cp x tp",
-        lambda m, x: (
-            (x.dp_shard * m.cp * m.tp) % (m.ep * m.etp) != 0
-            if request.workload.expert_count
-            else np.zeros(len(x), dtype=bool)
-        ),
-    )
-    yield (
-        "sharding over one rank is ZeRO stage 0",
-        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in stack.zero_stages),
-    )
-    interleaved = SCHEDULE_NAMES.index("interleaved")
-    if "interleaved_needs_multiple_of_pp" in stack.rules:
-        yield (
-            f"{label}: interleaving needs a multiple of pp microbatches",
-            lambda m, x: (
-                (x.schedule == interleaved) & ((batch // (m.dp * m.microbatch)) % m.pp != 0)
-            ),
-        )
-    yield (
-        "no even split into virtual stages, the first and last lighter at most",
-        lambda m, x: (x.schedule == interleaved) & ~_even_enough(request, m.pp * x.vpp),
-    )
-    if "zero_0_is_replicate_only" in stack.rules:
-        yield (
-            f"{label}: replication alone (DDP) does not combine with tp, cp or pp",
-            lambda m, x: (x.zero_stage == 0) & (m.tp * m.cp * m.pp > 1) & (m.dp > 1),
-        )
-    if "no_zero_3_with_pipeline" in stack.rules:
-        yield (
-            f"{label}: parameters stay gathered under a pipeline",
-            lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
-        )
-    if not stack.uneven_stages:
-        layers = request.model.layer_count
-        yield (
-            f"{label}: {layers} layers do not split evenly over the stages",
-            lambda m, x: layers % (m.pp * x.vpp) != 0,
-        )
 
 
-def _even_enough(request: Request, stages: Int64) -> Bools:
-    """Whether equal virtual stages with a lighter first and last one can hold the layers."""
-    layers = request.model.layer_count
-    height = -(-layers // stages)
-    spare = stages * height - layers
-    result: Bools = spare <= (2 * height if request.stack.uneven_stages else 0)
-    return result
+def _on_layout(column: str, broken: Callable[[Int64], Bools]) -> Callable[[Meshes, Layouts], Bools]:
+    return lambda _, layouts: broken(getattr(layouts, column))
 
 
 def cp_kind_name(code: int) -> str:
     """Name of a context-parallel kind."""
     return CP_KINDS[code]
-
-
-def check_layout(request: Request, layout: Layout) -> None:
-    """Raise :class:`InputError` with the reason where the space would remove this layout.
-
-    The user's constraints are not applied: they bound the search, not a layout that is asked about.
-    """
-    free = replace(request, job=request.job.model_copy(update={"constraints": ConstraintSpec()}))
-
-    def one(value: int) -> Int64:
-        return np.array([value], dtype=np.int64)
-
-    meshes = Meshes(
-        tp=one(layout.tp), sp=one(layout.sequence_parallel), cp=one(layout.cp),
-        cp_kind=one(cp_kind_code(layout.cp_kind)), pp=one(layout.pp), ep=one(layout.ep),
-        etp=one(layout.etp), microbatch=one(layout.microbatch_size),
-        dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
-    )  # fmt: skip
-    for reason, broken in mesh_rules(free):
-        if broken(meshes).any():
-            raise InputError(f"layout {_brief(layout)}: {reason}")
-    layouts = Layouts(
-        mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
-        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULE_NAMES.index(layout.schedule)),
-        vpp=one(layout.vpp),
-    )  # fmt: skip
-    if layout.zero_stage not in request.stack.zero_stages:
-        raise InputError(
-            f"{request.stack.name} has no ZeRO stage {layout.zero_stage}; "
-            f"it has {', '.join(map(str, request.stack.zero_stages))}"
-        )
-    if layout.pp > 1 and layout.schedule not in request.stack.schedules:
-        raise InputError(
-            f"{request.stack.name} has no schedule {layout.schedule}; "
-            f"it has {', '.join(request.stack.schedules)}"
-        )
-    for reason, layout_broken in layout_rules(free):
-        if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
-            raise InputError(f"layout {_brief(layout)}: {reason}")
-
-
-def _brief(layout: Layout) -> str:
-    return (
-        f"tp {layout.tp} cp {layout.cp} pp {layout.pp} vpp {layout.vpp} ep {layout.ep} "
-        f"etp {layout.etp} dp {layout.dp_replicate}x{layout.dp_shard} "
-        f"microbatch {layout.microbatch_size}"
-    )

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import bounds
-from cost_models.configs import Configs, PricedConfigs, price_configs
+from cost_models.configs import Configs, PricedConfigs, hop_ns, price_configs, unique_rows
 from cost_models.graph import Int64
-from cost_models.layout import RecomputeMode
 from cost_models.leaf import Leaf, Recompute
 from cost_models.relaxation import Relaxation, model_sum
 from cost_models.step import Field
+from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.request import Request
-from planner.space import SCHEDULE_NAMES, Layouts, Meshes
+from planner.space import recompute_modes
 
 QUANTUM = "1 ns per layer and category, 1 byte"
 
@@ -55,38 +55,45 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     interleaved 1F1B (and GPipe), with as many virtual stages as there are layers. Memory: what no
     sharding removes, averaged over stages, with one microbatch's boundaries alive.
     """
-    one = np.ones_like(meshes.dp)
+    # Meshes are many and their shards few: price the shards, on one data-parallel rank each.
+    columns, where = unique_rows(
+        [meshes.microbatch, meshes.tp, meshes.cp, meshes.cp_kind, meshes.ep, meshes.etp, meshes.sp]
+    )
+    microbatch, tp, cp, cp_kind, ep, etp, sp = columns
+    one = np.ones_like(tp)
     priced = price_configs(
-        request.workload, request.machine, configs_of_meshes(meshes, meshes.dp, one, one * 0),
+        request.workload, request.machine,
+        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, one, one * 0),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
-    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))
+    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))[where]
+    layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)[where]
+    hop = hop_ns(
+        request.workload, request.machine,
+        configs_of_meshes(meshes, meshes.dp, np.ones_like(meshes.dp), np.zeros_like(meshes.dp)),
+    ).astype(np.float64)  # fmt: skip
     m = request.global_batch // (meshes.dp * meshes.microbatch)
-    shape = bounds.Shape(meshes.pp, one, m, one, one)
-    zero = np.zeros(len(meshes))
-    totals = bounds.Totals(
-        work, zero, zero, zero, zero, zero, zero, priced.hop_ns.astype(np.float64), zero, zero
-    )
-    least = bounds.step_bound(one, shape, totals)
+    ones, zero = np.ones_like(m), np.zeros(len(meshes))
+    shape = bounds.Shape(meshes.pp, ones, m, ones, ones)
+    totals = bounds.Totals(work, zero, zero, zero, zero, zero, zero, zero, hop, zero, zero)
+    least = bounds.step_bound(ones, shape, totals)
     if "interleaved" in request.stack.schedules or "gpipe" in request.stack.schedules:
         # No schedule beats a rank's share of the work after the least fill (virtual stages of one
         # layer: cost_models.bounds.interleaved), nor one microbatch's latency.
-        layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
         fill = layer * (meshes.pp - 1) * (meshes.pp - 2) / 2 / meshes.pp
-        latency = work + 2 * (meshes.pp - 1) * priced.hop_ns
+        latency = work + 2 * (meshes.pp - 1) * hop
         relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
-    held = _least_state(request, priced, meshes)
-    held += model_sum(priced, (Field.ACT_FULL,), ends=False)
+    parameters = model_sum(priced, (Field.PARAMETERS,))[where]
+    held = _least_state(request, parameters, meshes)
+    held += model_sum(priced, (Field.ACT_FULL,), ends=False)[where]
     room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes)
     return np.where(held > room, np.inf, least)
 
 
-def _least_state(request: Request, priced: PricedConfigs, meshes: Meshes) -> Real:
+def _least_state(request: Request, parameters: Real, meshes: Meshes) -> Real:
     """Persistent bytes of a whole pipeline that no allowed sharding removes."""
-    rules, stages = request.machine.rules, request.stack.zero_stages
-    most = max(stages)
-    parameters = model_sum(priced, (Field.PARAMETERS,))
+    rules, most = request.machine.rules, max(request.stack.zero_stages)
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
     fsdp = rules.weight_bytes > rules.gather_bytes
     state = parameters * 0.0
@@ -123,16 +130,6 @@ class PricedLayouts:
             microbatches=self.request.global_batch // per_step,
             uneven=self.request.stack.uneven_stages,
         )
-
-
-def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
-    """Modes that the stack has and the job allows."""
-    limits = request.job.constraints
-    return tuple(
-        mode
-        for mode in request.stack.recompute
-        if limits.recompute in (None, mode) and (request.job.allow_recompute or mode == "none")
-    )
 
 
 def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:

@@ -54,6 +54,7 @@ def build_workload(
         vocab_divisor=stack.vocab_divisor,
         logit_saved_bytes=stack.logit_saved_bytes.value,
         logit_working_bytes=stack.logit_working_bytes.value,
+        rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -148,7 +149,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
             if not (shared_norm and index):
                 result.append(norm(f"norm{index}", ctx, shard))
-            result += module.ops(part, ctx, shard)  # type: ignore[attr-defined]
+            result += module.ops(part, ctx, shard)
         for index in range(len(parts), block.norms):
             result.append(norm(f"post_norm{index}", ctx, shard))
         return tuple(result)
@@ -158,7 +159,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
             if not (shared_norm and index):
                 result += residual_saved(f"sub{index}", ctx, shard)
-            result += module.saved(part, ctx, shard)  # type: ignore[attr-defined]
+            result += module.saved(part, ctx, shard)
         for index in range(len(parts), block.norms):
             result.append(SavedTensor(f"post_norm{index}", ctx.residual_bytes(shard)))
         return tuple(result)
@@ -168,7 +169,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
 
         largest = ctx.residual_bytes(shard)
         for part, module in zip(parts, modules, strict=True):
-            largest = np.maximum(largest, module.working(part, ctx, shard))  # type: ignore[attr-defined]
+            largest = np.maximum(largest, module.working(part, ctx, shard))
         return largest
 
     return LayerKind(

@@ -30,10 +30,12 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard)]
     result.append(MatMul("qkv", x, width * hd, ctx.hidden))
     if spec.qkv_bias:
-        result.append(Elementwise("qkv_bias", 2.0 * width * hd * x * e, 1.0 * width * hd * x * e))
+        # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
+        result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
-    result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
+    if ctx.rotary:
+        result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
     result += core(spec, ctx, shard, heads, kv)
     result.append(MatMul("proj", x, ctx.hidden, heads * hd))
@@ -67,11 +69,14 @@ def unfused_core(
     batch = shard.microbatch * heads
     scores = 1.0 * batch * q_len * kv_len
     e = ctx.element_bytes
-    passes = 1 if "masked_softmax" in ctx.fused else 3
+    fused = "masked_softmax" in ctx.fused
+    # The fused causal kernel reads the triangle and writes the square, zeros included.
+    passes, read = (1, 0.5) if fused else (3, 1.0)
     result: list[Op] = [
         MatMul("scores", q_len, kv_len, qk_dim, batch, weight=False, low_precision=False,
                selective=True),
-        Elementwise("softmax", 2 * e * passes * scores, 3 * e * passes * scores, passes, passes,
+        Elementwise("softmax", e * passes * (read + 1) * scores,
+                    e * passes * (2 * read + 1) * scores, passes, passes,
                     selective=True),
     ]  # fmt: skip
     if ctx.dropout:
@@ -95,7 +100,7 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
     """
 
     def kind(*names: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        codes = [CP_KINDS.index(name) for name in names]  # type: ignore[arg-type]
+        codes = [CP_KINDS.index(name) for name in names]
         return np.isin(shard.cp_kind, codes) & (shard.cp > 1)
 
     return [

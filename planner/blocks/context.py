@@ -25,6 +25,8 @@ class BlockContext:
     vocab_divisor: int
     logit_saved_bytes: float
     logit_working_bytes: float
+    rotary: bool = True
+    """Whether queries and keys are rotated; not with a learned position table."""
     expert_imbalance: float = 0.0
 
     def residual_bytes(self, shard: Shard) -> Int64:

@@ -190,7 +190,16 @@ def step_time(prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk]) -> int
         end + prices.bucket + sum(c.gradient for c in chunks[rank :: x.pp])
         for rank, end in enumerate(ends)
     )
-    return reduced + max(sum(c.update for c in chunks[r :: x.pp]) for r in range(x.pp)) + prices.sync
+    return (
+        reduced + max(sum(c.update for c in chunks[r :: x.pp]) for r in range(x.pp)) + prices.sync
+    )
+
+
+def work_per_rank(request: Request, x: Layout, prices: Prices) -> float:
+    """Forward and backward of all microbatches, shared evenly by the ranks."""
+    rows = (*prices.layers, prices.embedding, prices.head)
+    each = sum(row[Field.FORWARD] + row[Field.BACKWARD] for row in rows)
+    return request.global_batch // (x.dp * x.microbatch) * each / x.pp
 
 
 class BruteForce:
@@ -208,7 +217,7 @@ class BruteForce:
             return self.answer
         prices = self.prices(layouts)
         # Short ones first, so that later ones end early; the order changes nothing else.
-        layouts.sort(key=lambda x: self._work(x, prices[x.config()]))
+        layouts.sort(key=lambda x: work_per_rank(self.request, x, prices[x.config()]))
         for x in layouts:
             self._layout(x, prices[x.config()])
         return self.answer
@@ -227,11 +236,6 @@ class BruteForce:
 
     def _microbatches(self, x: Layout) -> int:
         return self.request.global_batch // (x.dp * x.microbatch)
-
-    def _work(self, x: Layout, prices: Prices) -> float:
-        rows = (*prices.layers, prices.embedding, prices.head)
-        each = sum(row[Field.FORWARD] + row[Field.BACKWARD] for row in rows)
-        return self._microbatches(x) * each / x.pp
 
     def _layout(self, x: Layout, prices: Prices) -> None:
         stack, layers = self.request.stack, self.request.model.layer_count

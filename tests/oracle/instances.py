@@ -32,8 +32,8 @@ from planner.models.spec import (
 )
 from planner.request import Request
 from planner.specs import ConstraintSpec, JobSpec
-from tests.oracle.brute import chunks_of, price_all, rank_peak
-from tests.oracle.layouts import Layout, every_layout, partitions, recompute_choices
+from tests.oracle.brute import Prices, chunks_of, price_all, rank_peak, work_per_rank
+from tests.oracle.layouts import Layout, Option, every_layout, partitions, recompute_choices
 
 MOST_WORK = 14_000
 """Completions of an instance at most (layouts x partitions x recompute options)."""
@@ -137,7 +137,7 @@ def draw_model(rng: Random, layers: int) -> ModelSpec:
         family="tiny",
         source="test",
         hidden=hidden,
-        vocab=rng.choice((64, 500, 8_000, 50_257, 200_000)),
+        vocab=rng.choice((64, 500, 500, 8_000, 8_000, 50_257, 200_000)),
         tied_embeddings=rng.random() < 0.4,
         norm="rms",
         norm_bias=False,
@@ -154,7 +154,7 @@ def draw_stack(rng: Random, moe: bool) -> StackSpec:
         "launch_overhead": number(rng.choice((0.05, 0.5, 5.0)), "us"),
         "gradient_bucket_bytes": number(rng.choice((0.1, 10.0, 160.0)), "MB"),
     }
-    if rng.random() < 0.2:
+    if rng.random() < 0.25:
         changes["recompute_per_stage"] = True
         if rng.random() < 0.5:
             changes["recompute_layer_count"] = False
@@ -182,7 +182,9 @@ def draw_constraints(rng: Random, devices: int) -> ConstraintSpec:
     if rng.random() < 0.5:
         fix["pp"] = rng.choice(divisors)
     if rng.random() < 0.1:
-        fix[rng.choice(("tp", "cp", "dp_shard", "dp_replicate", "ep", "etp"))] = rng.choice(divisors)
+        fix[rng.choice(("tp", "cp", "dp_shard", "dp_replicate", "ep", "etp"))] = rng.choice(
+            divisors
+        )
     if rng.random() < 0.15:
         fix["microbatch_size"] = rng.choice((1, 2, 3))
     if rng.random() < 0.1:
@@ -224,11 +226,7 @@ def _work(request: Request, layouts: list[Layout]) -> int:
     options = len(recompute_choices(request))
     total = 0
     for x in layouts:
-        count = len(
-            partitions(
-                request.model.layer_count, x.schedule, x.pp, x.vpp, request.stack.uneven_stages
-            )
-        )
+        count = len(_sizes(request, x))
         free = request.stack.recompute_per_stage and x.schedule != "interleaved"
         total += count * (options**x.pp if free else options)
     return total
@@ -238,36 +236,45 @@ def _middle(sizes: list[list[int]]) -> list[int]:
     return min(sizes, key=lambda each: (max(each), each))
 
 
+def _needs(request: Request, x: Layout, prices: Prices, sizes: list[int], option: Option) -> int:
+    """Bytes that the fullest device needs."""
+    m = request.global_batch // (x.dp * x.microbatch)
+    chunks = chunks_of(prices, x, sizes, (option,) * x.pp)
+    return max(rank_peak(prices, x, m, rank, chunks[rank :: x.pp]) for rank in range(x.pp))
+
+
 def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | None:
-    """Device memory around what the thriftiest and the greediest layouts need."""
+    """Device memory: below what the thriftiest layout needs, just what a quick one needs with some
+    partition and recomputation, or plenty."""
     sample = layouts if len(layouts) <= 40 else rng.sample(layouts, 40)
     options = recompute_choices(request)
     if not sample or not options:
         return None
-    needs: list[int] = []
-    fixed = 0
-    for x, prices in zip(sample, price_all(request, sample), strict=True):
-        m = request.global_batch // (x.dp * x.microbatch)
-        sizes = _middle(
-            partitions(
-                request.model.layer_count, x.schedule, x.pp, x.vpp, request.stack.uneven_stages
-            )
-        )
-        fixed = prices.fixed
-        for option in {options[0], options[len(options) // 2], options[-1]}:
-            chunks = chunks_of(prices, x, sizes, (option,) * x.pp)
-            needs.append(
-                max(rank_peak(prices, x, m, r, chunks[r :: x.pp]) for r in range(x.pp)) - fixed
-            )
-    needs.sort()
+    priced = list(zip(sample, price_all(request, sample), strict=True))
+    fixed = priced[0][1].fixed
     kind = rng.random()
-    if kind < 0.28:
-        return fixed + int(needs[0] * rng.uniform(0.3, 0.97))
-    if kind < 0.85:
-        low = needs[0]
-        high = needs[min(len(needs) - 1, rng.randrange(1 + len(needs) // 2))]
-        return fixed + int(low + (max(high, int(1.3 * low)) - low) * rng.random())
-    return fixed + 2 * needs[-1]
+    if 0.3 <= kind < 0.87:
+        priced.sort(key=lambda item: work_per_rank(request, *item))
+        x, prices = rng.choice(priced[: 1 + len(priced) // 4])
+        every = _sizes(request, x)
+        sizes = _middle(every) if rng.random() < 0.6 else rng.choice(every)
+        partial = [option for option in options if option[0] != "full"]
+        option = rng.choice(partial if partial and rng.random() < 0.3 else options)
+        need = _needs(request, x, prices, sizes, option)
+        return need + int((need - fixed) * rng.choice((0.0, 0.0, 0.01, 0.05)))
+    thrifty = [
+        _needs(request, x, prices, _middle(_sizes(request, x)), option)
+        for x, prices in priced
+        for option in (options[0], options[-1])
+    ]
+    if kind < 0.3:
+        return fixed + int((min(thrifty) - fixed) * rng.uniform(0.3, 0.97))
+    return fixed + 2 * (max(thrifty) - fixed)
+
+
+def _sizes(request: Request, x: Layout) -> list[list[int]]:
+    uneven = request.stack.uneven_stages
+    return partitions(request.model.layer_count, x.schedule, x.pp, x.vpp, uneven)
 
 
 def draw(seed: int) -> Request:

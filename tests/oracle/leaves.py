@@ -48,8 +48,9 @@ def draw_leaf(
         kinds=tuple(draw_row(rng, scale) for _ in range(kinds)),
         embedding=draw_row(rng, rng.choice((scale, 4 * scale))),
         head=draw_row(rng, rng.choice((scale, 4 * scale))),
-        hop_ns=rng.choice((0, scale // 10, scale)), bucket_ns=rng.choice((0, scale, 20_000 * scale)),
-        tied_sync_ns=rng.choice((0, scale)), sync_ns=rng.choice((0, scale)),
+        hop_ns=rng.choice((0, scale // 10, scale)),
+        bucket_ns=rng.choice((0, scale, 20_000 * scale)), tied_sync_ns=rng.choice((0, scale)),
+        sync_ns=rng.choice((0, scale)),
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven,
     )  # fmt: skip
     if not tight:

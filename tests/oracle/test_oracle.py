@@ -1,6 +1,6 @@
 """The planner, run to gap 0, equals brute force on random tiny instances.
 
-``PLANNER_ORACLE_INSTANCES`` sets how many (default 800); the long run takes thousands. The counts
+``PLANNER_ORACLE_INSTANCES`` sets how many (default 1000); the long run takes thousands. The counts
 per dimension are printed, and the shares that make the comparison worth something are asserted.
 """
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.oracle.compare import compare, cover, differences
 
-INSTANCES = int(os.environ.get("PLANNER_ORACLE_INSTANCES", "800"))
+INSTANCES = int(os.environ.get("PLANNER_ORACLE_INSTANCES", "1000"))
 WANTED = (
     "optimum: tp > 1", "optimum: cp > 1", "optimum: pp > 1", "optimum: vpp > 1", "optimum: ep > 1",
     "optimum: etp > 1", "optimum: sp > 0", "optimum: dp > 1",

@@ -38,12 +38,17 @@ def failures(answers: dict[int, Answer]) -> Iterator[str]:
 
 def dropped_constraint(patch: pytest.MonkeyPatch) -> None:
     """The user's fixed, greatest and forbidden degrees of a mesh are not looked at."""
-    patch.setattr(space, "_constraint_rules", lambda request: iter(()))
+    patch.setattr(space, "_constraint_rules", lambda _: iter(()))
 
 
 def dropped_memory(patch: pytest.MonkeyPatch) -> None:
-    """The solver does not look at a stage's memory."""
-    patch.setattr(program, "peak_bytes", lambda leaf, rank, chunks: 0)
+    """The program of a leaf does not look at a stage's memory."""
+    right = PricedConfigs.leaf
+
+    def wrong(self: PricedConfigs, index: int, **kwargs: Any) -> Leaf:
+        return replace(right(self, index, **kwargs), capacity_bytes=1 << 60)
+
+    patch.setattr(PricedConfigs, "leaf", wrong)
 
 
 def wrong_bound(patch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,19 @@ from random import Random
 
 import pytest
 
-from cost_models.leaf import Completion, Leaf, Recompute, fits, simulate_step, stage_costs, surrogate_ns
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    fits,
+    simulate_step,
+    stage_costs,
+    surrogate_ns,
+)
 from planner.program import UNLIMITED, enumerate_chain, solve_chain
 from planner.solve import solve_cp_sat
-from tests.oracle.leaves import draw_leaf, draw_options
 from tests.oracle.layouts import partitions
+from tests.oracle.leaves import draw_leaf, draw_options
 
 LEAVES = 400
 
@@ -42,9 +50,7 @@ def listed(leaf: Leaf, options: tuple[Recompute, ...], *, linked: bool) -> int |
     best = None
     for sizes in partitions(len(leaf.sequence), leaf.schedule, leaf.pp, 1, leaf.uneven):
         bounds = tuple(sum(sizes[:j]) for j in range(leaf.pp + 1))
-        choices = (
-            [(o,) * leaf.pp for o in options] if linked else product(options, repeat=leaf.pp)
-        )
+        choices = [(o,) * leaf.pp for o in options] if linked else product(options, repeat=leaf.pp)
         for choice in choices:
             ranks = stage_costs(leaf, Completion(bounds, choice))
             if fits(leaf, ranks):
@@ -79,7 +85,7 @@ def test_solvers_agree(start: int, counts: Counter[str]) -> None:
         cp_sat = solve_cp_sat(leaf, options, linked=False)
         assert cp_sat.objective_ns == apart, f"seed {seed}: CP-SAT, free options"
         assert cp_sat.termination == ("infeasible" if apart is None else "optimal")
-        values = [value for value, _ in enumerate_chain(leaf, options, cutoff_ns=UNLIMITED)]
+        values = [value for value, _ in enumerate_chain(leaf, options, cutoff=lambda: UNLIMITED)]
         assert min(values, default=None) == apart, f"seed {seed}: enumeration"
 
         single = [solve_chain(leaf, (option,)).objective_ns for option in options]

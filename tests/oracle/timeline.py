@@ -33,10 +33,8 @@ def rank_actions(schedule: str, pp: int, vpp: int, m: int, rank: int) -> list[Ac
         forwards = [(True, rank, i) for i in range(m)]
         backwards = [(False, rank, i) for i in range(m)]
         ahead = m if schedule == "gpipe" else pp - 1 - rank
-    actions: list[Action] = []
     waiting_f, waiting_b = deque(forwards), deque(backwards)
-    for _ in range(min(ahead, len(forwards))):
-        actions.append(waiting_f.popleft())
+    actions = [waiting_f.popleft() for _ in range(min(ahead, len(forwards)))]
     while waiting_f:
         actions.append(waiting_f.popleft())
         actions.append(waiting_b.popleft())
@@ -45,7 +43,9 @@ def rank_actions(schedule: str, pp: int, vpp: int, m: int, rank: int) -> list[Ac
 
 
 @lru_cache(maxsize=4096)
-def live_vectors(schedule: str, pp: int, vpp: int, m: int, rank: int) -> tuple[tuple[int, ...], ...]:
+def live_vectors(
+    schedule: str, pp: int, vpp: int, m: int, rank: int
+) -> tuple[tuple[int, ...], ...]:
     """Every combination of live microbatches per chunk that the walk of a rank's order meets."""
     live = [0] * vpp
     met = set()

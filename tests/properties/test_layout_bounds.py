@@ -88,14 +88,10 @@ def choices_of(modes: tuple[str, ...], layers: int, *, counted: bool) -> list[Re
     return found
 
 
-def least_time(
-    leaf: Leaf, choices: list[Recompute], *, per_stage: bool, rng: Random
-) -> int | None:
+def least_time(leaf: Leaf, choices: list[Recompute], *, per_stage: bool, rng: Random) -> int | None:
     """The least simulated step over the completions that fit (a sample where they are many)."""
     found = []
-    for sizes in partitions(
-        len(leaf.sequence), leaf.schedule, leaf.pp, leaf.vpp, leaf.uneven
-    ):
+    for sizes in partitions(len(leaf.sequence), leaf.schedule, leaf.pp, leaf.vpp, leaf.uneven):
         edges = tuple(sum(sizes[:j]) for j in range(leaf.stages + 1))
         free = per_stage and leaf.vpp == 1 and len(choices) ** leaf.pp <= 256
         for options in (

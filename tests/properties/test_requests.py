@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from hardware_profiles.schema import ClusterSpec
@@ -19,7 +18,10 @@ from planner.specs import DEGREES, ConstraintSpec
 from tests.oracle.instances import draw, draw_constraints, scaled_link
 
 SEEDS = st.integers(0, 100_000)
-FEW = settings(deadline=None, derandomize=True, max_examples=40)
+FEW = settings(
+    deadline=None, derandomize=True, max_examples=30, phases=(Phase.explicit, Phase.generate)
+)
+"""Seeds do not shrink to anything simpler, so no time is spent on that."""
 
 
 def optimum(request: Request) -> int | None:
@@ -41,8 +43,7 @@ def test_plans_use_every_device_and_every_layer_once(seed: int) -> None:
     request = draw(seed)
     try:
         found = plan(request)
-    except InfeasibleError as error:
-        assert error.exit_code == 3
+    except InfeasibleError:
         assert optimum(request) is None
         return
     x = found.layout
@@ -95,12 +96,8 @@ def test_more_memory_never_worsens_the_optimum(seed: int, more: float) -> None:
 
 def _faster(cluster: ClusterSpec, link: str, factor: float) -> ClusterSpec:
     group = cluster.groups[0]
-    node = group.node.model_copy(
-        update={link: scaled_link(getattr(group.node, link), factor)}
-    )
-    return cluster.model_copy(
-        update={"groups": (group.model_copy(update={"node": node}),)}
-    )
+    node = group.node.model_copy(update={link: scaled_link(getattr(group.node, link), factor)})
+    return cluster.model_copy(update={"groups": (group.model_copy(update={"node": node}),)})
 
 
 @FEW
@@ -146,4 +143,4 @@ def test_the_gap_is_within_the_tolerance(seed: int, tolerance: float) -> None:
     assert result.best is not None
     assert result.bound_ns is not None
     assert result.bound_ns <= best <= result.best.time_ns
-    assert result.bound_ns >= pytest.approx((1 - tolerance) * result.best.time_ns, abs=1)
+    assert result.bound_ns >= (1 - tolerance) * result.best.time_ns * (1 - 1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 from hypothesis import given, settings
@@ -118,7 +119,7 @@ def test_interleaved_bounds_partition_the_layers(
         uneven=uneven, tight=False,
     )  # fmt: skip
     found = list(interleaved_bounds(leaf))
-    sizes = [[b - a for a, b in zip(x, x[1:], strict=False)] for x in found]
+    sizes = [[b - a for a, b in itertools.pairwise(x)] for x in found]
     possible = uneven or layers % (pp * vpp) == 0
     expected = partitions(layers, "interleaved", pp, vpp, uneven) if possible else []
     assert sorted(sizes) == sorted(expected)

@@ -1,0 +1,184 @@
+"""The data-parallel side of a layer: its state, its collectives, and the priced table.
+
+Overlap and exposure of data-parallel traffic are decided here only:
+
+* FSDP gathers and reductions hide behind the compute of the same layer (one layer of prefetch);
+* gradient reductions of a step hide behind the backward of the last microbatch, parameter gathers
+  behind the forward of the first, layer by layer, where the stack overlaps them; one bucket of
+  gradients is always exposed;
+* what is hidden still costs its contention, as in ``cost_models.step``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models import compute, interconnect, memory
+from cost_models.graph import Bools, Int64, LayerKind, Shard
+from cost_models.step import Field, LayerTimes, Machine, Real, expose, to_ns
+
+Payload: TypeAlias = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The data-parallel side of each configuration (arrays of one length)."""
+
+    replicate: Int64
+    shard: Int64
+    pp: Int64
+    zero_stage: Int64
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    """Groups over which parameters are replicated, and their rank strides."""
+
+    ways: Int64
+    """Ranks that shard the state."""
+    stride: Int64
+    replicas: Int64
+    replica_stride: Int64
+
+
+def price_kind(
+    kind: LayerKind,
+    times: LayerTimes,
+    shard: Shard,
+    data: DataParallel,
+    machine: Machine,
+    *,
+    vocab_divisor: int,
+    drop_tied: Bools | None = None,
+) -> tuple[Int64, dict[str, Int64]]:
+    """All :class:`Field` rows of one layer, shape (fields, configurations), and its exposed
+    data-parallel communication per microbatch (``{"forward": ns, "backward": ns}``).
+
+    ``times`` are the layer's for the same ``shard``. ``drop_tied`` marks configurations whose
+    head shares the embedding's weights on the same device (one pipeline stage).
+    """
+    local = memory.local_parameters(kind, shard, vocab_divisor)
+    dense = local.dense
+    if drop_tied is not None:
+        for weight in kind.weights:
+            if weight.name == "head.tied":
+                dense = dense - np.where(
+                    drop_tied, memory.local_elements(weight, shard, vocab_divisor), 0
+                )
+    expert_ranks = shard.tp * shard.cp * data.shard // (shard.ep * shard.etp)
+    attention_mesh = _Mesh(
+        data.shard * shard.cp, shard.tp, data.replicate, shard.tp * shard.cp * data.shard
+    )
+    expert_mesh = _Mesh(
+        np.maximum(expert_ranks, 1), shard.ep * shard.etp, data.replicate,
+        shard.tp * shard.cp * data.shard,
+    )  # fmt: skip
+    forward = _phase_seconds(times, "forward")
+    backward = _phase_seconds(times, "backward")
+    rules, stack = machine.rules, machine.stack
+    state = [
+        memory.state_bytes(elements, ways=mesh.ways, zero_stage=data.zero_stage, rules=rules)
+        for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh))
+    ]
+    reduce_s = np.zeros(len(shard.tp))
+    gather_s = np.zeros(len(shard.tp))
+    for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh)):
+        reduced, gathered = _data_parallel_times(elements, mesh, data, machine)
+        reduce_s += reduced
+        gather_s += gathered
+    # ZeRO 3 gathers and reduces with every microbatch; ZeRO 2 gathers once per forward, and with a
+    # pipeline keeps the weights for the whole step.
+    fsdp = (data.zero_stage >= 3) | ((data.zero_stage == 2) & (data.pp == 1))
+    contention = stack.overlap_contention.si
+    per_microbatch = {
+        "forward": to_ns(np.where(fsdp, expose(gather_s, forward, contention), 0.0)),
+        "backward": to_ns(
+            np.where(
+                fsdp,
+                expose(
+                    reduce_s + np.where(data.zero_stage >= 3, gather_s, 0.0), backward, contention
+                ),
+                0.0,
+            )
+        ),
+    }
+    gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
+    parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
+    activations = memory.activation_bytes(kind, shard)
+    gathered_bytes = state[0].gathered + state[1].gathered
+    lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
+    weights = state[0].weights + state[1].weights
+    gradients = state[0].gradients + state[1].gradients
+    optimizer = state[0].optimizer + state[1].optimizer
+    rows = np.empty((len(Field), len(shard.tp)), dtype=np.int64)
+    rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
+    rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
+    rows[Field.SELECTIVE] = times.nanoseconds("selective")
+    rows[Field.FULL] = times.nanoseconds("full")
+    rows[Field.GRADIENT] = to_ns(np.where(fsdp, 0.0, gradient))
+    rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
+    rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
+                                                     expert_mesh, data, machine))  # fmt: skip
+    rows[Field.STATIC] = weights + gradients + optimizer + lasting
+    rows[Field.GATHERED] = np.where(lasting > 0, 0, 2 * gathered_bytes)
+    rows[Field.ACT_NONE] = activations.none
+    rows[Field.ACT_SELECTIVE] = activations.selective
+    rows[Field.ACT_FULL] = activations.full
+    rows[Field.WORK_NONE] = activations.working_none
+    rows[Field.WORK_SELECTIVE] = activations.working_selective
+    rows[Field.WORK_FULL] = activations.working_full
+    rows[Field.PARAMETERS] = dense + local.expert
+    rows[Field.WEIGHT_BYTES] = weights + lasting
+    rows[Field.GRADIENT_BYTES] = gradients
+    rows[Field.OPTIMIZER_BYTES] = optimizer
+    return rows, per_microbatch
+
+
+def _phase_seconds(times: LayerTimes, phase: str) -> Real:
+    result: Real = np.sum([term[phase] for term in times.terms.values()], axis=0)
+    return result
+
+
+def _data_parallel_times(
+    elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine
+) -> tuple[Real, Real]:
+    """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights."""
+    rules, fabric = machine.rules, machine.fabric
+    gradient = elements * float(rules.gradient_bytes)
+    ranks = mesh.ways * mesh.replicas
+
+    def collective(
+        kind: interconnect.CollectiveKind, payload: Payload, size: Int64, stride: Int64
+    ) -> Real:
+        time = interconnect.collective_time_s(fabric, kind, payload, size=size, stride=stride)
+        return np.where((size > 1) & (elements > 0), time, 0.0)
+
+    sharded = collective("reduce_scatter", gradient, mesh.ways, mesh.stride) + collective(
+        "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride
+    )
+    plain = collective("all_reduce", gradient, ranks, mesh.stride)
+    weights = elements * float(rules.gather_bytes)
+    gather = collective("all_gather", weights, mesh.ways, mesh.stride)
+    return (
+        np.where(data.zero_stage == 0, plain, sharded),
+        np.where(data.zero_stage == 0, 0.0, gather),
+    )
+
+
+def _optimizer_seconds(
+    dense: Int64, expert: Int64, attention_mesh: _Mesh, expert_mesh: _Mesh, data: DataParallel,
+    machine: Machine,
+) -> Real:  # fmt: skip
+    """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
+    moments = memory.OPTIMIZER_MOMENTS[machine.optimizer]
+    per_element = 8 + 8 + 8 * moments + machine.rules.gather_bytes
+    sharded = data.zero_stage >= 1
+    elements = np.where(sharded, memory.ceil_div(dense, attention_mesh.ways), dense)
+    elements = elements + np.where(sharded, memory.ceil_div(expert, expert_mesh.ways), expert)
+    time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
+    result: Real = np.where(elements > 0, time, 0.0)
+    return result

@@ -1,0 +1,140 @@
+"""The completions of an interleaved leaf, all of its partitions at once.
+
+There are few partitions (equal virtual stages, lighter ends: ``cost_models.leaf``), so they are
+listed, priced as arrays, and the ones that may win handed out one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.leaf import MODE_FIELDS, Completion, Leaf, Recompute, interleaved_bounds
+from cost_models.schedule import live_peaks
+from cost_models.step import Field
+
+UNLIMITED = 1 << 62
+
+Ints = NDArray[np.int64]
+_EXTRA = {"selective": Field.SELECTIVE, "full": Field.FULL}
+
+
+def interleaved_candidates(
+    leaf: Leaf, options: Iterable[Recompute], *, cutoff: Callable[[], int]
+) -> Iterator[tuple[int, Completion | None]]:
+    """Completions of an interleaved leaf that fit, with their surrogates in ns, best first.
+
+    The last item, with no completion, is the bound on everything that was left out for being at or
+    above ``cutoff()``. For one partition only the fewest fully recomputed layers that fit are
+    listed: more of them add time and nothing else.
+    """
+    partitions = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)
+    if not len(partitions):
+        return
+    table = _Table(leaf, partitions)
+    limit = cutoff()
+    found: list[tuple[int, tuple[int, ...], Recompute]] = []
+    plain, _ = table.price(np.arange(len(partitions)), ("none", 0))
+    skipped = int(plain[plain >= limit].min(initial=UNLIMITED))
+    open_ = np.flatnonzero(plain < limit)
+    for option in options:
+        if not len(open_):
+            break
+        times, holds = table.price(open_, option)
+        slow = times >= limit
+        skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
+        for index, time in zip(open_[holds & ~slow], times[holds & ~slow], strict=True):
+            found.append((int(time), tuple(partitions[index].tolist()), option))
+        if option[0] == "full":
+            open_ = open_[~slow & ~holds]
+    for time, bounds, option in sorted(found):
+        if time >= cutoff():
+            skipped = min(skipped, time)
+            break
+        yield time, Completion(bounds, (option,) * leaf.stages)
+    if skipped < UNLIMITED:
+        yield skipped, None
+
+
+class _Table:
+    """Costs of many partitions of one leaf; the arithmetic of ``cost_models.leaf`` on arrays."""
+
+    def __init__(self, leaf: Leaf, partitions: Ints) -> None:
+        self.leaf = leaf
+        self.first, self.last = partitions[:, :-1], partitions[:, 1:]
+        self.counts = np.array(leaf.counts, dtype=np.int64)
+        self.kinds = np.array(leaf.kinds, dtype=np.int64)
+
+    def price(self, rows: Ints, option: Recompute) -> tuple[Ints, NDArray[np.bool_]]:
+        """Surrogate in ns of each partition in ``rows`` under ``option``, and whether it fits."""
+        leaf, (mode, limit) = self.leaf, option
+        first, last = self.first[rows], self.last[rows]
+        split = np.minimum(last, first + limit) if mode == "full" else last
+        held = self.counts[last] - self.counts[first]
+        front = self.counts[split] - self.counts[first]
+        forward = self._sum(held, Field.FORWARD)
+        backward = self._sum(held, Field.BACKWARD)
+        if mode in _EXTRA:
+            backward = backward + front @ self.kinds[:, _EXTRA[mode]]
+        gradient = self._sum(held, Field.GRADIENT)
+        if leaf.pp > 1:
+            gradient[:, 0] += leaf.tied_sync_ns
+            gradient[:, -1] += leaf.tied_sync_ns
+        update = self._sum(held, Field.OPTIMIZER) + self._sum(held, Field.PARAMETER)
+        surrogate = self._surrogate(*map(self._by_rank, (forward, backward, gradient, update)))
+        return surrogate, self._fits(held, front, mode)
+
+    def _sum(self, held: Ints, field: Field) -> Ints:
+        """A field per virtual stage, ends included; shape (partitions, stages)."""
+        total: Ints = held @ self.kinds[:, field]
+        total[:, 0] += self.leaf.embedding[field]
+        total[:, -1] += self.leaf.head[field]
+        return total
+
+    def _by_rank(self, values: Ints) -> Ints:
+        """Shape (partitions, chunks, ranks)."""
+        return values.reshape(len(values), self.leaf.vpp, self.leaf.pp)
+
+    def _surrogate(self, forward: Ints, backward: Ints, gradient: Ints, update: Ints) -> Ints:
+        leaf = self.leaf
+        work = (forward + backward).sum(axis=1)
+        reduction = leaf.bucket_ns + gradient.sum(axis=1)
+        nested = ends = np.zeros(len(work), dtype=np.int64)
+        for rank in reversed(range(leaf.pp)):
+            inner, after = nested, ends
+            nested = leaf.microbatches * work[:, rank]
+            ends = np.zeros_like(nested)
+            if rank < leaf.pp - 1:
+                one = forward[:, 0, rank] + backward[:, 0, rank]
+                nested = np.maximum(nested, one + 2 * leaf.hop_ns + inner)
+                ends = forward[:, 0, rank] + leaf.hop_ns + after
+            ends = np.maximum(ends, nested + reduction[:, rank])
+        result: Ints = ends + update.sum(axis=1).max(axis=1) + leaf.sync_ns
+        return result
+
+    def _fits(self, held: Ints, front: Ints, mode: str) -> NDArray[np.bool_]:
+        leaf, rest = self.leaf, held - front
+        kept, short = MODE_FIELDS[mode]
+        activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
+        working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
+        gathered = self._largest(held, Field.GATHERED)
+        for stage, end in ((0, leaf.embedding), (-1, leaf.head)):
+            activation[:, stage] += end[Field.ACT_NONE]
+            working[:, stage] = np.maximum(working[:, stage], end[Field.WORK_NONE])
+            gathered[:, stage] = np.maximum(gathered[:, stage], end[Field.GATHERED])
+        static = self._by_rank(self._sum(held, Field.STATIC)).sum(axis=1)
+        short_lived = self._by_rank(working + gathered).max(axis=1)
+        alive = self._by_rank(activation)
+        ok = np.ones(len(held), dtype=bool)
+        for rank in range(leaf.pp):
+            vectors = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
+            most = (alive[:, :, rank] @ np.array(vectors, dtype=np.int64).T).max(axis=1)
+            peak = leaf.fixed_bytes + static[:, rank] + most + short_lived[:, rank]
+            ok &= peak <= leaf.capacity_bytes
+        return ok
+
+    def _largest(self, counts: Ints, field: Field) -> Ints:
+        result: Ints = np.where(counts > 0, self.kinds[:, field], 0).max(axis=2)
+        return result

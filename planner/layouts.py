@@ -1,0 +1,256 @@
+"""Between a plan's layout and a completed leaf: fill a layout in, take it apart, build it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cost_models.configs import Configs, cp_kind_code
+from cost_models.layout import RecomputeMode
+from cost_models.leaf import Completion, Leaf, Recompute, interleaved_bounds
+from cost_models.step import Field
+from planner.errors import InputError, did_you_mean
+from planner.plan import Chunk, Layout, RecomputeLayers, Stage
+from planner.request import Request
+
+
+def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
+    """Fill a partial layout: degrees default to 1, ``dp_shard`` to what is left, stages to an even
+    split. ``recompute`` (``"none"``, ``"selective"``, ``"full"``) and ``recompute_layers`` may
+    stand for the stages' lists. Raises :class:`InputError` where no such layout exists."""
+    known = {*Layout.model_fields, "recompute", "recompute_layers"}
+    for key in raw:
+        if key not in known:
+            raise InputError(
+                f"unknown key {key!r} in layout", hint=did_you_mean(str(key), sorted(known))
+            )
+    base = {key: value for key, value in raw.items() if value is not None}
+    recompute = str(base.pop("recompute", "none"))
+    limit = base.pop("recompute_layers", None)
+    degree = _degrees(base, request)
+    vpp = degree["vpp"]
+    schedule = base.setdefault("schedule", "interleaved" if vpp > 1 else "1f1b")
+    if (schedule == "interleaved") != (vpp > 1):
+        raise InputError(
+            f"schedule {schedule} with vpp = {vpp}: interleaving is what vpp > 1 means"
+        )
+    base.setdefault("zero_stage", _default_zero(request, degree))
+    base.setdefault("rank_order", request.stack.rank_order)
+    base.setdefault(
+        "sequence_parallel", degree["tp"] > 1 and request.stack.sequence_parallel != "never"
+    )
+    base["reshard_after_forward"] = base.get("reshard_after_forward", base["zero_stage"] == 3)
+    if request.stack.cp_kinds and "cp_kind" not in base:
+        base["cp_kind"] = request.stack.cp_kinds[0]
+    base |= degree
+    if base.get("stages"):
+        return _validated(base)
+    if recompute not in ("none", "selective", "full"):
+        raise InputError(
+            f"recompute is {recompute!r}; known: none, selective, full",
+        )
+    count = int(limit) if limit is not None else request.model.layer_count
+    mode: Recompute = (recompute, count if recompute == "full" else 0)  # type: ignore[assignment]
+    bounds = even_bounds(request, degree["pp"], vpp)
+    completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
+    return layout_of(base, completion, request)
+
+
+def _validated(base: Mapping[str, Any]) -> Layout:
+    from hardware_profiles.documents import validate
+
+    return validate(Layout, dict(base), where="layout")
+
+
+_DEGREES = (
+    "tp", "cp", "pp", "vpp", "ep", "etp", "microbatch_size", "dp_replicate", "dp_shard",
+)  # fmt: skip
+
+
+def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
+    degree: dict[str, int] = {}
+    for name in _DEGREES:
+        value = base.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"layout: {name} = {value!r} is not a positive whole number")
+        degree[name] = value
+    world = request.devices
+    if "dp_shard" not in base:
+        rest = degree["tp"] * degree["cp"] * degree["pp"] * degree["dp_replicate"]
+        if world % rest:
+            raise InputError(
+                f"tp {degree['tp']} x cp {degree['cp']} x pp {degree['pp']} x dp_replicate "
+                f"{degree['dp_replicate']} = {rest} does not divide {world} devices"
+            )
+        degree["dp_shard"] = world // rest
+    used = degree["tp"] * degree["cp"] * degree["pp"] * degree["dp_replicate"] * degree["dp_shard"]
+    if used != world:
+        raise InputError(
+            f"dp_replicate {degree['dp_replicate']} x dp_shard {degree['dp_shard']} x cp "
+            f"{degree['cp']} x tp {degree['tp']} x pp {degree['pp']} = {used}, but the cluster has "
+            f"{world} devices"
+        )
+    dp = degree["dp_replicate"] * degree["dp_shard"]
+    per_rank = dp * degree["microbatch_size"]
+    if request.global_batch % per_rank:
+        raise InputError(
+            f"the global batch of {request.global_batch} samples is not a multiple of dp {dp} x "
+            f"microbatch {degree['microbatch_size']} = {per_rank}"
+        )
+    microbatches = request.global_batch // per_rank
+    if base.get("num_microbatches", microbatches) != microbatches:
+        raise InputError(
+            f"num_microbatches = {base['num_microbatches']}, but {request.global_batch} samples / "
+            f"{per_rank} = {microbatches}"
+        )
+    degree["num_microbatches"] = microbatches
+    ranks = degree["dp_shard"] * degree["cp"] * degree["tp"]
+    if ranks % (degree["ep"] * degree["etp"]):
+        raise InputError(
+            f"ep {degree['ep']} x etp {degree['etp']} does not divide dp_shard x cp x tp = {ranks}"
+        )
+    degree["expert_dp"] = degree["dp_replicate"] * ranks // (degree["ep"] * degree["etp"])
+    return degree
+
+
+def _default_zero(request: Request, degree: Mapping[str, int]) -> int:
+    """The stack's usual stage: the lowest that shards anything, if there is anything to shard."""
+    if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.stack.zero_stages:
+        return 0
+    sharded = [stage for stage in request.stack.zero_stages if stage > 0]
+    if degree["pp"] == 1 and 3 in sharded:
+        return 3
+    return min(sharded) if sharded else 0
+
+
+def even_bounds(request: Request, pp: int, vpp: int) -> tuple[int, ...]:
+    """Layer boundaries of an even split; the ends are lighter where it does not divide."""
+    layers, stages = request.model.layer_count, pp * vpp
+    if stages > layers + 2:
+        raise InputError(f"{stages} virtual stages for {layers} layers")
+    if vpp > 1:
+        shell = _shell(request, pp, vpp)
+        # The first partitions have the least height: equal chunks where the layers divide.
+        height = -(-layers // stages)
+        options = [b for b in interleaved_bounds(shell) if b[2] - b[1] == height]
+        if not options:
+            raise InputError(
+                f"{layers} layers do not split evenly over pp {pp} x vpp {vpp} = {stages} virtual "
+                "stages, even with a lighter first and last one",
+                hint="give the stages explicitly",
+            )
+        return options[len(options) // 2]
+    base, extra = divmod(layers, stages)
+    # Spare layers go to the middle: the first stage has the embedding, the last the head.
+    start = (stages - extra) // 2
+    sizes = [base + (start <= j < start + extra) for j in range(stages)]
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    return tuple(bounds)
+
+
+def _shell(request: Request, pp: int, vpp: int) -> Leaf:
+    """A leaf that only knows its shape."""
+    row = (0,) * len(Field)
+    return Leaf(
+        "interleaved", pp, vpp, pp, (0,) * request.model.layer_count, (row,), row, row,
+        0, 0, 0, 0, 0, 0, uneven=True,
+    )  # fmt: skip
+
+
+def layout_of(base: Mapping[str, Any], completion: Completion, request: Request) -> Layout:
+    """The plan's layout from degrees and a completion."""
+    pp, vpp = int(base["pp"]), int(base["vpp"])
+    per_stage = request.devices // pp
+    kinds = request.workload.layers
+    stages = []
+    for rank in range(pp):
+        chunks = []
+        counts: dict[str, int] = {}
+        mode: RecomputeMode = "none"
+        for j in range(rank, pp * vpp, pp):
+            first, last = completion.bounds[j], completion.bounds[j + 1]
+            chunks.append(
+                Chunk(
+                    layers=(first, last),
+                    has_embedding=j == 0,
+                    has_head=j == pp * vpp - 1,
+                )
+            )
+            mode, limit = completion.recompute[j]
+            upto = last if mode == "selective" else min(last, first + limit)
+            for kind in kinds[first:upto] if mode != "none" else ():
+                counts[kind] = counts.get(kind, 0) + 1
+        recompute = tuple(
+            RecomputeLayers(kind=kind, mode=mode, layers=count)
+            for kind, count in counts.items()
+            if mode != "none"
+        )
+        stages.append(
+            Stage(
+                chunks=tuple(chunks),
+                recompute=recompute,
+                devices=(rank * per_stage, (rank + 1) * per_stage),
+            )
+        )
+    known = {key: value for key, value in base.items() if key in Layout.model_fields}
+    return Layout(**{**known, "stages": tuple(stages)})
+
+
+def completion_of(layout: Layout, request: Request) -> Completion:
+    """Partition and recompute of a complete layout."""
+    bounds = [0] * (layout.pp * layout.vpp + 1)
+    modes: list[Recompute] = [("none", 0)] * (layout.pp * layout.vpp)
+    for rank, stage in enumerate(layout.stages):
+        mode = _stage_mode(stage)
+        for index, chunk in enumerate(stage.chunks):
+            j = index * layout.pp + rank
+            bounds[j + 1] = chunk.layers[1]
+            modes[j] = mode
+    if bounds[-1] != request.model.layer_count:
+        raise InputError(
+            f"the stages hold {bounds[-1]} layers, the model has {request.model.layer_count}"
+        )
+    return Completion(tuple(bounds), tuple(modes))
+
+
+def _stage_mode(stage: Stage) -> Recompute:
+    """One mode per stage; ``full`` counts layers at the front of each chunk."""
+    if not stage.recompute:
+        return ("none", 0)
+    mode = stage.recompute[0].mode
+    if mode == "selective":
+        return ("selective", 0)
+    total = sum(part.layers for part in stage.recompute)
+    sizes = [chunk.layers[1] - chunk.layers[0] for chunk in stage.chunks]
+    for count in range(1, max(sizes, default=0) + 1):
+        if sum(min(count, size) for size in sizes) == total:
+            return ("full", count)
+    raise InputError(
+        f"{total} fully recomputed layers cannot be the same number of layers at the front of "
+        f"chunks of {sizes} layers"
+    )
+
+
+def configs_of(layout: Layout) -> Configs:
+    """The layout as a table of one configuration."""
+
+    def one(value: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        return np.array([value], dtype=np.int64)
+
+    return Configs(
+        microbatch=one(layout.microbatch_size),
+        tp=one(layout.tp),
+        cp=one(layout.cp),
+        cp_kind=one(cp_kind_code(layout.cp_kind)),
+        ep=one(layout.ep),
+        etp=one(layout.etp),
+        sequence_parallel=np.array([layout.sequence_parallel]),
+        dp_replicate=one(layout.dp_replicate),
+        dp_shard=one(layout.dp_shard),
+        pp=one(layout.pp),
+        zero_stage=one(layout.zero_stage),
+    )

@@ -1,0 +1,301 @@
+"""Open one layout as a leaf: prove a bound on all its completions, simulate those that may win.
+
+A leaf gives the exact optimum of its program (a lower bound on every completion), whose completion
+is simulated. If the bound is not within the tolerance of the best simulated time, further
+completions below the cutoff are listed and simulated, until the leaf can no longer win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cost_models.leaf import Completion, Leaf, Recompute, peaks, simulate_step, stage_costs
+from cost_models.step import Field
+from planner.interleaved import interleaved_candidates
+from planner.program import (
+    UNLIMITED,
+    ProgramSolution,
+    Rows,
+    enumerate_chain,
+    reaches,
+    solve_chain,
+)
+
+NODES_PER_LEAF = 300_000
+"""Partial completions listed in one leaf before its program bound stands as it is."""
+ACTIONS_PER_LEAF = 20_000_000
+"""Likewise for simulated forwards and backwards."""
+Degrees = dict[str, int | str | bool]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A simulated layout."""
+
+    time_ns: int
+    peak_bytes: int
+    degrees: Degrees
+    leaf: Leaf
+    completion: Completion
+    program: ProgramSolution
+
+    def key(self) -> tuple[object, ...]:
+        """Order of preference: time, then memory, then the simpler layout."""
+        order = tuple(self.degrees[name] for name in _ORDER)
+        return (self.time_ns, self.peak_bytes, order, self.completion.bounds)
+
+
+_ORDER = (
+    "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
+    "sequence_parallel", "cp_kind", "schedule",
+)  # fmt: skip
+
+
+def within(time_ns: int, tolerance: float) -> int:
+    """The least integer bound that proves ``time_ns`` optimal within ``tolerance``."""
+    parts = 10**12
+    return -(-time_ns * (parts - round(tolerance * parts)) // parts)
+
+
+class Incumbent:
+    """The best completion so far, the best of each layout, and what a bound must stay below."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.best: Candidate | None = None
+        self.kept: list[Candidate] = []
+        self.simulated = 0
+
+    @property
+    def cutoff(self) -> int:
+        """A layout must have a bound below this to matter."""
+        if self.best is None:
+            return UNLIMITED
+        return within(self.best.time_ns, self.tolerance)
+
+    def simulate(
+        self, leaf: Leaf, degrees: Degrees, completion: Completion, program: ProgramSolution
+    ) -> int:
+        """Simulate a completion, keep it if it is the best so far, and return its time in ns."""
+        self.simulated += 1
+        ranks = stage_costs(leaf, completion)
+        step = simulate_step(leaf, ranks)
+        peak = max(peaks(leaf, ranks))
+        candidate = Candidate(step.total_ns, peak, degrees, leaf, completion, program)
+        if self.best is None or candidate.key() < self.best.key():
+            self.best = candidate
+        self._keep(candidate)
+        return step.total_ns
+
+    def _keep(self, candidate: Candidate) -> None:
+        """Remember the best completion of each of the best layouts."""
+        for index, other in enumerate(self.kept):
+            if other.degrees == candidate.degrees:
+                if candidate.key() < other.key():
+                    self.kept[index] = candidate
+                return
+        self.kept.append(candidate)
+
+
+class Opening:
+    """One leaf against the incumbent; ``check_deadline`` raises when the time is up."""
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        degrees: Degrees,
+        incumbent: Incumbent,
+        check_deadline: Callable[[], None],
+    ) -> None:
+        self.leaf, self.degrees, self.incumbent = leaf, degrees, incumbent
+        self.check_deadline = check_deadline
+        self.rows = Rows(leaf)
+
+    @property
+    def cutoff(self) -> int:
+        """A completion must have a bound below this to matter."""
+        return self.incumbent.cutoff
+
+    def close(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
+        """Raise the leaf's bound to the cutoff, or as far as it goes; None where nothing fits.
+
+        ``per_stage`` says whether the ranks may differ in their recomputation.
+        """
+        if self.leaf.vpp > 1:
+            return self._interleaved(options)
+        return self._chain(options, per_stage=per_stage)
+
+    def _simulate(self, completion: Completion, program: ProgramSolution) -> int:
+        return self.incumbent.simulate(self.leaf, self.degrees, completion, program)
+
+    def _interleaved(self, options: tuple[Recompute, ...]) -> int | None:
+        """Simulate the few completions whose surrogate is below the cutoff."""
+        leaf = self.leaf
+        tallest = len(leaf.sequence) // max(1, leaf.stages - 2)
+        useful = [option for option in options if option[1] <= tallest or option == options[-1]]
+        program: ProgramSolution | None = None
+        reached: int | None = None
+        for surrogate, completion in interleaved_candidates(
+            leaf, useful, cutoff=lambda: self.cutoff
+        ):
+            bound = surrogate
+            if completion is not None:
+                program = program or ProgramSolution(
+                    "optimal", surrogate, completion, "enumeration"
+                )
+                bound = self._simulate(completion, program)
+            reached = bound if reached is None else min(reached, bound)
+        return reached
+
+    def _chain(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
+        """Solve the program for each option (or all at once where ranks may differ)."""
+        leaf = self.leaf
+        # In ascending order of time: nothing, attention, then more and more layers.
+        groups: list[tuple[Recompute, ...]]
+        groups = [options] if per_stage else [(option,) for option in options]
+        reached: int | None = None
+        slow = [g for g in groups if _time_alone(leaf, g, self.cutoff) >= self.cutoff]
+        if slow:
+            # Above the cutoff whatever the memory; more recomputed layers only add to that.
+            reached = self.cutoff
+        fitting = _fitting(self.rows, [g for g in groups if g not in slow])
+        partial = [group for group in fitting if group[0][0] != "full" or len(group) > 1]
+        for group in partial:
+            bound = self._solve_group(group)
+            reached = bound if reached is None else min(reached, bound)
+        full = fitting[len(partial) :]
+        if full:
+            bound = self._solve_range(full)
+            reached = bound if reached is None else min(reached, bound)
+        return reached
+
+    def _solve_range(self, groups: list[tuple[Recompute, ...]]) -> int:
+        """Lower bound proved for consecutive numbers of fully recomputed layers.
+
+        The time of the fewest with the memory of the most relaxes them all: where even that is not
+        below the cutoff, one program closes the range; else it is halved.
+        """
+        first, last = groups[0][0], groups[-1][0]
+        cutoff = self.cutoff
+        if _time_alone(self.leaf, groups[0], cutoff) >= cutoff:
+            return cutoff
+        if len(groups) == 1:
+            return self._solve_group(groups[0])
+        if self.incumbent.best is None:
+            bound = self._solve_group(groups[0])
+            return min(bound, self._solve_range(groups[1:]))
+        relaxed = solve_chain(
+            self.leaf, (first,), cutoff_ns=cutoff, rows=self.rows, fits=True, room=last
+        )
+        if relaxed.completion is None:
+            return cutoff
+        half = len(groups) // 2
+        return min(self._solve_range(groups[:half]), self._solve_range(groups[half:]))
+
+    def _solve_group(self, group: tuple[Recompute, ...]) -> int:
+        """Lower bound proved for all completions of ``group``; simulates what may win."""
+        solution = self._program(group)
+        if solution.completion is None or solution.objective_ns is None:
+            return self.cutoff
+        simulated = self._simulate(solution.completion, solution)
+        bound = solution.objective_ns
+        if bound >= self.cutoff:
+            return bound
+        budget = _Budget(self.check_deadline)
+        least = simulated
+        try:
+            for _, completion in enumerate_chain(
+                self.leaf, group, cutoff=lambda: self.cutoff, rows=self.rows, tick=budget.spend
+            ):
+                budget.simulate(self.leaf)
+                least = min(least, self._simulate(completion, solution))
+        except _SpentError:
+            return bound
+        return min(least, self.cutoff)
+
+    def _program(self, group: tuple[Recompute, ...]) -> ProgramSolution:
+        """The program's optimum below the cutoff; without one, widen the cutoff until it shows."""
+        leaf, rows = self.leaf, self.rows
+        if self.incumbent.best is not None:
+            return solve_chain(leaf, group, cutoff_ns=self.cutoff, rows=rows, fits=True)
+        share = sum(
+            leaf.microbatches * work
+            for work in (
+                sum(kind[0] + kind[1] for kind in (leaf.kinds[i] for i in leaf.sequence)),
+                leaf.embedding[0] + leaf.embedding[1],
+                leaf.head[0] + leaf.head[1],
+            )
+        )
+        guess = max(share // leaf.pp, 1)
+        for factor in (1.25, 1.6, 2.5, 6.0):
+            solution = solve_chain(leaf, group, cutoff_ns=int(guess * factor), rows=rows, fits=True)
+            if solution.termination != "cutoff":
+                return solution
+        return solve_chain(leaf, group, rows=rows, fits=True)
+
+
+class _Budget:
+    """What may be spent on listing and simulating the completions of one leaf."""
+
+    def __init__(self, check_deadline: Callable[[], None]) -> None:
+        self.check_deadline = check_deadline
+        self.nodes = self.actions = 0
+
+    def spend(self) -> None:
+        """Count a node; raises when the leaf has had its share, or the time is up."""
+        self.nodes += 1
+        if self.nodes % 1024 == 0:
+            self.check_deadline()
+        if self.nodes > NODES_PER_LEAF or self.actions > ACTIONS_PER_LEAF:
+            raise _SpentError
+
+    def simulate(self, leaf: Leaf) -> None:
+        """Count a simulation."""
+        self.actions += 2 * leaf.stages * leaf.microbatches
+
+
+class _SpentError(Exception):
+    """A leaf has had its share of the search."""
+
+
+def _time_alone(leaf: Leaf, group: tuple[Recompute, ...], cutoff_ns: int) -> int:
+    """A bound for ``group`` whatever the memory: its recomputation adds at least this much work.
+
+    With ``n`` layers recomputed at the front of each stage and no stage longer than ``most``
+    layers (a longer one alone is above the cutoff), ``L n / max(n, most)`` layers are recomputed.
+    """
+    if len(group) > 1 or cutoff_ns >= UNLIMITED:
+        return 0
+    mode, count = group[0]
+    kinds = [leaf.kinds[index] for index in leaf.sequence]
+    plain = sorted(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in kinds)
+    tall = -(-len(kinds) // leaf.pp)
+    work, tallest = sum(plain), sum(plain[:tall])
+    for end in (leaf.embedding, leaf.head):
+        work += end[Field.FORWARD] + end[Field.BACKWARD]
+    if mode == "selective":
+        work += sum(kind[Field.SELECTIVE] for kind in kinds)
+    elif mode == "full":
+        extra = sorted(kind[Field.FULL] for kind in kinds)
+        most = min(len(kinds), cutoff_ns // max(1, leaf.microbatches * plain[0]))
+        work += sum(extra[: len(kinds) * count // max(1, count, most)])
+        tallest += sum(extra[: min(count, tall)])
+    m, pp = leaf.microbatches, leaf.pp
+    if leaf.schedule == "gpipe":
+        return max(m * work // pp, work + (m - 1) * tallest)
+    return max(m * work // pp, (1 + (m - 1) // pp) * work, work + max(m - pp, 0) * tallest)
+
+
+def _fitting(rows: Rows, groups: list[tuple[Recompute, ...]]) -> list[tuple[Recompute, ...]]:
+    """Groups for which some partition fits; counts of full recomputation by bisection."""
+    fitting = [g for g in groups if g[0][0] != "full" and reaches(rows, g)]
+    full = [g for g in groups if g[0][0] == "full"]
+    low, high = 0, len(full)
+    while low < high:
+        middle = (low + high) // 2
+        if reaches(rows, full[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return fitting + full[low:]

@@ -1,0 +1,62 @@
+"""Meshes and layouts as tables: one column per degree, one row per candidate.
+
+A *mesh* fixes tp, sequence parallelism, cp (and its kind), pp, ep, etp and the microbatch size; a
+*layout* adds the split of data parallelism into replicate and shard, the ZeRO stage, the schedule
+and the number of virtual stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.graph import Bools, Int64
+from cost_models.layout import Schedule
+
+COLUMNS = ("tp", "sp", "cp", "cp_kind", "pp", "ep", "etp", "microbatch", "dp")
+SCHEDULE_NAMES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Meshes as arrays of one length, with the number of layouts of each in ``weight``."""
+
+    tp: Int64
+    sp: Int64
+    cp: Int64
+    cp_kind: Int64
+    pp: Int64
+    ep: Int64
+    etp: Int64
+    microbatch: Int64
+    dp: Int64
+    weight: Int64
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def take(self, index: Int64 | Bools) -> Meshes:
+        """The meshes at ``index``."""
+        return Meshes(**{name: getattr(self, name)[index] for name in (*COLUMNS, "weight")})
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts as arrays of one length; ``mesh`` indexes the meshes they came from."""
+
+    mesh: Int64
+    dp_replicate: Int64
+    dp_shard: Int64
+    zero_stage: Int64
+    schedule: Int64
+    """Index into :data:`SCHEDULE_NAMES`."""
+    vpp: Int64
+
+    def __len__(self) -> int:
+        return len(self.mesh)
+
+    def take(self, index: Int64 | Bools) -> Layouts:
+        """The layouts at ``index``."""
+        return Layouts(
+            self.mesh[index], self.dp_replicate[index], self.dp_shard[index],
+            self.zero_stage[index], self.schedule[index], self.vpp[index],
+        )  # fmt: skip

@@ -1,0 +1,192 @@
+"""The space once more, by plain loops: the recheck must not trust the list of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cost_models.layout import RecomputeMode
+from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
+from planner.plan import Layout
+from planner.request import Request
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What fixes a mesh: all degrees but the split of data parallelism."""
+
+    tp: int
+    sp: bool
+    cp: int
+    cp_kind: str
+    pp: int
+    ep: int
+    etp: int
+    mbs: int
+    dp: int
+
+    @staticmethod
+    def of(layout: Layout) -> Mesh:
+        return Mesh(
+            layout.tp, layout.sequence_parallel, layout.cp, layout.cp_kind, layout.pp, layout.ep,
+            layout.etp, layout.microbatch_size, layout.dp_replicate * layout.dp_shard,
+        )  # fmt: skip
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
+    """Modes that the stack has and the user allows."""
+    job = request.job
+    return tuple(
+        mode
+        for mode in request.stack.recompute
+        if (job.allow_recompute or mode == "none") and job.constraints.recompute in (None, mode)
+    )
+
+
+def every_mesh(request: Request) -> Iterator[Mesh]:
+    """Every mesh that the model, the job and the stack allow."""
+    stack, batch, devices = request.stack, request.global_batch, request.devices
+    experts = request.workload.expert_count
+    sizes = _divisors(devices)
+    eps = _divisors(experts) if experts else [1]
+    for tp in sizes:
+        flags = {"optional": (False, True), "always": (True,), "never": (False,)}
+        for cp in (c for c in sizes if devices % (tp * c) == 0):
+            for pp in (p for p in sizes if devices % (tp * cp * p) == 0):
+                dp = devices // (tp * cp * pp)
+                if batch % dp:
+                    continue
+                for sp in flags[stack.sequence_parallel] if tp > 1 else (False,):
+                    for kind in stack.cp_kinds if cp > 1 else stack.cp_kinds[:1] or ("p2p",):
+                        for ep in (e for e in eps if (dp * cp * tp) % e == 0):
+                            for etp in (
+                                _divisors(tp) if experts and stack.expert_tensor_parallel else [1]
+                            ):
+                                for mbs in _divisors(batch // dp):
+                                    mesh = Mesh(tp, sp, cp, kind, pp, ep, etp, mbs, dp)
+                                    if impossible_mesh(mesh, request) is None:
+                                        yield mesh
+
+
+def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
+    """Why no layout of this mesh can run, or None."""
+    model, stack, sequence = request.model, request.stack, request.sequence
+    for block in model.blocks.values():
+        mixer, feed_forward = block.mixer, block.feed_forward
+        if mixer is not None and mixer.heads % mesh.tp:
+            return f"{mixer.heads} heads do not split over tp {mesh.tp}"
+        if (
+            isinstance(mixer, AttentionSpec)
+            and mixer.kv_heads % mesh.tp
+            and (mesh.tp % mixer.kv_heads)
+        ):
+            return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
+        if mesh.cp > 1 and mesh.cp_kind == "a2a":
+            shared = mixer.kv_heads if isinstance(mixer, AttentionSpec) else 0
+            shared = mixer.heads if isinstance(mixer, LatentAttentionSpec) else shared
+            if shared % (mesh.tp * mesh.cp):
+                return f"{shared} heads do not split over tp x cp"
+        if isinstance(feed_forward, MlpSpec) and feed_forward.intermediate % mesh.tp:
+            return f"width {feed_forward.intermediate} does not split over tp {mesh.tp}"
+        if isinstance(feed_forward, MoeSpec):
+            if feed_forward.experts % mesh.ep or feed_forward.intermediate % mesh.etp:
+                return "experts do not split over ep and etp"
+            if feed_forward.shared_intermediate % mesh.tp:
+                return "shared experts do not split over tp"
+            if "moe_with_tp_needs_sequence_parallel" in stack.rules and (
+                mesh.tp > 1 and not mesh.sp
+            ):
+                return "experts with tp need sequence parallelism"
+            if "no_experts" in stack.rules:
+                return "the stack has no mixture of experts"
+    if (mesh.dp * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
+        return "ep x etp does not divide dp x cp x tp"
+    if mesh.cp > 1 and (sequence % (2 * mesh.cp) or not stack.cp_kinds):
+        return f"the sequence does not split over cp {mesh.cp}"
+    if mesh.sp and sequence % (mesh.cp * mesh.tp):
+        return "the sequence does not split over cp x tp"
+    if mesh.sp and stack.sequence_parallel == "never":
+        return "the stack has no sequence parallelism"
+    if stack.tensor_parallel_max is not None and mesh.tp > stack.tensor_parallel_max:
+        return f"the stack splits tensors at most {stack.tensor_parallel_max} ways"
+    if mesh.pp > model.layer_count + (2 if stack.uneven_stages else 0):
+        return "more stages than layers"
+    if request.global_batch % (mesh.dp * mesh.mbs):
+        return "the batch does not split over dp x microbatch"
+    return None
+
+
+def impossible_layout(
+    shard: int, zero: int, schedule: str, vpp: int, mesh: Mesh, request: Request
+) -> str | None:
+    """Why this layout of a possible mesh cannot run, or None."""
+    stack, layers = request.stack, request.model.layer_count
+    m = request.global_batch // (mesh.dp * mesh.mbs)
+    stages = mesh.pp * vpp
+    if mesh.pp > 1 and schedule not in stack.schedules:
+        return f"the stack has no schedule {schedule}"
+    if (vpp > 1) != (schedule == "interleaved"):
+        return "interleaving is what vpp > 1 means"
+    if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
+        return "ep x etp does not divide dp_shard x cp x tp"
+    if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:
+        return "sharding over one rank is ZeRO stage 0"
+    if schedule == "interleaved":
+        if "interleaved_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
+            return "interleaving needs a multiple of pp microbatches"
+        height = -(-layers // stages)
+        if stages * height - layers > (2 * height if stack.uneven_stages else 0):
+            return "no even split into virtual stages"
+    if (
+        zero == 0
+        and "zero_0_is_replicate_only" in stack.rules
+        and mesh.dp > 1
+        and (mesh.tp * mesh.cp * mesh.pp > 1)
+    ):
+        return "replication alone does not combine"
+    if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
+        return "parameters stay gathered under a pipeline"
+    if not stack.uneven_stages and layers % stages:
+        return "layers do not split evenly"
+    return None
+
+
+def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, int, int]]:
+    """``(replicate, shard, zero, schedule code, vpp)`` of every layout of a mesh."""
+    stack, layers = request.stack, request.model.layer_count
+    pipelines = [("1f1b", 1)] if mesh.pp == 1 else []
+    if mesh.pp > 1:
+        most = (layers + 2) // mesh.pp if stack.uneven_stages else layers // mesh.pp
+        pipelines += [(name, 1) for name in stack.schedules if name != "interleaved"]
+        if "interleaved" in stack.schedules:
+            pipelines += [("interleaved", v) for v in range(2, most + 1)]
+    codes = {"gpipe": 0, "1f1b": 1, "interleaved": 2}
+    for zero in stack.zero_stages:
+        shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
+        for shard in shards if zero else [1]:
+            for schedule, vpp in pipelines:
+                if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
+                    yield mesh.dp // shard, shard, zero, codes[schedule], vpp
+
+
+def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int], request: Request) -> bool:
+    """Whether a layout respects the user's constraints."""
+    limits = request.job.constraints
+    values: dict[str, int] = {
+        "tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp,
+        "microbatch_size": mesh.mbs, "dp_replicate": entry[0], "dp_shard": entry[1],
+        "zero_stage": entry[2], "vpp": entry[4],
+    }  # fmt: skip
+    names = ("gpipe", "1f1b", "interleaved")
+    schedule, sp = limits.schedule, limits.sequence_parallel
+    return (
+        all(values[name] == value for name, value in limits.fix.items())
+        and all(values[name] <= value for name, value in limits.max.items())
+        and all(values[n] <= (0 if n == "zero_stage" else 1) for n in limits.forbid)
+        and (schedule is None or mesh.pp == 1 or names[entry[3]] == schedule)
+        and (sp is None or mesh.tp == 1 or mesh.sp == sp)
+    )

@@ -1,0 +1,230 @@
+"""What the batch, the model or the stack cannot run, each with its reason.
+
+A rule is a sentence and a predicate that is True where a mesh or a layout breaks it. The user's own
+constraints are not here: they bound the search (``planner.space``), not a layout asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cost_models.configs import cp_kind_code
+from cost_models.graph import Bools, Int64
+from planner.errors import InputError
+from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
+from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
+from planner.plan import Layout
+from planner.request import Request
+
+Rule = tuple[str, Callable[[Meshes], Bools]]
+LayoutRule = tuple[str, Callable[[Meshes, Layouts], Bools]]
+
+
+def mesh_rules(request: Request) -> Iterator[Rule]:
+    """Reasons why a mesh cannot run, in the order in which they are counted."""
+    yield from _batch_rules(request)
+    yield from _model_rules(request)
+    yield from _stack_rules(request)
+
+
+def _batch_rules(request: Request) -> Iterator[Rule]:
+    batch = request.global_batch
+    yield (
+        f"the global batch of {batch:,} is not a multiple of dp x microbatch",
+        lambda m: batch % (m.dp * m.microbatch) != 0,
+    )
+
+
+def _model_rules(request: Request) -> Iterator[Rule]:
+    model, sequence = request.model, request.sequence
+    blocks = tuple(model.blocks.values())
+    for heads in sorted({b.mixer.heads for b in blocks if b.mixer is not None}):
+        yield f"{heads} attention heads do not split over tp", _splits(heads, lambda m: m.tp)
+    for kv in sorted({b.mixer.kv_heads for b in blocks if isinstance(b.mixer, AttentionSpec)}):
+        yield (
+            f"{kv} KV heads neither split nor replicate over tp",
+            _splits_or_replicates(kv),
+        )
+    feed_forwards = [b.feed_forward for b in blocks]
+    for width in sorted({f.intermediate for f in feed_forwards if isinstance(f, MlpSpec)}):
+        yield f"feed-forward width {width} does not split over tp", _splits(width, lambda m: m.tp)
+    moes = [f for f in feed_forwards if isinstance(f, MoeSpec)]
+    for width in sorted({f.intermediate for f in moes}):
+        yield f"expert width {width} does not split over etp", _splits(width, lambda m: m.etp)
+    for width in sorted({f.shared_intermediate for f in moes if f.shared_intermediate}):
+        yield f"shared expert width {width} does not split over tp", _splits(width, lambda m: m.tp)
+    for experts in sorted({f.experts for f in moes}):
+        yield f"{experts} experts do not split over ep", _splits(experts, lambda m: m.ep)
+    yield (
+        "ep x etp does not divide dp x cp x tp",
+        lambda m: (m.dp * m.cp * m.tp) % (m.ep * m.etp) != 0,
+    )
+    yield (
+        f"sequence of {sequence} does not split over cp (twice, for a balanced causal mask)",
+        lambda m: (m.cp > 1) & (sequence % (2 * m.cp) != 0),
+    )
+    yield (
+        f"sequence of {sequence} does not split over cp x tp (sequence parallelism)",
+        lambda m: (m.sp == 1) & (sequence % (m.cp * m.tp) != 0),
+    )
+    yield (
+        f"more pipeline stages than the {model.layer_count} layers can fill",
+        lambda m: m.pp > model.layer_count + (2 if request.stack.uneven_stages else 0),
+    )
+    for heads in sorted({_exchanged_heads(b.mixer) for b in blocks if b.mixer is not None}):
+        yield (
+            f"{heads} (KV) heads do not split over tp x cp (all-to-all context parallelism)",
+            _exchanges(heads),
+        )
+
+
+def _exchanged_heads(mixer: AttentionSpec | LatentAttentionSpec) -> int:
+    return mixer.kv_heads if isinstance(mixer, AttentionSpec) else mixer.heads
+
+
+def _splits(size: int, ways: Callable[[Meshes], Int64]) -> Callable[[Meshes], Bools]:
+    return lambda meshes: size % ways(meshes) != 0
+
+
+def _splits_or_replicates(kv_heads: int) -> Callable[[Meshes], Bools]:
+    return lambda m: (kv_heads % m.tp != 0) & (m.tp % kv_heads != 0)
+
+
+def _exchanges(heads: int) -> Callable[[Meshes], Bools]:
+    exchange = cp_kind_code("a2a")
+    return lambda m: (m.cp > 1) & (m.cp_kind == exchange) & (heads % (m.tp * m.cp) != 0)
+
+
+def _stack_rules(request: Request) -> Iterator[Rule]:
+    stack = request.stack
+    label = f"{stack.name} {stack.version}"
+    if not stack.cp_kinds:
+        yield f"{label} has no context parallelism", lambda m: m.cp > 1
+    if stack.tensor_parallel_max is not None:
+        most = stack.tensor_parallel_max
+        yield f"{label} splits tensors at most {most} ways", lambda m: m.tp > most
+    for name in stack.rules:
+        if name in STACK_RULES:
+            reason, broken = STACK_RULES[name]
+            if reason is not None and _concerns(name, request):
+                yield f"{label}: {reason}", broken
+
+
+def _concerns(rule: str, request: Request) -> bool:
+    return request.workload.expert_count > 0 or rule not in {
+        "moe_with_tp_needs_sequence_parallel",
+        "no_experts",
+    }
+
+
+STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
+    "moe_with_tp_needs_sequence_parallel": (
+        "experts with tp need sequence parallelism",
+        lambda m: (m.tp > 1) & (m.sp == 0),
+    ),
+    "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
+}
+"""Rules on meshes by the name that a stack's YAML uses."""
+
+
+def layout_rules(request: Request) -> Iterator[LayoutRule]:
+    """Reasons why a layout cannot run. Meshes are already gathered to the layouts' length."""
+    stack, batch = request.stack, request.global_batch
+    label = f"{stack.name} {stack.version}"
+    yield (
+        "ep x etp does not divide dp_shard x cp x tp",
+        lambda m, x: (
+            (x.dp_shard * m.cp * m.tp) % (m.ep * m.etp) != 0
+            if request.workload.expert_count
+            else np.zeros(len(x), dtype=bool)
+        ),
+    )
+    yield (
+        "sharding over one rank is ZeRO stage 0",
+        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in stack.zero_stages),
+    )
+    interleaved = SCHEDULE_NAMES.index("interleaved")
+    if "interleaved_needs_multiple_of_pp" in stack.rules:
+        yield (
+            f"{label}: interleaving needs a multiple of pp microbatches",
+            lambda m, x: (
+                (x.schedule == interleaved) & ((batch // (m.dp * m.microbatch)) % m.pp != 0)
+            ),
+        )
+    yield (
+        "no even split into virtual stages, the first and last lighter at most",
+        lambda m, x: (x.schedule == interleaved) & ~_even_enough(request, m.pp * x.vpp),
+    )
+    if "zero_0_is_replicate_only" in stack.rules:
+        yield (
+            f"{label}: replication alone (DDP) does not combine with tp, cp or pp",
+            lambda m, x: (x.zero_stage == 0) & (m.tp * m.cp * m.pp > 1) & (m.dp > 1),
+        )
+    if "no_zero_3_with_pipeline" in stack.rules:
+        yield (
+            f"{label}: parameters stay gathered under a pipeline",
+            lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
+        )
+    if not stack.uneven_stages:
+        layers = request.model.layer_count
+        yield (
+            f"{label}: {layers} layers do not split evenly over the stages",
+            lambda m, x: layers % (m.pp * x.vpp) != 0,
+        )
+
+
+def _even_enough(request: Request, stages: Int64) -> Bools:
+    """Whether equal virtual stages with a lighter first and last one can hold the layers."""
+    layers = request.model.layer_count
+    height = -(-layers // stages)
+    spare = stages * height - layers
+    result: Bools = spare <= (2 * height if request.stack.uneven_stages else 0)
+    return result
+
+
+def check_layout(request: Request, layout: Layout) -> None:
+    """Raise :class:`InputError` with the reason where the space would remove this layout.
+
+    The user's constraints are not applied: they bound the search, not a layout that is asked about.
+    """
+
+    def one(value: int) -> Int64:
+        return np.array([value], dtype=np.int64)
+
+    meshes = Meshes(
+        tp=one(layout.tp), sp=one(layout.sequence_parallel), cp=one(layout.cp),
+        cp_kind=one(cp_kind_code(layout.cp_kind)), pp=one(layout.pp), ep=one(layout.ep),
+        etp=one(layout.etp), microbatch=one(layout.microbatch_size),
+        dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
+    )  # fmt: skip
+    for reason, broken in mesh_rules(request):
+        if broken(meshes).any():
+            raise InputError(f"layout {_brief(layout)}: {reason}")
+    layouts = Layouts(
+        mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
+        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULE_NAMES.index(layout.schedule)),
+        vpp=one(layout.vpp),
+    )  # fmt: skip
+    if layout.zero_stage not in request.stack.zero_stages:
+        raise InputError(
+            f"{request.stack.name} has no ZeRO stage {layout.zero_stage}; "
+            f"it has {', '.join(map(str, request.stack.zero_stages))}"
+        )
+    if layout.pp > 1 and layout.schedule not in request.stack.schedules:
+        raise InputError(
+            f"{request.stack.name} has no schedule {layout.schedule}; "
+            f"it has {', '.join(request.stack.schedules)}"
+        )
+    for reason, layout_broken in layout_rules(request):
+        if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
+            raise InputError(f"layout {_brief(layout)}: {reason}")
+
+
+def _brief(layout: Layout) -> str:
+    return (
+        f"tp {layout.tp} cp {layout.cp} pp {layout.pp} vpp {layout.vpp} ep {layout.ep} "
+        f"etp {layout.etp} dp {layout.dp_replicate}x{layout.dp_shard} "
+        f"microbatch {layout.microbatch_size}"
+    )

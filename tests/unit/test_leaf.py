@@ -1,0 +1,146 @@
+"""A leaf small enough to work out by hand: two ranks, two layers, a heavier last rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    fits,
+    interleaved_bounds,
+    live_activations,
+    peaks,
+    simulate_step,
+    stage_costs,
+    surrogate_ns,
+)
+from cost_models.step import Field
+
+NONE: Recompute = ("none", 0)
+
+
+def row(**values: int) -> tuple[int, ...]:
+    """Prices by field name; the rest is zero."""
+    return tuple(values.get(field.name, 0) for field in Field)
+
+
+LAYER = row(
+    FORWARD=2, BACKWARD=4, SELECTIVE=1, FULL=2, GRADIENT=3, OPTIMIZER=4, PARAMETER=1, STATIC=50,
+    GATHERED=4, ACT_NONE=8, ACT_SELECTIVE=5, ACT_FULL=2, WORK_NONE=3, WORK_SELECTIVE=6, WORK_FULL=9,
+)  # fmt: skip
+LEAF = Leaf(
+    schedule="1f1b",
+    pp=2,
+    vpp=1,
+    microbatches=2,
+    sequence=(0, 0),
+    kinds=(LAYER,),
+    embedding=row(STATIC=20, ACT_NONE=1),
+    head=row(FORWARD=1, BACKWARD=1, GRADIENT=7, OPTIMIZER=6, STATIC=30, ACT_NONE=7, WORK_NONE=5),
+    hop_ns=1,
+    bucket_ns=10,
+    tied_sync_ns=2,
+    sync_ns=8,
+    fixed_bytes=100,
+    capacity_bytes=204,
+    uneven=True,
+)
+EVEN = Completion((0, 1, 2), (NONE, NONE))
+
+
+def test_step_of_the_even_split() -> None:
+    """Rank 0 takes 2 + 4, rank 1 (with the head) 3 + 5: the timeline of ``test_schedule`` ends at
+    24 and 19.
+
+    Gradients: 10 (bucket) + 3 (layer) + 2 (tied) = 15 on rank 0, and 7 more for the head, 22, on
+    rank 1; the pipeline with its reduction ends at max(24 + 15, 19 + 22) = 41. Updates: 4 + 1 = 5
+    and 5 + 6 = 11. Step: 41 + 11 + 8 = 60.
+    """
+    step = simulate_step(LEAF, stage_costs(LEAF, EVEN))
+    assert step.timeline.finish_ns == (24, 19)
+    assert (step.pipeline_ns, step.gradient_ns, step.update_ns) == (19, 22, 11)
+    assert (step.critical_rank, step.update_rank) == (1, 1)
+    assert step.total_ns == 60
+
+
+def test_surrogate_of_the_even_split() -> None:
+    """Z_1 = 2 x 8 = 16, ends_1 = 16 + 22 = 38.
+
+    Rank 0: own work 2 x 6 = 12; nesting 6 + 2 + 16 = 24; one round trip (6 + 8 + 2) and one more
+    backward 4: 20; the round trip and rank 1's work again: 16 + 8 = 24. So Z_0 = 24 and ends_0 =
+    max(24 + 15, 2 + 1 + 38) = 41. With the update 11 and the norm 8: 60, here the exact step.
+    """
+    assert surrogate_ns(LEAF, stage_costs(LEAF, EVEN)) == 60
+
+
+def test_surrogate_of_gpipe() -> None:
+    """S_0 + 2 d + (m - 1) max w = 14 + 2 + 8 = 24 as well; with three microbatches 32, and rank 1
+    alone 24 + 22 = 46: max(32 + 15, 3 + 46) + 11 + 8 = 68."""
+    leaf = replace(LEAF, schedule="gpipe")
+    assert surrogate_ns(leaf, stage_costs(leaf, EVEN)) == 60
+    longer = replace(leaf, microbatches=3)
+    ranks = stage_costs(longer, EVEN)
+    assert surrogate_ns(longer, ranks) == simulate_step(longer, ranks).total_ns == 68
+
+
+def test_memory_of_the_even_split() -> None:
+    """Rank 0: 100 fixed + 70 static + 2 x (8 + 1) live + (3 + 4) working = 195.
+
+    Rank 1: 100 + 80 + 1 x (8 + 7) + (5 + 4) = 204, just the capacity.
+    """
+    ranks = stage_costs(LEAF, EVEN)
+    assert peaks(LEAF, ranks) == (195, 204)
+    assert live_activations(LEAF, 0, ranks[0].chunks) == (18, (2,))
+    assert fits(LEAF, ranks)
+    assert not fits(replace(LEAF, capacity_bytes=203), ranks)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "backward", "peak"),
+    [
+        # 100 + 70 + 2 x (5 + 1) + 6 + 4; backward 4 + 1.
+        (("selective", 0), 5, 192),
+        # 100 + 70 + 2 x (2 + 1) + 9 + 4; backward 4 + 2.
+        (("full", 1), 6, 189),
+        (("full", 2), 6, 189),
+    ],
+)
+def test_recompute_on_rank_0(recompute: Recompute, backward: int, peak: int) -> None:
+    ranks = stage_costs(LEAF, Completion((0, 1, 2), (recompute, NONE)))
+    assert ranks[0].chunks[0].backward_ns == backward
+    assert peaks(LEAF, ranks) == (peak, 204)
+
+
+def test_full_recompute_of_the_first_of_two_layers() -> None:
+    """Both layers on rank 0, the first recomputed: backward 2 x 4 + 2; activations 2 + 8 + 1.
+
+    Peak: 100 + 120 + 2 x 11 + max(9, 3) + 4 = 255. Rank 1 keeps the head only: 100 + 30 + 7 + 5.
+    """
+    ranks = stage_costs(LEAF, Completion((0, 2, 2), (("full", 1), NONE)))
+    assert ranks[0].chunks[0].backward_ns == 10
+    assert ranks[0].chunks[0].activation_bytes == 11
+    assert peaks(LEAF, ranks) == (255, 142)
+
+
+def test_one_rank_has_no_tied_reduction() -> None:
+    """One rank: work 2 x (12 + 2) = 28, gradients 10 + 2 x 3 + 7, updates 2 x 5 + 6, norm 8."""
+    leaf = replace(LEAF, pp=1)
+    ranks = stage_costs(leaf, Completion((0, 2), (NONE,)))
+    step = simulate_step(leaf, ranks)
+    assert step.total_ns == 28 + 23 + 16 + 8 == surrogate_ns(leaf, ranks)
+
+
+def test_interleaved_partitions() -> None:
+    """Six layers in four virtual stages: heights of 2 lack two layers at the ends together,
+    heights of 3 leave both ends empty; 4 would need eight in the middle."""
+    leaf = replace(LEAF, schedule="interleaved", vpp=2, sequence=(0,) * 6)
+    assert sorted(interleaved_bounds(leaf)) == [
+        (0, 0, 2, 4, 6), (0, 0, 3, 6, 6), (0, 1, 3, 5, 6), (0, 2, 4, 6, 6)
+    ]  # fmt: skip
+    assert list(interleaved_bounds(replace(leaf, uneven=False))) == []
+    even = replace(leaf, uneven=False, sequence=(0,) * 8)
+    assert list(interleaved_bounds(even)) == [(0, 2, 4, 6, 8)]
