@@ -21,9 +21,9 @@ from planner.request import Request, fill_defaults
 from planner.search import OUT_OF_MEMORY, Search, SearchResult
 from planner.specs import ConstraintSpec
 
-LARGEST_GROWTH = 256
+LARGEST_GROWTH = 4096
 """Beyond this many times the device's memory no closest layout is looked for."""
-PRECISION = 0.005
+PRECISION = 0.02
 """Relative precision of the least capacity."""
 COARSE = 0.2
 """Tolerance of the searches here: existence matters, and a fair price."""
@@ -119,8 +119,10 @@ def _ways_out(request: Request) -> Iterator[WayOut]:
             changed = attempt()
         except PlannerError:
             continue
-        best = _search(changed) if changed is not None else None
-        if best is None or changed is None:
+        if changed is None or changed.unsupported is not None:
+            continue
+        best = _search(changed)
+        if best is None:
             continue
         given += 1
         step_s = best.time_ns / 1e9
@@ -223,6 +225,7 @@ def _other_nodes(request: Request) -> Iterator[Attempt]:
     for name in catalog_names("node"):
         node = load_node(name)
         bigger = node.device.memory_capacity.si > 1.05 * capacity
+        bigger &= node.device.vendor == own.device.vendor
         if bigger and node.devices_per_node == max(own.devices_per_node, 8):
             roomier.append((node.device.memory_capacity.si, node.device.name, name))
     seen: set[str] = set()

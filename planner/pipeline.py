@@ -77,13 +77,10 @@ def _check(request: Request) -> None:
             f"sequence length {sequence} exceeds the {longest} learned positions of {model.name}",
             hint=f"--seq-len {longest}",
         )
-    device, precision = request.machine.device, request.job.precision
-    if precision not in device.peak_flops:
-        raise InputError(
-            f"{device.name} has no {precision} arithmetic "
-            f"(it has {', '.join(sorted(device.peak_flops))})",
-            hint="--precision bf16" if "bf16" in device.peak_flops else "--precision fp16",
-        )
+    reason = request.unsupported
+    if reason is not None:
+        known = sorted({"bf16", "fp16", "fp32"} & set(request.machine.device.peak_flops))
+        raise InputError(reason, hint=" or ".join(f"--precision {name}" for name in known))
 
 
 def plan(

@@ -25,7 +25,6 @@ from cost_models.leaf import (
 from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
 from planner.accuracy import HALF_WIDTH, band
 from planner.errors import InputError, did_you_mean
-from planner.layouts import complete_layout as complete_layout
 from planner.layouts import completion_of, configs_of
 from planner.plan import Layout, Prediction, StagePrediction, Term
 from planner.request import Request

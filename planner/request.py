@@ -55,6 +55,23 @@ class Request:
         return build_workload(self.model, self.job, self.stack, self.machine.device)
 
     @property
+    def unsupported(self) -> str | None:
+        """Why the device cannot be priced for this job and stack, or None."""
+        device, precision = self.machine.device, self.job.precision
+        if precision not in device.peak_flops:
+            return (
+                f"{device.name} has no {precision} arithmetic "
+                f"(it has {', '.join(sorted(device.peak_flops))})"
+            )
+        kernel = self.stack.attention_kernel(device.name)
+        if precision != "fp32" and kernel not in ("unfused", *device.kernels.attention):
+            return (
+                f"{self.stack.name} runs {kernel} attention, for which {device.name} has no "
+                f"efficiency (it has {', '.join(sorted(device.kernels.attention)) or 'none'})"
+            )
+        return None
+
+    @property
     def reserve_bytes(self) -> int:
         """Bytes per device that the user keeps free."""
         return self.job.memory_reserve_bytes or 0

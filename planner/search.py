@@ -36,6 +36,7 @@ LARGEST_BATCH = 4096
 OUT_OF_MEMORY = "does not fit in memory, whatever is recomputed"
 SPARES = 256
 """Layouts per batch looked at for alternatives."""
+ALTERNATIVE_TOLERANCE = 0.1
 
 
 @dataclass
@@ -196,7 +197,9 @@ class Search:
         by_preference = sorted(self.incumbent.kept, key=Candidate.key, reverse=True)
         chosen = {_mesh_key(c.degrees): c for c in by_preference}
         chosen.pop(_mesh_key(self.incumbent.best.degrees), None)
-        winner = self.incumbent.best
+        winner, tolerance = self.incumbent.best, self.incumbent.tolerance
+        # A fair completion of each will do: what is within this of it is not listed.
+        self.incumbent.tolerance = ALTERNATIVE_TOLERANCE
         spares = sorted(self.spares.items(), key=lambda item: (item[1][0], item[0]))
         for key, (_, index, priced) in spares[: 4 * count]:
             if key in chosen or key == _mesh_key(winner.degrees):
@@ -206,7 +209,7 @@ class Search:
             found = sorted(self.incumbent.kept[before:], key=Candidate.key)
             if self.incumbent.best is not None and found:
                 chosen[key] = found[0]
-        self.incumbent.best = winner
+        self.incumbent.best, self.incumbent.tolerance = winner, tolerance
         return sorted(chosen.values(), key=Candidate.key)[:count]
 
     def _close(self, bound_ns: int) -> None:

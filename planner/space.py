@@ -19,7 +19,7 @@ import numpy as np
 
 from cost_models.configs import cp_kind_code
 from cost_models.graph import CP_KINDS, Bools, Int64
-from cost_models.layout import Schedule
+from cost_models.layout import RecomputeMode, Schedule
 from planner import rules
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.request import Request

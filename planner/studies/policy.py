@@ -137,6 +137,7 @@ def _equal(text: str, wanted: Cell) -> bool:
 
 @lru_cache(maxsize=128)
 def pattern(text: str) -> re.Pattern[str]:
+    """A compiled pattern of the tables; compiled once."""
     return re.compile(text)
 
 

@@ -192,7 +192,7 @@ def _mixer(dims: Dimensions) -> Mixer:
 
 
 def layout_of(reading: Reading, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """The run's degrees as a partial layout for ``planner.predict.complete_layout``, and warnings.
+    """The run's degrees as a partial layout for ``planner.layouts.complete_layout``, and warnings.
 
     ``dp`` is what the devices leave; where a page says otherwise, that is a warning. Raises
     :class:`SkippedError` with the reason.

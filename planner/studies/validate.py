@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
-from planner.predict import Priced, complete_layout, predict, price
+from planner.layouts import complete_layout
+from planner.predict import Priced, predict, price
 from planner.request import Request
 from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, flops_per_token, has_metric, measured

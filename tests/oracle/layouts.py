@@ -43,8 +43,10 @@ def factors(number: int) -> list[int]:
 
 
 def every_layout(request: Request) -> Iterator[Layout]:
-    """All layouts that the rules allow."""
+    """All layouts that the rules allow; none where every recompute mode is ruled out."""
     world, stack = request.devices, request.stack
+    if not recompute_choices(request):
+        return
     experts = max(
         (b.feed_forward.experts for b in request.model.blocks.values()
          if isinstance(b.feed_forward, MoeSpec)),
