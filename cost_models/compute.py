@@ -7,7 +7,7 @@ positive.
 The law of a matrix product, for operands that are read once and an output written once::
 
     t = t0 + smooth_max_p(t_compute, t_memory)
-    t_compute = 2 TILE^2 units waves (k + k0) / (e_compute peak)
+    t_compute = 2 TILE^2 units waves (k + k0) / (e_compute sustained peak)
     t_memory  = bytes / (e_memory bandwidth)
 
 ``units`` compute units each work on TILE x TILE tiles of the output. ``waves`` is
@@ -219,7 +219,9 @@ def matmul_law(
     waves = _paid_waves(tiles / compute_units, constants.wave_share)
     flops_per_wave_and_k = 2.0 * TILE * TILE * compute_units
     compute_s = (
-        waves * (k + constants.k0) * (flops_per_wave_and_k / (constants.e_compute * peak_flops))
+        waves
+        * (k + constants.k0)
+        * (flops_per_wave_and_k / (constants.e_compute * constants.sustained * peak_flops))
     )
     traffic = batch * (operand_bytes * (k * (m + n)) + _array(output_bytes) * (m * n))
     memory_s = traffic / (constants.e_memory * bandwidth_bytes_per_s)

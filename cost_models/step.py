@@ -206,6 +206,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             _launch(acc, 1, 2)
         case Attention():
             kernel = machine.stack.attention_kernel(device.name)
+            dtype = "fp16" if machine.precision == "fp16" else "bf16"
             # Context parallelism deals the blocks of a causal mask out evenly: a rank with a share
             # of the queries has that share of the work of all of them.
             batch: Reals = op.batch
@@ -214,7 +215,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 batch, q_len = np.asarray(op.batch) * (op.q_len / np.asarray(op.kv_len)), op.kv_len
             forward, backward = (
                 compute.attention_time_s(
-                    device, "bf16", kernel, batch=batch, q_len=q_len, kv_len=op.kv_len,
+                    device, dtype, kernel, batch=batch, q_len=q_len, kv_len=op.kv_len,
                     heads=op.heads, kv_heads=op.kv_heads, qk_head_dim=op.qk_head_dim,
                     v_head_dim=op.v_head_dim, causal=op.causal, stage=stage,
                 )

@@ -65,6 +65,8 @@ class MatmulConstants(Profile):
     k0: Annotated[float, Field(ge=0)]
     p: Annotated[float, Field(ge=1)]
     wave_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    sustained: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Rate that lasts under a training load over the rate of short benchmarks (``e_compute``)."""
     kind: Kind
     source: str
     error_median: float | None = None

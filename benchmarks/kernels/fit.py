@@ -71,6 +71,7 @@ def fp32_constants(bf16: MatmulConstants) -> MatmulConstants:
         update={
             "e_compute": FP32_E_COMPUTE,
             "k0": 0.0,
+            "sustained": 1.0,
             "kind": Kind.ASSUMED,
             "source": "assumed compute efficiency; memory constants as bf16",
             "error_median": None,
@@ -78,6 +79,21 @@ def fp32_constants(bf16: MatmulConstants) -> MatmulConstants:
             "note": "fp32 products on the CUDA cores: tf32 off",
         }
     )
+
+
+def sustained(constants: MatmulConstants, share: float) -> MatmulConstants:
+    """``constants`` of short benchmarks at the rate that lasts under a training load.
+
+    Training kernels run back to back at the power limit. Both rates were measured on the die of the
+    A100 (its PCIe card) and on B200; between them, Hopper takes their geometric mean.
+    """
+    note = (
+        f"sustained {share:.3f}: measured on A100 PCIe and B200 training kernels, assumed here; "
+        "the errors are those of short benchmarks"
+    )
+    if constants.note:
+        note = f"{constants.note}; {note}"
+    return constants.model_copy(update={"sustained": rounded(share), "note": note})
 
 
 def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
@@ -116,6 +132,13 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
             "quantisation of the activations",
         }
     )
+    lasting = {A100: bf16[A100_PCIE].e_compute / bf16[A100].e_compute}
+    for name in (H100, H200):
+        lasting[name] = (lasting[A100] * throttle) ** 0.5
+    for name, share in lasting.items():
+        bf16[name] = sustained(bf16[name], share)
+        if name in fp8:
+            fp8[name] = sustained(fp8[name], share)
     by_device = {name: {"bf16": bf16[name]} for name in (A100, A100_PCIE, H100, H200, B200)}
     for name in (H100, H200, B200):
         by_device[name]["fp8"] = fp8[name]

@@ -100,9 +100,26 @@ def test_training_size_products_agree_with_the_tables(
     rows = [row for row in rows if min(int(row["m"]), int(row["n"]), int(row["k"])) >= 1024]
     assert len(rows) > 200
     m, n, k, us = (_column(rows, c) for c in ("m", "n", "k", column))
-    error = np.abs(compute.matmul_time_s(DEVICES[name], dtype, m, n, k) / (us * 1e-6) - 1)
+    device = _short_benchmark(DEVICES[name], dtype)
+    error = np.abs(compute.matmul_time_s(device, dtype, m, n, k) / (us * 1e-6) - 1)
     assert np.median(error) < median
     assert np.quantile(error, 0.9) < p90
+
+
+def _short_benchmark(device: DeviceSpec, dtype: str) -> DeviceSpec:
+    """The device as the tables saw it: rates of short benchmarks, not of a training load."""
+    constants = device.kernels.matmul[dtype].model_copy(update={"sustained": 1.0})
+    matmul = {**device.kernels.matmul, dtype: constants}
+    return device.model_copy(
+        update={"kernels": device.kernels.model_copy(update={"matmul": matmul})}
+    )
+
+
+@pytest.mark.parametrize(("name", "share"), [("a100-sxm-80gb", 0.924), ("h100-sxm-80gb", 0.830)])
+def test_large_products_run_at_the_sustained_rate(name: str, share: float) -> None:
+    short = _short_benchmark(DEVICES[name], "bf16")
+    times = [compute.matmul_time_s(d, "bf16", 16384, 16384, 16384) for d in (short, DEVICES[name])]
+    assert float(times[0] / times[1]) == pytest.approx(share, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["a100-pcie-80gb", "b200-sxm-180gb"])
