@@ -186,9 +186,11 @@ def _stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredi
 
 
 def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
-    """The step on its critical rank: work by category, idle time, what follows the pipeline."""
+    """The step on its busiest rank: work by category, idle time, what follows the pipeline."""
     leaf, step, completion = priced.leaf, priced.step, priced.completion
-    rank = step.critical_rank
+    rank = max(range(leaf.pp), key=lambda r: (step.timeline.busy_ns[r], -r))
+    if step.timeline.busy_ns[rank] > step.pipeline_ns:
+        rank = step.critical_rank
     shard = shard_of(request.workload, priced.tables.configs)
     workload, machine = request.workload, request.machine
     totals = dict.fromkeys((*CATEGORIES, "recompute"), 0)
@@ -224,7 +226,11 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     ]
     busy = step.timeline.busy_ns[rank]
     for name, ns, detail in (
-        ("pipeline_idle", step.pipeline_ns - busy, f"rank {rank} waits: fill, drain and transfers"),
+        (
+            "pipeline_idle",
+            step.pipeline_ns - busy,
+            f"rank {rank}, the busiest, waits: fill, drain, transfers",
+        ),
         ("gradient_reduction", step.gradient_ns, "exposed part, after the last backward"),
         ("optimizer_and_gather", step.update_ns, f"rank {step.update_rank}"),
         ("synchronisation", step.sync_ns, "gradient norm over all devices"),

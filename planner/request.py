@@ -8,6 +8,7 @@ from functools import cached_property
 from cost_models.graph import WorkloadGraph
 from cost_models.step import Machine
 from hardware_profiles.schema import ClusterSpec, StackSpec
+from planner.errors import InputError
 from planner.models.spec import ModelSpec
 from planner.specs import JobSpec
 
@@ -91,6 +92,11 @@ def fill_defaults(job: JobSpec, model: ModelSpec, devices: int) -> JobSpec:
     batch = job.global_batch
     if batch is None:
         tokens = job.global_batch_tokens or DEFAULT_BATCH_TOKENS
+        if job.global_batch_tokens is not None and tokens < sequence:
+            raise InputError(
+                f"a global batch of {tokens} tokens is less than one sample of {sequence} tokens",
+                hint=f"--global-batch-tokens {sequence}, or a shorter --seq-len",
+            )
         batch = max(1, round(tokens / sequence))
         if job.global_batch_tokens is None:
             unit = devices if batch >= devices else 1 << max(0, batch.bit_length() - 1)

@@ -129,20 +129,19 @@ def check_time_limit(seconds: float | None) -> None:
         raise InputError(f"--time-limit {seconds:g}: must be more than 0 seconds")
 
 
-def count(flag: str, text: str, *, least: int = 1) -> int:
+def count(flag: str, text: str, *, least: int = 1, example: str | None = None) -> int:
     """A whole number of at least ``least``, with an optional SI or binary prefix."""
+    hint = f"for example {example or flag + ' 4096'}"
     from hardware_profiles.units import UnitError, parse_count
 
     negative = text.strip().startswith("-")
     try:
         value = parse_count(text.strip().removeprefix("-"))
     except UnitError as error:
-        raise InputError(f"{flag}: {error}", hint=f"for example {flag} 4096") from None
+        raise InputError(f"{flag}: {error}", hint=hint) from None
     value = -value if negative else value
     if value < least:
-        raise InputError(
-            f"{flag} {text}: must be at least {least}", hint=f"for example {flag} 4096"
-        )
+        raise InputError(f"{flag} {text}: must be at least {least}", hint=hint)
     return value
 
 
@@ -168,7 +167,7 @@ def _assignments(flag: str, items: Iterable[str]) -> dict[str, int]:
             )
         name = _degree(flag, name)
         least = 0 if name == "zero_stage" else 1
-        value = count(f"{flag} {name}", text, least=least)
+        value = count(f"{flag} {name}", text, least=least, example=f"{flag} {name}=8")
         if values.setdefault(name, value) != value:
             raise InputError(f"{flag} sets {name} to both {values[name]} and {value}")
     return values
