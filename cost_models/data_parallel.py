@@ -81,7 +81,9 @@ def price_kind(
     backward = _phase_seconds(times, "backward")
     rules, stack = machine.rules, machine.stack
     state = [
-        memory.state_bytes(elements, ways=mesh.ways, zero_stage=data.zero_stage, rules=rules)
+        memory.state_bytes(
+            elements, ways=mesh.ways, zero_stage=data.zero_stage, pipelined=data.pp > 1, rules=rules
+        )
         for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh))
     ]
     reduce_s = np.zeros(len(shard.tp))

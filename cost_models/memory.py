@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard, Weight
+from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
 
 OPTIMIZER_MOMENTS = {"adamw": 2, "sgd": 1}
 """fp32 moments per parameter (SGD with momentum)."""
@@ -103,12 +103,14 @@ class StateBytes:
 
 
 def state_bytes(
-    elements: Int64, *, ways: Int64, zero_stage: Int64, rules: StateRules
+    elements: Int64, *, ways: Int64, zero_stage: Int64, pipelined: Bools, rules: StateRules
 ) -> StateBytes:
     """State of ``elements`` parameters sharded ``ways`` ways from the given ZeRO stage on.
 
     Stage 2 keeps unsharded 16-bit weights through the step when the stack holds fp32 shards
     (FSDP2 without resharding after forward); Megatron-style stacks keep their weights replicated.
+    Under a pipeline FSDP2 reduces gradients once per step: until then they are whole on each rank
+    (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
     """
     shard = ceil_div(elements, ways)
     fsdp = rules.weight_bytes > rules.gather_bytes
@@ -116,7 +118,8 @@ def state_bytes(
     zero = np.zeros_like(elements)
     return StateBytes(
         weights=np.where(weights_sharded, shard, elements) * rules.weight_bytes,
-        gradients=np.where(zero_stage >= 2, shard, elements) * rules.gradient_bytes,
+        gradients=np.where((zero_stage >= 2) & ~(fsdp & pipelined), shard, elements)
+        * rules.gradient_bytes,
         optimizer=np.where(zero_stage >= 1, shard, elements) * rules.optimizer_bytes,
         gathered=np.where(weights_sharded, elements * rules.gather_bytes, zero),
     )

@@ -300,6 +300,8 @@ class StackSpec(Profile):
     cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
     sequence_parallel: Literal["optional", "always", "never"]
     expert_tensor_parallel: bool
+    kv_head_replication: bool = False
+    """Whether tp may exceed the KV heads, each then held by several ranks."""
     uneven_stages: bool
     """Whether stages may hold different numbers of layers."""
     tensor_parallel_max: int | None = None

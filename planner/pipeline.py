@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hardware_profiles.schema import ClusterSpec, NodeGroup
 from planner.claims import certificate, envelope
 from planner.errors import InfeasibleError, InputError, LimitReachedError, UnsupportedError
 from planner.layouts import complete_layout, layout_of
@@ -51,10 +52,11 @@ def read_request(
     model = read_model(model_ref, stdin=stdin)
     text = stdin() if cluster_ref == "-" and stdin is not None else None
     cluster = load_cluster(cluster_ref, stdin=text)
+    cluster = merge_equal_groups(cluster)
     if not cluster.is_homogeneous:
         raise UnsupportedError(
             f"cluster {cluster.name} has {len(cluster.groups)} groups of unlike nodes; planning "
-            "over unequal nodes is not implemented yet",
+            "over more than one group is not implemented yet",
             hint="plan for one group at a time",
         )
     if cluster.link_matrix is not None:
@@ -67,6 +69,18 @@ def read_request(
     request = Request(model, cluster, fill_defaults(job, model, cluster.devices), stack)
     _check(request)
     return request
+
+
+def merge_equal_groups(cluster: ClusterSpec) -> ClusterSpec:
+    """The cluster with neighbouring groups of the same node as one."""
+    groups: list[NodeGroup] = []
+    for group in cluster.groups:
+        if groups and groups[-1].node == group.node:
+            total = groups[-1].count + group.count
+            groups[-1] = groups[-1].model_copy(update={"count": total})
+        else:
+            groups.append(group)
+    return cluster.model_copy(update={"groups": tuple(groups)})
 
 
 def _check(request: Request) -> None:

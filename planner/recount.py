@@ -82,7 +82,7 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         if (
             isinstance(mixer, AttentionSpec)
             and mixer.kv_heads % mesh.tp
-            and (mesh.tp % mixer.kv_heads)
+            and (mesh.tp % mixer.kv_heads or not stack.kv_head_replication)
         ):
             return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
         if mesh.cp > 1 and mesh.cp_kind == "a2a":

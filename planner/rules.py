@@ -44,8 +44,8 @@ def _model_rules(request: Request) -> Iterator[Rule]:
         yield f"{heads} attention heads do not split over tp", _splits(heads, lambda m: m.tp)
     for kv in sorted({b.mixer.kv_heads for b in blocks if isinstance(b.mixer, AttentionSpec)}):
         yield (
-            f"{kv} KV heads neither split nor replicate over tp",
-            _splits_or_replicates(kv),
+            f"{kv} KV heads do not split over tp",
+            _splits_kv(kv, replicates=request.stack.kv_head_replication),
         )
     feed_forwards = [b.feed_forward for b in blocks]
     for width in sorted({f.intermediate for f in feed_forwards if isinstance(f, MlpSpec)}):
@@ -88,8 +88,8 @@ def _splits(size: int, ways: Callable[[Meshes], Int64]) -> Callable[[Meshes], Bo
     return lambda meshes: size % ways(meshes) != 0
 
 
-def _splits_or_replicates(kv_heads: int) -> Callable[[Meshes], Bools]:
-    return lambda m: (kv_heads % m.tp != 0) & (m.tp % kv_heads != 0)
+def _splits_kv(kv_heads: int, *, replicates: bool) -> Callable[[Meshes], Bools]:
+    return lambda m: (kv_heads % m.tp != 0) & ((m.tp % kv_heads != 0) | (not replicates))
 
 
 def _exchanges(heads: int) -> Callable[[Meshes], Bools]:

@@ -123,7 +123,8 @@ def runs(request: Request, x: Layout) -> bool:
             exchanged = mixer.heads
             if isinstance(mixer, AttentionSpec):
                 exchanged = mixer.kv_heads
-                if mixer.kv_heads % x.tp and x.tp % mixer.kv_heads:
+                repeats = request.stack.kv_head_replication and x.tp % mixer.kv_heads == 0
+                if mixer.kv_heads % x.tp and not repeats:
                     return False
             if x.cp > 1 and x.cp_kind == "a2a" and exchanged % (x.tp * x.cp):
                 return False
