@@ -104,6 +104,20 @@ class Timeline:
     busy_ns: tuple[int, ...]
 
 
+@lru_cache(maxsize=256)
+def _slots(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int
+) -> tuple[tuple[tuple[bool, int], ...], ...]:
+    """Each rank's order as (forward?, virtual stage * microbatches + microbatch)."""
+    return tuple(
+        tuple(
+            (action.forward, (action.chunk * pp + rank) * microbatches + action.microbatch)
+            for action in rank_order(schedule, pp, vpp, microbatches, rank)
+        )
+        for rank in range(pp)
+    )
+
+
 def simulate(
     schedule: Schedule,
     pp: int,
@@ -119,13 +133,7 @@ def simulate(
     unknown = -1
     forward_end = [unknown] * (stages * count)
     backward_end = [unknown] * (stages * count)
-    orders = [
-        [
-            (action.forward, (action.chunk * pp + rank) * count + action.microbatch)
-            for action in rank_order(schedule, pp, vpp, microbatches, rank)
-        ]
-        for rank in range(pp)
-    ]
+    orders = _slots(schedule, pp, vpp, microbatches)
     position = [0] * pp
     clock = [0] * pp
     remaining = sum(len(order) for order in orders)

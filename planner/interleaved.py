@@ -7,6 +7,7 @@ listed, priced as arrays, and the ones that may win handed out one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from cost_models.step import Field
 UNLIMITED = 1 << 62
 
 Ints = NDArray[np.int64]
+_PARTITIONS: dict[tuple[int, int, bool], Ints] = {}
+"""Partitions by number of layers, of virtual stages, and whether they may be uneven."""
 _EXTRA = {"selective": Field.SELECTIVE, "full": Field.FULL}
 
 
@@ -30,25 +33,31 @@ def interleaved_candidates(
     above ``cutoff()``. For one partition only the fewest fully recomputed layers that fit are
     listed: more of them add time and nothing else.
     """
-    partitions = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)
+    key = (len(leaf.sequence), leaf.stages, leaf.uneven)
+    partitions = _PARTITIONS.get(key)
+    if partitions is None:
+        partitions = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)
+        _PARTITIONS[key] = partitions
     if not len(partitions):
         return
     table = _Table(leaf, partitions)
     limit = cutoff()
     found: list[tuple[int, tuple[int, ...], Recompute]] = []
-    plain, _ = table.price(np.arange(len(partitions)), ("none", 0))
+    plain = table.surrogates(np.arange(len(partitions)), ("none", 0))
     skipped = int(plain[plain >= limit].min(initial=UNLIMITED))
     open_ = np.flatnonzero(plain < limit)
     for option in options:
         if not len(open_):
             break
-        times, holds = table.price(open_, option)
+        times = table.surrogates(open_, option)
         slow = times >= limit
         skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
-        for index, time in zip(open_[holds & ~slow], times[holds & ~slow], strict=True):
+        fast, times = open_[~slow], times[~slow]
+        holds = table.fits(fast, option) if len(fast) else np.zeros(0, dtype=bool)
+        for index, time in zip(fast[holds], times[holds], strict=True):
             found.append((int(time), tuple(partitions[index].tolist()), option))
         if option[0] == "full":
-            open_ = open_[~slow & ~holds]
+            open_ = fast[~holds]
     for time, bounds, option in sorted(found):
         if time >= cutoff():
             skipped = min(skipped, time)
@@ -56,6 +65,13 @@ def interleaved_candidates(
         yield time, Completion(bounds, (option,) * leaf.stages)
     if skipped < UNLIMITED:
         yield skipped, None
+
+
+@lru_cache(maxsize=16384)
+def _live(pp: int, vpp: int, microbatches: int, rank: int) -> Ints:
+    """Microbatches alive per chunk (rows) at each candidate for the peak (columns)."""
+    vectors = live_peaks("interleaved", pp, vpp, microbatches, rank)
+    return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
 
 
 class _Table:
@@ -67,13 +83,10 @@ class _Table:
         self.counts = np.array(leaf.counts, dtype=np.int64)
         self.kinds = np.array(leaf.kinds, dtype=np.int64)
 
-    def price(self, rows: Ints, option: Recompute) -> tuple[Ints, NDArray[np.bool_]]:
-        """Surrogate in ns of each partition in ``rows`` under ``option``, and whether it fits."""
-        leaf, (mode, limit) = self.leaf, option
-        first, last = self.first[rows], self.last[rows]
-        split = np.minimum(last, first + limit) if mode == "full" else last
-        held = self.counts[last] - self.counts[first]
-        front = self.counts[split] - self.counts[first]
+    def surrogates(self, rows: Ints, option: Recompute) -> Ints:
+        """Surrogate in ns of each partition in ``rows`` under ``option``."""
+        leaf, mode = self.leaf, option[0]
+        held, front = self._layers(rows, option)
         forward = self._sum(held, Field.FORWARD)
         backward = self._sum(held, Field.BACKWARD)
         if mode in _EXTRA:
@@ -83,8 +96,15 @@ class _Table:
             gradient[:, 0] += leaf.tied_sync_ns
             gradient[:, -1] += leaf.tied_sync_ns
         update = self._sum(held, Field.OPTIMIZER) + self._sum(held, Field.PARAMETER)
-        surrogate = self._surrogate(*map(self._by_rank, (forward, backward, gradient, update)))
-        return surrogate, self._fits(held, front, mode)
+        return self._surrogate(*map(self._by_rank, (forward, backward, gradient, update)))
+
+    def _layers(self, rows: Ints, option: Recompute) -> tuple[Ints, Ints]:
+        """Layers per partition, virtual stage and kind: all, and those in the option's mode."""
+        mode, limit = option
+        first, last = self.first[rows], self.last[rows]
+        split = np.minimum(last, first + limit) if mode == "full" else last
+        counts = self.counts
+        return counts[last] - counts[first], counts[split] - counts[first]
 
     def _sum(self, held: Ints, field: Field) -> Ints:
         """A field per virtual stage, ends included; shape (partitions, stages)."""
@@ -114,8 +134,11 @@ class _Table:
         result: Ints = ends + update.sum(axis=1).max(axis=1) + leaf.sync_ns
         return result
 
-    def _fits(self, held: Ints, front: Ints, mode: str) -> NDArray[np.bool_]:
-        leaf, rest = self.leaf, held - front
+    def fits(self, rows: Ints, option: Recompute) -> NDArray[np.bool_]:
+        """Whether each partition in ``rows`` fits under ``option``."""
+        leaf, mode = self.leaf, option[0]
+        held, front = self._layers(rows, option)
+        rest = held - front
         kept, short = MODE_FIELDS[mode]
         activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
         working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
@@ -129,8 +152,8 @@ class _Table:
         alive = self._by_rank(activation)
         ok = np.ones(len(held), dtype=bool)
         for rank in range(leaf.pp):
-            vectors = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
-            most = (alive[:, :, rank] @ np.array(vectors, dtype=np.int64).T).max(axis=1)
+            vectors = _live(leaf.pp, leaf.vpp, leaf.microbatches, rank)
+            most = (alive[:, :, rank] @ vectors).max(axis=1)
             peak = leaf.fixed_bytes + static[:, rank] + most + short_lived[:, rank]
             ok &= peak <= leaf.capacity_bytes
         return ok

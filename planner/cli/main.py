@@ -6,6 +6,7 @@ fast. The exit codes are those of :mod:`planner.errors`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,6 +113,8 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Console script."""
+    # A command is one short computation over long-lived tables: collect cycles rarely.
+    gc.set_threshold(200_000, 20, 20)
     code = run()
     silence_stdout()
     sys.exit(code)
