@@ -16,6 +16,10 @@ MAX_BYTES = 8 * 1024 * 1024
 """Largest document read; a model, cluster or job is a few kilobytes."""
 
 M = TypeVar("M", bound=BaseModel)
+MAX_DEPTH = 200
+"""Levels of nesting; no document that is read here needs a tenth of it."""
+_BRACKETS = re.compile(r"[\[\]{}]")
+_DASHES = re.compile(rf"(?:- ){{{MAX_DEPTH}}}")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 _LISTED = 3
 
@@ -84,6 +88,8 @@ def parse_document(text: str, *, where: str) -> object:
             f"{where}: not a text file (control character at position {control.start()})",
             hint="give a YAML or JSON document",
         )
+    if _is_deep(text):
+        raise DocumentError(f"{where}: nested more than {MAX_DEPTH} deep")
     try:
         if stripped[0] in "{[":
             try:
@@ -103,6 +109,16 @@ def parse_document(text: str, *, where: str) -> object:
         if isinstance(error, DocumentError):
             raise
         raise DocumentError(f"{where}: {error}") from None
+
+
+def _is_deep(text: str) -> bool:
+    """Whether brackets, or dashes on one line, nest deeper than a parser's C stack should go."""
+    depth = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            return True
+    return _DASHES.search(text) is not None
 
 
 def read_document(path: Path) -> object:

@@ -143,3 +143,9 @@ def test_the_first_three_of_several_problems_are_listed() -> None:
     assert error.message.splitlines()[0] == "f.yaml: 5 problems"
     assert error.message.splitlines()[-1] == "  and 2 more"
     assert len(error.message.splitlines()) == 5
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 500_000, "- " * 500_000 + "x"])
+def test_deep_nesting_is_refused_before_the_parser_sees_it(text: str) -> None:
+    with pytest.raises(DocumentError, match="nested more than 200 deep"):
+        parse_document(text, where="x")
