@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from planner.cli.output import Format
 from planner.errors import InputError, did_you_mean
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+Command: TypeAlias = Callable[..., None]
 
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
@@ -63,29 +65,70 @@ Reserve = Annotated[
     str | None,
     typer.Option("--reserve", metavar="BYTES", help="Leave this free on each device: 2GiB."),
 ]
+Fix = Annotated[
+    list[str] | None,
+    typer.Option("--fix", metavar="DEGREE=N", help="Fix a degree: tp=8. Repeatable."),
+]
+Max = Annotated[
+    list[str] | None,
+    typer.Option("--max", metavar="DEGREE=N", help="Bound a degree: pp=16. Repeatable."),
+]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option("--forbid", metavar="DEGREE", help="Keep a degree at 1. Repeatable."),
+]
+ScheduleOnly = Annotated[
+    str | None, typer.Option("--schedule", metavar="NAME", help="gpipe, 1f1b or interleaved.")
+]
+RecomputeOnly = Annotated[
+    str | None,
+    typer.Option("--recompute", metavar="MODE", help="Allow only none, selective or full."),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tolerance", metavar="GAP", help="Relative gap called optimal; default 0.01."),
+]
 
 
-def job_overrides(
-    *,
-    seq_len: str | None = None,
-    global_batch: str | None = None,
-    global_batch_tokens: str | None = None,
-    precision: str | None = None,
-    optimizer: str | None = None,
-    stack: str | None = None,
-    no_recompute: bool = False,
-    reserve: str | None = None,
-    tolerance: float | None = None,
-    fix: Iterable[str] = (),
-    maximum: Iterable[str] = (),
-    forbid: Iterable[str] = (),
-    schedule: str | None = None,
-    recompute: str | None = None,
-    sequence_parallel: bool | None = None,
+def takes(group: Callable[..., dict[str, Any]], keyword: str) -> Callable[[Command], Command]:
+    """Give a command the flags that ``group`` takes, and what they mean as argument ``keyword``.
+
+    A group is a function from flags, annotated as Typer wants them, to keys of a job. So a flag is
+    declared once, whichever commands have it. The flags stand after the argument ``job``.
+    """
+
+    def decorate(command: Command) -> Command:
+        shared = inspect.signature(group, eval_str=True).parameters
+        own = inspect.signature(command, eval_str=True).parameters
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            flags = {name: values.pop(name) for name in shared}
+            command(**values, **{keyword: group(**flags)})
+
+        merged = [own[name] for name in own if name != keyword]
+        after_job = 1 + [p.name for p in merged].index("job")
+        merged[after_job:after_job] = shared.values()
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in merged]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def job_flags(
+    seq_len: SeqLen = None,
+    global_batch: GlobalBatch = None,
+    global_batch_tokens: GlobalBatchTokens = None,
+    precision: Precision = None,
+    optimizer: Optimizer = None,
+    stack: Stack = None,
+    reserve: Reserve = None,
 ) -> dict[str, Any]:
-    """The keys of ``planner.specs.JobSpec`` that the user set, ``constraints`` nested.
+    """The keys of ``planner.specs.JobSpec`` that the user set.
 
-    Raises :class:`InputError` for text that is not a number, a degree or ``name=value``.
+    Raises :class:`InputError` for text that is not a number.
     """
     if global_batch is not None and global_batch_tokens is not None:
         raise InputError(
@@ -93,34 +136,51 @@ def job_overrides(
             "both set the batch",
             hint="give one of them",
         )
-    constraints = {
-        "fix": _assignments("--fix", fix),
-        "max": _assignments("--max", maximum),
-        "forbid": [_degree("--forbid", name) for name in _split(forbid)],
-        "schedule": schedule,
-        "recompute": recompute,
-        "sequence_parallel": sequence_parallel,
-    }
-    job: dict[str, Any] = {
-        "sequence_length": None if seq_len is None else count("--seq-len", seq_len),
-        "global_batch": None if global_batch is None else count("--global-batch", global_batch),
-        "global_batch_tokens": (
+    return given(
+        sequence_length=None if seq_len is None else count("--seq-len", seq_len),
+        global_batch=None if global_batch is None else count("--global-batch", global_batch),
+        global_batch_tokens=(
             None
             if global_batch_tokens is None
             else count("--global-batch-tokens", global_batch_tokens)
         ),
-        "precision": precision,
-        "optimizer": optimizer,
-        "stack": stack,
-        "allow_recompute": False if no_recompute else None,
-        "memory_reserve_bytes": None if reserve is None else size("--reserve", reserve),
-        "tolerance": tolerance,
-        "constraints": {
-            key: value for key, value in constraints.items() if value not in (None, {}, [])
-        }
-        or None,
-    }
-    return {key: value for key, value in job.items() if value is not None}
+        precision=precision,
+        optimizer=optimizer,
+        stack=stack,
+        memory_reserve_bytes=None if reserve is None else size("--reserve", reserve),
+    )
+
+
+def search_flags(
+    fix: Fix = None,
+    maximum: Max = None,
+    forbid: Forbid = None,
+    schedule: ScheduleOnly = None,
+    recompute: RecomputeOnly = None,
+    no_recompute: NoRecompute = False,
+    tolerance: Tolerance = None,
+) -> dict[str, Any]:
+    """The keys of a job that bound its search, ``constraints`` nested.
+
+    Raises :class:`InputError` for text that is not a degree or ``name=value``.
+    """
+    constraints = given(
+        fix=_assignments("--fix", fix or ()) or None,
+        max=_assignments("--max", maximum or ()) or None,
+        forbid=[_degree("--forbid", name) for name in _split(forbid or ())] or None,
+        schedule=schedule,
+        recompute=recompute,
+    )
+    return given(
+        allow_recompute=False if no_recompute else None,
+        tolerance=tolerance,
+        constraints=constraints or None,
+    )
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are set."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def check_time_limit(seconds: float | None) -> None:

@@ -36,14 +36,24 @@ def chosen(wanted: Format | None, output: Path | None = None) -> Format:
 def write(text: str, output: Path | None = None) -> None:
     """Write ``text`` to standard output, or to a file that appears whole or not at all."""
     if output is None:
-        if sys.stdout is not None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        _write_stdout(text)
         return
     try:
         _write_atomic(text, output)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
+
+
+def _write_stdout(text: str) -> None:
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"standard output: cannot be written: {error.strerror}") from None
 
 
 def _write_atomic(text: str, output: Path) -> None:

@@ -23,6 +23,7 @@ BAD_LINES = 20
 
 
 @app.command()
+@options.takes(options.job_flags, "flags")
 def evaluate(
     model: options.Model,
     cluster: options.Cluster,
@@ -63,14 +64,9 @@ def evaluate(
     recompute: Annotated[
         str | None, typer.Option("--recompute", help="none, selective or full.")
     ] = None,
-    seq_len: options.SeqLen = None,
-    global_batch: options.GlobalBatch = None,
-    global_batch_tokens: options.GlobalBatchTokens = None,
-    precision: options.Precision = None,
-    optimizer: options.Optimizer = None,
-    stack: options.Stack = None,
-    reserve: options.Reserve = None,
     format_: options.OutputFormat = None,
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Price layouts of MODEL on CLUSTER: one from flags, or many from --layouts.
 
@@ -78,15 +74,6 @@ def evaluate(
     prediction, fits false) or error (with code, message and hint). Exit code 0 when the stream was
     read, 2 when it was not JSON lines.
     """
-    overrides = options.job_overrides(
-        seq_len=seq_len,
-        global_batch=global_batch,
-        global_batch_tokens=global_batch_tokens,
-        precision=precision,
-        optimizer=optimizer,
-        stack=stack,
-        reserve=reserve,
-    )
     named = {
         "tp": tp, "sequence_parallel": sequence_parallel, "cp": cp, "cp_kind": cp_kind, "pp": pp,
         "vpp": vpp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard,
@@ -108,7 +95,7 @@ def evaluate(
 
     from planner import pipeline
 
-    request = pipeline.read_request(model, cluster, job, overrides, stdin=read_stdin)
+    request = pipeline.read_request(model, cluster, job, flags, stdin=read_stdin)
     if layouts is None:
         _evaluate_one(request, layout, format_)
     else:

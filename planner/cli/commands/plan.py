@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,44 +14,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
+@options.takes(options.job_flags, "flags")
+@options.takes(options.search_flags, "limits")
 def plan(
     model: options.Model,
     cluster: options.Cluster,
     job: options.Job = None,
-    seq_len: options.SeqLen = None,
-    global_batch: options.GlobalBatch = None,
-    global_batch_tokens: options.GlobalBatchTokens = None,
-    precision: options.Precision = None,
-    optimizer: options.Optimizer = None,
-    stack: options.Stack = None,
-    no_recompute: options.NoRecompute = False,
-    reserve: options.Reserve = None,
-    fix: Annotated[
-        list[str] | None,
-        typer.Option("--fix", metavar="DEGREE=N", help="Fix a degree: tp=8. Repeatable."),
-    ] = None,
-    maximum: Annotated[
-        list[str] | None,
-        typer.Option("--max", metavar="DEGREE=N", help="Bound a degree: pp=16. Repeatable."),
-    ] = None,
-    forbid: Annotated[
-        list[str] | None,
-        typer.Option("--forbid", metavar="DEGREE", help="Keep a degree at 1. Repeatable."),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option("--schedule", metavar="NAME", help="gpipe, 1f1b or interleaved."),
-    ] = None,
-    recompute: Annotated[
-        str | None,
-        typer.Option("--recompute", metavar="MODE", help="Allow only none, selective or full."),
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance", metavar="GAP", help="Relative gap called optimal; default 0.01."
-        ),
-    ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option("--time-limit", metavar="SECONDS", help="Stop the search after this long."),
@@ -62,28 +30,15 @@ def plan(
     format_: options.OutputFormat = None,
     output_file: options.Output = None,
     quiet: options.Quiet = False,
+    *,
+    flags: dict[str, Any],
+    limits: dict[str, Any],
 ) -> None:
     """Find the best layout of MODEL on CLUSTER, proven under the cost model.
 
     Exit codes: 0 a plan; 2 bad input; 3 proven infeasible, with the reason; 4 a limit was reached
     without a plan (with --require-optimal: without a proof).
     """
-    overrides = options.job_overrides(
-        seq_len=seq_len,
-        global_batch=global_batch,
-        global_batch_tokens=global_batch_tokens,
-        precision=precision,
-        optimizer=optimizer,
-        stack=stack,
-        no_recompute=no_recompute,
-        reserve=reserve,
-        tolerance=tolerance,
-        fix=fix or (),
-        maximum=maximum or (),
-        forbid=forbid or (),
-        schedule=schedule,
-        recompute=recompute,
-    )
     options.check_time_limit(time_limit)
 
     from planner import pipeline
@@ -91,7 +46,7 @@ def plan(
 
     chosen = output.chosen(format_, output_file)
     progress = output.Progress(quiet=quiet)
-    request = pipeline.read_request(model, cluster, job, overrides, stdin=read_stdin)
+    request = pipeline.read_request(model, cluster, job, flags | limits, stdin=read_stdin)
     try:
         result = pipeline.plan(request, time_limit_s=time_limit, progress=progress)
     except InfeasibleError as error:
