@@ -40,7 +40,7 @@ def cluster_of(columns: MachineColumns) -> ClusterSpec:
     """The cluster. Raises :class:`SkippedError` for a device that does not ship, or devices that do
     not fill their nodes."""
     devices, per_node, link = columns.devices, columns.per_node, columns.link
-    node = _node(columns.accelerator)
+    node = _node(columns.accelerator, per_node)
     per_node = per_node or node.devices_per_node
     if devices <= per_node:
         node = node.model_copy(update={"devices_per_node": devices})
@@ -56,12 +56,12 @@ def _homogeneous(node: NodeSpec, count: int) -> ClusterSpec:
 
 
 @lru_cache(maxsize=64)
-def _node(accelerator: str) -> NodeSpec:
+def _node(accelerator: str, per_node: int | None) -> NodeSpec:
     name = accelerator.lower()
     if not name:
         raise SkippedError("no accelerator")
     for entry in table("machines")["accelerators"]:
-        if name in entry["names"]:
+        if name in entry["names"] and entry.get("per_node", per_node) == per_node:
             return load_node(entry["node"])
     if name in catalog_names("node") or name in catalog_aliases("node"):
         return load_node(name)

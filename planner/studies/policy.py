@@ -50,11 +50,17 @@ class Reading:
             self.filled[column] = self.override[column]
             return str(self.override[column])
         if stated:
-            return str(self.values.get(column, {}).get(stated, stated)).lower()
+            return self._rewritten(column, stated)
         if self.fill.get(column) is None:
             return ""
         self.filled[column] = self.fill[column]
         return str(self.fill[column]).lower()
+
+    def _rewritten(self, column: str, stated: str) -> str:
+        for wanted, meaning in self.values.get(column, {}).items():
+            if pattern(wanted).fullmatch(stated):
+                return str(meaning).lower()
+        return stated
 
     def size(self, column: str) -> int:
         """A whole number above zero. Raises :class:`SkippedError` where there is none."""
@@ -101,7 +107,7 @@ def reading_of(run: Run, changes: Mapping[str, Cell] | None = None) -> Reading:
     fill = {**frameworks["defaults"]["fill"], **entry.get("fill", {})}
     assume, override = dict(entry.get("assume", {})), dict(entry.get("override", {}))
     for case in entry.get("cases") or ():
-        if all(_equal(run.text(column), wanted) for column, wanted in case["when"].items()):
+        if _when(case, run):
             fill |= case.get("fill", {})
             assume |= case.get("assume", {})
             override |= case.get("override", {})
@@ -118,8 +124,11 @@ def _fits(entry: Mapping[str, Any], run: Run, name: str) -> bool:
     wanted = entry.get("precisions")
     if wanted and not any(_labelled(run.text("precision").lower(), each) for each in wanted):
         return False
-    overlap = entry.get("overlap")
-    return not overlap or bool(pattern(overlap).search(run.text("overlap_notes").lower()))
+    return _when(entry, run)
+
+
+def _when(entry: Mapping[str, Any], run: Run) -> bool:
+    return all(_equal(run.text(column), wanted) for column, wanted in entry.get("when", {}).items())
 
 
 def _labelled(text: str, precision: str) -> bool:

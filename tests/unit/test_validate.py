@@ -56,7 +56,7 @@ def test_a_complete_run_is_priced_without_a_policy() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"accelerator": "TPU v5p"}, "accelerator not in the catalogue: TPU v5p"),
+        ({"accelerator": "WSE-2"}, "accelerator not in the catalogue: WSE-2"),
         ({"accelerator": ""}, "no accelerator"),
         ({"framework": "abacus"}, "no stack for framework abacus"),
         ({"framework": ""}, "no framework"),
