@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models import compute, interconnect, memory
+from cost_models import compute, interconnect, memory, state
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.step import Field, LayerTimes, Machine, Real, expose, to_ns
 
@@ -61,13 +61,13 @@ def price_kind(
     ``times`` are the layer's for the same ``shard``. ``drop_tied`` marks configurations whose
     head shares the embedding's weights on the same device (one pipeline stage).
     """
-    local = memory.local_parameters(kind, shard, vocab_divisor)
+    local = state.local_parameters(kind, shard, vocab_divisor)
     dense = local.dense
     if drop_tied is not None:
         for weight in kind.weights:
             if weight.name == "head.tied":
                 dense = dense - np.where(
-                    drop_tied, memory.local_elements(weight, shard, vocab_divisor), 0
+                    drop_tied, state.local_elements(weight, shard, vocab_divisor), 0
                 )
     expert_ranks = shard.tp * shard.cp * data.shard // (shard.ep * shard.etp)
     attention_mesh = _Mesh(
@@ -80,8 +80,8 @@ def price_kind(
     forward = _phase_seconds(times, "forward")
     backward = _phase_seconds(times, "backward")
     rules, stack = machine.rules, machine.stack
-    state = [
-        memory.state_bytes(
+    held = [
+        state.state_bytes(
             elements, ways=mesh.ways, zero_stage=data.zero_stage, pipelined=data.pp > 1, rules=rules
         )
         for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh))
@@ -111,11 +111,11 @@ def price_kind(
     gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     activations = memory.activation_bytes(kind, shard)
-    gathered_bytes = state[0].gathered + state[1].gathered
+    gathered_bytes = held[0].gathered + held[1].gathered
     lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
-    weights = state[0].weights + state[1].weights
-    gradients = state[0].gradients + state[1].gradients
-    optimizer = state[0].optimizer + state[1].optimizer
+    weights = held[0].weights + held[1].weights
+    gradients = held[0].gradients + held[1].gradients
+    optimizer = held[0].optimizer + held[1].optimizer
     rows = np.empty((len(Field), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
@@ -176,11 +176,11 @@ def _optimizer_seconds(
     machine: Machine,
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
-    moments = memory.OPTIMIZER_MOMENTS[machine.optimizer]
+    moments = state.OPTIMIZER_MOMENTS[machine.optimizer]
     per_element = 8 + 8 + 8 * moments + machine.rules.gather_bytes
     sharded = data.zero_stage >= 1
-    elements = np.where(sharded, memory.ceil_div(dense, attention_mesh.ways), dense)
-    elements = elements + np.where(sharded, memory.ceil_div(expert, expert_mesh.ways), expert)
+    elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
+    elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)
     time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
     result: Real = np.where(elements > 0, time, 0.0)
     return result

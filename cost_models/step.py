@@ -24,7 +24,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models import compute, interconnect, memory
+from cost_models import compute, interconnect, state
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import (
@@ -97,9 +97,9 @@ class Machine:
         object.__setattr__(self, "fabric", fabric_of(self.cluster))
 
     @property
-    def rules(self) -> memory.StateRules:
+    def rules(self) -> state.StateRules:
         """Bytes per parameter."""
-        return memory.state_rules(
+        return state.state_rules(
             precision=self.precision,
             optimizer=self.optimizer,
             master_weights=self.stack.master_weights,
