@@ -8,16 +8,18 @@ of the model, the source and the notes change no prediction.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
 from planner.layouts import complete_layout
+from planner.plan import Layout
 from planner.predict import Priced, predict, price
 from planner.request import Request
 from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, flops_per_token, has_metric, measured
-from planner.studies.policy import Cell, family_of, reading_of
+from planner.studies.policy import Cell, Reading, family_of, reading_of
 from planner.studies.published import layout_of, request_of
 from planner.studies.runs import Run, SkippedError, read_runs
 from planner.studies.summary import summarise
@@ -84,8 +86,8 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
         reading = reading_of(run, changes)
         row["stack"] = reading.stack
         request = request_of(reading)
-        layout, warnings = layout_of(reading, request)
-        priced = price_run(request, layout)
+        prepared = prepared_of(reading, request)
+        priced = price(prepared.layout, request)
     except SkippedError as skipped:
         row["reason"] = str(skipped)
     else:
@@ -93,7 +95,7 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
         row |= {
             "status": "priced",
             "policy_filled": sorted(reading.filled),
-            "warnings": warnings,
+            "warnings": prepared.warnings,
         }
     found = measured(run, request)
     utilisation = _utilisation(found.step_time_s, request)
@@ -112,6 +114,39 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
     return row
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that can be priced."""
+
+    request: Request
+    layout: Layout
+    family: str
+    warnings: list[str]
+
+
+def prepare(run: Run, changes: Mapping[str, Cell] | None = None) -> Prepared:
+    """The run's request and complete layout. Raises :class:`SkippedError` with the reason."""
+    reading = reading_of(run, changes)
+    return prepared_of(reading, request_of(reading))
+
+
+def prepared_of(reading: Reading, request: Request) -> Prepared:
+    """As :func:`prepare`, for a run whose request is known."""
+    partial, warnings = layout_of(reading, request)
+    try:
+        layout = complete_layout(partial, request)
+    except (InputError, ValueError) as error:
+        raise SkippedError(f"layout not defined: {error}") from None
+    return Prepared(request, layout, family_of(reading.run.text("source")), warnings)
+
+
+def counted(run: Run, request: Request) -> float | None:
+    """The measured step time in seconds if errors against it count, else None."""
+    found = measured(run, request)
+    utilisation = _utilisation(found.step_time_s, request)
+    return found.step_time_s if found.scored and (utilisation or 0) <= 1 else None
+
+
 def _utilisation(step_s: float | None, request: Request | None) -> float | None:
     """Causal model FLOPs over the dense peak of the run's precision; above 1 is impossible."""
     if not step_s or request is None:
@@ -119,14 +154,6 @@ def _utilisation(step_s: float | None, request: Request | None) -> float | None:
     flops = flops_per_token(request, full_attention=False) * request.global_batch * request.sequence
     peak = request.machine.device.peak_flops[request.job.precision].si
     return flops / request.devices / step_s / peak
-
-
-def price_run(request: Request, layout: Mapping[str, Any]) -> Priced:
-    """A run's layout priced. Raises :class:`SkippedError` for one that cannot exist."""
-    try:
-        return price(complete_layout(layout, request), request)
-    except (InputError, ValueError) as error:
-        raise SkippedError(f"layout not defined: {error}") from None
 
 
 def _prediction(priced: Priced, request: Request) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Fit device, stack and link profiles from measurements."""
