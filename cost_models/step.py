@@ -12,6 +12,13 @@ What hides behind what:
 * while two things overlap, the hidden collective still costs its contention: ``overlap_contention``
   of the hidden time.
 
+The host queues kernels ahead of the device, over many layers: a layer takes the longer of its host
+time and its device time, forward, recomputation and backward *together*. The exact floor is that
+of a whole chunk, the maximum of two sums; this one is the sum of the maxima, never below it and
+equal to it for layers of one kind (and linear in the layers, as measured steps of small models
+are). Where the forward waits for a count from the device (experts' rows), the queue is empty there,
+so each pass has its own floor.
+
 Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_models.data_parallel``.
 """
 
@@ -142,7 +149,8 @@ class _Accumulator:
     def __init__(self, size: int) -> None:
         self.terms = {c: {p: np.zeros(size) for p in PHASES} for c in CATEGORIES}
         self.windows: dict[str, Real] = {}
-        self.launches = {"forward": np.zeros(size), "backward": np.zeros(size)}
+        self.host = {p: np.zeros(size) for p in ("forward", "backward", "selective")}
+        self.drains = False
 
     def add(
         self, category: str, forward: Real | float, backward: Real | float, *, selective: bool
@@ -165,14 +173,34 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     for op in ops:
         if isinstance(op, Collective):
             _price_collective(op, acc, shard, machine)
-    overhead = machine.stack.launch_overhead.si
-    for phase in ("forward", "backward"):
-        busy = np.sum([acc.terms[c][phase] for c in CATEGORIES], axis=0)
-        slow = np.maximum(acc.launches[phase] * overhead - busy, 0.0)
-        acc.terms["launch"][phase] += slow
-        if phase == "forward":
-            acc.terms["launch"]["full"] += slow
+    _wait_for_host(acc, machine)
     return LayerTimes(acc.terms)
+
+
+def _wait_for_host(acc: _Accumulator, machine: Machine) -> None:
+    """Add the time for which the device waits; the module's docstring says how far ahead it runs.
+
+    Where the passes share a floor, each gets its part of the wait by its own shortfall, and
+    recomputation what it adds to the wait: less than nothing where the device catches up with it.
+    """
+    ahead = {
+        phase: host - np.sum([acc.terms[c][phase] for c in CATEGORIES], axis=0)
+        for phase, host in acc.host.items()
+    }
+    forward, backward = (np.maximum(ahead[phase], 0.0) for phase in ("forward", "backward"))
+    wait = acc.terms["launch"]
+    if acc.drains:
+        wait["forward"] += forward + machine.stack.expert_sync.si
+        wait["backward"] += backward
+        wait["full"] += forward + machine.stack.expert_sync.si
+        wait["selective"] += np.maximum(ahead["backward"] + ahead["selective"], 0.0) - backward
+        return
+    together = ahead["forward"] + ahead["backward"]
+    shared, apart = np.maximum(together, 0.0), forward + backward
+    wait["forward"] += np.divide(shared * forward, apart, out=np.zeros_like(apart), where=apart > 0)
+    wait["backward"] += shared - wait["forward"]
+    wait["full"] += np.maximum(together + ahead["forward"], 0.0) - shared
+    wait["selective"] += np.maximum(together + ahead["selective"], 0.0) - shared
 
 
 def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
@@ -191,7 +219,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             acc.windows |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
-            _launch(acc, 1, 2)
+            _launch(op, acc, machine, 1, 2)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
             args = (op.groups, op.rows, op.n, op.k)
@@ -203,7 +231,11 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
             )
             acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
-            _launch(acc, 1, 2)
+            _launch(op, acc, machine, 1, 2)
+            calls = np.asarray(op.groups) * machine.stack.expert_launch.si
+            acc.host["forward"] += calls
+            acc.host["backward"] += 2 * calls
+            acc.drains = True
         case Attention():
             kernel = machine.stack.attention_kernel(device.name)
             dtype = "fp16" if machine.precision == "fp16" else "bf16"
@@ -223,7 +255,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             )  # fmt: skip
             acc.add("attention", forward, backward, selective=op.selective)
             acc.windows |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
-            _launch(acc, 1, 2)
+            _launch(op, acc, machine, 1, 2)
         case Elementwise():
             acc.add(
                 "memory_bound",
@@ -231,7 +263,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 _memory_bound(machine, op.backward_bytes, op.backward_launches),
                 selective=op.selective,
             )
-            _launch(acc, op.forward_launches, op.backward_launches)
+            _launch(op, acc, machine, op.forward_launches, op.backward_launches)
         case Collective():  # priced after the kernels it may hide behind
             pass
 
@@ -244,9 +276,13 @@ def _memory_bound(machine: Machine, bytes_moved: Reals, launches: int) -> Real |
     return compute.memory_bound_time_s(machine.device, bytes_moved) + latency * (launches - 1)
 
 
-def _launch(acc: _Accumulator, forward: int, backward: int) -> None:
-    acc.launches["forward"] += forward
-    acc.launches["backward"] += backward
+def _launch(op: Op, acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints) -> None:
+    """Host time of an op's launches."""
+    each_s = machine.stack.launch_overhead.si
+    acc.host["forward"] += np.asarray(forward) * each_s
+    acc.host["backward"] += np.asarray(backward) * each_s
+    if op.selective:
+        acc.host["selective"] += np.asarray(forward) * each_s
 
 
 def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: Machine) -> None:
@@ -275,9 +311,16 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
         else:
             time = time * (1.0 - share * (1.0 - contention))
         visible.append(np.where(active, time, 0.0))
-        acc.launches["forward" if len(visible) == 1 else "backward"] += np.where(active, count, 0)
     category = f"{'ep' if op.group in ('ep', 'etp') else op.group}_comm"
     acc.add(category, visible[0], visible[1], selective=op.selective)
+    counts = (
+        np.where(active, count if kind else 0, 0)
+        for kind, count in (
+            (op.forward_kind, op.forward_count),
+            (op.backward_kind, op.backward_count),
+        )
+    )
+    _launch(op, acc, machine, *counts)
 
 
 def _collective_time(

@@ -315,7 +315,15 @@ class StackSpec(Profile):
     """Fusions on by default: ``bias_gelu``, ``swiglu``, ``bias_dropout_add``, ``rope``,
     ``cross_entropy``, ``wgrad_accumulation``, ``masked_softmax``, ``grouped_gemm``, ``norm``."""
     launch_overhead: Sourced
-    """Host seconds per kernel launch; binds where kernels are shorter than that."""
+    """Host seconds per op that the cost model counts: dispatch, autograd, hooks, and the views and
+    casts around it. It binds where the kernels of a layer are shorter (see ``cost_models.step``);
+    next to nothing for replayed graphs and compiled programs."""
+    expert_launch: Sourced
+    """Host seconds per expert of a rank in each product of a grouped matrix multiplication: library
+    calls, one per expert, and their hooks; 0 where one kernel serves all experts."""
+    expert_sync: Sourced
+    """Seconds for which the device idles when the host waits for the experts' row counts, once per
+    forward of such a layer."""
     overlap_dp_gradients: bool
     overlap_dp_parameters: bool
     overlap_pipeline: bool

@@ -151,7 +151,8 @@ def draw_stack(rng: Random, moe: bool) -> StackSpec:
     name = rng.choice(STACKS[:2] if moe else STACKS)
     stack = _stack(name)
     changes: dict[str, Any] = {
-        "launch_overhead": number(rng.choice((0.05, 0.5, 5.0)), "us"),
+        "launch_overhead": number(rng.choice((0.05, 0.5, 5.0, 50.0)), "us"),
+        "expert_sync": number(rng.choice((0.0, 20.0)), "us"),
         "gradient_bucket_bytes": number(rng.choice((0.1, 10.0, 160.0)), "MB"),
     }
     if rng.random() < 0.25:
