@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
+from hardware_profiles.borrowing import DEFAULT_LENDER, EARNED, SILICON, lend
 from hardware_profiles.cluster_documents import ClusterRequest, split_short_form
 from hardware_profiles.documents import (
     MAX_BYTES,
@@ -189,10 +190,11 @@ def _expand(
             raise DocumentError(f"{where}: extends: must be a catalogue name, got {parent!r}")
         kind: Any = kinds[model]
         base = _load(kind, model, parent, folder)
-        inherited = {name: getattr(base, name) for name in model.model_fields}
-        own = {"name": f"{inherited['name']}-custom", "aliases": ()}
-        own = {name: value for name, value in own.items() if name in inherited}
-        fields = {**inherited, **own, **fields}
+        fields = _inherit(base, fields, where=where)
+    elif model is DeviceSpec and "kernels" not in fields and isinstance(
+        peaks := fields.get("peak_flops"), Mapping
+    ):
+        fields["kernels"] = lend(load_device(DEFAULT_LENDER), peaks)
     if "title" in model.model_fields and "name" in fields:
         fields.setdefault("title", fields["name"])
     for name, (kind, inner) in _REFERENCES.get(model, {}).items():
@@ -209,7 +211,49 @@ def _expand(
             fields.get(name), (str, int, float)
         ):
             fields[name] = _quantity(fields[name], where=where, name=name)
+        elif field.annotation == dict[str, Sourced] and isinstance(fields.get(name), Mapping):
+            fields[name] = _quantities(fields[name], where=where, name=name)
     return fields
+
+
+def _inherit(base: BaseModel, fields: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """``fields`` over those of ``base``; maps of numbers merge key by key, null removes one.
+
+    Names, aliases and list prices are not inherited. A device of other silicon than its parent
+    keeps the parent's kernel efficiencies as borrowed ones (``hardware_profiles.borrowing``).
+    """
+    inherited = {name: getattr(base, name) for name in type(base).model_fields}
+    reset = {"name": f"{inherited['name']}-custom", "aliases": (), "price_per_hour": None}
+    merged = {**inherited, **{key: value for key, value in reset.items() if key in inherited}}
+    for name, value in fields.items():
+        parent = inherited.get(name)
+        if isinstance(value, Mapping) and isinstance(parent, Mapping) and _is_numbers(parent):
+            own = _quantities(value, where=where, name=name)
+            value = {key: v for key, v in {**parent, **own}.items() if v is not None}
+        merged[name] = value
+    if isinstance(base, DeviceSpec) and SILICON & fields.keys():
+        for name in EARNED:
+            if name not in fields:
+                merged[name] = DeviceSpec.model_fields[name].get_default(call_default_factory=True)
+        if "kernels" not in fields:
+            merged["kernels"] = lend(base, merged["peak_flops"])
+    elif isinstance(base, DeviceSpec) and "price_per_hour" not in fields:
+        merged["price_per_hour"] = base.price_per_hour
+    return merged
+
+
+def _is_numbers(values: Mapping[str, Any]) -> bool:
+    return bool(values) and all(isinstance(value, Sourced) for value in values.values())
+
+
+def _quantities(values: Mapping[Any, Any], *, where: str, name: str) -> dict[str, Any]:
+    """``values`` with numbers written as text replaced by numbers with provenance."""
+    return {
+        str(key): _quantity(value, where=where, name=f"{name}.{key}")
+        if isinstance(value, (str, int, float))
+        else value
+        for key, value in values.items()
+    }
 
 
 def _quantity(value: str | float, *, where: str, name: str) -> Sourced:

@@ -209,6 +209,13 @@ class NodeSpec(Profile):
     host_link: Sourced
     """Bytes/s between one device and the host, one direction."""
     host_memory: Sourced | None = None
+    """Bytes of host memory of the node."""
+    host_memory_bandwidth: Sourced | None = None
+    """Bytes/s of the node's host memory, reads and writes together."""
+    price_per_hour: Sourced | None = None
+    """List price in USD per node hour; where there is none, the device's times the devices."""
+    source: str | None = None
+    """Where the counts of devices and ports are from."""
 
 
 class NetworkTier(Profile):
