@@ -191,8 +191,10 @@ def _expand(
         kind: Any = kinds[model]
         base = _load(kind, model, parent, folder)
         fields = _inherit(base, fields, where=where)
-    elif model is DeviceSpec and "kernels" not in fields and isinstance(
-        peaks := fields.get("peak_flops"), Mapping
+    elif (
+        model is DeviceSpec
+        and "kernels" not in fields
+        and isinstance(peaks := fields.get("peak_flops"), Mapping)
     ):
         fields["kernels"] = lend(load_device(DEFAULT_LENDER), peaks)
     if "title" in model.model_fields and "name" in fields:

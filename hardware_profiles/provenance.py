@@ -85,8 +85,8 @@ def kernel_basis(device: DeviceSpec, dtypes: tuple[str, ...], kernel: str) -> Ba
     for dtype in dtypes:
         product = device.kernels.matmul.get(dtype)
         found.append("assumed" if product is None else _basis(product.kind, product.borrowed_from))
-    for attention in device.kernels.attention.get(kernel, {}).values():
-        found.append(_basis(attention.kind, attention.borrowed_from))
+    attention = device.kernels.attention.get(kernel, {}).values()
+    found += [_basis(constants.kind, constants.borrowed_from) for constants in attention]
     if not found or (kernel != "unfused" and kernel not in device.kernels.attention):
         found.append("assumed")
     return min(found, key=WORST_FIRST.index)
@@ -96,9 +96,7 @@ def _kernel(
     device: DeviceSpec, what: str, value: float, constants: MatmulConstants | AttentionConstants
 ) -> Efficiency:
     basis = _basis(constants.kind, constants.borrowed_from)
-    return Efficiency(
-        device.name, what, value, basis, constants.borrowed_from, constants.source
-    )
+    return Efficiency(device.name, what, value, basis, constants.borrowed_from, constants.source)
 
 
 def _number(part: str, what: str, number: Sourced) -> Efficiency:

@@ -75,6 +75,8 @@ def predict(priced: Priced, request: Request) -> Prediction:
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
     low, high, source = band(step_s)
+    if request.kernel_basis != "measured":
+        source += f"; kernel efficiencies of {request.machine.device.name} are not its own"
     stages = tuple(
         _stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks)
     )
@@ -121,7 +123,10 @@ def _peak_flops(request: Request) -> float:
 
 
 def _price(request: Request, step_s: float) -> float | None:
-    price = request.machine.device.price_per_hour
+    node = request.cluster.groups[0].node
+    if node.price_per_hour is not None:
+        return node.price_per_hour.value * request.cluster.nodes * step_s / 3600
+    price = node.device.price_per_hour
     return None if price is None else price.value * request.devices * step_s / 3600
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from cost_models.graph import WorkloadGraph
 from cost_models.step import Machine
+from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.errors import InputError
 from planner.models.spec import ModelSpec
@@ -71,6 +72,14 @@ class Request:
                 f"efficiency (it has {', '.join(sorted(device.kernels.attention)) or 'none'})"
             )
         return None
+
+    @property
+    def kernel_basis(self) -> Basis:
+        """How the efficiencies of the kernels that this job uses are known, the weakest of them."""
+        device, precision = self.machine.device, self.job.precision
+        dtypes = {"fp8": ("fp8", "bf16")}.get(precision, (precision,))
+        kernel = "unfused" if precision == "fp32" else self.stack.attention_kernel(device.name)
+        return kernel_basis(device, dtypes, kernel)
 
     @property
     def reserve_bytes(self) -> int:

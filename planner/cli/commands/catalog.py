@@ -32,7 +32,9 @@ class Kind(StrEnum):
 def catalog(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="KIND", help="model, cluster, node, device, link or stack."),
+        typer.Argument(
+            metavar="KIND", help="model, cluster, node, device, link or stack; or check NAME."
+        ),
     ] = None,
     reference: Annotated[
         str | None, typer.Argument(metavar="NAME", help="One entry, or your own file.")
@@ -47,8 +49,15 @@ def catalog(
 
     A model is shown with its parameters: total, embedding, active per token, and those of
     multi-token-prediction modules, which are outside the total.
+
+    'catalog check NAME' reads a profile of your own (or one that ships), says which numbers
+    contradict each other (exit code 5), and which efficiencies were measured on that part,
+    borrowed from a sibling, or assumed.
     """
     chosen = output.chosen(format_)
+    if kind == "check":
+        _check(reference, chosen)
+        return
     if reference is not None:
         _show(_kind(kind or ""), reference, chosen)
         return
@@ -63,6 +72,27 @@ def catalog(
     from planner.report.catalog import catalog_table
 
     output.render(lambda: catalog_table(listing))
+
+
+def _check(reference: str | None, chosen: output.Format) -> None:
+    from planner.errors import GateError
+    from planner.studies.profile_check import check_profile
+
+    if reference is None:
+        raise InputError("check what?", hint="planner catalog check FILE")
+    report = check_profile(reference)
+    if chosen is output.Format.JSON:
+        output.write(json.dumps(report.document(), indent=2) + "\n")
+    else:
+        from planner.report.profile_check import check_table
+
+        output.render(lambda: check_table(report))
+    if report.problems:
+        count = len(report.problems)
+        raise GateError(
+            f"{reference}: {count} implausible number{'s' if count > 1 else ''}: "
+            f"{report.problems[0]}"
+        )
 
 
 def _kind(text: str) -> Kind:
