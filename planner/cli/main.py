@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "Price layouts that you name: flags for one, JSON lines for many.",
     "verify": "Recheck a plan without the solver; exit code 6 when it does not hold.",
     "validate": "Compare predictions with measured runs in a CSV file.",
+    "calibrate": "Fit a device, stack or link to measured runs, products or collectives.",
     "export": "Turn a plan into the flags of its target.",
     "catalog": "Show models, clusters, nodes, devices, links and stacks that ship.",
     "schema": "Print the JSON Schema of a document.",

@@ -32,6 +32,10 @@ class Case:
     layout: Layout
     measured_s: float
 
+    def in_family(self, family: str) -> Case:
+        """The same run, judged with others."""
+        return replace(self, family=family)
+
 
 def cases_of(
     runs: Iterable[Run], *, group: str | None = None, changes: Mapping[str, Cell] | None = None
@@ -63,7 +67,7 @@ def _case(run: Run, prepared: Prepared, family: str, measured_s: float) -> Case:
     )
 
 
-class Pricer:
+class RunPricer:
     """Predicted over measured step time, as logarithms, for a fixed list of cases.
 
     Runs of one request (model, cluster, job, stack) are priced in one call.
@@ -71,6 +75,7 @@ class Pricer:
 
     def __init__(self, cases: Sequence[Case], parameters: Sequence[Parameter]) -> None:
         self.cases = tuple(cases)
+        self.families = tuple(case.family for case in self.cases)
         self.parameters = tuple(parameters)
         groups: dict[int, list[int]] = {}
         for index, case in enumerate(self.cases):
@@ -82,8 +87,9 @@ class Pricer:
         )
         self._log_measured = np.log([case.measured_s for case in self.cases])
 
-    def moved_by(self, parameter: Parameter) -> np.ndarray:
-        """Which cases can depend on a parameter."""
+    def moved_by(self, index: int) -> np.ndarray:
+        """Which cases can depend on the parameter with this index."""
+        parameter = self.parameters[index]
         mask = np.zeros(len(self.cases), dtype=bool)
         for members in self._groups:
             request = self.cases[members[0]].request

@@ -13,13 +13,13 @@ Jacobian, projected on the bounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from planner.studies.calibrate.cases import Pricer
-from planner.studies.calibrate.parameters import Parameter, log_of, value_at
+from planner.studies.calibrate.parameters import Constant
 
 SIGMA = 0.08
 """Spread of single runs about a good model; sets how much a family counts against the priors."""
@@ -33,16 +33,38 @@ LONGEST = 0.4
 """Longest step of one coordinate."""
 
 
+class Pricer(Protocol):
+    """Measurements and a model of them: runs, kernels or collectives."""
+
+    @property
+    def parameters(self) -> Sequence[Constant]:
+        """The constants, in the order of the coordinates."""
+        ...
+
+    @property
+    def families(self) -> Sequence[str]:
+        """The family of each measurement: what is judged together."""
+        ...
+
+    def moved_by(self, index: int) -> np.ndarray:
+        """Which measurements the constant with this index reaches."""
+        ...
+
+    def residuals(self, values: Mapping[str, float], only: np.ndarray | None = None) -> np.ndarray:
+        """log(predicted / measured) of each; NaN where ``only`` is False."""
+        ...
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What is fitted: cases with weights, and parameters."""
+    """What is fitted: measurements with weights, and constants."""
 
     pricer: Pricer
     weights: np.ndarray
 
     @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """The parameters, in the order of the coordinates."""
+    def parameters(self) -> Sequence[Constant]:
+        """The constants, in the order of the coordinates."""
         return self.pricer.parameters
 
 
@@ -55,14 +77,14 @@ class Fitted:
     jacobian: np.ndarray = field(repr=False)
     loss: float = math.nan
 
-    def values(self, parameters: Sequence[Parameter]) -> dict[str, float]:
+    def values(self, parameters: Sequence[Constant]) -> dict[str, float]:
         """Constants by parameter name."""
         return values_at(parameters, self.x)
 
 
-def values_at(parameters: Sequence[Parameter], x: np.ndarray) -> dict[str, float]:
+def values_at(parameters: Sequence[Constant], x: np.ndarray) -> dict[str, float]:
     """Constants by parameter name at coordinates ``x``."""
-    return {p.name: value_at(p, at) for p, at in zip(parameters, x, strict=True)}
+    return {p.name: p.at(at) for p, at in zip(parameters, x, strict=True)}
 
 
 def family_weights(families: Sequence[str], keep: np.ndarray | None = None) -> np.ndarray:
@@ -113,14 +135,14 @@ def numeric_jacobian(problem: Problem, x: np.ndarray, residuals: np.ndarray) -> 
     again. At a bound the difference is taken inwards."""
     jacobian = np.zeros((len(residuals), len(x)))
     for column, parameter in enumerate(problem.parameters):
-        touched = problem.pricer.moved_by(parameter)
+        touched = problem.pricer.moved_by(column)
         if not touched.any():
             continue
-        step = STEP if x[column] + STEP <= log_of(parameter, parameter.high) else -STEP
+        step = STEP if x[column] + STEP <= parameter.coordinate(parameter.high) else -STEP
         shifted = x.copy()
         shifted[column] += step
         again = problem.pricer.residuals(values_at(problem.parameters, shifted), touched)
-        actual = log_of(parameter, value_at(parameter, shifted[column])) - x[column]
+        actual = parameter.coordinate(parameter.at(shifted[column])) - x[column]
         if actual:
             jacobian[touched, column] = (again - residuals)[touched] / actual
     return jacobian
@@ -139,8 +161,8 @@ def linear_optimum(
 
     Iteratively reweighted least squares; a coordinate that leaves its bounds is held there.
     """
-    low = np.array([log_of(p, p.low) for p in problem.parameters])
-    high = np.array([log_of(p, p.high) for p in problem.parameters])
+    low = np.array([p.coordinate(p.low) for p in problem.parameters])
+    high = np.array([p.coordinate(p.high) for p in problem.parameters])
     precision = np.array([1 / p.spread**2 for p in problem.parameters])
     at = x.copy()
     for _ in range(sweeps):

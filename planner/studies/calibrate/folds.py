@@ -37,7 +37,7 @@ def leave_one_out(
     progress: Callable[[str], None] = lambda _: None,
 ) -> LeftOut:
     """Residuals of every case under constants that its family had no part in."""
-    families = np.array([case.family for case in problem.pricer.cases])
+    families = np.array(problem.pricer.families)
     parameters, pricer = problem.parameters, problem.pricer
     residuals = np.full(len(families), np.nan)
     values: dict[str, dict[str, float]] = {}

@@ -30,15 +30,13 @@ class Target(Profile):
     path: str
 
 
-class Parameter(Profile):
-    """One constant. ``scale`` multiplies what the profiles say, ``set`` replaces it (SI units).
+class Constant(Profile):
+    """A positive number that a fit may move between ``low`` and ``high``.
 
-    ``spread`` is the prior's standard deviation of the constant's logarithm; ``prior`` its middle.
+    ``spread`` is the prior's standard deviation of the number's logarithm; ``prior`` its middle.
     """
 
     name: str
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
-    mode: Literal["set", "scale"] = "set"
     low: Annotated[float, Field(gt=0)]
     high: Annotated[float, Field(gt=0)]
     prior: Annotated[float, Field(gt=0)]
@@ -53,6 +51,21 @@ class Parameter(Profile):
                 f"{self.name}: prior {self.prior:g} is outside {self.low:g} to {self.high:g}"
             )
         return self
+
+    def coordinate(self, value: float) -> float:
+        """The coordinate in which a fit moves: log of ``value`` over the prior."""
+        return math.log(value / self.prior)
+
+    def at(self, coordinate: float) -> float:
+        """The value at a coordinate, inside the bounds."""
+        return min(max(self.prior * math.exp(coordinate), self.low), self.high)
+
+
+class Parameter(Constant):
+    """A constant of profiles: ``scale`` multiplies what they say, ``set`` replaces it (SI)."""
+
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    mode: Literal["set", "scale"] = "set"
 
 
 class ParameterFile(Profile):
@@ -170,13 +183,3 @@ def reaches(parameter: Parameter, cluster: ClusterSpec, stack: StackSpec) -> boo
     return any(
         matches(target, name) for target in parameter.targets for name in present[target.kind]
     )
-
-
-def log_of(parameter: Parameter, value: float) -> float:
-    """The coordinate in which a fit moves: log of value over prior."""
-    return math.log(value / parameter.prior)
-
-
-def value_at(parameter: Parameter, coordinate: float) -> float:
-    """The value at a coordinate, inside the bounds."""
-    return min(max(parameter.prior * math.exp(coordinate), parameter.low), parameter.high)
