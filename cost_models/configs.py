@@ -16,7 +16,7 @@ from cost_models.data_parallel import DataParallel, price_kind
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import Schedule
 from cost_models.leaf import Leaf
-from cost_models.step import LayerTimes, Machine, price_layer, to_ns
+from cost_models.step import Machine, price_layer, to_ns
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def price_configs(
     drop_tied = data.pp == 1
 
     def table(kind: LayerKind, drop: Bools | None = None) -> Int64:
-        times = _take_times(price_layer(kind, shards, machine), shard_index)
+        times = price_layer(kind, shards, machine).take(shard_index).in_pipeline(data.pp)
         rows, _ = price_kind(
             kind, times, expanded, data, machine, vocab_divisor=workload.vocab_divisor,
             drop_tied=drop,
@@ -237,12 +237,6 @@ def _take_shard(shard: Shard, index: Int64) -> Shard:
         etp=shard.etp[index],
         sequence_parallel=shard.sequence_parallel[index],
         cp_kind=shard.cp_kind[index],
-    )
-
-
-def _take_times(times: LayerTimes, index: Int64) -> LayerTimes:
-    return LayerTimes(
-        {c: {p: values[index] for p, values in t.items()} for c, t in times.terms.items()}
     )
 
 

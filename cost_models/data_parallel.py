@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import compute, interconnect, memory, state
+from cost_models.communication import expose
 from cost_models.graph import Bools, Int64, LayerKind, Shard
-from cost_models.step import Field, LayerTimes, Machine, Real, expose, to_ns
+from cost_models.step import Field, LayerTimes, Machine, Real, to_ns
 
 Payload: TypeAlias = NDArray[np.floating[Any]]
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware_profiles.schema import ClusterSpec, CollectiveConstants, LinkSpec
+from hardware_profiles.schema import (
+    EXCHANGE_LIBRARIES,
+    ClusterSpec,
+    CollectiveConstants,
+    LinkSpec,
+)
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +57,8 @@ class Link:
     """1 / (bandwidth x efficiency) of ring collectives."""
     all_to_all_s_per_byte: float
     send_recv_s_per_byte: float
+    exchange_s_per_byte: dict[str, float]
+    """Of expert exchange by library (``deepep``, ``hybridep``)."""
     latency_s: float
     simple_latency_s: float
     tables: dict[str, Table]
@@ -128,6 +135,7 @@ def link_numbers(link: LinkSpec) -> Link:
     bandwidth, efficiency = link.bandwidth.si, link.efficiency.si
     all_to_all = link.efficiencies.get("all_to_all", link.efficiency).si
     send_recv = link.efficiencies.get("send_recv", link.efficiency).si
+    shares = {str(name): share.si for name, share in link.efficiencies.items()}
     simple = link.simple_latency or link.latency
     by_collective: dict[str, list[CollectiveConstants]] = {}
     for constants in sorted(link.collectives, key=lambda each: each.devices):
@@ -136,6 +144,10 @@ def link_numbers(link: LinkSpec) -> Link:
         s_per_byte=1 / (bandwidth * efficiency),
         all_to_all_s_per_byte=1 / (bandwidth * all_to_all),
         send_recv_s_per_byte=1 / (bandwidth * send_recv),
+        exchange_s_per_byte={
+            library: 1 / (bandwidth * shares.get(library, all_to_all))
+            for library in EXCHANGE_LIBRARIES
+        },
         latency_s=link.latency.si,
         simple_latency_s=max(simple.si, link.latency.si),
         tables={name: _table(rows) for name, rows in by_collective.items()},

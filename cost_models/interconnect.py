@@ -232,7 +232,7 @@ def _leaves(tier_nodes: float, fabric: Fabric, placement: Placement) -> NDArray[
     return outside
 
 
-def _port_slope(fabric: Fabric, placement: Placement, s_per_byte: float) -> Floats:
+def port_slope(fabric: Fabric, placement: Placement, s_per_byte: float) -> Floats:
     """Seconds per byte through the ports that one device of the group can count on."""
     per_device = fabric.ports_per_node / fabric.devices_per_node
     return s_per_byte / (per_device * fabric.scale_out.scale(placement.nodes))
@@ -243,7 +243,7 @@ def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law
     n, k, members = placement.size, placement.nodes, placement.members
     rounds = 2 if collective == "all_reduce" else 1
     slowdown, tier_latency = _network(fabric, placement)
-    network = _port_slope(fabric, placement, outer.s_per_byte) * slowdown / members
+    network = port_slope(fabric, placement, outer.s_per_byte) * slowdown / members
     table = inner.tables.get(_RING_OF[collective])
     in_node = table.at(members)[3] if table is not None else np.full_like(n, inner.s_per_byte)
     in_node = np.where(members > 1, in_node, 0.0)
@@ -272,20 +272,8 @@ def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law
 
 def _all_to_all(fabric: Fabric, placement: Placement) -> Law:
     n, members = placement.size, placement.members
-    port = _port_slope(fabric, placement, fabric.scale_out.all_to_all_s_per_byte)
-    slope = port * (n - members) / n
-    for tier in fabric.tiers:
-        if not np.isfinite(tier.nodes):
-            continue
-        span = placement.nodes * placement.node_stride
-        whole = span > tier.nodes
-        near = np.where(
-            whole, members * np.maximum(1, tier.nodes // placement.node_stride), members
-        )
-        leaving = np.maximum(n - near, 0) / n * tier.oversubscription
-        slope = np.where(
-            _leaves(tier.nodes, fabric, placement), np.maximum(slope, port * leaving), slope
-        )
+    port = port_slope(fabric, placement, fabric.scale_out.all_to_all_s_per_byte)
+    slope = port * oversubscribed(fabric, placement, (n - members) / n, np.ones_like(n))
     inside = _in_node(fabric.scale_up, "all_to_all", members)
     alone = members == 1
     within = inside.s_per_byte[-1] * members / n
@@ -295,6 +283,26 @@ def _all_to_all(fabric: Fabric, placement: Placement) -> Law:
     first = fabric.scale_out.simple_latency_s + tier_latency
     latency = launch + first + PEER_SHARE * (n - members) * fabric.scale_out.latency_s
     return Law(latency[None], slope[None])
+
+
+def oversubscribed(
+    fabric: Fabric, placement: Placement, leaving_node: Floats, everywhere: Floats
+) -> Floats:
+    """Bytes that a device's ports carry, counted by what the scarcest level makes of them.
+
+    Of ``everywhere`` bytes spread evenly over the group's nodes, ``leaving_node`` pass the ports;
+    those that leave a tier count by its oversubscription if that is more.
+    """
+    scarce = leaving_node
+    span = placement.nodes * placement.node_stride
+    for tier in fabric.tiers:
+        if not np.isfinite(tier.nodes):
+            continue
+        near = np.where(span > tier.nodes, np.maximum(1, tier.nodes // placement.node_stride), 1)
+        leaving = everywhere * np.maximum(1 - near / placement.nodes, 0) * tier.oversubscription
+        reached = _leaves(tier.nodes, fabric, placement)
+        scarce = np.where(reached, np.maximum(scarce, leaving), scarce)
+    return scarce
 
 
 def _send_recv(fabric: Fabric, placement: Placement) -> Law:

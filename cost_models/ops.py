@@ -87,12 +87,28 @@ class Elementwise:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How tokens choose experts: what their exchange depends on beyond its bytes."""
+
+    tokens: Ints
+    """Tokens of one rank, each with one row."""
+    row_bytes: int
+    experts: int
+    top_k: int
+    groups: int = 1
+    """Equal groups of experts, of which one token may use ``group_limit``."""
+    group_limit: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """Communication inside a layer; bytes are the full (gathered or unreduced) buffer.
 
     ``forward_hidden`` and ``backward_hidden`` name ops whose kernels run at the same time:
     ``"name:fprop"``, ``"name:dgrad"`` or ``"name:wgrad"``; exposure is decided in
-    ``cost_models.step``. ``ring`` is cp - 1 neighbour exchanges of ``bytes`` each.
+    ``cost_models.communication``. ``forward_product`` and ``backward_product`` name the product
+    that a stack may cut in chunks and run with it in a pipeline: it reads what is gathered, or
+    makes what is scattered. ``ring`` is cp - 1 neighbour exchanges of ``bytes`` each.
     """
 
     name: str
@@ -108,6 +124,13 @@ class Collective:
     active: NDArray[np.bool_] | bool = True
     """Where False the collective does not happen (for example without sequence parallelism)."""
     selective: bool = False
+    forward_product: str | None = None
+    backward_product: str | None = None
+    routing: Routing | None = None
+    """Set where tokens travel to their experts: the stack's dispatcher then decides what is sent;
+    ``all_to_all`` of ``bytes`` is the plain one."""
+    back: bool = False
+    """Whether the forward of a routed exchange brings outputs back (combine)."""
 
 
 Op: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise | Collective

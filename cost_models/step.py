@@ -3,15 +3,6 @@
 The result for one layer kind is a table of integers (nanoseconds and bytes), one column per
 configuration. Integers make everything above exact: a stage's time is the sum of its layers'.
 
-What hides behind what:
-
-* tensor-parallel collectives of a column-parallel layer's backward hide behind the weight- or
-  data-gradient product they are named with (Megatron's asynchronous linear layer); all others are
-  exposed, less the share that the stack overlaps by other means (``overlap_tensor_parallel``);
-* the context-parallel ring hides behind the attention of the block in hand;
-* while two things overlap, the hidden collective still costs its contention: ``overlap_contention``
-  of the hidden time.
-
 The host queues kernels ahead of the device, over many layers: a layer takes the longer of its host
 time and its device time, forward, recomputation and backward *together*. The exact floor is that
 of a whole chunk, the maximum of two sums; this one is the sum of the maxima, never below it and
@@ -19,6 +10,7 @@ equal to it for layers of one kind (and linear in the layers, as measured steps 
 are). Where the forward waits for a count from the device (experts' rows), the queue is empty there,
 so each pass has its own floor.
 
+What a layer communicates, and what of it stays visible, is ``cost_models.communication``.
 Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_models.data_parallel``.
 """
 
@@ -31,13 +23,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models import compute, interconnect, state
+from cost_models import compute, state
+from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import (
     Attention,
     Collective,
-    CollectiveKind,
     Elementwise,
     GroupedMatMul,
     Ints,
@@ -125,6 +117,22 @@ class LayerTimes:
     """Seconds of one layer by category and phase; ``nanoseconds`` sums them exactly."""
 
     terms: dict[str, dict[str, Real]]
+    merged: dict[str, Real] | None = None
+    """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
+
+    def in_pipeline(self, pp: Int64) -> LayerTimes:
+        """The same layer in pipelines of ``pp`` stages: merging takes more than one."""
+        if self.merged is None:
+            return self
+        plain, merged = self.terms["ep_comm"], self.merged
+        exchange = {p: np.where(pp > 1, merged[p], plain[p]) for p in plain}
+        return LayerTimes({**self.terms, "ep_comm": exchange})
+
+    def take(self, index: Int64) -> LayerTimes:
+        """The times of the configurations at ``index``."""
+        terms = {c: {p: v[index] for p, v in term.items()} for c, term in self.terms.items()}
+        merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
+        return LayerTimes(terms, merged)
 
     def nanoseconds(self, phase: str) -> Int64:
         """Integer time of a phase: the sum of its rounded terms."""
@@ -138,17 +146,13 @@ def to_ns(seconds: Real) -> Int64:
     return np.rint(seconds * NS).astype(np.int64)
 
 
-def expose(time: Real, window: Real, contention: float) -> Real:
-    """What remains visible of ``time`` hidden behind ``window``: the rest, plus contention."""
-    return np.maximum(time - window, 0.0) + contention * np.minimum(time, window)
-
-
 class _Accumulator:
     """Adds op times to categories and remembers kernel windows by name."""
 
     def __init__(self, size: int) -> None:
         self.terms = {c: {p: np.zeros(size) for p in PHASES} for c in CATEGORIES}
-        self.windows: dict[str, Real] = {}
+        self.windows = Windows()
+        self.exchanges: list[Visible] = []
         self.host = {p: np.zeros(size) for p in ("forward", "backward", "selective")}
         self.drains = False
 
@@ -173,8 +177,11 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     for op in ops:
         if isinstance(op, Collective):
             _price_collective(op, acc, shard, machine)
+    merged = None
+    if acc.exchanges:
+        merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
     _wait_for_host(acc, machine)
-    return LayerTimes(acc.terms)
+    return LayerTimes(acc.terms, merged)
 
 
 def _wait_for_host(acc: _Accumulator, machine: Machine) -> None:
@@ -216,9 +223,13 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
             dgrad = time(op.m, op.k, op.n, "dgrad")
             wgrad = time(op.k, op.n, op.m, "wgrad")
             acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
-            acc.windows |= {
+            acc.windows.seconds |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
+            acc.windows.in_parts |= {
+                f"{op.name}:fprop": lambda parts: time(-(-op.m // parts), op.n, op.k, "fprop"),
+                f"{op.name}:dgrad": lambda parts: time(-(-op.m // parts), op.k, op.n, "dgrad"),
+            }
             _launch(op, acc, machine, 1, 2)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
@@ -254,7 +265,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 for stage in ("forward", "backward")
             )  # fmt: skip
             acc.add("attention", forward, backward, selective=op.selective)
-            acc.windows |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
+            acc.windows.seconds |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
             _launch(op, acc, machine, 1, 2)
         case Elementwise():
             acc.add(
@@ -286,47 +297,18 @@ def _launch(op: Op, acc: _Accumulator, machine: Machine, forward: Ints, backward
 
 
 def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: Machine) -> None:
-    size, stride = {
-        "tp": (shard.tp, np.ones_like(shard.tp)),
-        "cp": (shard.cp, shard.tp),
-        "ep": (shard.ep, shard.etp),
-        "etp": (shard.etp, np.ones_like(shard.tp)),
-    }[op.group]
-    active = np.asarray(op.active) & (size > 1)
-    if not active.any():
+    seen = visible(op, shard, machine.fabric, machine.stack, machine.device.name, acc.windows)
+    if seen is None:
         return
-    contention = machine.stack.overlap_contention.si
-    share = machine.stack.overlap_tensor_parallel if op.group == "tp" else 0.0
-    visible: list[Real] = []
-    for kind, payload, hidden, count in (
-        (op.forward_kind, op.forward_bytes, op.forward_hidden, op.forward_count),
-        (op.backward_kind, op.backward_bytes, op.backward_hidden, op.backward_count),
-    ):
-        if kind is None:
-            visible.append(np.zeros(len(shard.tp)))
-            continue
-        time = _collective_time(kind, payload, size, stride, machine) * count
-        if hidden is not None and hidden in acc.windows:
-            time = expose(time, acc.windows[hidden], contention)
-        else:
-            time = time * (1.0 - share * (1.0 - contention))
-        visible.append(np.where(active, time, 0.0))
+    if op.routing is not None and machine.stack.expert_overlap == "across_nodes":
+        acc.exchanges.append(seen)
     category = f"{'ep' if op.group in ('ep', 'etp') else op.group}_comm"
-    acc.add(category, visible[0], visible[1], selective=op.selective)
+    acc.add(category, seen.forward, seen.backward, selective=op.selective)
     counts = (
-        np.where(active, count if kind else 0, 0)
+        np.where(seen.active, count if kind else 0, 0)
         for kind, count in (
             (op.forward_kind, op.forward_count),
             (op.backward_kind, op.backward_count),
         )
     )
     _launch(op, acc, machine, *counts)
-
-
-def _collective_time(
-    kind: CollectiveKind, payload: Reals, size: Int64, stride: Int64, machine: Machine
-) -> Real:
-    if kind == "ring":
-        hop = interconnect.send_recv_time_s(machine.fabric, payload, stride=stride, size=size)
-        return hop * (size - 1)
-    return interconnect.collective_time_s(machine.fabric, kind, payload, size=size, stride=stride)

@@ -11,11 +11,18 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hardware_profiles.units import to_si
+
+Value = TypeVar("Value")
+
+Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
+"""How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
+EXCHANGE_LIBRARIES = ("deepep", "hybridep")
+"""Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
 
 
 class Kind(StrEnum):
@@ -173,8 +180,10 @@ class LinkSpec(Profile):
     """Seconds per step with the protocol for large messages; default: ``latency``."""
     efficiency: Sourced
     """Share of ``bandwidth`` that large transfers reach."""
-    efficiencies: dict[Literal["all_to_all", "send_recv"], Sourced] = Field(default_factory=dict)
-    """The same for a pattern that reaches another share."""
+    efficiencies: dict[Literal["all_to_all", "send_recv", "deepep", "hybridep"], Sourced] = Field(
+        default_factory=dict
+    )
+    """The same for a pattern or a library that reaches another share."""
     collectives: tuple[CollectiveConstants, ...] = ()
     scale: tuple[tuple[int, float], ...] = ()
     """Pairs (nodes, factor on bandwidth) where a fabric was measured at size; log-interpolated."""
@@ -335,8 +344,17 @@ class StackSpec(Profile):
     overlap_dp_parameters: bool
     overlap_pipeline: bool
     """Whether stage transfers hide behind compute in the interleaved schedule."""
-    overlap_tensor_parallel: float = 0.0
-    """Share of tensor-parallel collectives hidden by default (userbuffer or async TP)."""
+    tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
+    """``pipelined``: gathers and scatters of sequence parallelism run in tp chunks with the chunks
+    of the product they belong to (user buffers, asynchronous tensor parallelism)."""
+    moe_dispatcher: dict[str, Dispatcher] = {"default": "alltoall"}
+    """Per device name prefix, as ``attention_kernels``."""
+    moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2
+    """Bytes per element of tokens on their way to the experts; outputs and gradients travel in 16
+    bits."""
+    expert_overlap: Literal["none", "shared_expert", "across_nodes"] = "none"
+    """What expert exchanges hide behind: the products of the shared expert; or, in a pipeline and
+    where the group spans nodes, the other pass of another microbatch."""
     overlap_contention: Sourced
     """Factor on compute while a collective runs beside it, minus one."""
     gradient_dtype: Literal["fp32", "bf16"]
@@ -360,5 +378,14 @@ class StackSpec(Profile):
 
     def attention_kernel(self, device: str) -> str:
         """The kernel for a device: that of the longest matching name prefix, else ``default``."""
-        matches = [prefix for prefix in self.attention_kernels if device.startswith(prefix)]
-        return self.attention_kernels[max(matches, key=len) if matches else "default"]
+        return _by_prefix(self.attention_kernels, device)
+
+    def dispatcher(self, device: str) -> Dispatcher:
+        """How the experts' tokens travel on a device."""
+        return _by_prefix(self.moe_dispatcher, device)
+
+
+def _by_prefix(table: dict[str, Value], name: str) -> Value:
+    """The entry of the longest prefix of ``name``, else ``default``."""
+    matches = [prefix for prefix in table if name.startswith(prefix)]
+    return table[max(matches, key=len) if matches else "default"]

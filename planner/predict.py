@@ -200,7 +200,10 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     workload, machine = request.workload, request.machine
     totals = dict.fromkeys((*CATEGORIES, "recompute"), 0)
     names = priced.tables.kind_names
-    times = {name: price_layer(workload.kinds[name], shard, machine) for name in names}
+    pp = priced.tables.configs.pp
+    times = {
+        name: price_layer(workload.kinds[name], shard, machine).in_pipeline(pp) for name in names
+    }
     parts: list[tuple[LayerTimes, int, tuple[int, ...]]] = []
     for j in range(rank, leaf.stages, leaf.pp):
         first, last = completion.bounds[j], completion.bounds[j + 1]

@@ -38,20 +38,24 @@ class BlockContext:
         return shard.tokens * self.hidden * self.element_bytes
 
 
-def enter_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[Collective, ...]:
+def enter_tensor_parallel(
+    name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True
+) -> tuple[Collective, ...]:
     """Collectives at the input of a column-parallel product.
 
     With sequence parallelism: all-gather forward; backward all-gather again (for the weight
     gradient, behind the data gradient) and reduce-scatter (behind the weight gradient). Without:
     nothing forward, all-reduce of the data gradient behind the weight gradient. Korthikanti et
     al., arXiv 2205.05198, section 4.2.2; the overlaps are Megatron's asynchronous linear layer.
+    ``pipelined``: whether a stack that pipelines does so with this product.
     """
     size = ctx.gathered_bytes(shard)
+    product = f"{name}:fprop" if pipelined else None
     sp = shard.sequence_parallel
     return (
         Collective(
             f"{name}.gather", "tp", "all_gather", size, "all_gather", size,
-            backward_hidden=f"{name}:dgrad", active=sp,
+            backward_hidden=f"{name}:dgrad", active=sp, forward_product=product,
         ),
         Collective(
             f"{name}.scatter", "tp", None, 0, "reduce_scatter", size,
@@ -69,9 +73,12 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
     size = ctx.gathered_bytes(shard)
     sp = shard.sequence_parallel
     return (
-        Collective(f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp),
+        Collective(
+            f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp,
+            forward_product=f"{name}:fprop", backward_product=f"{name}:dgrad",
+        ),
         Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
-    )
+    )  # fmt: skip
 
 
 def norm(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:

@@ -38,7 +38,7 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     scalar = 4 * x
     return (
         norm("final_norm", ctx, shard),
-        *enter_tensor_parallel("lm_head", ctx, shard),
+        *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False),
         MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False),
         Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4),
         Collective("cross_entropy.reduce", "tp", "all_reduce", scalar, None, 0, forward_count=3),

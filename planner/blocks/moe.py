@@ -1,8 +1,8 @@
 """Mixture of experts: router, permutation, all-to-all, grouped products, shared experts.
 
-The dispatcher is Megatron-Core's ``alltoall``: each device routes its own tokens (the residual
-stream, so 1/tp of the sequence with sequence parallelism), sends each to the ranks that hold its
-``top_k`` experts, and with expert-tensor parallelism gathers the rows over etp.
+Each device routes its own tokens (the residual stream, so 1/tp of the sequence with sequence
+parallelism), sends them to the ranks that hold their ``top_k`` experts by the dispatcher of the
+stack, and with expert-tensor parallelism gathers the rows over etp.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.graph import Int64, Shard
-from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, SavedTensor
+from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import mlp
 from planner.blocks.context import BlockContext, residual_add
 from planner.models.spec import MoeSpec
@@ -48,17 +48,23 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     fc1 = (2 if spec.gated else 1) * width
     inner = hot * width * e
     read = 2 if spec.gated else 1
+    routing = Routing(
+        tokens=r, row_bytes=h * e, experts=spec.experts, top_k=spec.top_k,
+        groups=spec.routing_groups, group_limit=spec.routing_group_limit,
+    )  # fmt: skip
     result: list[Op] = [
         MatMul("router", r, spec.experts, h, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
-        Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own),
+        Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
         Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),
         Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
-        Collective("combine", "ep", "all_to_all", own, "all_to_all", own),
+        Collective(
+            "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
+        ),
         Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),
     ]
     if spec.shared_intermediate:

@@ -86,11 +86,24 @@ class MoeSpec(Spec):
     """Whether a sigmoid gate (one row of hidden) scales the shared experts."""
     expert_bias: bool = False
     router_bias: bool = False
+    routing_groups: Positive = 1
+    """Equal groups of experts; a token's ``top_k`` come from ``routing_group_limit`` of them."""
+    routing_group_limit: Positive = 1
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> Self:
         if self.top_k > self.experts:
             raise ValueError(f"top_k = {self.top_k} is more than experts = {self.experts}")
+        if self.routing_group_limit > self.routing_groups or self.experts % self.routing_groups:
+            raise ValueError(
+                f"{self.experts} experts cannot be routed to {self.routing_group_limit} of "
+                f"{self.routing_groups} groups"
+            )
+        if self.top_k > self.experts // self.routing_groups * self.routing_group_limit:
+            raise ValueError(
+                f"top_k = {self.top_k} is more than the experts in {self.routing_group_limit} of "
+                f"{self.routing_groups} groups of {self.experts}"
+            )
         return self
 
 

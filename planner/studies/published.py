@@ -53,6 +53,8 @@ class Dimensions:
     shared_experts: int = 0
     moe_layers: int = 0
     mtp: int = 0
+    routing_groups: int = 1
+    routing_group_limit: int = 1
 
 
 def request_of(reading: Reading) -> Request:
@@ -120,6 +122,8 @@ def dimensions_of(reading: Reading, *, tp: int) -> Dimensions:
             "shared_experts": int(run.number("shared_experts") or 0),
             "moe_layers": run.size("moe_layers") or layers,
             "mtp": int(reading.assume.get("mtp", 0)),
+            "routing_groups": int(reading.assume.get("routing_groups", 1)),
+            "routing_group_limit": int(reading.assume.get("routing_group_limit", 1)),
         }
     latent = run.text("mla") in ("1", "1.0", "true", "True")
     if latent:
@@ -169,6 +173,7 @@ def model_of(dims: Dimensions) -> ModelSpec:
             experts=dims.experts, top_k=dims.top_k, intermediate=dims.moe_ffn_hidden,
             gated=dims.gated, activation=activation,
             shared_intermediate=dims.shared_experts * dims.moe_ffn_hidden,
+            routing_groups=dims.routing_groups, routing_group_limit=dims.routing_group_limit,
         )  # fmt: skip
         blocks["moe"] = BlockSpec(mixer=_mixer(dims), feed_forward=moe)
         runs.append(LayerRun(block="moe", count=dims.moe_layers))

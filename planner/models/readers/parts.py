@@ -125,6 +125,13 @@ def routed_experts(
     top_k = config.optional_size(top_k_key, top_k_default) or config.size(top_k_key)
     if top_k > experts:
         raise config.error(f"{top_k_key} = {top_k} is more than the {experts} experts")
+    groups = config.optional_size("n_group", 1) or 1
+    limit = config.optional_size("topk_group", 1) or 1
+    if experts % groups or limit > groups or top_k > experts // groups * limit:
+        raise config.error(
+            f"{top_k} of {experts} experts cannot come from topk_group = {limit} of "
+            f"n_group = {groups}"
+        )
     return MoeSpec(
         experts=experts,
         top_k=top_k,
@@ -134,6 +141,8 @@ def routed_experts(
         shared_gate=shared_gate,
         expert_bias=expert_bias,
         router_bias=router_bias,
+        routing_groups=groups,
+        routing_group_limit=limit,
     )
 
 

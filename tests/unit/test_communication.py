@@ -1,0 +1,89 @@
+"""What of a collective stays visible, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cost_models.communication import Windows, expose, visible
+from cost_models.fabric import fabric_of
+from cost_models.graph import Shard
+from cost_models.interconnect import collective_time_s
+from cost_models.ops import Collective
+from hardware_profiles.loader import load_node, load_stack
+from hardware_profiles.schema import ClusterSpec, NodeGroup, StackSpec
+
+FABRIC = fabric_of(
+    ClusterSpec(name="test", groups=(NodeGroup(node=load_node("dgx-h100"), count=2),))
+)
+BYTES = 64 * 2**20
+
+
+def shard(tp: int) -> Shard:
+    one = np.array([1])
+    return Shard(sequence=4096, microbatch=one, tp=np.array([tp]), cp=one, ep=one, etp=one,
+                 sequence_parallel=np.array([True]), cp_kind=np.array([0]))  # fmt: skip
+
+
+def stack(overlap: str, contention: float = 0.0) -> StackSpec:
+    base = load_stack("megatron-core")
+    cost = base.overlap_contention.model_copy(update={"value": contention})
+    return base.model_copy(update={"tensor_parallel_overlap": overlap, "overlap_contention": cost})
+
+
+def windows(whole: float, chunk: Callable[[int], float]) -> Windows:
+    def part(parts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.array([chunk(int(parts[0]))])
+
+    return Windows({"fc1:fprop": np.array([whole])}, {"fc1:fprop": part})
+
+
+def seen(tp: int, overlap: str, kernels: Windows, contention: float = 0.0) -> float:
+    op = Collective("fc1.gather", "tp", "all_gather", BYTES, None, 0, forward_product="fc1:fprop")
+    result = visible(op, shard(tp), FABRIC, stack(overlap, contention), "h100", kernels)
+    assert result is not None
+    return float(result.forward[0])
+
+
+def gather(tp: int) -> float:
+    time = collective_time_s(FABRIC, "all_gather", BYTES, size=np.array([tp]), stride=np.array([1]))
+    return float(time[0])
+
+
+def test_expose() -> None:
+    time, window = np.array([3.0, 1.0]), np.array([2.0, 2.0])
+    assert expose(time, window, 0.1).tolist() == pytest.approx([1.2, 0.1])
+
+
+def test_a_slow_product_hides_all_of_a_pipelined_gather() -> None:
+    # Four chunks of 1 s each hide three messages of well below that.
+    kernels = windows(4.0, lambda parts: 4.0 / parts)
+    assert seen(4, "none", kernels) == pytest.approx(gather(4))
+    assert seen(4, "pipelined", kernels) == pytest.approx(0.0)
+    assert seen(4, "pipelined", kernels, contention=0.1) == pytest.approx(0.1 * gather(4))
+
+
+def test_a_fast_product_hides_its_own_chunks_but_one() -> None:
+    # chunk + 3 max(chunk, time / 3) - 4 chunk = time - 3 chunk.
+    chunk = gather(4) / 30
+    kernels = windows(4 * chunk, lambda parts: 4 * chunk / parts)
+    assert seen(4, "pipelined", kernels) == pytest.approx(gather(4) - 3 * chunk)
+
+
+def test_cutting_costs_what_the_chunks_lose() -> None:
+    # Chunks at half the rate: 4 chunks take 2 x whole, and one whole more is paid.
+    whole = 4 * gather(4)
+    kernels = windows(whole, lambda parts: 2 * whole / parts)
+    assert seen(4, "pipelined", kernels) == pytest.approx(gather(4)), "not cut: it does not pay"
+    whole = gather(4) / 2
+    kernels = windows(whole, lambda parts: 1.2 * whole / parts)
+    # chunk + time - whole with chunk = 0.3 whole.
+    assert seen(4, "pipelined", kernels) == pytest.approx(gather(4) - 0.7 * whole)
+
+
+def test_across_nodes_nothing_is_pipelined() -> None:
+    kernels = windows(100.0, lambda parts: 100.0 / parts)
+    assert seen(16, "pipelined", kernels) == pytest.approx(gather(16))
