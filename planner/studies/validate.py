@@ -21,6 +21,7 @@ from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, flops_per_token, has_metric, measured
 from planner.studies.policy import Cell, Reading, family_of, reading_of
 from planner.studies.published import layout_of, request_of
+from planner.studies.ranking import ranking, ranking_rows
 from planner.studies.runs import Run, SkippedError, read_runs
 from planner.studies.summary import summarise
 
@@ -44,6 +45,7 @@ def validate(
     runs = read_runs(source)
     rows = [row_of(run, changes) for run in runs]
     summary = summarise(rows, denominator=[_counts(run) for run in runs])
+    summary["ranking"] = ranking(ranking_rows(rows, [run.text for run in runs]))
     if fail_above is not None:
         overall = summary["step_time"]["overall"]
         found = overall["median"] * 100 if overall else None
