@@ -73,6 +73,8 @@ class PricedConfigs:
     sync_ns: Int64
     fixed_bytes: int
     capacity_bytes: int
+    late: tuple[tuple[Int64, Int64], ...] = ()
+    """Per cut, what its transfers take beyond ``hop_ns``; empty where all cuts carry the same."""
 
     def leaf(
         self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool
@@ -95,6 +97,7 @@ class PricedConfigs:
             fixed_bytes=self.fixed_bytes,
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
+            late=tuple((int(on[index]), int(back[index])) for on, back in self.late),
         )
 
 
@@ -163,14 +166,34 @@ def price_configs(
         ),
         fixed_bytes=int(stack.context_bytes.si) + int(stack.allocator_slack.si) + reserve_bytes,
         capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
+        late=_late(workload, machine, configs),
     )  # fmt: skip
 
 
 def hop_ns(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64:
-    """Transfer of one microbatch's boundary to the next pipeline stage."""
+    """Transfer of one microbatch's boundary to the next pipeline stage; of the least one, where
+    cuts differ."""
+    return _transfer_ns(workload, machine, configs, workload.boundary_bytes_per_token)
+
+
+def _late(
+    workload: WorkloadGraph, machine: Machine, configs: Configs
+) -> tuple[tuple[Int64, Int64], ...]:
+    """By how much each cut's transfers, on and back, take longer than the least."""
+    if not workload.boundaries:
+        return ()
+    least = hop_ns(workload, machine, configs)
+    sizes = {size for cut in workload.boundaries for size in cut}
+    late = {size: _transfer_ns(workload, machine, configs, size) - least for size in sizes}
+    return tuple((late[on], late[back]) for on, back in workload.boundaries)
+
+
+def _transfer_ns(
+    workload: WorkloadGraph, machine: Machine, configs: Configs, bytes_per_token: int
+) -> Int64:
     shard = shard_of(workload, configs)
     stride = configs.tp * configs.cp * configs.dp_replicate * configs.dp_shard
-    boundary = shard.residual_tokens * workload.boundary_bytes_per_token
+    boundary = shard.residual_tokens * bytes_per_token
     hop = interconnect.send_recv_time_s(machine.fabric, boundary, stride=stride, size=configs.pp)
     return np.where(configs.pp > 1, to_ns(hop), 0)
 

@@ -120,5 +120,8 @@ class WorkloadGraph:
     vocab_divisor: int
     """Vocabulary rows are padded to a multiple of this times tp."""
     boundary_bytes_per_token: int
-    """Bytes per token of what a pipeline stage sends to the next."""
+    """Bytes per token of what a pipeline stage sends to the next; the least where they differ."""
+    boundaries: tuple[tuple[int, int], ...] = ()
+    """Where not all cuts carry the same: bytes per token sent on, and sent back as gradients, at
+    each cut from before the first layer to after the last."""
     assumptions: tuple[str, ...] = ()

@@ -5,30 +5,10 @@ says which layers each virtual stage holds and what it recomputes. From the two 
 
 * the stages' times and peak bytes (:func:`stage_costs`),
 * the step time by exact simulation (:func:`simulate_step`),
-* a *surrogate*: a bound proved to be at most the simulated time (:func:`surrogate_ns`).
+* a *surrogate*, a bound proved to be at most the simulated time: ``cost_models.surrogate``.
 
 Step time = ``max over ranks (finish + exposed gradient reduction) + max over ranks (optimizer +
 exposed parameter gather) + sync``: clipping by the global gradient norm is a barrier.
-
-Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and backward, ``w`` for
-``f + b``, ``d`` for the hop, ``m`` for microbatches, ``k = pp - s``. From the first forward of rank
-``s``:
-
-1. its work: ``m * w_s`` (all its chunks);
-2. nesting: the first forward feeds the next rank and the last backward waits for it, so
-   ``Z_s >= f_s0 + b_s0 + 2 d + Z_{s+1}`` with the times of the rank's first chunk;
-3. in 1F1B, forward ``i + k`` of rank ``s`` follows backward ``i``: after the first round trip
-   through ranks ``s..pp-1``, of ``R = S_s + 2 (k-1) d`` with ``S_s`` the sum of ``w`` from ``s``
-   on, another one advances ``k`` microbatches, and one forward and backward on the rank itself
-   advances one. With ``a >= 1`` more trips that is ``(1 + a) R + (m - 1 - a k) w_s``: linear in
-   ``a``, so largest at ``a = 1`` or ``a = q = (m-1) // k``. With ``q = 0`` only backwards are
-   left: ``R + (m-1) b_s``;
-4. at ``s = 0`` the remainder ``r`` can make its round trip through the last ``r`` ranks:
-   ``(1 + q) (S_0 + 2 (pp-1) d) + S_{pp-r} + 2 (r-1) d``;
-5. in GPipe, all forwards then all backwards are two flow shops of equal jobs:
-   ``S_s + 2 (k-1) d + (m-1) max w``.
-
-Each is the length of a path in the graph of the schedule, so it cannot exceed the longest one.
 """
 
 from __future__ import annotations
@@ -73,6 +53,9 @@ class Leaf:
     capacity_bytes: int
     uneven: bool
     """Whether virtual stages may hold different numbers of layers."""
+    late: tuple[tuple[int, int], ...] = ()
+    """Per cut between layers (from before the first to after the last), by how much its transfer
+    takes longer than ``hop_ns``, on and back; empty where all cuts carry the same."""
 
     @property
     def stages(self) -> int:
@@ -120,6 +103,15 @@ class ChunkCosts:
     static_bytes: int
     activation_bytes: int
     working_bytes: int
+    late_on_ns: int = 0
+    """Transfer of the output to the next virtual stage, beyond the least hop."""
+    late_back_ns: int = 0
+    """Transfer of that output's gradient back, beyond the least hop."""
+
+    @property
+    def late_ns(self) -> int:
+        """Both directions."""
+        return self.late_on_ns + self.late_back_ns
 
 
 def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recompute) -> ChunkCosts:
@@ -133,10 +125,11 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     split = last if mode != "full" else min(last, first + limit)
     held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
     front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
-    key = (stage == 0, stage == leaf.stages - 1, mode, held, front)
+    late = leaf.late[last] if leaf.late and stage < leaf.stages - 1 else (0, 0)
+    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late)
     known = leaf.chunk_cache.get(key)
     if known is None:
-        known = leaf.chunk_cache[key] = _chunk_costs(leaf, key[0], key[1], mode, held, front)
+        known = leaf.chunk_cache[key] = _chunk_costs(leaf, key[0], key[1], mode, held, front, late)
     return known
 
 
@@ -152,7 +145,7 @@ _EXTRA = {"none": None, "selective": Field.SELECTIVE, "full": Field.FULL}
 
 def _chunk_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
-    front: tuple[int, ...],
+    front: tuple[int, ...], late: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
     forward = backward = gradient = update = static = activation = working = gathered = 0
@@ -183,7 +176,9 @@ def _chunk_costs(
             activation += end[Field.ACT_NONE]
             working = max(working, end[Field.WORK_NONE])
             gathered = max(gathered, end[Field.GATHERED])
-    return ChunkCosts(forward, backward, gradient, update, static, activation, working + gathered)
+    return ChunkCosts(
+        forward, backward, gradient, update, static, activation, working + gathered, *late
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +263,14 @@ class StepTime:
 
 def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
     """The step's exact time under the schedule."""
-    forward = [ranks[j % leaf.pp].chunks[j // leaf.pp].forward_ns for j in range(leaf.stages)]
-    backward = [ranks[j % leaf.pp].chunks[j // leaf.pp].backward_ns for j in range(leaf.stages)]
+    chunks = [ranks[j % leaf.pp].chunks[j // leaf.pp] for j in range(leaf.stages)]
+    hop: int | list[tuple[int, int]] = leaf.hop_ns
+    if leaf.late:
+        hop = [(leaf.hop_ns + c.late_on_ns, leaf.hop_ns + c.late_back_ns) for c in chunks]
     timeline = simulate(
-        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, forward, backward, leaf.hop_ns
-    )
+        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches,
+        [chunk.forward_ns for chunk in chunks], [chunk.backward_ns for chunk in chunks], hop,
+    )  # fmt: skip
     ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
     critical = ends.index(max(ends))
     updates = [rank.update_ns for rank in ranks]
@@ -287,86 +285,6 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
         sync_ns=leaf.sync_ns,
         timeline=timeline,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """Bounds over ranks ``s .. pp - 1``; smaller is better in every field.
-
-    ``nested`` is Z of the module docstring, ``ends`` the bound on finish plus gradients, both from
-    the first forward of rank ``s``; ``work`` is S, ``widest`` the largest w, ``update`` the largest
-    update, ``tail`` S at rank ``pp - r`` once that rank is passed.
-    """
-
-    work: int
-    widest: int
-    nested: int
-    ends: int
-    update: int
-    tail: int
-
-    def dominates(self, other: Label) -> bool:
-        """Whether every field is at most the other's."""
-        return (
-            self.work <= other.work
-            and self.widest <= other.widest
-            and self.nested <= other.nested
-            and self.ends <= other.ends
-            and self.update <= other.update
-            and self.tail <= other.tail
-        )
-
-    def objective_ns(self, leaf: Leaf) -> int:
-        """The surrogate once rank 0 is in."""
-        return self.ends + self.update + leaf.sync_ns
-
-
-EMPTY_LABEL = Label(0, 0, 0, 0, 0, 0)
-
-
-def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label:
-    """Prepend ``rank`` to a label that covers the ranks after it."""
-    m, hop, k = leaf.microbatches, leaf.hop_ns, leaf.pp - rank
-    first = costs.chunks[0]
-    work = label.work + costs.work_ns
-    widest = max(label.widest, costs.work_ns)
-    nested = m * costs.work_ns
-    ends = 0
-    if rank < leaf.pp - 1:
-        nested = max(nested, first.forward_ns + first.backward_ns + 2 * hop + label.nested)
-        ends = first.forward_ns + hop + label.ends
-    loops, rest = divmod(m - 1, k)
-    trip = work + 2 * (k - 1) * hop
-    tail = label.tail
-    if leaf.schedule == "1f1b":
-        if loops:
-            on_rank = (m - 1 - k) * costs.work_ns
-            nested = max(nested, (1 + loops) * trip + rest * costs.work_ns, 2 * trip + on_rank)
-        else:
-            nested = max(nested, trip + rest * first.backward_ns)
-        if k == (m - 1) % leaf.pp:
-            tail = work + 2 * (k - 1) * hop
-        if rank == 0:
-            nested = max(nested, (1 + loops) * trip + tail)
-    elif leaf.schedule == "gpipe":
-        nested = max(nested, trip + (m - 1) * widest)
-        tail = 0
-    return Label(
-        work=work,
-        widest=widest if leaf.schedule == "gpipe" else 0,
-        nested=nested,
-        ends=max(ends, nested + costs.gradient_ns),
-        update=max(label.update, costs.update_ns),
-        tail=tail if leaf.schedule == "1f1b" else 0,
-    )
-
-
-def surrogate_ns(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> int:
-    """A lower bound on :func:`simulate_step`; see the module docstring."""
-    label = EMPTY_LABEL
-    for rank in reversed(range(leaf.pp)):
-        label = extend_label(leaf, label, rank, ranks[rank])
-    return label.objective_ns(leaf)
 
 
 def interleaved_bounds(leaf: Leaf) -> Iterator[tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 A virtual stage ``j`` of ``pp * vpp`` sits on rank ``j % pp`` as its chunk ``j // pp``. Each rank
 runs its forward (F) and backward (B) actions in a fixed order; an action starts when the rank is
-free and its input has arrived, ``hop_ns`` after the neighbour finished. Times are integers, so a
+free and its input has arrived, a transfer after the neighbour finished. Times are integers, so a
 timeline is exact.
 
 Orders: GPipe (Huang et al., arXiv 1811.06965), 1F1B (PipeDream-flush) and interleaved 1F1B
@@ -125,10 +125,17 @@ def simulate(
     microbatches: int,
     forward_ns: Sequence[int],
     backward_ns: Sequence[int],
-    hop_ns: int,
+    hop_ns: int | Sequence[tuple[int, int]],
 ) -> Timeline:
-    """Run the schedule; ``forward_ns[j]`` and ``backward_ns[j]`` are of virtual stage ``j``."""
+    """Run the schedule; ``forward_ns[j]`` and ``backward_ns[j]`` are of virtual stage ``j``.
+
+    ``hop_ns`` is one transfer time for all, or per virtual stage that of its output to the next
+    stage and that of the gradient back.
+    """
     stages = pp * vpp
+    hops = [(hop_ns, hop_ns)] * stages if isinstance(hop_ns, int) else hop_ns
+    arrives = [0, *(on for on, _ in hops)]
+    returns = [back for _, back in hops]
     count = microbatches
     unknown = -1
     forward_end = [unknown] * (stages * count)
@@ -150,7 +157,7 @@ def simulate(
                         ready = forward_end[slot - count]
                         if ready < 0:
                             break
-                        ready += hop_ns
+                        ready += arrives[slot // count]
                         if ready > now:
                             now = ready
                     now += forward_ns[slot // count]
@@ -160,7 +167,7 @@ def simulate(
                         ready = backward_end[slot + count]
                         if ready < 0:
                             break
-                        ready += hop_ns
+                        ready += returns[slot // count]
                     else:
                         ready = forward_end[slot]
                         if ready < 0:

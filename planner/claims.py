@@ -18,7 +18,7 @@ from planner.request import Request
 from planner.search import SearchResult
 from planner.tables import QUANTUM
 
-SURROGATE = "nested round trips (cost_models.leaf), a lower bound on the simulated step"
+SURROGATE = "nested round trips (cost_models.surrogate), a lower bound on the simulated step"
 
 
 def envelope(request: Request) -> dict[str, Any]:

@@ -20,10 +20,11 @@ For one layout (degrees, schedule, virtual stages all fixed), with layers ``0 ..
                 ends_s >= f_s + hop + ends_{s+1},  ends = ends_0     (ends)
     update      update >= u_s                                        (update)
 
-The objective is the *surrogate* of ``cost_models.leaf``, a proved lower bound on the simulated
-time. Two solvers state it: an exact dynamic program over labels (here, :func:`solve_chain`) and
-CP-SAT (``planner.solve``). The interleaved schedule has so few partitions (equal chunks, lighter
-ends) that ``planner.interleaved`` lists them.
+The objective is the *surrogate* (``cost_models.surrogate``), a proved lower bound on the simulated
+time; where cuts carry different amounts, ``hop`` is the least and the rows add what their own cut
+takes beyond it. Two solvers state it: an exact dynamic program over labels (here,
+:func:`solve_chain`) and CP-SAT (``planner.solve``). The interleaved schedule has so few partitions
+(equal chunks, lighter ends) that ``planner.interleaved`` lists them.
 """
 
 from __future__ import annotations
@@ -35,17 +36,15 @@ from functools import cached_property
 import numpy as np
 
 from cost_models.leaf import (
-    EMPTY_LABEL,
     Completion,
-    Label,
     Leaf,
     RankCosts,
     Recompute,
     chunk_costs,
-    extend_label,
     rank_costs,
 )
 from cost_models.step import Field
+from cost_models.surrogate import EMPTY_LABEL, Label, extend_label
 from planner.ranges import Ranges, Table
 
 UNLIMITED = 1 << 62

@@ -14,24 +14,21 @@ import numpy as np
 from cost_models.configs import Configs, cp_kind_code, price_configs
 from cost_models.layout import SCHEDULES
 from cost_models.leaf import (
-    EMPTY_LABEL,
     ChunkCosts,
     Completion,
-    Label,
     Leaf,
     Recompute,
     chunk_costs,
-    extend_label,
     fits,
     interleaved_bounds,
     peak_bytes,
     rank_costs,
     simulate_step,
     stage_costs,
-    surrogate_ns,
 )
 from cost_models.relaxation import Relaxation
 from cost_models.step import Field
+from cost_models.surrogate import EMPTY_LABEL, Label, extend_label, surrogate_ns
 from planner.recount import every_layout, every_mesh, recompute_modes, wanted
 from planner.request import Request
 

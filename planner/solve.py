@@ -32,7 +32,7 @@ class _Chain:
             self.model.new_int_var(0, self.layers, f"x{s}") for s in range(leaf.pp + 1)
         ]
         self.option = [self.model.new_int_var(0, len(options) - 1, f"o{s}") for s in range(leaf.pp)]
-        names = ("work", "forward", "backward", "gradient", "update")
+        names = ("work", "forward", "backward", "gradient", "update", "late_on", "late_back")
         self.value = {name: [self._time(f"{name}{s}") for s in range(leaf.pp)] for name in names}
         self.nested = [self._time(f"nested{s}") for s in range(leaf.pp)]
         self.ends = [self._time(f"ends{s}") for s in range(leaf.pp)]
@@ -49,13 +49,14 @@ class _Chain:
         from cost_models.leaf import chunk_costs
 
         total = 0
+        latest = max((sum(cut) for cut in self.leaf.late), default=0)
         for option in self.options:
             for stage in {0, self.leaf.stages - 1}:
                 chunk = chunk_costs(self.leaf, stage, first, last, option)
                 total = max(
                     total,
                     chunk.forward_ns + chunk.backward_ns + chunk.gradient_ns + chunk.update_ns
-                    + 2 * self.leaf.pp * self.leaf.hop_ns,
+                    + 2 * self.leaf.pp * (self.leaf.hop_ns + latest),
                 )  # fmt: skip
         return 2 * total + rank
 
@@ -90,7 +91,7 @@ class _Chain:
                 self.model.add(
                     self.nested[s]
                     >= value["forward"][s] + value["backward"][s] + 2 * leaf.hop_ns
-                    + self.nested[s + 1]
+                    + value["late_on"][s] + value["late_back"][s] + self.nested[s + 1]
                 )  # fmt: skip
 
     def round_trips(self) -> None:
@@ -99,7 +100,7 @@ class _Chain:
         for s in range(leaf.pp):
             k = leaf.pp - s
             loops, rest = divmod(leaf.microbatches - 1, k)
-            trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns
+            trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns + self._late(s)
             if loops:
                 on_rank = (leaf.microbatches - 1 - k) * work[s]
                 self.model.add(self.nested[s] >= (1 + loops) * trip + rest * work[s])
@@ -110,13 +111,18 @@ class _Chain:
                 tail: Any = 0
                 if rest:
                     tail = sum(work[leaf.pp - rest :]) + 2 * (rest - 1) * leaf.hop_ns
+                    tail += self._late(leaf.pp - rest)
                 self.model.add(self.nested[0] >= (1 + loops) * trip + tail)
+
+    def _late(self, rank: int) -> Any:
+        """What the transfers after ``rank`` and later ranks take beyond the least hop."""
+        return sum(self.value["late_on"][rank:]) + sum(self.value["late_back"][rank:])
 
     def flow_shop(self) -> None:
         """GPipe: one trip and the widest rank for every other microbatch."""
         leaf, work = self.leaf, self.value["work"]
         for s in range(leaf.pp):
-            trip = sum(work[s:]) + 2 * (leaf.pp - s - 1) * leaf.hop_ns
+            trip = sum(work[s:]) + 2 * (leaf.pp - s - 1) * leaf.hop_ns + self._late(s)
             for j in range(s, leaf.pp):
                 self.model.add(self.nested[s] >= trip + (leaf.microbatches - 1) * work[j])
 
@@ -126,7 +132,10 @@ class _Chain:
         for s in range(leaf.pp):
             self.model.add(self.ends[s] >= self.nested[s] + value["gradient"][s])
             if s < leaf.pp - 1:
-                self.model.add(self.ends[s] >= value["forward"][s] + leaf.hop_ns + self.ends[s + 1])
+                self.model.add(
+                    self.ends[s]
+                    >= value["forward"][s] + leaf.hop_ns + value["late_on"][s] + self.ends[s + 1]
+                )
             self.model.add(self.update >= value["update"][s])
         self.model.minimize(self.ends[0] + self.update)
 
@@ -135,6 +144,7 @@ def _values(costs: RankCosts) -> tuple[int, ...]:
     first = costs.chunks[0]
     return (
         costs.work_ns, first.forward_ns, first.backward_ns, costs.gradient_ns, costs.update_ns,
+        first.late_on_ns, first.late_back_ns,
     )  # fmt: skip
 
 

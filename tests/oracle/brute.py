@@ -61,12 +61,14 @@ class Prices:
     sync: int
     fixed: int
     capacity: int
+    late: tuple[tuple[int, int], ...] = ()
+    """Per cut between layers, what its transfers take beyond ``hop``."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
-                self.sync, self.fixed, self.capacity)  # fmt: skip
+                self.sync, self.fixed, self.capacity, self.late)  # fmt: skip
 
 
 @dataclass
@@ -126,6 +128,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         sync=int(tables.sync_ns[index]),
         fixed=tables.fixed_bytes,
         capacity=tables.capacity_bytes,
+        late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
     )
 
 
@@ -182,10 +185,20 @@ def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]
     return prices.fixed + sum(c.static for c in own) + live + max(c.working for c in own)
 
 
-def step_time(prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk]) -> int:
+def hops_of(prices: Prices, sizes: Sequence[int]) -> int | list[tuple[int, int]]:
+    """Transfer times behind each virtual stage, on and back."""
+    if not prices.late:
+        return prices.hop
+    cuts = [sum(sizes[: j + 1]) for j in range(len(sizes))]
+    return [(prices.hop + prices.late[c][0], prices.hop + prices.late[c][1]) for c in cuts]
+
+
+def step_time(
+    prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk], sizes: Sequence[int]
+) -> int:
     """The step: pipeline and exposed reduction, then the update behind the norm's barrier."""
     durations = [time for c in chunks for time in (c.forward, c.backward)]
-    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, prices.hop)
+    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops_of(prices, sizes))
     reduced = max(
         end + prices.bucket + sum(c.gradient for c in chunks[rank :: x.pp])
         for rank, end in enumerate(ends)
@@ -283,7 +296,7 @@ class BruteForce:
                 return None
             if rank_peak(prices, x, m, rank, own) > prices.capacity:
                 return None
-        time = step_time(prices, x, m, chunks)
+        time = step_time(prices, x, m, chunks, sizes)
         return time if best is None or time < best else None
 
 

@@ -49,6 +49,7 @@ def draw_leaf(
         embedding=draw_row(rng, rng.choice((scale, 4 * scale))),
         head=draw_row(rng, rng.choice((scale, 4 * scale))),
         hop_ns=rng.choice((0, scale // 10, scale)),
+        late=draw_late(rng, layers, scale),
         bucket_ns=rng.choice((0, scale, 20_000 * scale)), tied_sync_ns=rng.choice((0, scale)),
         sync_ns=rng.choice((0, scale)),
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven,
@@ -62,6 +63,14 @@ def draw_leaf(
     need = max(peaks(free, stage_costs(free, even)))
     capacity = int(need * rng.uniform(0.6, 1.1))
     return Leaf(**{**_fields(free), "capacity_bytes": capacity})  # type: ignore[arg-type]
+
+
+def draw_late(rng: Random, layers: int, scale: int) -> tuple[tuple[int, int], ...]:
+    """What the transfer at each cut takes beyond the least; nothing for most leaves."""
+    if rng.random() < 0.6:
+        return ()
+    most = rng.choice((scale // 10, scale, 3 * scale))
+    return tuple((rng.randint(0, most), rng.randint(0, most)) for _ in range(layers + 1))
 
 
 def _fields(leaf: Leaf) -> dict[str, object]:

@@ -15,8 +15,8 @@ from cost_models.leaf import (
     fits,
     simulate_step,
     stage_costs,
-    surrogate_ns,
 )
+from cost_models.surrogate import surrogate_ns
 from planner.program import UNLIMITED, enumerate_chain, solve_chain
 from planner.solve import solve_cp_sat
 from tests.oracle.layouts import partitions

@@ -124,10 +124,21 @@ def graph(schedule: str, pp: int, vpp: int, m: int) -> Graph:
 
 
 def finish_times(
-    schedule: str, pp: int, vpp: int, m: int, durations: Sequence[int], hop: int
-) -> list[int]:
-    """When each rank ends, in the unit of ``durations`` (two per virtual stage)."""
+    schedule: str, pp: int, vpp: int, m: int, durations: Sequence[int],
+    hop: int | Sequence[tuple[int, int]],
+) -> list[int]:  # fmt: skip
+    """When each rank ends, in the unit of ``durations`` (two per virtual stage).
+
+    ``hop`` is one transfer time, or one per virtual stage for its output and for the gradient that
+    comes back.
+    """
     plan = graph(schedule, pp, vpp, m)
+    lag = [0] * len(durations)
+    for stage in range(len(durations) // 2):
+        on, back = (hop, hop) if isinstance(hop, int) else hop[stage]
+        lag[2 * stage + 1] = back
+        if 2 * stage + 2 < len(lag):
+            lag[2 * stage + 2] = on
     end: list[int] = []
     for slot, direct, lagged in plan.nodes:
         start = 0
@@ -135,7 +146,7 @@ def finish_times(
             if end[need] > start:
                 start = end[need]
         for need in lagged:
-            if end[need] + hop > start:
-                start = end[need] + hop
+            if end[need] + lag[slot] > start:
+                start = end[need] + lag[slot]
         end.append(start + durations[slot])
     return [end[index] for index in plan.last]

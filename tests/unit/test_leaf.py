@@ -16,9 +16,9 @@ from cost_models.leaf import (
     peaks,
     simulate_step,
     stage_costs,
-    surrogate_ns,
 )
 from cost_models.step import Field
+from cost_models.surrogate import surrogate_ns
 
 NONE: Recompute = ("none", 0)
 

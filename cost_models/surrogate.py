@@ -1,0 +1,113 @@
+"""The surrogate: a bound proved to be at most the simulated time of a completion.
+
+Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and backward, ``w`` for
+``f + b``, ``d`` for the hop, ``m`` for microbatches, ``k = pp - s``. From the first forward of rank
+``s``:
+
+1. its work: ``m * w_s`` (all its chunks);
+2. nesting: the first forward feeds the next rank and the last backward waits for it, so
+   ``Z_s >= f_s0 + b_s0 + 2 d + Z_{s+1}`` with the times of the rank's first chunk;
+3. in 1F1B, forward ``i + k`` of rank ``s`` follows backward ``i``: after the first round trip
+   through ranks ``s..pp-1``, of ``R = S_s + 2 (k-1) d`` with ``S_s`` the sum of ``w`` from ``s``
+   on, another one advances ``k`` microbatches, and one forward and backward on the rank itself
+   advances one. With ``a >= 1`` more trips that is ``(1 + a) R + (m - 1 - a k) w_s``: linear in
+   ``a``, so largest at ``a = 1`` or ``a = q = (m-1) // k``. With ``q = 0`` only backwards are
+   left: ``R + (m-1) b_s``;
+4. at ``s = 0`` the remainder ``r`` can make its round trip through the last ``r`` ranks:
+   ``(1 + q) (S_0 + 2 (pp-1) d) + S_{pp-r} + 2 (r-1) d``;
+5. in GPipe, all forwards then all backwards are two flow shops of equal jobs:
+   ``S_s + 2 (k-1) d + (m-1) max w``.
+
+Each is the length of a path in the graph of the schedule, so it cannot exceed the longest one.
+Where cuts carry different amounts, ``d`` is the least transfer of all cuts, and what the chosen
+cuts take beyond it (``late_ns``) is added to the paths that cross them: to ``S`` and to both nested
+bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.leaf import Leaf, RankCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Bounds over ranks ``s .. pp - 1``; smaller is better in every field.
+
+    ``nested`` is Z of the module docstring, ``ends`` the bound on finish plus gradients, both from
+    the first forward of rank ``s``; ``work`` is S, late transfers included, ``widest`` the largest
+    w, ``update`` the largest update, ``tail`` S at rank ``pp - r`` once that rank is passed.
+    """
+
+    work: int
+    widest: int
+    nested: int
+    ends: int
+    update: int
+    tail: int
+
+    def dominates(self, other: Label) -> bool:
+        """Whether every field is at most the other's."""
+        return (
+            self.work <= other.work
+            and self.widest <= other.widest
+            and self.nested <= other.nested
+            and self.ends <= other.ends
+            and self.update <= other.update
+            and self.tail <= other.tail
+        )
+
+    def objective_ns(self, leaf: Leaf) -> int:
+        """The surrogate once rank 0 is in."""
+        return self.ends + self.update + leaf.sync_ns
+
+
+EMPTY_LABEL = Label(0, 0, 0, 0, 0, 0)
+
+
+def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label:
+    """Prepend ``rank`` to a label that covers the ranks after it."""
+    m, hop, k = leaf.microbatches, leaf.hop_ns, leaf.pp - rank
+    first = costs.chunks[0]
+    work = label.work + costs.work_ns + first.late_ns
+    widest = max(label.widest, costs.work_ns)
+    nested = m * costs.work_ns
+    ends = 0
+    if rank < leaf.pp - 1:
+        nested = max(
+            nested, first.forward_ns + first.backward_ns + 2 * hop + first.late_ns + label.nested
+        )
+        ends = first.forward_ns + hop + first.late_on_ns + label.ends
+    loops, rest = divmod(m - 1, k)
+    trip = work + 2 * (k - 1) * hop
+    tail = label.tail
+    if leaf.schedule == "1f1b":
+        if loops:
+            on_rank = (m - 1 - k) * costs.work_ns
+            nested = max(nested, (1 + loops) * trip + rest * costs.work_ns, 2 * trip + on_rank)
+        else:
+            nested = max(nested, trip + rest * first.backward_ns)
+        if k == (m - 1) % leaf.pp:
+            tail = work + 2 * (k - 1) * hop
+        if rank == 0:
+            nested = max(nested, (1 + loops) * trip + tail)
+    elif leaf.schedule == "gpipe":
+        nested = max(nested, trip + (m - 1) * widest)
+        tail = 0
+    return Label(
+        work=work,
+        widest=widest if leaf.schedule == "gpipe" else 0,
+        nested=nested,
+        ends=max(ends, nested + costs.gradient_ns),
+        update=max(label.update, costs.update_ns),
+        tail=tail if leaf.schedule == "1f1b" else 0,
+    )
+
+
+def surrogate_ns(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> int:
+    """A lower bound on :func:`simulate_step`; see the module docstring."""
+    label = EMPTY_LABEL
+    for rank in reversed(range(leaf.pp)):
+        label = extend_label(leaf, label, rank, ranks[rank])
+    return label.objective_ns(leaf)
