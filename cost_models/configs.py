@@ -16,6 +16,8 @@ from cost_models.data_parallel import DataParallel, price_kind
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import Schedule
 from cost_models.leaf import Leaf
+from cost_models.reserve import Reserve
+from cost_models.reserve import reserve_bytes as reserve_of
 from cost_models.step import Machine, price_layer, to_ns
 
 
@@ -71,7 +73,9 @@ class PricedConfigs:
     bucket_ns: Int64
     tied_sync_ns: Int64
     sync_ns: Int64
-    fixed_bytes: int
+    reserve: Reserve
+    fixed_bytes: Int64
+    """The reserve's terms, and what the user keeps free."""
     capacity_bytes: int
     late: tuple[tuple[Int64, Int64], ...] = ()
     """Per cut, what its transfers take beyond ``hop_ns``; empty where all cuts carry the same."""
@@ -94,7 +98,7 @@ class PricedConfigs:
             bucket_ns=int(self.bucket_ns[index]),
             tied_sync_ns=int(self.tied_sync_ns[index]),
             sync_ns=int(self.sync_ns[index]),
-            fixed_bytes=self.fixed_bytes,
+            fixed_bytes=int(self.fixed_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             late=tuple((int(on[index]), int(back[index])) for on, back in self.late),
@@ -144,8 +148,8 @@ def price_configs(
         return rows[:, config_of]
 
     names = tuple(dict.fromkeys(workload.layers))
-    stack = machine.stack
     shard = shard_of(workload, configs)
+    reserve = reserve_of(workload, machine, shard, configs)
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
     return PricedConfigs(
         workload=workload,
@@ -164,7 +168,8 @@ def price_configs(
                 stride=np.ones_like(configs.tp),
             )
         ),
-        fixed_bytes=int(stack.context_bytes.si) + int(stack.allocator_slack.si) + reserve_bytes,
+        reserve=reserve,
+        fixed_bytes=reserve.total + reserve_bytes,
         capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
         late=_late(workload, machine, configs),
     )  # fmt: skip

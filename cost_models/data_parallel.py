@@ -62,31 +62,13 @@ def price_kind(
     ``times`` are the layer's for the same ``shard``. ``drop_tied`` marks configurations whose
     head shares the embedding's weights on the same device (one pipeline stage).
     """
-    local = state.local_parameters(kind, shard, vocab_divisor)
+    local = state.local_parameters(kind, shard, vocab_divisor, drop_tied=drop_tied)
     dense = local.dense
-    if drop_tied is not None:
-        for weight in kind.weights:
-            if weight.name == "head.tied":
-                dense = dense - np.where(
-                    drop_tied, state.local_elements(weight, shard, vocab_divisor), 0
-                )
-    expert_ranks = shard.tp * shard.cp * data.shard // (shard.ep * shard.etp)
-    attention_mesh = _Mesh(
-        data.shard * shard.cp, shard.tp, data.replicate, shard.tp * shard.cp * data.shard
-    )
-    expert_mesh = _Mesh(
-        np.maximum(expert_ranks, 1), shard.ep * shard.etp, data.replicate,
-        shard.tp * shard.cp * data.shard,
-    )  # fmt: skip
+    attention_mesh, expert_mesh = _meshes(shard, data)
     forward = _phase_seconds(times, "forward")
     backward = _phase_seconds(times, "backward")
     rules, stack = machine.rules, machine.stack
-    held = [
-        state.state_bytes(
-            elements, ways=mesh.ways, zero_stage=data.zero_stage, pipelined=data.pp > 1, rules=rules
-        )
-        for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh))
-    ]
+    held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     reduce_s = np.zeros(len(shard.tp))
     gather_s = np.zeros(len(shard.tp))
     for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh)):
@@ -112,11 +94,13 @@ def price_kind(
     gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     activations = memory.activation_bytes(kind, shard)
-    gathered_bytes = held[0].gathered + held[1].gathered
+    buffers = held.step
+    if rules.dummy_wgrad and kind.name == "head":
+        buffers = buffers + state.dummy_wgrad_bytes(
+            kind, shard, vocab_divisor, element_bytes=rules.gather_bytes
+        )
+    gathered_bytes = held.gathered
     lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
-    weights = held[0].weights + held[1].weights
-    gradients = held[0].gradients + held[1].gradients
-    optimizer = held[0].optimizer + held[1].optimizer
     rows = np.empty((len(Field), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
@@ -126,7 +110,7 @@ def price_kind(
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
     rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
                                                      expert_mesh, data, machine))  # fmt: skip
-    rows[Field.STATIC] = weights + gradients + optimizer + lasting
+    rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
     rows[Field.GATHERED] = np.where(lasting > 0, 0, 2 * gathered_bytes)
     rows[Field.ACT_NONE] = activations.none
     rows[Field.ACT_SELECTIVE] = activations.selective
@@ -135,10 +119,46 @@ def price_kind(
     rows[Field.WORK_SELECTIVE] = activations.working_selective
     rows[Field.WORK_FULL] = activations.working_full
     rows[Field.PARAMETERS] = dense + local.expert
-    rows[Field.WEIGHT_BYTES] = weights + lasting
-    rows[Field.GRADIENT_BYTES] = gradients
-    rows[Field.OPTIMIZER_BYTES] = optimizer
+    rows[Field.WEIGHT_BYTES] = held.weights + lasting
+    rows[Field.GRADIENT_BYTES] = held.gradients
+    rows[Field.OPTIMIZER_BYTES] = held.optimizer
+    rows[Field.STEP_BYTES] = held.step
     return rows, per_microbatch
+
+
+def _meshes(shard: Shard, data: DataParallel) -> tuple[_Mesh, _Mesh]:
+    """The attention and the expert mesh of each configuration."""
+    span = shard.tp * shard.cp * data.shard
+    expert_ranks = np.maximum(span // (shard.ep * shard.etp), 1)
+    return (
+        _Mesh(data.shard * shard.cp, shard.tp, data.replicate, span),
+        _Mesh(expert_ranks, shard.ep * shard.etp, data.replicate, span),
+    )
+
+
+def layer_state(
+    kind: LayerKind,
+    shard: Shard,
+    data: DataParallel,
+    machine: Machine,
+    *,
+    vocab_divisor: int,
+    drop_tied: Bools | None = None,
+) -> state.StateBytes:
+    """Persistent state of one layer on one device; experts are sharded over their own mesh."""
+    parts = []
+    for mesh, expert in zip(_meshes(shard, data), (False, True), strict=True):
+        parts.append(
+            state.state_bytes(
+                [weight for weight in kind.weights if state.is_expert(weight) == expert],
+                shard,
+                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1),
+                machine.rules,
+                vocab_divisor=vocab_divisor,
+                drop_tied=drop_tied,
+            )
+        )
+    return parts[0] + parts[1]
 
 
 def _phase_seconds(times: LayerTimes, phase: str) -> Real:

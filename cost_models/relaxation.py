@@ -215,7 +215,7 @@ class Relaxation:
         """
         field = working if len(self.kind_counts) == 1 else Field.WORK_NONE
         need = np.min([t[field][config] + t[Field.GATHERED][config] for t in tables], axis=0)
-        capacity = self.tables.capacity_bytes - self.tables.fixed_bytes
+        capacity = self.tables.capacity_bytes - self.tables.fixed_bytes[config]
         room: Real = (capacity - need).astype(np.float64)
         return room
 

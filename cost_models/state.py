@@ -5,18 +5,41 @@ Persistent state per parameter, for 16-bit training with AdamW in Megatron-style
 is sharded over data parallelism from ZeRO stage 1, the gradient from stage 2, the weight from
 stage 3 (Rajbhandari et al., arXiv 1910.02054, section 3). Stacks without master weights (FSDP2)
 keep the fp32 weights themselves sharded: 4 + 4 + 8 = 16 bytes, plus 16-bit copies while gathered.
+
+What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
+
+* ``contiguous``: Megatron-Core's distributed optimizer lays parameters end to end in one buffer,
+  each start aligned to 64 elements, each bucket's end to the least common multiple of the sharding
+  ranks and 128 (megatron/core/optimizer/param_layout.py). How many buckets there are depends on the
+  whole stage, so a layer takes an upper bound here and :func:`contiguous_elements` has the exact
+  size. Without sharding nothing is padded.
+* ``flat``: DeepSpeed's stages 1 and 2 and FSDP1 flatten many parameters into one tensor and pad
+  its end; a layer's share is rounded up.
+* ``per_parameter``: DeepSpeed's stage 3 splits each flattened parameter by itself.
+* ``dim0``: FSDP2 splits the first dimension of each parameter, the last shards shorter.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
+from hardware_profiles.holdings import Precision, StateSpec
+
+StateLayout = Literal["contiguous", "flat", "per_parameter", "dim0"]
 
 OPTIMIZER_MOMENTS = {"adamw": 2, "sgd": 1}
 """fp32 moments per parameter (SGD with momentum)."""
+
+START_ALIGNMENT = 64
+"""Elements to which a parameter's start is aligned in Megatron-Core's buffer."""
+BUCKET_ALIGNMENT = 128
+"""Elements to which a bucket's end is aligned there, beside the ranks that share it."""
 
 
 def ceil_div(numerator: Int64, denominator: Int64) -> Int64:
@@ -24,25 +47,38 @@ def ceil_div(numerator: Int64, denominator: Int64) -> Int64:
     return -(-numerator // denominator)
 
 
-def local_elements(weight: Weight, shard: Shard, vocab_divisor: int) -> Int64:
-    """Elements of ``weight`` on one device before data-parallel sharding."""
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """One of the equal tensors that a :class:`Weight` is on one device."""
+
+    elements: Int64
+    rows: Int64
+    """Its first dimension."""
+    count: Int64
+
+    @property
+    def total(self) -> Int64:
+        """Elements of all of them."""
+        return self.elements * self.count
+
+
+def local_tensor(weight: Weight, shard: Shard, vocab_divisor: int) -> LocalTensor:
+    """``weight`` on one device before data-parallel sharding."""
     tp, ones = shard.tp, np.ones_like(shard.tp)
+    rows, cols, count = weight.rows * ones, weight.cols * ones, weight.count * ones
     match weight.sharding:
         case "replicated":
-            split = weight.rows * weight.cols * ones
+            pass
         case "vocab":
-            padded = ceil_div(weight.rows * ones, vocab_divisor * tp) * vocab_divisor * tp
-            split = padded // tp * weight.cols
+            rows = ceil_div(rows, vocab_divisor * tp) * vocab_divisor
         case "column":
-            ways = np.minimum(tp, weight.kv_heads) if weight.kv_heads else tp
-            split = ceil_div(weight.rows * ones, ways) * weight.cols
+            rows = ceil_div(rows, np.minimum(tp, weight.kv_heads) if weight.kv_heads else tp)
         case "row":
-            split = ceil_div(weight.cols * ones, tp) * weight.rows
+            cols = ceil_div(cols, tp)
         case "expert_column" | "expert_row":
-            return ceil_div(weight.rows * weight.cols * ones, shard.etp) * (
-                ceil_div(weight.count * ones, shard.ep)
-            )
-    return split * weight.count
+            elements = ceil_div(rows * cols, shard.etp)
+            return LocalTensor(elements, rows, ceil_div(count, shard.ep))
+    return LocalTensor(rows * cols, rows, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +90,31 @@ class LocalParameters:
     expert: Int64
 
 
-def local_parameters(kind: LayerKind, shard: Shard, vocab_divisor: int) -> LocalParameters:
+def is_expert(weight: Weight) -> bool:
+    """Whether a weight belongs to one expert, so to the expert mesh."""
+    return weight.sharding.startswith("expert_")
+
+
+def local_parameters(
+    kind: LayerKind, shard: Shard, vocab_divisor: int, *, drop_tied: Bools | None = None
+) -> LocalParameters:
     """Parameters of one layer of ``kind`` on one device, before data-parallel sharding."""
     dense = np.zeros_like(shard.tp)
     expert = np.zeros_like(shard.tp)
     for weight in kind.weights:
-        elements = local_elements(weight, shard, vocab_divisor)
-        if weight.sharding.startswith("expert_"):
+        elements = _kept(weight, local_tensor(weight, shard, vocab_divisor).total, drop_tied)
+        if is_expert(weight):
             expert = expert + elements
         else:
             dense = dense + elements
     return LocalParameters(dense, expert)
+
+
+def _kept(weight: Weight, elements: Int64, drop_tied: Bools | None) -> Int64:
+    """Elements, none where a tied head shares the embedding's weights on the same device."""
+    if drop_tied is None or weight.name != "head.tied":
+        return elements
+    return np.where(drop_tied, 0, elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +123,28 @@ class StateRules:
 
     weight_bytes: int
     gradient_bytes: int
+    """Of the gradients that are reduced."""
     optimizer_bytes: int
     gather_bytes: int
     """Bytes per element of a gathered (unsharded) weight in ZeRO stages 2 and 3."""
+    layout: StateLayout = "flat"
+    held_gradient_bytes: int = 0
+    """Of the gradients held through the step."""
+    backward_gradient_bytes: int = 0
+    """Of what the backward leaves beside them, whole."""
+    step_bytes: int = 0
+    """Of flat buffers of the optimizer step, sharded as the optimizer state is."""
+    quantised_bytes_per_64: int = 0
+    """Of the low-precision copies of 64 elements of a linear layer's weight."""
+    dummy_wgrad: bool = False
+    bucket_elements: int | None = None
+    bucket_elements_per_rank: int = 0
 
-
-def state_rules(
-    *, precision: str, optimizer: str, master_weights: bool, gradient_dtype: str
-) -> StateRules:
-    """The rules for one stack and job; see the module docstring."""
-    moments = 4 * OPTIMIZER_MOMENTS[optimizer]
-    if precision == "fp32":
-        return StateRules(4, 4, moments, 4)
-    gradient = 4 if gradient_dtype == "fp32" else 2
-    if master_weights:
-        return StateRules(2, gradient, 4 + moments, 2)
-    return StateRules(4, 4, moments, 2)
+    def least_bucket(self, ways: Int64) -> Int64:
+        """Least elements of a bucket of the contiguous buffer; as good as all without one."""
+        if self.bucket_elements is None:
+            return np.full_like(ways, 1 << 62)
+        return np.maximum(self.bucket_elements, self.bucket_elements_per_rank * ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,30 +152,196 @@ class StateBytes:
     """Persistent and gathered bytes of one layer on one device."""
 
     weights: Int64
+    """Low-precision copies included."""
     gradients: Int64
     optimizer: Int64
+    step: Int64
+    """Flat buffers of the optimizer step."""
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
 
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.step + other.step,
+            self.gathered + other.gathered,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """Where the state of some weights is split (arrays of one length)."""
+
+    ways: Int64
+    zero_stage: Int64
+    pipelined: Bools
+
 
 def state_bytes(
-    elements: Int64, *, ways: Int64, zero_stage: Int64, pipelined: Bools, rules: StateRules
+    weights: Iterable[Weight],
+    shard: Shard,
+    sharding: Sharding,
+    rules: StateRules,
+    *,
+    vocab_divisor: int,
+    drop_tied: Bools | None = None,
 ) -> StateBytes:
-    """State of ``elements`` parameters sharded ``ways`` ways from the given ZeRO stage on.
+    """State of ``weights`` sharded from the given ZeRO stage on; all of one mesh.
 
     Stage 2 keeps unsharded 16-bit weights through the step when the stack holds fp32 shards
     (FSDP2 without resharding after forward); Megatron-style stacks keep their weights replicated.
     Under a pipeline FSDP2 reduces gradients once per step: until then they are whole on each rank
     (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
     """
-    shard = ceil_div(elements, ways)
+    stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
+    whole, split, copied = zero, zero, zero
+    for weight in weights:
+        local = local_tensor(weight, shard, vocab_divisor)
+        held, shared = _sizes(weight, local, sharding, rules.layout)
+        whole = whole + _kept(weight, held, drop_tied)
+        split = split + _kept(weight, shared, drop_tied)
+        if rules.quantised_bytes_per_64 and is_quantised(weight):
+            copied = copied + local.total
+    if rules.layout == "contiguous":
+        whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding.ways, rules), 0)
+    if rules.layout in ("contiguous", "flat"):
+        split = ceil_div(whole, sharding.ways)
     fsdp = rules.weight_bytes > rules.gather_bytes
-    weights_sharded = (zero_stage >= 3) | ((zero_stage >= 2) & fsdp)
-    zero = np.zeros_like(elements)
+    weights_sharded = (stage >= 3) | ((stage >= 2) & fsdp)
+    gradients_sharded = (stage >= 2) & ~(fsdp & sharding.pipelined)
+    shards = np.where(stage >= 1, split, whole)
     return StateBytes(
-        weights=np.where(weights_sharded, shard, elements) * rules.weight_bytes,
-        gradients=np.where((zero_stage >= 2) & ~(fsdp & pipelined), shard, elements)
-        * rules.gradient_bytes,
-        optimizer=np.where(zero_stage >= 1, shard, elements) * rules.optimizer_bytes,
-        gathered=np.where(weights_sharded, elements * rules.gather_bytes, zero),
+        weights=np.where(weights_sharded, split, whole) * rules.weight_bytes
+        + ceil_div(copied * rules.quantised_bytes_per_64, np.array(64)),
+        gradients=np.where(gradients_sharded, split, whole) * rules.held_gradient_bytes
+        + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
+        optimizer=shards * rules.optimizer_bytes,
+        step=shards * rules.step_bytes,
+        gathered=np.where(weights_sharded, whole * rules.gather_bytes, 0),
+    )
+
+
+def _sizes(
+    weight: Weight, local: LocalTensor, sharding: Sharding, layout: StateLayout
+) -> tuple[Int64, Int64]:
+    """Elements of a weight on one device: whole, and one rank's shard of them."""
+    ways = sharding.ways
+    if layout == "contiguous":
+        aligned = ceil_div(local.elements, np.array(START_ALIGNMENT)) * START_ALIGNMENT
+        return np.where(
+            sharding.zero_stage >= 1, aligned, local.elements
+        ) * local.count, local.total
+    if layout == "per_parameter":
+        return local.total, ceil_div(local.elements, ways) * local.count
+    if layout == "dim0":
+        # Experts are one tensor with the expert as first dimension, the rows as second; where there
+        # are more ranks than experts the rows are split (torchtitan's apply_fsdp).
+        rows = ceil_div(local.rows, ways) * (local.elements // local.rows) * local.count
+        experts = ceil_div(local.count, ways) * local.elements
+        by_expert = is_expert(weight) & (ways <= local.count)
+        return local.total, np.where(by_expert, experts, rows)
+    return local.total, local.total
+
+
+def _bucket_padding(elements: Int64, ways: Int64, rules: StateRules) -> Int64:
+    """Most elements that aligning the ends of a layer's buckets adds.
+
+    A stage of layers with ``e`` elements has at most ``sum(e // bucket + 1)`` buckets: all but its
+    last hold a whole bucket.
+    """
+    buckets = elements // rules.least_bucket(ways) + 1
+    return np.where(elements > 0, buckets * (np.lcm(ways, BUCKET_ALIGNMENT) - 1), 0)
+
+
+_HIGH_PRECISION = ("embedding", "head", "moe.router", "moe.shared_gate")
+
+
+def is_quantised(weight: Weight) -> bool:
+    """Whether low-precision recipes run this weight's products: linear layers, but not the ends,
+    the router or the gate."""
+    return weight.cols > 1 and not weight.name.startswith(_HIGH_PRECISION)
+
+
+_FUSED = {
+    "attention.q": "attention.qkv", "attention.k": "attention.qkv", "attention.v": "attention.qkv",
+    "mlp.gate": "mlp.fc1", "mlp.up": "mlp.fc1", "moe.shared.gate": "moe.shared.fc1",
+    "moe.shared.up": "moe.shared.fc1", "moe.experts.gate": "moe.experts.fc1",
+    "moe.experts.up": "moe.experts.fc1",
+}  # fmt: skip
+"""Weights that Megatron stores as one tensor."""
+
+
+def fused_name(weight: Weight) -> str:
+    """The tensor that Megatron stores a weight in."""
+    return _FUSED.get(weight.name, weight.name)
+
+
+def dummy_wgrad_bytes(
+    kind: LayerKind, shard: Shard, vocab_divisor: int, *, element_bytes: int
+) -> Int64:
+    """Placeholders for weight gradients: one tensor for each shape among a layer's products.
+
+    Transformer Engine hands autograd a cached tensor of the weight's shape where the gradient went
+    into the main gradient (transformer_engine/pytorch/module/base.py, ``get_dummy_wgrad``).
+    """
+    merged: dict[str, list[Weight]] = {}
+    for weight in kind.weights:
+        if weight.cols > 1 and not weight.name.startswith(("embedding", "moe.router")):
+            merged.setdefault(fused_name(weight), []).append(weight)
+    shapes: dict[tuple[object, ...], Int64] = {}
+    for parts in merged.values():
+        key = tuple((part.rows, part.cols, part.sharding) for part in parts)
+        sizes = [local_tensor(part, shard, vocab_divisor).elements for part in parts]
+        shapes[key] = np.sum(sizes, axis=0)
+    total: Int64 = sum(shapes.values(), np.zeros_like(shard.tp))
+    return total * element_bytes
+
+
+def contiguous_elements(sizes: Iterable[int], ways: int, least_bucket: int | None) -> int:
+    """Elements of Megatron-Core's distributed-optimizer buffer, padding included.
+
+    ``sizes`` are the parameters' elements in the order of the module; the buffer is filled from the
+    last to the first, and a bucket ends with the parameter that reaches ``least_bucket`` (None: one
+    bucket). ``DistributedOptimizer._compute_per_buffer_param_layout``, Megatron-Core 0.19.
+    """
+    divisor = math.lcm(ways, BUCKET_ALIGNMENT)
+    start = end = 0
+    filled = False
+    for size in reversed(list(sizes)):
+        end = -(-end // START_ALIGNMENT) * START_ALIGNMENT + size
+        filled = True
+        if least_bucket is not None and end - start >= least_bucket:
+            start = end = -(-end // divisor) * divisor
+            filled = False
+    return -(-end // divisor) * divisor if filled else end
+
+
+def state_rules(
+    *, spec: StateSpec, precision: Precision, optimizer: str, master_weights: bool,
+    gradient_dtype: str,
+) -> StateRules:  # fmt: skip
+    """The rules for one stack and job; see the module docstring."""
+    moments = 4 * OPTIMIZER_MOMENTS[optimizer]
+    if precision == "fp32":
+        weight, reduced, state, gathered = 4, 4, moments, 4
+    elif master_weights:
+        weight, reduced, state, gathered = 2, 4 if gradient_dtype == "fp32" else 2, 4 + moments, 2
+    else:
+        # A stack that keeps fp32 weights accumulates their gradients in fp32 whatever it reduces.
+        weight, reduced, state, gathered = 4, 4, moments, 2
+    return StateRules(
+        weight_bytes=weight,
+        gradient_bytes=reduced,
+        optimizer_bytes=state,
+        gather_bytes=gathered,
+        layout=spec.layout,
+        held_gradient_bytes=spec.held_gradient_bytes.get(precision, reduced),
+        backward_gradient_bytes=spec.backward_gradient_bytes.get(precision, 0),
+        step_bytes=spec.step_bytes.get(precision, 0),
+        quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
+        dummy_wgrad=spec.dummy_wgrad,
+        bucket_elements=spec.bucket_elements,
+        bucket_elements_per_rank=spec.bucket_elements_per_rank,
     )

@@ -37,6 +37,7 @@ from cost_models.ops import (
     Op,
     Reals,
 )
+from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
 
 Real: TypeAlias = NDArray[np.float64]
@@ -78,6 +79,8 @@ class Field(IntEnum):
     WEIGHT_BYTES = 16
     GRADIENT_BYTES = 17
     OPTIMIZER_BYTES = 18
+    STEP_BYTES = 19
+    """Flat buffers of the optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Machine:
 
     cluster: ClusterSpec
     stack: StackSpec
-    precision: str
+    precision: Precision
     optimizer: str
     device: DeviceSpec = field(init=False)
     fabric: Fabric = field(init=False, repr=False, compare=False)
@@ -99,6 +102,7 @@ class Machine:
     def rules(self) -> state.StateRules:
         """Bytes per parameter."""
         return state.state_rules(
+            spec=self.stack.state,
             precision=self.precision,
             optimizer=self.optimizer,
             master_weights=self.stack.master_weights,

@@ -10,12 +10,14 @@ Homogeneous clusters are the one-group case of :class:`ClusterSpec`, not another
 from __future__ import annotations
 
 import math
-from enum import StrEnum
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from hardware_profiles.units import to_si
+from hardware_profiles.holdings import ReserveSpec, StateSpec
+from hardware_profiles.sourced import Kind as Kind
+from hardware_profiles.sourced import Profile as Profile
+from hardware_profiles.sourced import Sourced as Sourced
 
 Value = TypeVar("Value")
 
@@ -23,36 +25,6 @@ Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
 EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 """Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
-
-
-class Kind(StrEnum):
-    """How a number is known."""
-
-    DATASHEET = "datasheet"
-    MEASURED = "measured"
-    FITTED = "fitted"
-    ASSUMED = "assumed"
-
-
-class Profile(BaseModel):
-    """Base of every profile: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Sourced(Profile):
-    """A number with its unit and its provenance, e.g. ``{value: 312, unit: TFLOP/s, ...}``."""
-
-    value: float
-    unit: str = ""
-    kind: Kind
-    source: str
-    note: str | None = None
-
-    @property
-    def si(self) -> float:
-        """The value in SI base units (bytes, seconds, FLOP/s, bytes/s, watts)."""
-        return to_si(self.value, self.unit)
 
 
 class MatmulConstants(Profile):
@@ -347,7 +319,9 @@ class StackSpec(Profile):
     tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
     """``pipelined``: gathers and scatters of sequence parallelism run in tp chunks with the chunks
     of the product they belong to (user buffers, asynchronous tensor parallelism)."""
-    moe_dispatcher: dict[str, Dispatcher] = {"default": "alltoall"}
+    moe_dispatcher: dict[str, Dispatcher] = Field(
+        default_factory=lambda: {"default": "alltoall"}
+    )
     """Per device name prefix, as ``attention_kernels``."""
     moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2
     """Bytes per element of tokens on their way to the experts; outputs and gradients travel in 16
@@ -370,10 +344,10 @@ class StackSpec(Profile):
     """Short-lived bytes per logit at the peak of the loss."""
     gradient_bucket_bytes: Sourced
     """Size of the buckets in which gradients are reduced; the last one is never hidden."""
-    context_bytes: Sourced
-    """Device memory taken by driver context, libraries and communicators before any tensor."""
-    allocator_slack: Sourced
-    """Bytes the caching allocator holds beyond what is allocated at the peak."""
+    state: StateSpec
+    """How weights, gradients and optimizer state are laid out."""
+    reserve: ReserveSpec
+    """What context, communicators, workspaces and the allocator add."""
     notes: tuple[str, ...] = ()
 
     def attention_kernel(self, device: str) -> str:

@@ -21,7 +21,8 @@ from planner.plan import (
     Plan,
     Prediction,
 )
-from planner.predict import Priced, predict, price
+from planner.predict import predict, price
+from planner.priced import Priced
 from planner.request import Request, fill_defaults
 from planner.search import Search
 

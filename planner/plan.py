@@ -91,6 +91,13 @@ class StagePrediction(Document):
     """Prediction for one pipeline rank."""
 
     peak_bytes: int
+    """What the device must have: ``device_bytes`` and what the user keeps free."""
+    allocated_bytes: int
+    """Most bytes in tensors at once (``torch.cuda.max_memory_allocated``)."""
+    reserved_bytes: int
+    """Most bytes the caching allocator holds (``torch.cuda.max_memory_reserved``)."""
+    device_bytes: int
+    """What the driver shows: reserved, context, communicators."""
     memory: tuple[Term, ...]
     """Terms sum exactly to ``peak_bytes``."""
     compute_s: float
@@ -111,8 +118,10 @@ class Prediction(Document):
     mfu_convention: str
     outside_measured_region: bool
     max_peak_bytes: int
+    allocated_bytes: int
+    """Of the stage with the most; likewise the next two."""
     reserved_bytes: int
-    """Context, communicators and allocator slack inside ``peak_bytes``, plus the user's reserve."""
+    device_bytes: int
     capacity_bytes: int
     fits: bool
     time: tuple[Term, ...]

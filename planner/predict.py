@@ -6,19 +6,10 @@ and the search reports its winner through it, so that all three say the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from cost_models.configs import PricedConfigs, price_configs, shard_of
+from cost_models.configs import price_configs, shard_of
 from cost_models.leaf import (
-    Completion,
-    Leaf,
-    RankCosts,
-    StepTime,
-    fits,
-    live_activations,
-    peak_bytes,
     simulate_step,
     stage_costs,
 )
@@ -26,27 +17,12 @@ from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
 from planner.accuracy import HALF_WIDTH, band
 from planner.errors import InputError, did_you_mean
 from planner.layouts import completion_of, configs_of
-from planner.plan import Layout, Prediction, StagePrediction, Term
+from planner.plan import Layout, Prediction, Term
+from planner.priced import Priced
 from planner.request import Request
+from planner.stage_memory import stage_prediction
 
 SECOND = 1e9
-
-
-@dataclass(frozen=True)
-class Priced:
-    """One layout priced: everything that a prediction is made of."""
-
-    layout: Layout
-    leaf: Leaf
-    completion: Completion
-    tables: PricedConfigs
-    ranks: tuple[RankCosts, ...]
-    step: StepTime
-
-    @property
-    def fits(self) -> bool:
-        """Whether every device has room."""
-        return fits(self.leaf, self.ranks)
 
 
 def price(layout: Layout, request: Request) -> Priced:
@@ -77,9 +53,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
     low, high, source = band(step_s)
     if request.kernel_basis != "measured":
         source += f"; kernel efficiencies of {request.machine.device.name} are not its own"
-    stages = tuple(
-        _stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks)
-    )
+    stages = tuple(stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks))
     return Prediction(
         step_time_s=step_s,
         step_time_band_s=(low, high),
@@ -92,7 +66,9 @@ def predict(priced: Priced, request: Request) -> Prediction:
         ),
         outside_measured_region=_beyond_measured(request, mfu),
         max_peak_bytes=max(stage.peak_bytes for stage in stages),
-        reserved_bytes=priced.leaf.fixed_bytes,
+        allocated_bytes=max(stage.allocated_bytes for stage in stages),
+        reserved_bytes=max(stage.reserved_bytes for stage in stages),
+        device_bytes=max(stage.device_bytes for stage in stages),
         capacity_bytes=priced.leaf.capacity_bytes,
         fits=priced.fits,
         time=_time_terms(priced, request),
@@ -143,51 +119,6 @@ def _assumptions(request: Request) -> tuple[str, ...]:
                 f"{constants.borrowed_from}"
             )
     return tuple(notes)
-
-
-def _stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePrediction:
-    leaf, completion = priced.leaf, priced.completion
-    owned = range(rank, leaf.stages, leaf.pp)
-    sums = dict.fromkeys(
-        (Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.PARAMETERS), 0
-    )
-    layers = 0
-    for j in owned:
-        first, last = completion.bounds[j], completion.bounds[j + 1]
-        layers += last - first
-        for field in sums:
-            counts = zip(leaf.kinds, leaf.counts[first], leaf.counts[last], strict=True)
-            sums[field] += sum(kind[field] * (after - before) for kind, before, after in counts)
-            if j == 0:
-                sums[field] += leaf.embedding[field]
-            if j == leaf.stages - 1:
-                sums[field] += leaf.head[field]
-    activations, live = live_activations(leaf, rank, costs.chunks)
-    working = max(chunk.working_bytes for chunk in costs.chunks)
-    held = "+".join(str(n) for n in live)
-    stack = priced.tables.machine.stack
-    reserve = leaf.fixed_bytes - int(stack.context_bytes.si) - int(stack.allocator_slack.si)
-    terms = [
-        Term(name="weights", bytes=sums[Field.WEIGHT_BYTES]),
-        Term(name="gradients", bytes=sums[Field.GRADIENT_BYTES]),
-        Term(name="optimizer", bytes=sums[Field.OPTIMIZER_BYTES]),
-        Term(name="activations", bytes=activations, detail=f"{held} microbatches in flight"),
-        Term(name="working", bytes=working, detail="largest short-lived buffers, gathers included"),
-        Term(name="context", bytes=int(stack.context_bytes.si), detail=stack.context_bytes.source),
-        Term(
-            name="allocator", bytes=int(stack.allocator_slack.si),
-            detail=stack.allocator_slack.source,
-        ),
-    ]  # fmt: skip
-    if reserve:
-        terms.append(Term(name="reserve", bytes=reserve, detail="kept free as asked"))
-    return StagePrediction(
-        peak_bytes=peak_bytes(leaf, rank, costs.chunks),
-        memory=tuple(terms),
-        compute_s=costs.work_ns * leaf.microbatches / SECOND,
-        layers=layers,
-        parameters=sums[Field.PARAMETERS],
-    )
 
 
 def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:

@@ -87,7 +87,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     parameters = model_sum(priced, (Field.PARAMETERS,))[where]
     held = _least_state(request, parameters, meshes)
     held += model_sum(priced, (Field.ACT_FULL,), ends=False)[where]
-    room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes)
+    room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes[where])
     return np.where(held > room, np.inf, least)
 
 

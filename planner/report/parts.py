@@ -117,7 +117,8 @@ def memory_words(prediction: Prediction) -> tuple[Text, str]:
     return (
         Text(format_bytes(peak), style=style),
         f"of {format_bytes(capacity)} ({share}) on the fullest device{verdict}; "
-        f"{format_bytes(prediction.reserved_bytes)} of it reserved",
+        f"{format_bytes(prediction.allocated_bytes)} of it in tensors, "
+        f"{format_bytes(prediction.reserved_bytes)} held by the allocator",
     )
 
 

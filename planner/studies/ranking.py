@@ -49,8 +49,7 @@ def ranking(
         if len(layouts) < 2:
             continue
         pairs = [
-            (median(p for p, _ in times), median(m for _, m in times))
-            for times in layouts.values()
+            (median(p for p, _ in times), median(m for _, m in times)) for times in layouts.values()
         ]
         found.setdefault(sweep[0], []).append((len(pairs), kendall_tau(pairs), regret(pairs)))
     return {source: _summary(each) for source, each in found.items()}

@@ -15,11 +15,12 @@ from typing import Any
 from planner.errors import InputError
 from planner.layouts import complete_layout
 from planner.plan import Layout
-from planner.predict import Priced, predict, price
+from planner.predict import predict, price
+from planner.priced import Priced
 from planner.request import Request
 from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, flops_per_token, has_metric, measured
-from planner.studies.policy import Cell, Reading, family_of, reading_of
+from planner.studies.policy import Cell, Reading, convention, family_of, reading_of
 from planner.studies.published import layout_of, request_of
 from planner.studies.ranking import ranking, ranking_rows
 from planner.studies.runs import Run, SkippedError, read_runs
@@ -93,7 +94,7 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
     except SkippedError as skipped:
         row["reason"] = str(skipped)
     else:
-        row |= _prediction(priced, request)
+        row |= _prediction(priced, request, convention("memory", source)["of"])
         row |= {
             "status": "priced",
             "policy_filled": sorted(reading.filled),
@@ -158,12 +159,17 @@ def _utilisation(step_s: float | None, request: Request | None) -> float | None:
     return flops / request.devices / step_s / peak
 
 
-def _prediction(priced: Priced, request: Request) -> dict[str, Any]:
-    """What a plan would say of this layout."""
+def _prediction(priced: Priced, request: Request, peak: str) -> dict[str, Any]:
+    """What a plan would say of this layout; ``peak`` is which of its peaks the row states."""
     prediction = predict(priced, request)
+    peaks = {
+        "allocated": prediction.allocated_bytes,
+        "reserved": prediction.reserved_bytes,
+        "device": prediction.device_bytes,
+    }
     return {
         "predicted_step_time_s": prediction.step_time_s,
         "band_s": list(prediction.step_time_band_s),
-        "predicted_peak_gib": prediction.max_peak_bytes / GIB,
+        "predicted_peak_gib": peaks[peak] / GIB,
         "fits": prediction.fits,
     }

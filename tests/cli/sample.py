@@ -165,6 +165,9 @@ def prediction(layout: Layout, *, fits: bool = True) -> Prediction:
         per_stage.append(
             StagePrediction(
                 peak_bytes=sum(parts.values()),
+                allocated_bytes=sum(parts.values()) - 3 * GIB,
+                reserved_bytes=sum(parts.values()) - 2 * GIB,
+                device_bytes=sum(parts.values()),
                 memory=tuple(Term(name=name, bytes=size) for name, size in parts.items()),
                 compute_s=14.0 + 0.25 * (rank == 0),
                 layers=layers,
@@ -190,7 +193,9 @@ def prediction(layout: Layout, *, fits: bool = True) -> Prediction:
         mfu_convention="causal attention, bf16 peak 989 TFLOP/s",
         outside_measured_region=False,
         max_peak_bytes=largest,
-        reserved_bytes=3 * GIB,
+        allocated_bytes=largest - 3 * GIB,
+        reserved_bytes=largest - 2 * GIB,
+        device_bytes=largest,
         capacity_bytes=80 * GIB,
         fits=fits,
         time=tuple(Term(name=name, seconds=value) for name, value in seconds.items()),

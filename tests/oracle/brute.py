@@ -126,7 +126,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         bucket=int(tables.bucket_ns[index]),
         tied_sync=int(tables.tied_sync_ns[index]),
         sync=int(tables.sync_ns[index]),
-        fixed=tables.fixed_bytes,
+        fixed=int(tables.fixed_bytes[index]),
         capacity=tables.capacity_bytes,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
     )

@@ -252,7 +252,7 @@ def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | Non
     if not sample or not options:
         return None
     priced = list(zip(sample, price_all(request, sample), strict=True))
-    fixed = priced[0][1].fixed
+    fixed = min(prices.fixed for _, prices in priced)
     kind = rng.random()
     if 0.3 <= kind < 0.87:
         priced.sort(key=lambda item: work_per_rank(request, *item))

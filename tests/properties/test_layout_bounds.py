@@ -28,6 +28,7 @@ from cost_models.leaf import (
     stage_costs,
 )
 from cost_models.relaxation import Relaxation
+from cost_models.reserve import Reserve
 from cost_models.step import Field
 from tests.oracle.layouts import partitions
 from tests.oracle.leaves import draw_leaf
@@ -60,7 +61,8 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         bucket_ns=one(leaf.bucket_ns),
         tied_sync_ns=one(leaf.tied_sync_ns),
         sync_ns=one(leaf.sync_ns),
-        fixed_bytes=leaf.fixed_bytes,
+        reserve=Reserve({}, {}),
+        fixed_bytes=one(leaf.fixed_bytes),
         capacity_bytes=leaf.capacity_bytes,
     )
 

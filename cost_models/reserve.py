@@ -1,0 +1,108 @@
+"""Named bytes per device beside a model's own tensors, for many configurations at once.
+
+Nothing here is a share of a total: each term is what one library holds, times how many of them the
+layout has (``hardware_profiles.holdings.ReserveSpec``). Communicators are those that a rank of
+Megatron-Core or torchtitan joins: tensor, context, data (with context) and expert parallel groups,
+expert data parallelism, the model-parallel group of the gradient norm, the world, and the
+pipeline's neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cost_models import state
+from cost_models.graph import Int64, Shard, WorkloadGraph
+from cost_models.step import Machine
+
+INSIDE = ("workspace", "dummy_gradients")
+"""Terms that the caching allocator counts as allocated."""
+CACHED = ("fragmentation", "graph_pool")
+"""Terms that it holds beyond that."""
+OUTSIDE = ("context", "communicators", "overlap_buffers")
+"""Terms that only the driver sees."""
+
+
+class Degrees(Protocol):
+    """What communicators depend on (``cost_models.configs.Configs``)."""
+
+    @property
+    def dp_replicate(self) -> Int64: ...
+    @property
+    def dp_shard(self) -> Int64: ...
+    @property
+    def pp(self) -> Int64: ...
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Terms by name, one entry per configuration, and where each is from."""
+
+    terms: dict[str, Int64]
+    details: dict[str, str]
+
+    @property
+    def total(self) -> Int64:
+        """All terms."""
+        result: Int64 = np.sum(list(self.terms.values()), axis=0, dtype=np.int64)
+        return result
+
+
+def reserve_bytes(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Reserve:
+    """The terms of every configuration."""
+    spec, ones = machine.stack.reserve, np.ones_like(shard.tp)
+    dummies = np.zeros_like(shard.tp)
+    if machine.rules.dummy_wgrad:
+        # Of the kind of layer with most: measured peaks of stages with several kinds show no more.
+        for kind in workload.kinds.values():
+            of_kind = state.dummy_wgrad_bytes(
+                kind, shard, workload.vocab_divisor, element_bytes=machine.rules.gather_bytes
+            )
+            dummies = np.maximum(dummies, of_kind)
+    gathered = shard.tokens * workload.boundary_bytes_per_token
+    overlapped = np.where(shard.tp > 1, spec.overlap_buffers * gathered, 0)
+    graphs = spec.graph_pool
+    return Reserve(
+        terms={
+            "workspace": int(spec.workspace.si) * ones,
+            "dummy_gradients": dummies,
+            "fragmentation": int(spec.fragmentation.si) * ones,
+            "graph_pool": (int(graphs.si) if graphs else 0) * ones,
+            "context": int(spec.context.si) * ones,
+            "communicators": communicator_bytes(machine, shard, degrees),
+            "overlap_buffers": overlapped,
+        },
+        details={
+            "workspace": spec.workspace.source,
+            "dummy_gradients": "placeholders of fused weight gradients, one for each shape",
+            "fragmentation": spec.fragmentation.source,
+            "graph_pool": graphs.source if graphs else "",
+            "context": spec.context.source,
+            "communicators": f"{spec.communicator.source}; {spec.exchange_peer.source}",
+            "overlap_buffers": f"{spec.overlap_buffers} user buffers of a gathered activation",
+        },
+    )
+
+
+def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int64:
+    """Buffers of all communicators that one device joins."""
+    spec = machine.stack.reserve
+    pair, more = int(spec.communicator_pair.si), int(spec.communicator.si)
+    replicas, pp, tp, cp = degrees.dp_replicate, degrees.pp, shard.tp, shard.cp
+    span = tp * cp * degrees.dp_shard
+    sizes = [tp, cp, degrees.dp_shard * cp, replicas, tp * pp, span * replicas * pp]
+    experts = shard.ep * shard.etp
+    sizes.append(np.where(experts > 1, span // experts, 1))
+    sizes.append(shard.etp)
+    total = np.zeros_like(tp)
+    for size in sizes:
+        total = total + np.where(size > 2, more, np.where(size == 2, pair, 0))
+    per_node = machine.cluster.groups[0].node.devices_per_node
+    total = total + (np.minimum(shard.ep, per_node) - 1) * int(spec.exchange_peer.si)
+    result: Int64 = total + np.minimum(pp - 1, 2) * int(spec.pipeline_peer.si)
+    return result

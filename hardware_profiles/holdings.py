@@ -1,0 +1,67 @@
+"""What a stack holds on a device besides activations: state layout, libraries, allocator."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hardware_profiles.sourced import Profile, Sourced
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+ByPrecision = dict[Precision, Annotated[int, Field(ge=0)]]
+"""Bytes per parameter by the precision of the job; what is not named is 0."""
+
+
+class StateSpec(Profile):
+    """How weights, gradients and optimizer state are laid out over data parallelism.
+
+    ``layout`` says what is split and how it is padded (``cost_models.state``): ``contiguous`` is
+    Megatron-Core's param-and-grad buffer, ``flat`` one flattened tensor per group or unit,
+    ``per_parameter`` each flattened parameter by itself, ``dim0`` the first dimension of each
+    parameter. Gradient and master precision are ``StackSpec.gradient_dtype`` and
+    ``StackSpec.master_weights``; here is what a precision changes.
+    """
+
+    layout: Literal["contiguous", "flat", "per_parameter", "dim0"]
+    source: str
+    held_gradient_bytes: ByPrecision = Field(default_factory=dict)
+    """Bytes per gradient held through the step, where it is not the dtype that is reduced."""
+    backward_gradient_bytes: ByPrecision = Field(default_factory=dict)
+    """Gradients that the backward leaves beside the held ones, whole on each rank."""
+    step_bytes: ByPrecision = Field(default_factory=dict)
+    """Flat buffers of the optimizer step that cached activation blocks cannot serve, sharded as
+    the optimizer state is."""
+    quantised_bytes_per_64: ByPrecision = Field(default_factory=dict)
+    """Low-precision copies of 64 elements of a linear layer's weight, scales included, kept
+    between microbatches."""
+    dummy_wgrad: bool = False
+    """Whether one 16-bit placeholder per shape of weight stands in for the gradient that went into
+    the main gradient."""
+    bucket_elements: Annotated[int, Field(ge=1)] | None = None
+    """Least elements of a bucket of the contiguous buffer on the first stage; None: one bucket."""
+    bucket_elements_per_rank: Annotated[int, Field(ge=0)] = 0
+    """The least bucket also holds this many elements for each data-parallel rank."""
+
+
+class ReserveSpec(Profile):
+    """Named terms beside tensors; each is bytes per device unless it says otherwise."""
+
+    context: Sourced
+    """Driver context and loaded kernels."""
+    communicator_pair: Sourced
+    """Buffers of a communicator of two ranks."""
+    communicator: Sourced
+    """Buffers of a communicator of more ranks."""
+    exchange_peer: Sourced
+    """Send and receive buffers for each peer in the node of an all-to-all."""
+    pipeline_peer: Sourced
+    """Send and receive buffers for each neighbour in a pipeline."""
+    workspace: Sourced
+    """Workspaces of the matrix-product libraries, taken from the allocator."""
+    overlap_buffers: Annotated[int, Field(ge=0)] = 0
+    """User buffers of tensor-parallel overlap, each one gathered activation of a microbatch."""
+    graph_pool: Sourced | None = None
+    """Private pool of captured CUDA graphs beyond the buffers that they replay on."""
+    fragmentation: Sourced
+    """What the caching allocator holds beyond what is allocated at the peak."""

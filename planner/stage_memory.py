@@ -1,0 +1,88 @@
+"""Where the bytes of a pipeline rank go, by name, and as the three figures that tools show.
+
+*Allocated* is what is in tensors, *reserved* what the caching allocator holds for them, *device*
+what the driver shows. They are taken at their own peaks: flat buffers of the optimizer step are not
+alive with the activations, but the blocks that activations leave behind cannot serve them, so the
+allocator holds both.
+"""
+
+from __future__ import annotations
+
+from cost_models.leaf import RankCosts, live_activations, peak_bytes
+from cost_models.reserve import CACHED, INSIDE, OUTSIDE
+from cost_models.step import Field
+from planner.buffer_sizes import exact_state
+from planner.plan import StagePrediction, Term
+from planner.priced import Priced
+
+_SUMMED = (
+    Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.STEP_BYTES, Field.STATIC,
+    Field.PARAMETERS,
+)  # fmt: skip
+
+
+def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePrediction:
+    """The memory of one rank, with how much it computes and holds."""
+    leaf = priced.leaf
+    sums = _sums(priced, rank)
+    activations, live = live_activations(leaf, rank, costs.chunks)
+    working = max(chunk.working_bytes for chunk in costs.chunks)
+    reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
+    # A part of the layers' static bytes that is none of the sums: the head's own placeholder.
+    reserve["dummy_gradients"] += sums[Field.STATIC] - sum(
+        sums[field] for field in _SUMMED[:4]
+    )  # fmt: skip
+    exact = exact_state(priced, rank)
+    held = {
+        "weights": sums[Field.WEIGHT_BYTES],
+        "gradients": sums[Field.GRADIENT_BYTES],
+        "optimizer": sums[Field.OPTIMIZER_BYTES],
+    }
+    alignment = sum(held.values()) - sum((exact or held).values())
+    held = exact or held
+    step = sums[Field.STEP_BYTES]
+    peak = peak_bytes(leaf, rank, costs.chunks)
+    kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
+    inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)
+    allocated = inside + max(activations + working, step)
+    reserved = inside + activations + working + step + alignment
+    reserved += sum(reserve[name] for name in CACHED)
+    terms = [
+        *(Term(name=name, bytes=size) for name, size in held.items()),
+        Term(name="activations", bytes=activations,
+             detail=f"{'+'.join(str(n) for n in live)} microbatches in flight"),
+        Term(name="working", bytes=working, detail="largest short-lived buffers, gathers included"),
+        Term(name="optimizer_step", bytes=step, detail="flat buffers of the optimizer step"),
+        Term(name="alignment", bytes=alignment, detail="most that bucket ends may still add"),
+    ]  # fmt: skip
+    for name in (*INSIDE, *CACHED, *OUTSIDE):
+        detail = priced.tables.reserve.details[name]
+        terms.append(Term(name=name, bytes=reserve[name], detail=detail))
+    terms.append(Term(name="reserve", bytes=kept_free, detail="kept free as asked"))
+    return StagePrediction(
+        peak_bytes=peak,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        device_bytes=peak - kept_free,
+        memory=tuple(term for index, term in enumerate(terms) if term.bytes or index < 5),
+        compute_s=costs.work_ns * leaf.microbatches / 1e9,
+        layers=sum(
+            priced.completion.bounds[j + 1] - priced.completion.bounds[j]
+            for j in range(rank, leaf.stages, leaf.pp)
+        ),
+        parameters=sums[Field.PARAMETERS],
+    )
+
+
+def _sums(priced: Priced, rank: int) -> dict[Field, int]:
+    """Fields summed over what the rank holds."""
+    leaf, bounds = priced.leaf, priced.completion.bounds
+    sums = dict.fromkeys(_SUMMED, 0)
+    for j in range(rank, leaf.stages, leaf.pp):
+        before, after = leaf.counts[bounds[j]], leaf.counts[bounds[j + 1]]
+        for field in sums:
+            for kind, low, high in zip(leaf.kinds, before, after, strict=True):
+                sums[field] += kind[field] * (high - low)
+            sums[field] += leaf.embedding[field] if j == 0 else 0
+            sums[field] += leaf.head[field] if j == leaf.stages - 1 else 0
+    return sums
