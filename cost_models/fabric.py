@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.torus import Torus, torus_of
 from hardware_profiles.schema import (
     EXCHANGE_LIBRARIES,
     ClusterSpec,
     CollectiveConstants,
     LinkSpec,
+    NodeSpec,
 )
 
 Floats = NDArray[np.float64]
@@ -97,6 +99,8 @@ class Fabric:
     scale_up: Link
     scale_out: Link
     tiers: tuple[Tier, ...]
+    torus: Torus | None = None
+    """Set where the devices of a node (then a whole slice) are joined as a torus."""
 
 
 def fabric_of(cluster: ClusterSpec) -> Fabric:
@@ -115,19 +119,30 @@ def fabric_of(cluster: ClusterSpec) -> Fabric:
         rate = node.scale_out.bandwidth.si * node.scale_out.efficiency.si
         ports = min(ports, slowest / rate)
     tiers, oversubscription = [], 1.0
+    joined = _joined_nodes(node, cluster.nodes)
     for tier in cluster.tiers:
         oversubscription *= tier.oversubscription
-        nodes = math.inf if tier.nodes is None else float(tier.nodes)
+        nodes = math.inf if tier.nodes is None else max(1.0, tier.nodes / joined)
         tiers.append(Tier(nodes, oversubscription, tier.latency_s))
+    devices = node.devices_per_node * joined
     return Fabric(
-        nodes=cluster.nodes,
-        devices_per_node=node.devices_per_node,
-        ports_per_node=ports,
-        nics=node.nics,
+        nodes=cluster.nodes // joined,
+        devices_per_node=devices,
+        ports_per_node=ports * joined,
+        nics=node.nics * joined,
+        torus=None if node.torus is None else torus_of(node.torus, devices, node.scale_up),
         scale_up=link_numbers(node.scale_up),
         scale_out=link_numbers(node.scale_out),
         tiers=tuple(tiers),
     )
+
+
+def _joined_nodes(node: NodeSpec, nodes: int) -> int:
+    """Nodes that make up one slice of a torus: the most that fit and divide the cluster."""
+    if node.torus is None or not node.torus.joins_nodes:
+        return 1
+    most = max(1, math.prod(node.torus.axes) // node.devices_per_node)
+    return max(n for n in range(1, min(most, nodes) + 1) if nodes % n == 0)
 
 
 def link_numbers(link: LinkSpec) -> Link:

@@ -8,6 +8,8 @@ the payload grows, and never rises when a latency or an inverse bandwidth falls.
 (``CollectiveConstants``), interpolated in log(group size). A collective without measurements takes
 a ring over the link's bandwidth x efficiency.
 
+Devices joined as a torus have laws of their own, by axes (``cost_models.torus``).
+
 **Across nodes**, a group with G members on each of k nodes (n = G k):
 
 - The G members get G / devices_per_node of the node's ports, for all groups of a dimension run the
@@ -34,7 +36,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cost_models.fabric import Fabric, Floats, Link, fabric_of
+from cost_models import torus
+from cost_models.fabric import Fabric, Floats, fabric_of
 from hardware_profiles.schema import ClusterSpec
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -43,6 +46,9 @@ LAUNCH_LL_S = 6.6e-6
 LAUNCH_SIMPLE_S = 8.4e-6
 """Fixed time of a collective by protocol. Source: NCCL 2.2x, default tuner constants
 (``src/graph/tuning.cc``, base latencies of Ring)."""
+LAUNCH_TORUS_S = 1e-6
+"""Fixed time of a collective of a compiled program on a torus. Assumed: the first hop's latency;
+there is no host in it."""
 TREE_SHARE = 0.92
 """Tree bandwidth over ring bandwidth. Source: as above."""
 LL_SHARE = 0.1
@@ -71,6 +77,8 @@ class Placement:
     nodes: Floats
     node_stride: Floats
     """Nodes from one node of the group to the next."""
+    stride: Floats
+    """Ranks from one member to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,7 @@ def place(fabric: Fabric, size: ArrayLike, stride: ArrayLike) -> Placement:
         members=np.where(inside, n, members).astype(np.float64),
         nodes=np.where(inside, 1, np.maximum(nodes, 2)).astype(np.float64),
         node_stride=np.maximum(1, -(-step // per_node)).astype(np.float64),
+        stride=step.astype(np.float64),
     )
 
 
@@ -163,7 +172,7 @@ def _times(
 
 
 def _law(fabric: Fabric, collective: str, placement: Placement) -> Law:
-    inside = _in_node(fabric.scale_up, collective, placement.size)
+    inside = _in_node(fabric, collective, placement.size, placement.stride)
     if fabric.nodes == 1 or not np.any(placement.nodes > 1):
         return inside
     across = (
@@ -190,8 +199,10 @@ def _bus_factor(collective: str, size: Floats) -> Floats:
     return 2 * share if collective == "all_reduce" else share
 
 
-def _in_node(link: Link, collective: str, size: Floats) -> Law:
-    bus = _bus_factor(collective, size)
+def _in_node(fabric: Fabric, collective: str, size: Floats, stride: Floats) -> Law:
+    if fabric.torus is not None:
+        return _in_torus(fabric.torus, collective, size, stride)
+    link, bus = fabric.scale_up, _bus_factor(collective, size)
     table = link.tables.get(collective)
     if table is not None:
         latency, ll_slope, simple_latency, slope = table.at(size)
@@ -205,6 +216,25 @@ def _in_node(link: Link, collective: str, size: Floats) -> Law:
     latency = LAUNCH_LL_S + steps * link.latency_s
     simple_latency = LAUNCH_SIMPLE_S + steps * link.simple_latency_s
     return Law(np.stack([latency, simple_latency]), np.stack([2 * slope, slope]))
+
+
+def _in_torus(slice_: torus.Torus, collective: str, size: Floats, stride: Floats) -> Law:
+    rounds = 2 if collective == "all_reduce" else 1
+    latency = LAUNCH_TORUS_S + rounds * torus.ring_latency_s(slice_, size, stride)
+    if collective == "all_to_all":
+        slope = torus.all_to_all_s_per_byte(slice_, size, stride)
+    else:
+        slope = _bus_factor(collective, size) * torus.ring_s_per_byte(slice_, size, stride)
+    return Law(latency[None], slope[None])
+
+
+def _ring_slope(fabric: Fabric, collective: str, size: Floats, stride: Floats) -> Floats:
+    """Seconds per byte on the wire of a ring inside a node; 0 for one member."""
+    if fabric.torus is not None:
+        return torus.ring_s_per_byte(fabric.torus, size, stride)
+    table = fabric.scale_up.tables.get(_RING_OF[collective])
+    slope = np.full_like(size, fabric.scale_up.s_per_byte) if table is None else table.at(size)[3]
+    return np.where(size > 1, slope, 0.0)
 
 
 def _network(fabric: Fabric, placement: Placement) -> tuple[Floats, Floats]:
@@ -244,9 +274,7 @@ def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law
     rounds = 2 if collective == "all_reduce" else 1
     slowdown, tier_latency = _network(fabric, placement)
     network = port_slope(fabric, placement, outer.s_per_byte) * slowdown / members
-    table = inner.tables.get(_RING_OF[collective])
-    in_node = table.at(members)[3] if table is not None else np.full_like(n, inner.s_per_byte)
-    in_node = np.where(members > 1, in_node, 0.0)
+    in_node = _ring_slope(fabric, collective, members, placement.stride)
     # Divided by the larger one, powers neither overflow nor vanish.
     ratio = np.minimum(network, in_node) / np.maximum(network, in_node)
     ring = np.maximum(network, in_node) * (1 + ratio**RING_NORM) ** (1 / RING_NORM)
@@ -274,7 +302,7 @@ def _all_to_all(fabric: Fabric, placement: Placement) -> Law:
     n, members = placement.size, placement.members
     port = port_slope(fabric, placement, fabric.scale_out.all_to_all_s_per_byte)
     slope = port * oversubscribed(fabric, placement, (n - members) / n, np.ones_like(n))
-    inside = _in_node(fabric.scale_up, "all_to_all", members)
+    inside = _in_node(fabric, "all_to_all", members, placement.stride)
     alone = members == 1
     within = inside.s_per_byte[-1] * members / n
     slope = np.maximum(slope, np.where(alone, 0.0, within))
@@ -309,6 +337,8 @@ def _send_recv(fabric: Fabric, placement: Placement) -> Law:
     inner, outer = fabric.scale_up, fabric.scale_out
     latency = np.full_like(placement.size, LAUNCH_SIMPLE_S + inner.simple_latency_s)
     slope = np.full_like(placement.size, inner.send_recv_s_per_byte)
+    if fabric.torus is not None:
+        slope = torus.shift_s_per_byte(fabric.torus, placement.size, placement.stride)
     slowdown, tier_latency = _network(fabric, placement)
     # A device drives its own ports; devices whose neighbour is remote share the node's.
     senders = fabric.devices_per_node / np.maximum(placement.members, 1.0)

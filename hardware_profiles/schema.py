@@ -175,6 +175,34 @@ class LinkSpec(Profile):
         return self
 
 
+class TorusSpec(Profile):
+    """Devices joined to their nearest neighbours along axes, two links to an axis.
+
+    A slice of the torus has the shape that its number of devices is allotted
+    (``cost_models.torus.slice_shape``). ``scale_up.bandwidth`` is that of all links of a device.
+    """
+
+    axes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    """Extents of the largest slice."""
+    closes_at: Annotated[int, Field(ge=2)]
+    """An axis closes to a ring where its extent is a multiple of this ..."""
+    closes: Literal["each", "all"] = "each"
+    """... each by itself, or only where all axes do."""
+    joins_nodes: bool = False
+    """Whether the nodes of a cluster make up one slice, or as few as they can; otherwise each node
+    is a slice. Slices meet over ``scale_out``."""
+    link_bandwidth: tuple[Sourced, ...] = ()
+    """Bytes/s of one link in one direction, by axis, where axes differ."""
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Self:
+        if self.link_bandwidth and len(self.link_bandwidth) != len(self.axes):
+            raise ValueError(
+                f"{len(self.link_bandwidth)} link bandwidths for {len(self.axes)} axes"
+            )
+        return self
+
+
 class NodeSpec(Profile):
     """A server: how many devices, how they are joined, and what leaves the box."""
 
@@ -187,6 +215,8 @@ class NodeSpec(Profile):
     scale_out: LinkSpec
     nics: Annotated[int, Field(ge=1)]
     """Scale-out ports per node, each with ``scale_out.bandwidth``."""
+    torus: TorusSpec | None = None
+    """Set where ``scale_up`` joins neighbours only, instead of any two devices."""
     host_link: Sourced
     """Bytes/s between one device and the host, one direction."""
     host_memory: Sourced | None = None

@@ -256,7 +256,7 @@ def test_node_sums(name: str) -> None:
         ("aws-trn1", 16, 100e9),  # 800 Gb/s
         ("aws-trn2", 16, 400e9),  # 16 x 200 Gb/s
         ("tpu-v5e-pod", 256, 800e9),  # 6.4 Tb/s
-        ("tpu-v5p-cube", 64, 9.6e12),  # 6 faces of 16 links of 100 GB/s
+        ("tpu-v5p-cube", 64, 400e9),  # 25 GB/s for each of 16 hosts
         ("cloudmatrix384", 384, 19.2e12),  # 384 x 400 Gb/s
     ],
 )
