@@ -115,8 +115,6 @@ class WorkloadGraph:
     """Forward and backward FLOPs per token of the model itself, attention counted causal."""
     expert_count: int
     """Routed experts of the widest layer; 0 for a dense model."""
-    heads: int
-    kv_heads: int
     vocab_divisor: int
     """Vocabulary rows are padded to a multiple of this times tp."""
     boundary_bytes_per_token: int

@@ -31,11 +31,13 @@ class MatMul:
     """``batch`` products of (m, k) by (k, n)."""
 
     name: str
-    m: Ints
+    m: Reals
     n: Ints
     k: Ints
-    batch: Ints = 1
+    batch: Reals = 1
     weight: bool = True
+    backward: bool = True
+    """Whether a gradient flows through it."""
     low_precision: bool = True
     """Whether an 8-bit recipe runs this product in 8 bits."""
     selective: bool = False
@@ -63,8 +65,9 @@ class Attention:
     """
 
     name: str
-    batch: Ints
-    q_len: Ints
+    batch: Reals
+    """Samples, or the pieces of samples that attend within themselves only."""
+    q_len: Reals
     kv_len: Ints
     heads: Ints
     kv_heads: Ints
@@ -76,7 +79,8 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A memory-bound kernel: bytes read plus written, forward and backward."""
+    """A kernel without matrix products: bytes read plus written, forward and backward, and the
+    fp32 vector FLOPs of one that computes more than it moves."""
 
     name: str
     forward_bytes: Reals
@@ -84,6 +88,8 @@ class Elementwise:
     forward_launches: int = 1
     backward_launches: int = 1
     selective: bool = False
+    forward_flops: Reals = 0.0
+    backward_flops: Reals = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,17 @@ class Collective:
     """Whether the forward of a routed exchange brings outputs back (combine)."""
 
 
-Op: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise | Collective
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """``ops`` run ``count`` times, with overlap inside one run only: the blocks of a tower."""
+
+    name: str
+    ops: tuple[Op, ...]
+    count: int
+
+
+Kernel: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise
+Op: TypeAlias = Kernel | Collective | Repeat
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,11 @@ from cost_models.ops import (
     Elementwise,
     GroupedMatMul,
     Ints,
+    Kernel,
     MatMul,
     Op,
     Reals,
+    Repeat,
 )
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
@@ -170,22 +172,37 @@ class _Accumulator:
         if selective:
             term["selective"] += forward
 
+    def repeat(self, other: _Accumulator, count: int) -> None:
+        """Add ``count`` runs of ``other``."""
+        for category, phases in other.terms.items():
+            for phase, time in phases.items():
+                self.terms[category][phase] += count * time
+        for phase, time in other.host.items():
+            self.host[phase] += count * time
+
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     """Times of one layer of ``kind`` for every configuration of ``shard``."""
-    acc = _Accumulator(len(shard.tp))
-    ops = kind.ops(shard)
-    for op in ops:
-        if not isinstance(op, Collective):
-            _price_kernel(op, acc, machine)
-    for op in ops:
-        if isinstance(op, Collective):
-            _price_collective(op, acc, shard, machine)
+    acc = _price_ops(kind.ops(shard), shard, machine)
     merged = None
     if acc.exchanges:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
     _wait_for_host(acc, machine)
     return LayerTimes(acc.terms, merged)
+
+
+def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumulator:
+    """Kernels, then the collectives that may hide behind them, then what is repeated."""
+    acc = _Accumulator(len(shard.tp))
+    for op in ops:
+        if not isinstance(op, Collective | Repeat):
+            _price_kernel(op, acc, machine)
+    for op in ops:
+        if isinstance(op, Collective):
+            _price_collective(op, acc, shard, machine)
+        elif isinstance(op, Repeat):
+            acc.repeat(_price_ops(op.ops, shard, machine), op.count)
+    return acc
 
 
 def _wait_for_host(acc: _Accumulator, machine: Machine) -> None:
@@ -214,18 +231,19 @@ def _wait_for_host(acc: _Accumulator, machine: Machine) -> None:
     wait["selective"] += np.maximum(together + ahead["selective"], 0.0) - shared
 
 
-def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
+def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
     device = machine.device
     match op:
         case MatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
 
-            def time(m: Ints, n: Ints, k: Ints, stage: compute.MatmulStage) -> Real:
+            def time(m: Reals, n: Reals, k: Reals, stage: compute.MatmulStage) -> Real:
                 return compute.matmul_time_s(device, dtype, m, n, k, stage=stage, batch=op.batch)
 
             fprop = time(op.m, op.n, op.k, "fprop")
-            dgrad = time(op.m, op.k, op.n, "dgrad")
-            wgrad = time(op.k, op.n, op.m, "wgrad")
+            none = np.zeros_like(fprop)
+            dgrad = time(op.m, op.k, op.n, "dgrad") if op.backward else none
+            wgrad = time(op.k, op.n, op.m, "wgrad") if op.backward else none
             acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
             acc.windows.seconds |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
@@ -234,7 +252,7 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
                 f"{op.name}:fprop": lambda parts: time(-(-op.m // parts), op.n, op.k, "fprop"),
                 f"{op.name}:dgrad": lambda parts: time(-(-op.m // parts), op.k, op.n, "dgrad"),
             }
-            _launch(op, acc, machine, 1, 2)
+            _launch(op, acc, machine, 1, 2 if op.backward else 0)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
             args = (op.groups, op.rows, op.n, op.k)
@@ -274,24 +292,31 @@ def _price_kernel(op: Op, acc: _Accumulator, machine: Machine) -> None:
         case Elementwise():
             acc.add(
                 "memory_bound",
-                _memory_bound(machine, op.forward_bytes, op.forward_launches),
-                _memory_bound(machine, op.backward_bytes, op.backward_launches),
+                _elementwise(machine, op.forward_bytes, op.forward_launches, op.forward_flops),
+                _elementwise(machine, op.backward_bytes, op.backward_launches, op.backward_flops),
                 selective=op.selective,
             )
             _launch(op, acc, machine, op.forward_launches, op.backward_launches)
-        case Collective():  # priced after the kernels it may hide behind
-            pass
 
 
-def _memory_bound(machine: Machine, bytes_moved: Reals, launches: int) -> Real | float:
-    """``launches`` kernels that move ``bytes_moved`` together; no launch, no time."""
+def _elementwise(machine: Machine, bytes_moved: Reals, launches: int, flops: Reals) -> Real | float:
+    """``launches`` kernels that move ``bytes_moved`` together; no launch, no time.
+
+    ``flops`` take their time at the fp32 vector peak where that is longer (devices that state no
+    such peak are taken to be bound by memory).
+    """
     if not launches:
         return 0.0
-    latency = machine.device.kernels.memory_bound_latency.si
-    return compute.memory_bound_time_s(machine.device, bytes_moved) + latency * (launches - 1)
+    device = machine.device
+    time = compute.memory_bound_time_s(device, bytes_moved)
+    if np.any(flops) and "fp32" in device.peak_flops:
+        time = np.maximum(time, np.asarray(flops) / device.peak_flops["fp32"].si)
+    return time + device.kernels.memory_bound_latency.si * (launches - 1)
 
 
-def _launch(op: Op, acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints) -> None:
+def _launch(
+    op: Kernel | Collective, acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints
+) -> None:
     """Host time of an op's launches."""
     each_s = machine.stack.launch_overhead.si
     acc.host["forward"] += np.asarray(forward) * each_s

@@ -324,6 +324,8 @@ class StackSpec(Profile):
     """Whether stages may hold different numbers of layers."""
     tensor_parallel_max: int | None = None
     rules: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ("attention", "latent_attention", "mlp", "moe")
+    """Kinds of sub-block that it can train, and ``vision`` for a vision tower."""
     rank_order: tuple[str, ...]
     """Innermost dimension first, for the attention mesh."""
     attention_kernels: dict[str, str]

@@ -93,9 +93,21 @@ def _check(request: Request) -> None:
             hint=f"--seq-len {longest}",
         )
     reason = request.unsupported
+    if reason is not None and request.foreign_kinds:
+        raise InputError(reason, hint=_stacks_for(request))
     if reason is not None:
         known = sorted({"bf16", "fp16", "fp32"} & set(request.machine.device.peak_flops))
         raise InputError(reason, hint=" or ".join(f"--precision {name}" for name in known))
+
+
+def _stacks_for(request: Request) -> str:
+    """Stacks that train all kinds of layer that the model has."""
+    from hardware_profiles.loader import catalog_names, load_stack
+
+    stacks = (load_stack(name) for name in catalog_names("stack"))
+    kinds = set(request.foreign_kinds)
+    able = [stack.name for stack in stacks if kinds <= set(stack.layer_kinds)]
+    return "--stack " + " or --stack ".join(able) if able else "no stack that ships can train it"
 
 
 def plan(

@@ -47,7 +47,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
     """The prediction of a priced layout."""
     step = priced.step
     step_s = step.total_ns / SECOND
-    tokens = request.global_batch * request.sequence
+    tokens = request.global_batch * request.sequence * (1 - request.job.padding_share)
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
     low, high, source = band(step_s)

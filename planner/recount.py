@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cost_models.layout import RecomputeMode
-from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
+from hardware_profiles.schema import StackSpec
+from planner.models.spec import (
+    AttentionSpec,
+    GatedDeltaNetSpec,
+    LatentAttentionSpec,
+    Mamba2Spec,
+    MambaSpec,
+    Mixer,
+    MlpSpec,
+    MoeSpec,
+    SparseLatentAttentionSpec,
+)
 from planner.plan import Layout
 from planner.request import Request
 
@@ -75,21 +86,12 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
 def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     """Why no layout of this mesh can run, or None."""
     model, stack, sequence = request.model, request.stack, request.sequence
-    for block in model.blocks.values():
+    blocks = list(model.blocks.values())
+    for block in [*blocks, *([model.vision.block] if model.vision else [])]:
         mixer, feed_forward = block.mixer, block.feed_forward
-        if mixer is not None and mixer.heads % mesh.tp:
-            return f"{mixer.heads} heads do not split over tp {mesh.tp}"
-        if (
-            isinstance(mixer, AttentionSpec)
-            and mixer.kv_heads % mesh.tp
-            and (mesh.tp % mixer.kv_heads or not stack.kv_head_replication)
-        ):
-            return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
-        if mesh.cp > 1 and mesh.cp_kind == "a2a":
-            shared = mixer.kv_heads if isinstance(mixer, AttentionSpec) else 0
-            shared = mixer.heads if isinstance(mixer, LatentAttentionSpec) else shared
-            if shared % (mesh.tp * mesh.cp):
-                return f"{shared} heads do not split over tp x cp"
+        reason = _impossible_mixer(mixer, mesh, stack, in_tower=block not in blocks)
+        if reason is not None:
+            return reason
         if isinstance(feed_forward, MlpSpec) and feed_forward.intermediate % mesh.tp:
             return f"width {feed_forward.intermediate} does not split over tp {mesh.tp}"
         if isinstance(feed_forward, MoeSpec):
@@ -117,6 +119,40 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "more stages than layers"
     if request.global_batch % (mesh.dp * mesh.mbs):
         return "the batch does not split over dp x microbatch"
+    return None
+
+
+def _impossible_mixer(
+    mixer: Mixer | None, mesh: Mesh, stack: StackSpec, *, in_tower: bool
+) -> str | None:
+    """Why this mixer cannot be split as the mesh says, or None."""
+    over_tp: list[int] = []
+    over_cp: list[int] = []
+    match mixer:
+        case AttentionSpec():
+            over_tp = [mixer.heads]
+            over_cp = [mixer.kv_heads] if mesh.cp_kind == "a2a" else []
+            if mixer.kv_heads % mesh.tp and (
+                mesh.tp % mixer.kv_heads or not stack.kv_head_replication
+            ):
+                return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
+        case LatentAttentionSpec():
+            over_tp = [mixer.heads]
+            over_cp = [mixer.heads] if mesh.cp_kind == "a2a" else []
+        case SparseLatentAttentionSpec():
+            over_tp = [mixer.latent.heads]
+        case MambaSpec():
+            over_tp = over_cp = [mixer.inner]
+        case Mamba2Spec():
+            over_tp, over_cp = [mixer.heads, mixer.groups], [mixer.heads]
+        case GatedDeltaNetSpec():
+            over_tp = over_cp = [mixer.key_heads]
+    for count in over_tp:
+        if count % mesh.tp:
+            return f"{count} heads do not split over tp {mesh.tp}"
+    for count in over_cp if mesh.cp > 1 and not in_tower else []:
+        if count % (mesh.tp * mesh.cp):
+            return f"{count} heads do not split over tp x cp"
     return None
 
 

@@ -9,6 +9,7 @@ from cost_models.graph import WorkloadGraph
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
+from planner.blocks.registry import KIND_NAMES, model_kinds
 from planner.errors import InputError
 from planner.models.spec import ModelSpec
 from planner.specs import JobSpec
@@ -58,7 +59,10 @@ class Request:
 
     @property
     def unsupported(self) -> str | None:
-        """Why the device cannot be priced for this job and stack, or None."""
+        """Why this model, job, stack and device do not go together, or None."""
+        if self.foreign_kinds:
+            names = ", ".join(KIND_NAMES.get(kind, kind) for kind in self.foreign_kinds)
+            return f"{self.stack.name} {self.stack.version} has no {names}: {self.model.name} does"
         device, precision = self.machine.device, self.job.precision
         if precision not in device.peak_flops:
             return (
@@ -72,6 +76,11 @@ class Request:
                 f"efficiency (it has {', '.join(sorted(device.kernels.attention)) or 'none'})"
             )
         return None
+
+    @cached_property
+    def foreign_kinds(self) -> tuple[str, ...]:
+        """Kinds of layer that the model has and the stack cannot train."""
+        return tuple(kind for kind in model_kinds(self.model) if kind not in self.stack.layer_kinds)
 
     @property
     def kernel_basis(self) -> Basis:

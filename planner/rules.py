@@ -12,9 +12,10 @@ import numpy as np
 
 from cost_models.configs import cp_kind_code
 from cost_models.graph import Bools, Int64
+from planner.blocks.registry import model_splits
+from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
-from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
 from planner.plan import Layout
 from planner.request import Request
 
@@ -39,24 +40,10 @@ def _batch_rules(request: Request) -> Iterator[Rule]:
 
 def _model_rules(request: Request) -> Iterator[Rule]:
     model, sequence = request.model, request.sequence
-    blocks = tuple(model.blocks.values())
-    for heads in sorted({b.mixer.heads for b in blocks if b.mixer is not None}):
-        yield f"{heads} attention heads do not split over tp", _splits(heads, lambda m: m.tp)
-    for kv in sorted({b.mixer.kv_heads for b in blocks if isinstance(b.mixer, AttentionSpec)}):
-        yield (
-            f"{kv} KV heads do not split over tp",
-            _splits_kv(kv, replicates=request.stack.kv_head_replication),
-        )
-    feed_forwards = [b.feed_forward for b in blocks]
-    for width in sorted({f.intermediate for f in feed_forwards if isinstance(f, MlpSpec)}):
-        yield f"feed-forward width {width} does not split over tp", _splits(width, lambda m: m.tp)
-    moes = [f for f in feed_forwards if isinstance(f, MoeSpec)]
-    for width in sorted({f.intermediate for f in moes}):
-        yield f"expert width {width} does not split over etp", _splits(width, lambda m: m.etp)
-    for width in sorted({f.shared_intermediate for f in moes if f.shared_intermediate}):
-        yield f"shared expert width {width} does not split over tp", _splits(width, lambda m: m.tp)
-    for experts in sorted({f.experts for f in moes}):
-        yield f"{experts} experts do not split over ep", _splits(experts, lambda m: m.ep)
+    splits = model_splits(model)
+    for split in splits:
+        if split.rank < LATE_SPLITS:
+            yield split.reason, _broken(split, request)
     yield (
         "ep x etp does not divide dp x cp x tp",
         lambda m: (m.dp * m.cp * m.tp) % (m.ep * m.etp) != 0,
@@ -73,15 +60,27 @@ def _model_rules(request: Request) -> Iterator[Rule]:
         f"more pipeline stages than the {model.layer_count} layers can fill",
         lambda m: m.pp > model.layer_count + (2 if request.stack.uneven_stages else 0),
     )
-    for heads in sorted({_exchanged_heads(b.mixer) for b in blocks if b.mixer is not None}):
-        yield (
-            f"{heads} (KV) heads do not split over tp x cp (all-to-all context parallelism)",
-            _exchanges(heads),
-        )
+    for split in splits:
+        if split.rank >= LATE_SPLITS:
+            yield split.reason, _broken(split, request)
 
 
-def _exchanged_heads(mixer: AttentionSpec | LatentAttentionSpec) -> int:
-    return mixer.kv_heads if isinstance(mixer, AttentionSpec) else mixer.heads
+def _broken(split: Split, request: Request) -> Callable[[Meshes], Bools]:
+    """Where a split's size is no multiple of its degree."""
+    size = split.size
+    match split.over:
+        case "tp":
+            return _splits(size, lambda m: m.tp)
+        case "etp":
+            return _splits(size, lambda m: m.etp)
+        case "ep":
+            return _splits(size, lambda m: m.ep)
+        case "kv":
+            return _splits_kv(size, replicates=request.stack.kv_head_replication)
+        case "exchange":
+            return _exchanges(size)
+        case "tp_cp":
+            return lambda m: (m.cp > 1) & (size % (m.tp * m.cp) != 0)
 
 
 def _splits(size: int, ways: Callable[[Meshes], Int64]) -> Callable[[Meshes], Bools]:

@@ -48,6 +48,19 @@ class JobSpec(Spec):
     """Bytes per device to leave free; default: the stack's context and allocator terms only."""
     expert_imbalance: Annotated[float, Field(ge=0)] = 0.0
     """Routing skew: alpha of the hottest rank's rows (0 = balanced)."""
+    document_length: Positive | None = None
+    """Mean tokens per document where samples are packed: attention stays inside documents. Default:
+    a sample is one document."""
+    document_length_cv: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Standard deviation of the document length over its mean."""
+    padding_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of positions that are padding: computed, but no tokens of the model."""
+    images_per_sample: Annotated[int, Field(ge=0)] = 0
+    """Images that a model with a vision tower sees in each sample."""
+    image_tokens: Positive | None = None
+    """Tokens of the decoder that one image becomes; they are part of the sample."""
+    dropout: bool | None = None
+    """Whether dropout is on; default: as the model and the stack have it."""
     mtp: bool = True
     """Whether multi-token-prediction modules are trained, where the model has them."""
     constraints: ConstraintSpec = ConstraintSpec()

@@ -5,33 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph
+import numpy as np
+
+from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.ops import Op, SavedTensor
 from hardware_profiles.schema import DeviceSpec, StackSpec
-from planner.blocks import attention, ends, latent_attention, mlp, moe
-from planner.blocks.context import (
-    BlockContext,
-    enter_tensor_parallel,
-    norm,
-    residual_saved,
-)
-from planner.models.spec import (
-    AttentionSpec,
-    BlockSpec,
-    LatentAttentionSpec,
-    MlpSpec,
-    ModelSpec,
-    MoeSpec,
-)
-from planner.models.weights import block_weights, embedding_weights, head_weights, mtp_weights
+from planner.blocks import ends, vision
+from planner.blocks.context import BlockContext, enter_tensor_parallel, norm
+from planner.blocks.flops import model_flops_per_token
+from planner.blocks.layer import layer_ops, layer_saved, layer_working
+from planner.blocks.registry import kind_of, model_parts
+from planner.blocks.weights import block_weights, embedding_weights, head_weights, mtp_weights
+from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
 from planner.specs import JobSpec
-
-_SUB_BLOCKS = {
-    AttentionSpec: attention,
-    LatentAttentionSpec: latent_attention,
-    MlpSpec: mlp,
-    MoeSpec: moe,
-}
 
 
 def build_workload(
@@ -42,6 +28,9 @@ def build_workload(
     ``job.sequence_length`` must be set (``planner.pipeline`` fills defaults).
     """
     assert job.sequence_length is not None, "job defaults are filled before lowering"
+    has_dropout = model.dropout and stack.dropout if job.dropout is None else job.dropout
+    document = _document(job)
+    images = vision.Images(job.images_per_sample, job.image_tokens or 0)
     ctx = BlockContext(
         hidden=model.hidden,
         element_bytes=4 if job.precision == "fp32" else 2,
@@ -49,13 +38,14 @@ def build_workload(
             "unfused" if job.precision == "fp32" else stack.attention_kernel(device.name)
         ),
         fused=frozenset(stack.fused),
-        dropout=model.dropout and stack.dropout,
+        dropout=has_dropout,
         vocab=model.vocab,
         vocab_divisor=stack.vocab_divisor,
         logit_saved_bytes=stack.logit_saved_bytes.value,
         logit_working_bytes=stack.logit_working_bytes.value,
         rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,
+        document=document,
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
     mtp_runs = model.mtp if job.mtp else ()
@@ -65,126 +55,62 @@ def build_workload(
         hidden=model.hidden,
         layers=tuple(run.block for run in model.layers for _ in range(run.count)),
         kinds=kinds,
-        embedding=_embedding(model, ctx),
+        embedding=_embedding(model, images, ctx),
         head=_head(model, ctx, tuple(kinds[r.block] for r in mtp_runs for _ in range(r.count))),
         tied_embeddings=model.tied_embeddings,
-        model_flops_per_token=model_flops_per_token(model, job.sequence_length, mtp=job.mtp),
+        model_flops_per_token=model_flops_per_token(
+            model, job.sequence_length, mtp=job.mtp, document=document, images=images
+        ),
         expert_count=max(
             (b.feed_forward.experts for b in model.blocks.values()
              if isinstance(b.feed_forward, MoeSpec)), default=0,
         ),
-        heads=_common(model, "heads"),
-        kv_heads=_common(model, "kv_heads"),
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
-        assumptions=_assumptions(model, job, ctx),
+        assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
 
 
-def model_flops_per_token(model: ModelSpec, sequence: int, *, mtp: bool = True) -> float:
-    """Forward plus backward FLOPs per token, without recomputation.
+def _document(job: JobSpec) -> int | None:
+    """Length of the documents that give the job's number of visible pairs.
 
-    Three times the forward: 2 per matrix parameter that a token meets (routed experts by top-k,
-    the LM head included, the embedding look-up not), plus causal attention
-    ``2 * heads * (qk_dim + v_dim) * sequence / 2`` per layer, windows respected.
+    A token of a packed sample sees its own document. Over documents of mean m and standard
+    deviation v m, tokens see ``E[L^2] / (2 E[L]) = m (1 + v^2) / 2`` keys on average.
     """
-    runs = [(run.block, run.count) for run in model.layers]
-    head = _matrix_elements(head_weights(model, include_tied=True), None)
-    forward = 2.0 * head
-    if mtp and model.mtp:
-        runs += [(run.block, run.count) for run in model.mtp]
-        modules = sum(run.count for run in model.mtp)
-        forward += 2.0 * modules * (head + 2 * model.hidden * model.hidden)
-    for name, count in runs:
-        block = model.blocks[name]
-        forward += count * 2.0 * _matrix_elements(block_weights(model, block), block)
-        forward += count * _attention_flops(block, sequence)
-    return 3.0 * forward
-
-
-def _matrix_elements(weights: tuple[Weight, ...], block: BlockSpec | None) -> float:
-    total = 0.0
-    for weight in weights:
-        if weight.cols == 1:
-            continue
-        share = 1.0
-        feed_forward = block.feed_forward if block else None
-        if weight.sharding.startswith("expert_") and isinstance(feed_forward, MoeSpec):
-            share = feed_forward.top_k / feed_forward.experts
-        total += weight.elements * share
-    return total
-
-
-def _attention_flops(block: BlockSpec, sequence: int) -> float:
-    mixer = block.mixer
-    if isinstance(mixer, AttentionSpec):
-        window = mixer.window
-        keys = sequence / 2 if window is None or window >= sequence else float(window)
-        return 2.0 * mixer.heads * 2 * mixer.head_dim * keys
-    if isinstance(mixer, LatentAttentionSpec):
-        width = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim + mixer.v_head_dim
-        return 2.0 * mixer.heads * width * sequence / 2
-    return 0.0
-
-
-def _common(model: ModelSpec, field: str) -> int:
-    """The greatest common divisor of a head count over all attention blocks: what tp may split."""
-    import math
-
-    counts = [
-        getattr(block.mixer, field, getattr(block.mixer, "heads", 0))
-        for block in model.blocks.values()
-        if block.mixer is not None
-    ]
-    return math.gcd(*counts) if counts else 0
+    if job.document_length is None:
+        return None
+    return round(job.document_length * (1 + job.document_length_cv**2))
 
 
 def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext) -> LayerKind:
-    parts = [part for part in (block.mixer, block.feed_forward) if part is not None]
-    modules = [_SUB_BLOCKS[type(part)] for part in parts]
-    shared_norm = block.parallel and block.norms < 2
+    return LayerKind(
+        name,
+        block_weights(model, block),
+        lambda shard: layer_ops(block, ctx, shard),
+        lambda shard: layer_saved(block, ctx, shard),
+        ctx.residual_bytes,
+        lambda shard: layer_working(block, ctx, shard),
+    )
+
+
+def _embedding(model: ModelSpec, images: vision.Images, ctx: BlockContext) -> LayerKind:
+    """Token embedding, and the vision tower that feeds it."""
+    tower = model.vision
 
     def ops(shard: Shard) -> tuple[Op, ...]:
-        result: list[Op] = []
-        for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
-            if not (shared_norm and index):
-                result.append(norm(f"norm{index}", ctx, shard))
-            result += module.ops(part, ctx, shard)
-        for index in range(len(parts), block.norms):
-            result.append(norm(f"post_norm{index}", ctx, shard))
-        return tuple(result)
+        encoder = vision.ops(tower, images, ctx, shard) if tower else ()
+        return (*encoder, *ends.embedding_ops(ctx, shard))
 
     def saved(shard: Shard) -> tuple[SavedTensor, ...]:
-        result: list[SavedTensor] = []
-        for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
-            if not (shared_norm and index):
-                result += residual_saved(f"sub{index}", ctx, shard)
-            result += module.saved(part, ctx, shard)
-        for index in range(len(parts), block.norms):
-            result.append(SavedTensor(f"post_norm{index}", ctx.residual_bytes(shard)))
-        return tuple(result)
+        encoder = vision.saved(tower, images, ctx, shard) if tower else ()
+        return (*encoder, *ends.embedding_saved(ctx, shard))
 
     def working(shard: Shard) -> Int64:
-        import numpy as np
-
-        largest = ctx.residual_bytes(shard)
-        for part, module in zip(parts, modules, strict=True):
-            largest = np.maximum(largest, module.working(part, ctx, shard))
-        return largest
+        own = ctx.gathered_bytes(shard)
+        return np.maximum(own, vision.working(tower, images, ctx, shard)) if tower else own
 
     return LayerKind(
-        name, block_weights(model, block), ops, saved, ctx.residual_bytes, working
-    )  # fmt: skip
-
-
-def _embedding(model: ModelSpec, ctx: BlockContext) -> LayerKind:
-    return LayerKind(
-        "embedding",
-        embedding_weights(model),
-        lambda shard: ends.embedding_ops(ctx, shard),
-        lambda shard: ends.embedding_saved(ctx, shard),
-        lambda shard: shard.tokens * 8,
-        lambda shard: ctx.gathered_bytes(shard),
+        "embedding", embedding_weights(model), ops, saved, lambda shard: shard.tokens * 8, working
     )
 
 
@@ -230,8 +156,15 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
     )
 
 
-def _assumptions(model: ModelSpec, job: JobSpec, ctx: BlockContext) -> tuple[str, ...]:
+def _assumptions(
+    model: ModelSpec, job: JobSpec, images: vision.Images, ctx: BlockContext
+) -> tuple[str, ...]:
     notes = list(model.notes)
+    for part in model_parts(model):
+        notes += (note for note in kind_of(part).assumptions(part) if note not in notes)
+    if model.vision is not None:
+        notes += vision.assumptions(model.vision, images)
+    notes += _data_assumptions(job, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):
         if job.expert_imbalance == 0:
             notes.append("expert routing is assumed balanced (job: expert_imbalance = 0)")
@@ -247,3 +180,20 @@ def _assumptions(model: ModelSpec, job: JobSpec, ctx: BlockContext) -> tuple[str
     elif ctx.attention_kernel == "unfused":
         notes.append("attention is unfused: full, not causal, score matrices are computed")
     return tuple(notes)
+
+
+def _data_assumptions(job: JobSpec, ctx: BlockContext) -> list[str]:
+    notes = []
+    if ctx.document is not None and ctx.attention_kernel == "unfused":
+        notes.append("packed samples: unfused attention computes all pairs, documents or not")
+    elif ctx.document is not None:
+        notes.append(
+            f"packed samples: attention is priced as documents of {ctx.document:,} tokens, equal "
+            "and dealt out evenly over cp"
+        )
+    if job.padding_share:
+        notes.append(
+            f"{100 * job.padding_share:g} % of positions are padding: computed like any, but left "
+            "out of tokens/s and MFU"
+        )
+    return notes

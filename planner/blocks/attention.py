@@ -4,15 +4,74 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.graph import CP_KINDS, Int64, Shard
-from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
+from cost_models.graph import CP_KINDS, Int64, Shard, Weight
+from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, Reals, SavedTensor
+from planner.blocks import splits as split
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.tensors import linear, norm
 from planner.models.spec import AttentionSpec
+
+
+def weights(spec: AttentionSpec, hidden: int) -> list[Weight]:
+    """q, k, v by column, out by row; what is per head stays with its head."""
+    q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    gate = 2 if spec.output_gate else 1
+    result = [
+        *linear("attention.q", gate * q_width, hidden, "column", bias=spec.qkv_bias),
+        *(
+            weight
+            for name in (("attention.k",) if spec.tied_kv else ("attention.k", "attention.v"))
+            for weight in linear(
+                name, kv_width, hidden, "column", bias=spec.qkv_bias, kv_heads=spec.kv_heads
+            )
+        ),
+        *linear("attention.out", hidden, q_width, "row", bias=spec.out_bias),
+    ]
+    if spec.qk_norm == "per_head":
+        result += norm("attention.qk_norm", spec.head_dim, bias=False, count=2)
+    elif spec.qk_norm == "full":
+        result += norm("attention.q_norm", q_width, bias=False)
+        result += norm("attention.k_norm", kv_width, bias=False)
+    if spec.sinks:
+        result.append(Weight("attention.sinks", spec.heads, 1, "column"))
+    return result
+
+
+def splits(spec: AttentionSpec) -> tuple[split.Split, ...]:
+    """Query heads over tp; KV heads over tp unless replicated, and over cp when exchanged."""
+    return (
+        split.heads(spec.heads), split.kv_heads(spec.kv_heads), split.exchanged(spec.kv_heads)
+    )  # fmt: skip
+
+
+def flops_per_token(spec: AttentionSpec, span: int) -> float:
+    """Scores and weighted sum: ``2 * heads * 2 * head_dim`` per key; on average half the span of
+    keys under a causal mask, a whole window where one binds."""
+    span = min(span, spec.chunk or span)
+    windowed = spec.window is not None and spec.window < span
+    keys = float(spec.window or 0) if windowed else span / 2 if spec.causal else float(span)
+    return 2.0 * spec.heads * 2 * spec.head_dim * keys
+
+
+def assumptions(spec: AttentionSpec) -> tuple[str, ...]:
+    """A window is priced whole, a tied value by its missing matrix only."""
+    notes = []
+    if spec.window is not None:
+        notes.append(
+            "sliding windows: every query is priced with a whole window of keys, also the first "
+            "ones; context parallelism still passes all keys and values round"
+        )
+    if spec.chunk is not None:
+        notes.append(
+            "chunked attention is priced as causal attention inside chunks; context parallelism "
+            "still passes all keys and values round"
+        )
+    return tuple(notes)
 
 
 def local_kv_heads(kv_heads: int, tp: Int64) -> Int64:
@@ -25,7 +84,7 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     x, e, hd = shard.tokens, ctx.element_bytes, spec.head_dim
     heads = spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
-    width = heads + 2 * kv
+    width = (2 if spec.output_gate else 1) * heads + (1 if spec.tied_kv else 2) * kv
     rotated = (heads + kv) * hd * x * e
     result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard)]
     result.append(MatMul("qkv", x, width * hd, ctx.hidden))
@@ -34,10 +93,14 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
-    if ctx.rotary:
+    if ctx.rotary and spec.rotary:
         result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
     result += core(spec, ctx, shard, heads, kv)
+    if spec.output_gate:
+        gated = heads * hd * x * e
+        # Forward reads the gate and the output; backward reads both and the gradient, writes two.
+        result.append(Elementwise("output_gate", 3.0 * gated, 5.0 * gated))
     result.append(MatMul("proj", x, ctx.hidden, heads * hd))
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard))
@@ -48,17 +111,22 @@ def core(
     spec: AttentionSpec, ctx: BlockContext, shard: Shard, heads: Int64, kv: Int64
 ) -> tuple[Op, ...]:
     """Scores, softmax and weighted sum."""
-    keys = min(shard.sequence, spec.window) if spec.window else shard.sequence
-    q_len = shard.sequence // shard.cp
     if ctx.attention_kernel != "unfused":
-        windowed = spec.window is not None and spec.window < shard.sequence
+        span = ctx.span(shard, spec.chunk)
+        windowed = spec.window is not None and spec.window < span
         return (
             Attention(
-                "attention", shard.microbatch, q_len, keys, heads, kv,
-                spec.head_dim, spec.head_dim, causal=not windowed,
+                "attention", packed(shard, span), span / shard.cp,
+                min(span, spec.window) if spec.window else span, heads, kv,
+                spec.head_dim, spec.head_dim, causal=spec.causal and not windowed,
             ),
         )  # fmt: skip
     return unfused_core(ctx, shard, heads, spec.head_dim, spec.head_dim)
+
+
+def packed(shard: Shard, span: int) -> Reals:
+    """Pieces of ``span`` tokens in a microbatch: each is a sample of its own to the kernel."""
+    return shard.microbatch * (shard.sequence / span) if span < shard.sequence else shard.microbatch
 
 
 def unfused_core(
@@ -126,11 +194,13 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
     heads = spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     result = [
-        SavedTensor("qkv", (heads + 2 * kv) * hd * x * e),
+        SavedTensor("qkv", ((2 if spec.output_gate else 1) * heads + 2 * kv) * hd * x * e),
         SavedTensor("attention_output", heads * hd * x * e),
     ]
     if spec.qk_norm != "none":
         result.append(SavedTensor("qk_norm_input", (heads + kv) * hd * x * e))
+    if spec.output_gate:
+        result.append(SavedTensor("gated_output", heads * hd * x * e))
     result += core_saved(ctx, shard, heads)
     return tuple(result)
 

@@ -28,6 +28,13 @@ class BlockContext:
     rotary: bool = True
     """Whether queries and keys are rotated; not with a learned position table."""
     expert_imbalance: float = 0.0
+    document: int | None = None
+    """Tokens within which tokens see each other where samples are packed; None: the sample."""
+
+    def span(self, shard: Shard, limit: int | None = None) -> int:
+        """Tokens within which tokens see each other: the sample, a document, or a chunk."""
+        lengths = (shard.sequence, self.document, limit)
+        return min(length for length in lengths if length is not None)
 
     def residual_bytes(self, shard: Shard) -> Int64:
         """Bytes of the residual stream of one microbatch on one device."""

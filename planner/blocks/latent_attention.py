@@ -6,16 +6,58 @@ with expanded keys and values (no weight absorption, which is an inference form)
 
 from __future__ import annotations
 
-from cost_models.graph import Int64, Shard
+from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Elementwise, MatMul, Op, SavedTensor
-from planner.blocks.attention import context_parallel, core_saved, unfused_core
+from planner.blocks import splits as split
+from planner.blocks.attention import context_parallel, core_saved, packed, unfused_core
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.tensors import linear, norm
 from planner.models.spec import LatentAttentionSpec
+
+
+def weights(spec: LatentAttentionSpec, hidden: int) -> list[Weight]:
+    """Down-projections whole on every rank, up-projections by column, out by row."""
+    q_width = spec.heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim)
+    kv_width = spec.heads * (spec.qk_nope_head_dim + spec.v_head_dim)
+    bias = spec.qkv_bias
+    if spec.q_lora_rank is None:
+        result = linear("attention.q", q_width, hidden, "column")
+    else:
+        rank = spec.q_lora_rank
+        result = [
+            *linear("attention.q_down", rank, hidden, "replicated", bias=bias),
+            *norm("attention.q_norm", rank, bias=False),
+            *linear("attention.q_up", q_width, rank, "column"),
+        ]
+    kv_down = spec.kv_lora_rank + spec.qk_rope_head_dim
+    out = spec.heads * spec.v_head_dim
+    return [
+        *result,
+        *linear("attention.kv_down", kv_down, hidden, "replicated", bias=bias),
+        *norm("attention.kv_norm", spec.kv_lora_rank, bias=False),
+        *linear("attention.kv_up", kv_width, spec.kv_lora_rank, "column"),
+        *linear("attention.out", hidden, out, "row", bias=spec.out_bias),
+    ]
+
+
+def splits(spec: LatentAttentionSpec) -> tuple[split.Split, ...]:
+    """Heads over tp, and over cp when exchanged."""
+    return (split.heads(spec.heads), split.exchanged(spec.heads))
+
+
+def flops_per_token(spec: LatentAttentionSpec, span: int) -> float:
+    """Scores and weighted sum over half the span of keys: ``2 * heads * (qk + v)`` each."""
+    return 2.0 * spec.heads * (_qk_dim(spec) + spec.v_head_dim) * span / 2
+
+
+def assumptions(_spec: LatentAttentionSpec) -> tuple[str, ...]:
+    """None."""
+    return ()
 
 
 def _qk_dim(spec: LatentAttentionSpec) -> int:
@@ -36,7 +78,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
         latent_bytes = up * r * e
     result.append(MatMul("kv_down", r, latent, ctx.hidden))
     result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
-    result += enter_tensor_parallel("q_up", _latent_context(spec, ctx), shard)
+    result += enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)
     result.append(MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden))
     result.append(MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up))
     rotated = 2.0 * heads * qk * x * e
@@ -46,9 +88,9 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     if ctx.attention_kernel == "unfused":
         result += unfused_core(ctx, shard, heads, qk, v)
     else:
+        span = ctx.span(shard)
         result.append(
-            Attention("attention", shard.microbatch, shard.sequence // shard.cp, shard.sequence,
-                      heads, heads, qk, v)
+            Attention("attention", packed(shard, span), span / shard.cp, span, heads, heads, qk, v)
         )  # fmt: skip
     result.append(MatMul("proj", x, ctx.hidden, heads * v))
     result += leave_tensor_parallel("proj", ctx, shard)
@@ -56,7 +98,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     return tuple(result)
 
 
-def _latent_context(spec: LatentAttentionSpec, ctx: BlockContext) -> BlockContext:
+def latent_context(spec: LatentAttentionSpec, ctx: BlockContext) -> BlockContext:
     """A context whose gathered width is that of the latents, which are what tp gathers."""
     from dataclasses import replace
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cost_models.graph import Int64, Shard
+from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Elementwise, MatMul, Op, SavedTensor
 from planner.blocks.context import (
     BlockContext,
@@ -10,7 +10,33 @@ from planner.blocks.context import (
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.splits import Split
+from planner.blocks.tensors import feed_forward
 from planner.models.spec import MlpSpec
+
+
+def weights(spec: MlpSpec, hidden: int) -> list[Weight]:
+    """Inward matrices by column, the outward one by row."""
+    return feed_forward(
+        "mlp", hidden, spec.intermediate, gated=spec.gated, bias=spec.bias,
+        shardings=("column", "row"),
+    )  # fmt: skip
+
+
+def splits(spec: MlpSpec) -> tuple[Split, ...]:
+    """The inner width over tp."""
+    width = spec.intermediate
+    return (Split(2, width, f"feed-forward width {width} does not split over tp", "tp"),)
+
+
+def flops_per_token(_spec: MlpSpec, _span: int) -> float:
+    """Nothing beyond its matrices."""
+    return 0.0
+
+
+def assumptions(_spec: MlpSpec) -> tuple[str, ...]:
+    """None."""
+    return ()
 
 
 def activation(name: str, ctx: BlockContext, rows: Int64, width: Int64, *, gated: bool,

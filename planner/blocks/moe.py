@@ -10,11 +10,55 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.graph import Int64, Shard
+from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import mlp
 from planner.blocks.context import BlockContext, residual_add
+from planner.blocks.splits import Split
+from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
+
+
+def weights(spec: MoeSpec, hidden: int) -> list[Weight]:
+    """Router whole on every rank, experts over ep and etp, shared experts over tp."""
+    result = [
+        *linear("moe.router", spec.experts, hidden, "replicated", bias=spec.router_bias),
+        *feed_forward(
+            "moe.experts", hidden, spec.intermediate, gated=spec.gated, bias=spec.expert_bias,
+            shardings=("expert_column", "expert_row"), count=spec.experts,
+        ),
+    ]  # fmt: skip
+    if spec.router_scales:
+        result.append(Weight("moe.router.scales", hidden + spec.experts, 1))
+    if spec.shared_intermediate:
+        result += feed_forward(
+            "moe.shared", hidden, spec.shared_intermediate, gated=spec.gated, bias=False,
+            shardings=("column", "row"),
+        )  # fmt: skip
+    if spec.shared_gate:
+        result += linear("moe.shared_gate", 1, hidden, "replicated")
+    return result
+
+
+def splits(spec: MoeSpec) -> tuple[Split, ...]:
+    """Experts over ep, their width over etp, the shared experts' over tp."""
+    width, shared, experts = spec.intermediate, spec.shared_intermediate, spec.experts
+    result = [Split(3, width, f"expert width {width} does not split over etp", "etp")]
+    if shared:
+        reason = f"shared expert width {shared} does not split over tp"
+        result.append(Split(4, shared, reason, "tp"))
+    result.append(Split(5, experts, f"{experts} experts do not split over ep", "ep"))
+    return tuple(result)
+
+
+def flops_per_token(_spec: MoeSpec, _span: int) -> float:
+    """Nothing beyond the matrices of the experts that a token meets."""
+    return 0.0
+
+
+def assumptions(_spec: MoeSpec) -> tuple[str, ...]:
+    """None of its own: the job's routing skew is told with the job."""
+    return ()
 
 
 def imbalance(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> NDArray[np.float64]:

@@ -170,6 +170,8 @@ def _problems(model: ModelSpec, blocks: list[BlockSpec]) -> list[str]:
         problems.append("an embedding that is projected or normed")
     if model.head_bias:
         problems.append("a bias in the LM head")
+    if model.vision is not None:
+        problems.append("a vision tower")
     for block in blocks:
         problems += [p for p in _block_problems(block) if p not in problems]
     return problems
@@ -180,14 +182,30 @@ def _block_problems(block: BlockSpec) -> list[str]:
     mixer, ffn = block.mixer, block.feed_forward
     if isinstance(mixer, AttentionSpec) and mixer.qk_norm == "full":
         problems.append("a norm over all query or key heads together")
-    if isinstance(mixer, AttentionSpec) and mixer.sinks:
-        problems.append("attention sinks")
+    if isinstance(mixer, AttentionSpec):
+        problems += [
+            what
+            for what, present in (
+                ("attention sinks", mixer.sinks),
+                ("chunked attention", mixer.chunk is not None),
+                ("a gated attention output", mixer.output_gate),
+                ("values that are the keys", mixer.tied_kv),
+                ("layers without positions", not mixer.rotary),
+            )
+            if present
+        ]
+    elif mixer is not None and not isinstance(mixer, LatentAttentionSpec):
+        problems.append(f"{mixer.kind} layers")
     if isinstance(ffn, MlpSpec | MoeSpec):
         if ffn.gated and ffn.activation not in _SILU:
             problems.append(f"a gated {ffn.activation} MLP")
         if not ffn.gated and ffn.activation not in _GELU | {"squared_relu", "relu"}:
             problems.append(f"activation {ffn.activation}")
-    if mixer is not None and isinstance(ffn, MlpSpec) and mixer.out_bias != ffn.bias:
+    if (
+        isinstance(mixer, AttentionSpec | LatentAttentionSpec)
+        and isinstance(ffn, MlpSpec)
+        and mixer.out_bias != ffn.bias
+    ):
         problems.append("biases in only one of attention output and MLP")
     return problems
 

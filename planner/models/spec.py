@@ -1,9 +1,8 @@
 """What a model is: runs of equal blocks between an embedding and a head.
 
-Nothing here is specific to one architecture: a block is a mixer (attention, latent attention, ...)
-and a feed-forward (dense, mixture of experts, ...), each its own type with a ``kind`` tag. A new
-kind of layer is a new type here, its weights in ``planner.models.weights`` and its ops in
-``planner.workload``.
+Nothing here is specific to one architecture: a block is a mixer (attention, latent attention, state
+space, ...) and a feed-forward (dense, mixture of experts, ...), each its own type with a ``kind``
+tag. What a kind holds, computes and keeps is one module of ``planner.blocks``, found by its type.
 """
 
 from __future__ import annotations
@@ -35,8 +34,17 @@ class AttentionSpec(Spec):
     """``per_head``: one RMSNorm weight of ``head_dim`` for q and one for k; ``full``: over all."""
     window: Positive | None = None
     """Sliding window in tokens; ``None`` = full causal attention."""
+    chunk: Positive | None = None
+    """Tokens see only their own chunk of this many (Llama 4); ``None`` = the whole sample."""
     sinks: bool = False
     """Whether each head has a learned logit that takes part in the softmax (gpt-oss)."""
+    output_gate: bool = False
+    """Whether q's projection is twice as wide and half of it gates the output (Qwen3.5)."""
+    tied_kv: bool = False
+    """Whether values are the keys before their norm: no matrix of their own (Gemma 4)."""
+    rotary: bool = True
+    """Whether q and k are rotated, in a model without a learned position table."""
+    causal: bool = True
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:
@@ -59,6 +67,89 @@ class LatentAttentionSpec(Spec):
     v_head_dim: Positive
     qkv_bias: bool = False
     out_bias: bool = False
+
+
+class SparseLatentAttentionSpec(Spec):
+    """Latent attention over the keys that an indexer picks (DeepSeek-V3.2, arXiv 2512.02556)."""
+
+    kind: Literal["sparse_latent_attention"] = "sparse_latent_attention"
+    latent: LatentAttentionSpec
+    index_heads: Positive
+    index_head_dim: Positive
+    top_k: Positive
+    """Keys that each query attends."""
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the main attention."""
+        return self.latent.heads
+
+    @model_validator(mode="after")
+    def _queries_are_compressed(self) -> Self:
+        if self.latent.q_lora_rank is None:
+            raise ValueError("the indexer reads the compressed query: q_lora_rank must be given")
+        return self
+
+
+class MambaSpec(Spec):
+    """Selective state space with one decay per channel and state (Mamba, arXiv 2312.00752)."""
+
+    kind: Literal["mamba"] = "mamba"
+    inner: Positive
+    """Channels of the scan."""
+    state: Positive
+    """States of each channel."""
+    conv: Positive
+    """Taps of the causal convolution."""
+    dt_rank: Positive
+    conv_bias: bool = True
+    bias: bool = False
+    inner_norms: bool = False
+    """Whether time step, B and C are normed before the scan (Jamba)."""
+
+
+class Mamba2Spec(Spec):
+    """State-space duality: one decay per head (Mamba-2, arXiv 2405.21060)."""
+
+    kind: Literal["mamba2"] = "mamba2"
+    heads: Positive
+    head_dim: Positive
+    state: Positive
+    groups: Positive
+    """Groups of heads that share B and C."""
+    conv: Positive
+    chunk: Positive = 256
+    """Tokens of one chunk of the scan."""
+    conv_bias: bool = True
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.heads % self.groups:
+            raise ValueError(f"heads = {self.heads} is not a multiple of groups = {self.groups}")
+        return self
+
+
+class GatedDeltaNetSpec(Spec):
+    """Linear attention with a gated delta rule (Gated DeltaNet, arXiv 2412.06464)."""
+
+    kind: Literal["gated_delta_net"] = "gated_delta_net"
+    key_heads: Positive
+    value_heads: Positive
+    key_dim: Positive
+    value_dim: Positive
+    conv: Positive
+    chunk: Positive = 64
+    """Tokens of one chunk of the recurrence (flash-linear-attention's kernels)."""
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"value_heads = {self.value_heads} is not a multiple of key_heads = "
+                f"{self.key_heads}"
+            )
+        return self
 
 
 class MlpSpec(Spec):
@@ -89,6 +180,8 @@ class MoeSpec(Spec):
     routing_groups: Positive = 1
     """Equal groups of experts; a token's ``top_k`` come from ``routing_group_limit`` of them."""
     routing_group_limit: Positive = 1
+    router_scales: bool = False
+    """Whether the router scales its input and each expert's weight by learned vectors (Gemma 4)."""
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> Self:
@@ -107,7 +200,15 @@ class MoeSpec(Spec):
         return self
 
 
-Mixer = Annotated[AttentionSpec | LatentAttentionSpec, Field(discriminator="kind")]
+Mixer = Annotated[
+    AttentionSpec
+    | LatentAttentionSpec
+    | SparseLatentAttentionSpec
+    | MambaSpec
+    | Mamba2Spec
+    | GatedDeltaNetSpec,
+    Field(discriminator="kind"),
+]
 FeedForward = Annotated[MlpSpec | MoeSpec, Field(discriminator="kind")]
 
 
@@ -127,6 +228,38 @@ class LayerRun(Spec):
 
     block: str
     count: Positive
+
+
+class ProjectorSpec(Spec):
+    """Linear layers after a tower: from ``inputs`` to each of ``widths`` in turn."""
+
+    inputs: Positive
+    widths: tuple[Positive, ...]
+    bias: bool = True
+    norm: NonNegative = 0
+    """Width of the norm before it; 0 = none."""
+    count: Positive = 1
+
+
+class VisionSpec(Spec):
+    """An image encoder before the decoder: equal blocks over patches, then projectors."""
+
+    hidden: Positive
+    layers: Positive
+    block: BlockSpec
+    norm: Literal["rms", "layer"]
+    norm_bias: bool
+    patch_inputs: Positive
+    """Numbers in one patch: channels x frames x height x width."""
+    patch_bias: bool
+    positions: NonNegative = 0
+    """Rows of learned position tables; 0 = none."""
+    class_token: bool = False
+    outer_norms: NonNegative = 0
+    """Norms before the first and after the last block."""
+    patches_per_token: Positive
+    """Patches that become one token of the decoder."""
+    projectors: tuple[ProjectorSpec, ...]
 
 
 class ModelSpec(Spec):
@@ -154,6 +287,8 @@ class ModelSpec(Spec):
     layers: tuple[LayerRun, ...]
     mtp: tuple[LayerRun, ...] = ()
     """Multi-token-prediction modules: each a block with its own norms and projection."""
+    vision: VisionSpec | None = None
+    """An image encoder whose output takes the place of some token embeddings."""
     keys_used: tuple[str, ...] = ()
     keys_ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.blocks.flops import model_flops_per_token
 from planner.request import Request
 from planner.studies.policy import convention, pattern, table
 from planner.studies.runs import METRICS, Run
-from planner.workload import model_flops_per_token
 
 GIB = 1024**3
 _UNITS = {"GiB": GIB, "GB": 1e9}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from planner.blocks.weights import parameter_counts
 from planner.errors import InputError, UnsupportedError
 from planner.models.reader import model_from_document
 from planner.models.spec import (
@@ -17,7 +18,6 @@ from planner.models.spec import (
     ModelSpec,
     MoeSpec,
 )
-from planner.models.weights import parameter_counts
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

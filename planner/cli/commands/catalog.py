@@ -175,9 +175,9 @@ def _show(kind: Kind, reference: str, chosen: output.Format) -> None:
 
 
 def _model_document(reference: str) -> dict[str, Any]:
+    from planner.blocks.weights import parameter_counts
     from planner.cli.documents import read_stdin
     from planner.models.reader import read_model
-    from planner.models.weights import parameter_counts
 
     model = read_model(reference, stdin=read_stdin)
     counts = parameter_counts(model)

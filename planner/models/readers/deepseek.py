@@ -1,4 +1,4 @@
-"""deepseek_v2 and deepseek_v3: latent attention, shared experts, dense first layers, MTP.
+"""deepseek_v2, deepseek_v3, deepseek_v32, glm_moe_dsa: latent attention, shared experts, MTP.
 
 Defaults of absent keys are those of the ``transformers`` config classes (version 5.23), except that
 ``moe_layer_freq``, which those classes dropped, is read as in the models' own code.
@@ -19,8 +19,10 @@ from planner.models.readers.rotary import rotary_model
 from planner.models.spec import (
     BlockSpec,
     LatentAttentionSpec,
+    Mixer,
     ModelSpec,
     MoeSpec,
+    SparseLatentAttentionSpec,
 )
 
 
@@ -34,14 +36,38 @@ def read_deepseek_v3(config: Config) -> ModelSpec:
     return _read(config, first_dense=3, shared=1, top_k=8, mtp=1, positions=4096)
 
 
-def _read(
-    config: Config, *, first_dense: int, shared: int, top_k: int | None, mtp: int, positions: int
-) -> ModelSpec:
-    config.refuse("mlp_bias", "bias in the MLP and its shared experts")
-    hidden = config.size("hidden_size")
-    layers = layer_count(config)
+def read_deepseek_v32(config: Config) -> ModelSpec:
+    """As deepseek_v3, with an indexer in every layer that picks the keys attended."""
+    return _read(
+        config, first_dense=3, shared=1, top_k=8, mtp=1, positions=4096, mixer=_indexed(config)
+    )
+
+
+def read_glm_moe_dsa(config: Config) -> ModelSpec:
+    """As deepseek_v32, with other sizes; layers that share an indexer are not read."""
+    kinds = config.items("indexer_types") or []
+    if any(kind != "full" for kind in kinds):
+        raise config.error("indexer_types names layers that share an indexer: not read")
+    return _read(
+        config, first_dense=3, shared=1, top_k=8, mtp=1, positions=202752, mixer=_indexed(config)
+    )
+
+
+def _indexed(config: Config) -> SparseLatentAttentionSpec:
+    latent = _latent(config)
+    if latent.q_lora_rank is None:
+        raise config.error("q_lora_rank is null, and the indexer reads the compressed query")
+    return SparseLatentAttentionSpec(
+        latent=latent,
+        index_heads=config.size("index_n_heads"),
+        index_head_dim=config.size("index_head_dim", 128),
+        top_k=config.size("index_topk", 2048),
+    )
+
+
+def _latent(config: Config) -> LatentAttentionSpec:
     bias = config.flag("attention_bias", False)
-    attention = LatentAttentionSpec(
+    return LatentAttentionSpec(
         heads=config.size("num_attention_heads"),
         q_lora_rank=config.optional_size("q_lora_rank", 1536),
         kv_lora_rank=config.size("kv_lora_rank", 512),
@@ -51,6 +77,16 @@ def _read(
         qkv_bias=bias,
         out_bias=bias,
     )
+
+
+def _read(
+    config: Config, *, first_dense: int, shared: int, top_k: int | None, mtp: int, positions: int,
+    mixer: Mixer | None = None,
+) -> ModelSpec:  # fmt: skip
+    config.refuse("mlp_bias", "bias in the MLP and its shared experts")
+    hidden = config.size("hidden_size")
+    layers = layer_count(config)
+    attention = mixer or _latent(config)
     modules = mtp_modules(config, mtp)
     first = config.count("first_k_dense_replace", first_dense)
     step = config.size("moe_layer_freq", 1)

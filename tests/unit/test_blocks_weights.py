@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from cost_models.graph import Weight
+from planner.blocks.weights import (
+    block_weights,
+    elements,
+    embedding_weights,
+    head_weights,
+    mtp_weights,
+    parameter_counts,
+)
 from planner.models.reader import model_from_document
 from planner.models.spec import (
     AttentionSpec,
@@ -12,14 +20,6 @@ from planner.models.spec import (
     MlpSpec,
     ModelSpec,
     MoeSpec,
-)
-from planner.models.weights import (
-    block_weights,
-    elements,
-    embedding_weights,
-    head_weights,
-    mtp_weights,
-    parameter_counts,
 )
 
 MLP = MlpSpec(intermediate=20, gated=True)
