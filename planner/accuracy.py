@@ -1,12 +1,97 @@
-"""The error band printed beside a prediction."""
+"""The error band printed beside a prediction: earned on runs that the constants did not see.
+
+``accuracy_bands.yaml``, made by ``benchmarks/accuracy``, holds factors on the predicted step time
+between which 80 % of left-out runs lay, for ever narrower classes of runs: of the device family, of
+the precision too, and so on. The band is that of the narrowest class that has runs; a device or a
+stack without any has the wide band of first encounters.
+"""
 
 from __future__ import annotations
 
-HALF_WIDTH = 0.25
-"""Relative half-width of the band, until residuals of left-out measurements earn a narrower one."""
-SOURCE = "assumed +-25 %: not yet earned from left-out measurements"
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hardware_profiles.documents import read_document
+
+FILE = Path(__file__).parent / "accuracy_bands.yaml"
 
 
-def band(step_s: float) -> tuple[float, float, str]:
-    """Low and high step time in seconds, and where the width is from."""
-    return (step_s * (1 - HALF_WIDTH), step_s * (1 + HALF_WIDTH), SOURCE)
+@dataclass(frozen=True, slots=True)
+class RunClass:
+    """What decides how well a run is predicted."""
+
+    device: str
+    precision: str
+    stack: str
+    moe: bool
+    context_parallel: bool
+    devices: int
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Factors on the predicted step time, and what they were earned on."""
+
+    low: float
+    high: float
+    source: str
+
+
+@lru_cache(maxsize=1)
+def table() -> Mapping[str, Any]:
+    """The shipped bands: ``families`` of devices and stacks, ``classes`` by path."""
+    document = read_document(FILE)
+    assert isinstance(document, dict)
+    return document
+
+
+def path_of(run: RunClass, families: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, ...]:
+    """The run's class from the widest part to the narrowest."""
+    bits = {"fp8": "8-bit", "fp4": "4-bit", "nvfp4": "4-bit"}.get(run.precision, "16-bit")
+    kind = "MoE" if run.moe else "dense"
+    if run.context_parallel:
+        kind += " with context parallelism"
+    size = next(
+        (f"up to {limit} devices" for limit in (8, 128, 1024) if run.devices <= limit),
+        "over 1024 devices",
+    )
+    device, stack = _family(run.device, families["devices"]), _family(run.stack, families["stacks"])
+    return device, bits, kind, stack, size
+
+
+def band_of(run: RunClass) -> Band:
+    """The band of a run's narrowest class that has left-out runs."""
+    known = table()
+    classes = known["classes"]
+    path = path_of(run, known["families"])
+    for length in range(len(path), 0, -1):
+        found = classes.get(" / ".join(path[:length]))
+        if found is not None:
+            return Band(found["low"], found["high"], _source(found, path[:length]))
+    found = classes["first encounters"]
+    return Band(found["low"], found["high"], _source(found, (f"no run on {run.device} was seen",)))
+
+
+def band(step_s: float, run: RunClass) -> tuple[float, float, str]:
+    """Low and high step time in seconds, and what the width was earned on."""
+    found = band_of(run)
+    return step_s * found.low, step_s * found.high, found.source
+
+
+def _family(name: str, families: Mapping[str, list[str]]) -> str:
+    """The family that lists ``name`` (shell patterns), else the name itself."""
+    for family, patterns in families.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return family
+    return name
+
+
+def _source(found: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    return (
+        f"80 % of {found['runs']} left-out runs from {found['sources']} "
+        f"source{'s' if found['sources'] > 1 else ''}: {', '.join(path)}"
+    )

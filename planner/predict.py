@@ -14,9 +14,10 @@ from cost_models.leaf import (
     stage_costs,
 )
 from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
-from planner.accuracy import HALF_WIDTH, band
+from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.layouts import completion_of, configs_of
+from planner.models.spec import MoeSpec
 from planner.plan import Layout, Prediction, Term
 from planner.priced import Priced
 from planner.request import Request
@@ -50,7 +51,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
     tokens = request.global_batch * request.sequence * (1 - request.job.padding_share)
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
-    low, high, source = band(step_s)
+    low, high, source = band(step_s, run_class(request, priced.layout))
     if request.kernel_basis != "measured":
         source += f"; kernel efficiencies of {request.machine.device.name} are not its own"
     stages = tuple(stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks))
@@ -64,7 +65,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
             f"model FLOPs (causal attention, no recomputation) over the dense "
             f"{_peak_name(request)} peak of {peak_flops / 1e12:g} TFLOP/s"
         ),
-        outside_measured_region=_beyond_measured(request, mfu),
+        outside_measured_region=_beyond_measured(request, mfu * step_s / high),
         max_peak_bytes=max(stage.peak_bytes for stage in stages),
         allocated_bytes=max(stage.allocated_bytes for stage in stages),
         reserved_bytes=max(stage.reserved_bytes for stage in stages),
@@ -78,10 +79,22 @@ def predict(priced: Priced, request: Request) -> Prediction:
     )
 
 
-def _beyond_measured(request: Request, mfu: float) -> bool:
+def run_class(request: Request, layout: Layout) -> RunClass:
+    """What decides how well the layout's step time is known."""
+    return RunClass(
+        device=request.machine.device.name,
+        precision=request.job.precision,
+        stack=request.stack.name,
+        moe=any(isinstance(b.feed_forward, MoeSpec) for b in request.model.blocks.values()),
+        context_parallel=layout.cp > 1,
+        devices=request.devices,
+    )
+
+
+def _beyond_measured(request: Request, slowest_mfu: float) -> bool:
     """Whether even the slow end of the band is beyond any published run on this device."""
     best = request.machine.device.best_run_mfu.get(request.job.precision)
-    return best is not None and mfu / (1 + HALF_WIDTH) > best.value
+    return best is not None and slowest_mfu > best.value
 
 
 def _peak_name(request: Request) -> str:

@@ -31,6 +31,8 @@ STEP = 0.03
 """Relative step of the numeric Jacobian."""
 LONGEST = 0.4
 """Longest step of one coordinate."""
+FAR = 0.1
+"""Move after which the Jacobian is taken anew."""
 
 
 class Pricer(Protocol):
@@ -111,8 +113,10 @@ def fit(
     residuals = pricer.residuals(values_at(parameters, x))
     jacobian = np.zeros((len(residuals), len(parameters)))
     loss = objective(problem, x, residuals)
+    change = math.inf
     for round_ in range(rounds):
-        jacobian = numeric_jacobian(problem, x, residuals)
+        if change > FAR:
+            jacobian = numeric_jacobian(problem, x, residuals)
         goal = linear_optimum(problem, x, residuals, jacobian, problem.weights)
         moved, residuals, new_loss = _line_search(problem, x, goal, residuals, loss)
         change = float(np.max(np.abs(moved - x), initial=0.0))

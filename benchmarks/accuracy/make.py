@@ -1,0 +1,107 @@
+"""Make the fitted constants and the error bands that ship, and judge them on left-out families.
+
+    python benchmarks/accuracy/make.py            # fit, judge, write results/ and the bands
+    python benchmarks/accuracy/make.py --write    # and put the constants into the profiles
+
+The fit is that of ``planner calibrate``, with the constants of ``parameters.yaml`` and the runs of
+``data/runs.csv``. ``results/left_out.csv`` has every run's prediction by constants fitted without
+its family.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import bands
+import in_place
+import numpy as np
+import yaml
+
+from planner import accuracy
+from planner.predict import run_class
+from planner.studies.calibrate.cases import Case, RunPricer, cases_of
+from planner.studies.calibrate.fit import values_at
+from planner.studies.calibrate.parameters import read_parameters
+from planner.studies.calibrate.study import described, judged
+from planner.studies.runs import read_runs
+
+HERE = Path(__file__).parent
+RUNS = HERE / "data" / "runs.csv"
+RESULTS = HERE / "results"
+SOURCE = "benchmarks/accuracy, fitted to published training runs"
+
+
+def main() -> None:
+    """Fit, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the constants into the profiles")
+    parser.add_argument(
+        "--refine", type=int, default=0, help="steps by true evaluation of each fold's own runs"
+    )
+    arguments = parser.parse_args()
+    parameters = read_parameters(HERE / "parameters.yaml")
+    cases = cases_of(read_runs(RUNS))
+    pricer = RunPricer(cases, parameters)
+    outcome = judged(pricer, refine=arguments.refine, progress=_say)
+    values = values_at(parameters, outcome.fitted.x)
+    RESULTS.mkdir(exist_ok=True)
+    _write_rows(cases, outcome.fitted.residuals, outcome.left_out.residuals)
+    fit = described("published runs", pricer, outcome)
+    _dump(RESULTS / "fit.yaml", "Made by make.py.", fit)
+    classes = [run_class(case.request, case.layout) for case in cases]
+    made = bands.make(
+        classes, outcome.left_out.residuals, [case.family for case in cases],
+        [case.source for case in cases],
+    )  # fmt: skip
+    _dump(accuracy.FILE, "Made by benchmarks/accuracy/make.py from left-out runs.", made)
+    if arguments.write:
+        for parameter in parameters:
+            for path in in_place.write(parameter, values[parameter.name], SOURCE):
+                _say(f"wrote {parameter.name} into {path.name}")
+
+
+def zero_shot(cases: Sequence[Case]) -> list[bool]:
+    """Whether no other family runs on the case's stack: it was priced as documented."""
+    families: dict[str, set[str]] = {}
+    for case in cases:
+        families.setdefault(case.request.stack.name, set()).add(case.family)
+    return [len(families[case.request.stack.name]) == 1 for case in cases]
+
+
+def _write_rows(cases: Sequence[Case], fitted: np.ndarray, left_out: np.ndarray) -> None:
+    with (RESULTS / "left_out.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ("id", "source", "family", "stack", "zero_shot", "measured_s", "fitted_s", "left_out_s")
+        )
+        for case, alone, own, other in zip(cases, zero_shot(cases), fitted, left_out, strict=True):
+            times = (case.measured_s * float(np.exp(r)) for r in (0.0, own, other))
+            writer.writerow(
+                (case.id, case.source, case.family, case.request.stack.name, int(alone),
+                 *(f"{time:.6g}" for time in times))
+            )  # fmt: skip
+
+
+def _dump(path: Path, head: str, document: object) -> None:
+    text = yaml.safe_dump(_short(document), sort_keys=False, width=100, allow_unicode=True)
+    path.write_text(f"# {head}\n{text}", encoding="utf-8")
+
+
+def _short(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
