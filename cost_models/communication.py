@@ -50,6 +50,8 @@ class Visible:
 
     forward: Real
     backward: Real
+    wire: tuple[Real, Real]
+    """Seconds for which it keeps its links busy, hidden or not."""
     spans_nodes: NDArray[np.bool_]
     active: NDArray[np.bool_]
 
@@ -67,8 +69,9 @@ def visible(
     active = np.asarray(op.active) & (size > 1)
     if not active.any():
         return None
-    spans = interconnect.place(fabric, size, stride).nodes > 1
+    spans = interconnect.spans_nodes(fabric, size, stride)
     sides: list[Real] = []
+    wire: list[Real] = []
     for back, kind, payload, hidden, product, count in (
         (False, op.forward_kind, op.forward_bytes, op.forward_hidden, op.forward_product,
          op.forward_count),
@@ -77,11 +80,13 @@ def visible(
     ):  # fmt: skip
         if kind is None:
             sides.append(np.zeros(len(size)))
+            wire.append(sides[-1])
             continue
         if op.routing is not None:
             time = _exchange(op, size, stride, fabric, stack, device, back=back)
         else:
             time = _collective_time(kind, payload, size, stride, fabric) * count
+        wire.append(np.where(active, time, 0.0))
         contention = stack.overlap_contention.si
         hidden = hidden or (_shared_expert(op, back=back) if _hides_shared(op, stack) else None)
         if hidden is not None and hidden in windows.seconds:
@@ -90,7 +95,9 @@ def visible(
             piped = _pipelined(time, product, size, windows, contention)
             time = np.where(spans, time, np.minimum(time, piped))
         sides.append(np.where(active, time, 0.0))
-    return Visible(sides[0], sides[1], spans, np.broadcast_to(active, size.shape))
+    return Visible(
+        sides[0], sides[1], (wire[0], wire[1]), spans, np.broadcast_to(active, size.shape)
+    )
 
 
 def merge_passes(

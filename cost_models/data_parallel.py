@@ -6,6 +6,8 @@ Overlap and exposure of data-parallel traffic are decided here only:
 * gradient reductions of a step hide behind the backward of the last microbatch, parameter gathers
   behind the forward of the first, layer by layer, where the stack overlaps them; one bucket of
   gradients is always exposed;
+* nothing hides while another collective of the layer uses the same ports (or, inside a node, the
+  same links): expert exchanges across nodes, a context-parallel ring;
 * what is hidden still costs its contention, as in ``cost_models.step``.
 """
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from cost_models import compute, interconnect, memory, state
 from cost_models.communication import expose
+from cost_models.fabric import Fabric
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.step import Field, LayerTimes, Machine, Real, to_ns
 
@@ -65,8 +68,10 @@ def price_kind(
     local = state.local_parameters(kind, shard, vocab_divisor, drop_tied=drop_tied)
     dense = local.dense
     attention_mesh, expert_mesh = _meshes(shard, data)
-    forward = _phase_seconds(times, "forward")
-    backward = _phase_seconds(times, "backward")
+    gathering = attention_mesh.ways, attention_mesh.stride
+    reducing = attention_mesh.ways * data.replicate, attention_mesh.stride
+    forward = _window(times, "forward", machine.fabric, *gathering)
+    backward = _window(times, "backward", machine.fabric, *reducing)
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     reduce_s = np.zeros(len(shard.tp))
@@ -161,9 +166,16 @@ def layer_state(
     return parts[0] + parts[1]
 
 
-def _phase_seconds(times: LayerTimes, phase: str) -> Real:
-    result: Real = np.sum([term[phase] for term in times.terms.values()], axis=0)
-    return result
+def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: Int64) -> Real:
+    """Seconds of a pass beside which data-parallel traffic can flow: its links must be free.
+
+    Groups that span nodes wait for the ports while other collectives of the layer use them; groups
+    inside a node for the links there.
+    """
+    total: Real = np.sum([term[phase] for term in times.terms.values()], axis=0)
+    spans = interconnect.spans_nodes(fabric, size, stride)
+    busy = np.where(spans, times.wire["across"][phase], times.wire["inside"][phase])
+    return np.maximum(total - busy, 0.0)
 
 
 def _data_parallel_times(

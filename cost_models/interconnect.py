@@ -108,7 +108,7 @@ def place(fabric: Fabric, size: ArrayLike, stride: ArrayLike) -> Placement:
         raise ValueError("group size and stride must be at least 1")
     per_node = fabric.devices_per_node
     block = n * step
-    inside = (n == 1) | (fabric.nodes == 1) | ((block <= per_node) & (per_node % block == 0))
+    inside = ~spans_nodes(fabric, n, step)
     aligned = block % per_node == 0
     members = np.where(aligned, np.minimum(n, np.maximum(1, per_node // step)), 1)
     touched = -(-(block + per_node - np.gcd(block, per_node)) // per_node)
@@ -120,6 +120,15 @@ def place(fabric: Fabric, size: ArrayLike, stride: ArrayLike) -> Placement:
         node_stride=np.maximum(1, -(-step // per_node)).astype(np.float64),
         stride=step.astype(np.float64),
     )
+
+
+def spans_nodes(
+    fabric: Fabric, size: NDArray[np.int64], stride: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether some group of a dimension has members on more than one node."""
+    block, per_node = size * stride, fabric.devices_per_node
+    apart: NDArray[np.bool_] = (block > per_node) | (per_node % block != 0)
+    return apart & (size > 1) & (fabric.nodes > 1)
 
 
 def collective_time_s(

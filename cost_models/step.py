@@ -123,6 +123,8 @@ class LayerTimes:
     """Seconds of one layer by category and phase; ``nanoseconds`` sums them exactly."""
 
     terms: dict[str, dict[str, Real]]
+    wire: dict[str, dict[str, Real]]
+    """Seconds for which collectives keep links busy, ``inside`` nodes and ``across``, by phase."""
     merged: dict[str, Real] | None = None
     """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
 
@@ -132,13 +134,16 @@ class LayerTimes:
             return self
         plain, merged = self.terms["ep_comm"], self.merged
         exchange = {p: np.where(pp > 1, merged[p], plain[p]) for p in plain}
-        return LayerTimes({**self.terms, "ep_comm": exchange})
+        return LayerTimes({**self.terms, "ep_comm": exchange}, self.wire)
 
     def take(self, index: Int64) -> LayerTimes:
         """The times of the configurations at ``index``."""
-        terms = {c: {p: v[index] for p, v in term.items()} for c, term in self.terms.items()}
+        terms, wire = (
+            {name: {p: v[index] for p, v in by_phase.items()} for name, by_phase in table.items()}
+            for table in (self.terms, self.wire)
+        )
         merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
-        return LayerTimes(terms, merged)
+        return LayerTimes(terms, wire, merged)
 
     def nanoseconds(self, phase: str) -> Int64:
         """Integer time of a phase: the sum of its rounded terms."""
@@ -159,6 +164,7 @@ class _Accumulator:
         self.terms = {c: {p: np.zeros(size) for p in PHASES} for c in CATEGORIES}
         self.windows = Windows()
         self.exchanges: list[Visible] = []
+        self.wire = {w: {p: np.zeros(size) for p in PHASES[:2]} for w in ("inside", "across")}
         self.host = {p: np.zeros(size) for p in ("forward", "backward", "selective")}
         self.drains = False
 
@@ -188,7 +194,7 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     if acc.exchanges:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
     _wait_for_host(acc, machine)
-    return LayerTimes(acc.terms, merged)
+    return LayerTimes(acc.terms, acc.wire, merged)
 
 
 def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumulator:
@@ -333,6 +339,9 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
         acc.exchanges.append(seen)
     category = f"{'ep' if op.group in ('ep', 'etp') else op.group}_comm"
     acc.add(category, seen.forward, seen.backward, selective=op.selective)
+    for phase, busy in zip(PHASES[:2], seen.wire, strict=True):
+        acc.wire["across"][phase] += np.where(seen.spans_nodes, busy, 0.0)
+        acc.wire["inside"][phase] += np.where(seen.spans_nodes, 0.0, busy)
     counts = (
         np.where(seen.active, count if kind else 0, 0)
         for kind, count in (

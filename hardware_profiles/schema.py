@@ -290,6 +290,10 @@ class ClusterSpec(Profile):
         return len(self.groups) == 1
 
 
+def _plain_dispatcher() -> dict[str, Dispatcher]:
+    return {"default": "alltoall"}
+
+
 class StackSpec(Profile):
     """The software that runs the plan: it bounds the space and shapes the price.
 
@@ -351,9 +355,7 @@ class StackSpec(Profile):
     tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
     """``pipelined``: gathers and scatters of sequence parallelism run in tp chunks with the chunks
     of the product they belong to (user buffers, asynchronous tensor parallelism)."""
-    moe_dispatcher: dict[str, Dispatcher] = Field(
-        default_factory=lambda: {"default": "alltoall"}
-    )
+    moe_dispatcher: dict[str, Dispatcher] = Field(default_factory=_plain_dispatcher)
     """Per device name prefix, as ``attention_kernels``."""
     moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2
     """Bytes per element of tokens on their way to the experts; outputs and gradients travel in 16

@@ -9,10 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from cost_models.communication import Windows, expose, visible
+from cost_models.data_parallel import _window
 from cost_models.fabric import fabric_of
 from cost_models.graph import Shard
 from cost_models.interconnect import collective_time_s
 from cost_models.ops import Collective
+from cost_models.step import LayerTimes
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import ClusterSpec, NodeGroup, StackSpec
 
@@ -87,3 +89,15 @@ def test_cutting_costs_what_the_chunks_lose() -> None:
 def test_across_nodes_nothing_is_pipelined() -> None:
     kernels = windows(100.0, lambda parts: 100.0 / parts)
     assert seen(16, "pipelined", kernels) == pytest.approx(gather(16))
+
+
+def test_data_parallel_traffic_waits_for_the_ports() -> None:
+    terms = {
+        "matmul": {"forward": np.array([3.0, 3.0])},
+        "ep_comm": {"forward": np.array([2.0] * 2)},
+    }
+    wire = {"inside": {"forward": np.array([0.5] * 2)}, "across": {"forward": np.array([2.0] * 2)}}
+    times = LayerTimes(terms, wire)
+    # The first group spans both nodes, the second stays in one.
+    window = _window(times, "forward", FABRIC, np.array([2, 8]), np.array([8, 1]))
+    assert window.tolist() == pytest.approx([3.0, 4.5])
