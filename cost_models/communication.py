@@ -107,7 +107,7 @@ def merge_passes(
 
     Where nodes part the experts, forward and backward of two microbatches run merged layer by
     layer (Megatron-Core's ``--overlap-moe-expert-parallel-comm``; DeepSeek-V3, arXiv 2412.19437,
-    section 3.2.1). Recomputation is taken to hide as the pass it belongs to. ``terms`` are the
+    section 3.2.1). Full recomputation is taken to hide as the pass it belongs to. ``terms`` are the
     layer's seconds by category and phase, exchanges included.
     """
     plain, spans = terms["ep_comm"], exchanges[0].spans_nodes
@@ -119,8 +119,6 @@ def merge_passes(
     return {
         "forward": plain["forward"] - hidden["forward"],
         "backward": plain["backward"] - hidden["backward"],
-        "selective": plain["selective"],
-        "full": plain["full"] - hidden["forward"],
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from cost_models import interconnect
 from cost_models.data_parallel import DataParallel, price_kind
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
-from cost_models.layout import Schedule
+from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
@@ -80,6 +80,11 @@ class PricedConfigs:
     late: tuple[tuple[Int64, Int64], ...] = ()
     """Per cut, what its transfers take beyond ``hop_ns``; empty where all cuts carry the same."""
 
+    @property
+    def policies(self) -> tuple[RecomputeMode, ...]:
+        """Names of the recomputation policies that are priced."""
+        return tuple(policy.name for policy in self.workload.policies)
+
     def leaf(
         self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool
     ) -> Leaf:
@@ -102,6 +107,7 @@ class PricedConfigs:
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             late=tuple((int(on[index]), int(back[index])) for on, back in self.late),
+            policies=self.policies,
         )
 
 
@@ -139,11 +145,13 @@ def price_configs(
     expanded = _take_shard(shards, shard_index)
     drop_tied = data.pp == 1
 
-    def table(kind: LayerKind, drop: Bools | None = None) -> Int64:
+    def table(
+        kind: LayerKind, policies: tuple[RecomputePolicy, ...] = (), drop: Bools | None = None
+    ) -> Int64:
         times = price_layer(kind, shards, machine).take(shard_index).in_pipeline(data.pp)
         rows, _ = price_kind(
             kind, times, expanded, data, machine, vocab_divisor=workload.vocab_divisor,
-            drop_tied=drop,
+            policies=policies, drop_tied=drop,
         )  # fmt: skip
         return rows[:, config_of]
 
@@ -156,9 +164,9 @@ def price_configs(
         machine=machine,
         configs=configs,
         kind_names=names,
-        kinds=tuple(table(workload.kinds[name]) for name in names),
+        kinds=tuple(table(workload.kinds[name], workload.policies) for name in names),
         embedding=table(workload.embedding),
-        head=table(workload.head, drop_tied),
+        head=table(workload.head, drop=drop_tied),
         hop_ns=hop_ns(workload, machine, configs),
         bucket_ns=_bucket_ns(machine, configs),
         tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),

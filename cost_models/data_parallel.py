@@ -19,11 +19,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models import compute, interconnect, memory, state
+from cost_models import compute, interconnect, state
 from cost_models.communication import expose
 from cost_models.fabric import Fabric
 from cost_models.graph import Bools, Int64, LayerKind, Shard
-from cost_models.step import Field, LayerTimes, Machine, Real, to_ns
+from cost_models.layout import RecomputePolicy
+from cost_models.recompute import row_count, write_modes
+from cost_models.repeat import Real
+from cost_models.step import Field, LayerTimes, Machine, to_ns
 
 Payload: TypeAlias = NDArray[np.floating[Any]]
 
@@ -57,10 +60,12 @@ def price_kind(
     machine: Machine,
     *,
     vocab_divisor: int,
+    policies: tuple[RecomputePolicy, ...] = (),
     drop_tied: Bools | None = None,
 ) -> tuple[Int64, dict[str, Int64]]:
     """All :class:`Field` rows of one layer, shape (fields, configurations), and its exposed
-    data-parallel communication per microbatch (``{"forward": ns, "backward": ns}``).
+    data-parallel communication per microbatch (``{"forward": ns, "backward": ns}``). Rows of
+    ``policies`` follow those of :class:`Field` (``cost_models.recompute``).
 
     ``times`` are the layer's for the same ``shard``. ``drop_tied`` marks configurations whose
     head shares the embedding's weights on the same device (one pipeline stage).
@@ -98,7 +103,6 @@ def price_kind(
     }
     gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
-    activations = memory.activation_bytes(kind, shard)
     buffers = held.step
     if rules.dummy_wgrad and kind.name == "head":
         buffers = buffers + state.dummy_wgrad_bytes(
@@ -106,23 +110,16 @@ def price_kind(
         )
     gathered_bytes = held.gathered
     lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
-    rows = np.empty((len(Field), len(shard.tp)), dtype=np.int64)
+    rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
-    rows[Field.SELECTIVE] = times.nanoseconds("selective")
-    rows[Field.FULL] = times.nanoseconds("full")
     rows[Field.GRADIENT] = to_ns(np.where(fsdp, 0.0, gradient))
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
     rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
                                                      expert_mesh, data, machine))  # fmt: skip
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
     rows[Field.GATHERED] = np.where(lasting > 0, 0, 2 * gathered_bytes)
-    rows[Field.ACT_NONE] = activations.none
-    rows[Field.ACT_SELECTIVE] = activations.selective
-    rows[Field.ACT_FULL] = activations.full
-    rows[Field.WORK_NONE] = activations.working_none
-    rows[Field.WORK_SELECTIVE] = activations.working_selective
-    rows[Field.WORK_FULL] = activations.working_full
+    write_modes(rows, kind, shard, times, policies)
     rows[Field.PARAMETERS] = dense + local.expert
     rows[Field.WEIGHT_BYTES] = held.weights + lasting
     rows[Field.GRADIENT_BYTES] = held.gradients

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.layout import CpKind
+from cost_models.layout import CpKind, RecomputePolicy
 from cost_models.ops import Op, SavedTensor
 
 Int64: TypeAlias = NDArray[np.int64]
@@ -96,6 +96,8 @@ class LayerKind:
     """Bytes of the layer's input on one device: what full recomputation keeps."""
     working_bytes: Callable[[Shard], Int64]
     """Largest short-lived buffers of one layer's backward, beyond the saved tensors."""
+    element_bytes: int = 2
+    """Bytes per activation element."""
 
 
 @dataclass(frozen=True)
@@ -122,4 +124,6 @@ class WorkloadGraph:
     boundaries: tuple[tuple[int, int], ...] = ()
     """Where not all cuts carry the same: bytes per token sent on, and sent back as gradients, at
     each cut from before the first layer to after the last."""
+    policies: tuple[RecomputePolicy, ...] = ()
+    """Recomputation that is priced, beside none."""
     assumptions: tuple[str, ...] = ()

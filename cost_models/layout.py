@@ -7,14 +7,38 @@ Vocabulary of the field: ``dp_replicate * dp_shard * cp * tp * pp`` devices; exp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
-RecomputeMode = Literal["none", "selective", "full"]
+RecomputeMode: TypeAlias = str
+"""``none``, ``full``, or the name of one of the stack's policies (:class:`RecomputePolicy`)."""
 CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
 
 SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
-RECOMPUTE_MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
+
+
+OutputKind = Literal[
+    "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul"
+]
+"""Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
+layer, products that stand for several (q, k and v) counted one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputePolicy:
+    """What of a layer's forward is run again in the backward.
+
+    Either the named ``modules``, whose inner tensors are freed, or with ``keeps`` set the whole
+    layer, whose input is kept with the outputs of the named ops.
+    """
+
+    name: RecomputeMode
+    modules: frozenset[str] = frozenset()
+    keeps: frozenset[OutputKind] | None = None
+
+
+FULL = RecomputePolicy("full", keeps=frozenset())
+"""The whole layer from its input."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from cost_models.layout import RecomputeMode, Schedule
+from cost_models.recompute import ModeRows, mode_rows
 from cost_models.schedule import Timeline, live_peaks, simulate
 from cost_models.step import Field
 
 Row = tuple[int, ...]
-"""One value per :class:`Field`."""
+"""One value per :class:`Field`, then the rows of the policies."""
 
 Recompute = tuple[RecomputeMode, int]
 """Mode and, for ``full``, the number of layers at the front of a chunk that are recomputed."""
@@ -56,11 +57,18 @@ class Leaf:
     late: tuple[tuple[int, int], ...] = ()
     """Per cut between layers (from before the first to after the last), by how much its transfer
     takes longer than ``hop_ns``, on and back; empty where all cuts carry the same."""
+    policies: tuple[RecomputeMode, ...] = ()
+    """Recomputation that ``kinds`` has prices of."""
 
     @property
     def stages(self) -> int:
         """Virtual stages."""
         return self.pp * self.vpp
+
+    @property
+    def modes(self) -> dict[RecomputeMode, ModeRows]:
+        """Rows of ``kinds`` for each mode."""
+        return mode_rows(self.policies)
 
     @cached_property
     def counts(self) -> tuple[tuple[int, ...], ...]:
@@ -133,23 +141,13 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     return known
 
 
-MODE_FIELDS = {
-    "none": (Field.ACT_NONE, Field.WORK_NONE),
-    "selective": (Field.ACT_SELECTIVE, Field.WORK_SELECTIVE),
-    "full": (Field.ACT_FULL, Field.WORK_FULL),
-}
-"""Activation and working bytes of a layer in each mode."""
-_EXTRA = {"none": None, "selective": Field.SELECTIVE, "full": Field.FULL}
-"""Extra backward time of a layer in each mode."""
-
-
 def _chunk_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
     front: tuple[int, ...], late: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
     forward = backward = gradient = update = static = activation = working = gathered = 0
-    (kept, short), extra = MODE_FIELDS[mode], _EXTRA[mode]
+    kept, short, extra = leaf.modes[mode]
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
         if not total:
             continue
@@ -159,8 +157,7 @@ def _chunk_costs(
         update += total * (kind[Field.OPTIMIZER] + kind[Field.PARAMETER])
         static += total * kind[Field.STATIC]
         gathered = max(gathered, kind[Field.GATHERED])
-        if extra is not None:
-            backward += changed * kind[extra]
+        backward += changed * kind[extra]
         activation += changed * kind[kept] + (total - changed) * kind[Field.ACT_NONE]
         if changed:
             working = max(working, kind[short])

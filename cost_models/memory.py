@@ -5,42 +5,82 @@ Weights, gradients and optimizer state are ``cost_models.state``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.graph import Bools, Int64, LayerKind, Shard
+from cost_models.layout import OutputKind, RecomputePolicy
+from cost_models.ops import Attention, Collective, GroupedMatMul, Ints, MatMul, Op, Reals
+
+Sizes: TypeAlias = tuple[Int64, Int64]
+"""Bytes kept per microbatch, and short-lived bytes beside them."""
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationBytes:
-    """Bytes kept per microbatch by one layer, and short-lived bytes beside them, by recompute."""
+def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | None) -> Sizes:
+    """Activations of one layer under ``policy`` (None: all are kept).
 
-    none: Int64
-    selective: Int64
-    full: Int64
-    working_none: Int64
-    working_selective: Int64
-    working_full: Int64
+    What is freed comes back while the layer's backward runs: the whole layer at once, or one module
+    after the other, the largest of which counts.
+    """
+    zero = np.zeros_like(shard.tp)
+    working = kind.working_bytes(shard) + zero
+    tensors = kind.saved(shard)
+    everything = zero + sum(tensor.bytes for tensor in tensors)
+    if policy is None:
+        return everything, working
+    if policy.keeps is not None:
+        kept = zero + kind.boundary_bytes(shard)
+        for name, size in _outputs(kind.ops(shard), shard, kind.element_bytes):
+            if name in policy.keeps:
+                kept = kept + size
+        kept = np.minimum(kept, everything)
+        return kept, working + everything - kept
+    freed: dict[str, Int64] = {}
+    for tensor in tensors:
+        module = next((name for name in tensor.modules if name in policy.modules), None)
+        if module is not None:
+            freed[module] = freed.get(module, zero) + tensor.bytes
+    total = zero + sum(freed.values())
+    largest = np.max([zero, *freed.values()], axis=0)
+    return everything - total, working + largest
 
 
-def activation_bytes(kind: LayerKind, shard: Shard) -> ActivationBytes:
-    """Activations of one layer; what is recomputed comes back as a working buffer."""
-    kept = np.zeros_like(shard.tp)
-    freed = np.zeros_like(shard.tp)
-    for tensor in kind.saved(shard):
-        if tensor.selective:
-            freed = freed + tensor.bytes
-        else:
-            kept = kept + tensor.bytes
-    boundary = kind.boundary_bytes(shard) + np.zeros_like(shard.tp)
-    working = kind.working_bytes(shard) + np.zeros_like(shard.tp)
-    everything = kept + freed
-    return ActivationBytes(
-        none=everything,
-        selective=kept,
-        full=np.minimum(boundary, everything),
-        working_none=working,
-        working_selective=working + freed,
-        working_full=working + np.maximum(everything - boundary, 0),
-    )
+def _outputs(
+    ops: tuple[Op, ...], shard: Shard, element_bytes: int
+) -> list[tuple[OutputKind, Int64]]:
+    """Bytes on one device of the outputs that a save list may name."""
+    found: list[tuple[OutputKind, Int64]] = []
+    products = 0
+
+    def add(kind: OutputKind, size: Reals | Ints) -> None:
+        found.append((kind, np.ceil(np.asarray(size) + np.zeros_like(shard.tp)).astype(np.int64)))
+
+    for op in ops:
+        if isinstance(op, MatMul):
+            size = np.asarray(op.m) * op.n * op.batch * element_bytes
+            add("matmul", size)
+            whole = sum(np.asarray(part) for part in op.parts)
+            for part in op.parts:
+                products += 1
+                if products % 2:
+                    add("odd_matmul", size * np.asarray(part) // whole)
+        elif isinstance(op, GroupedMatMul):
+            add("grouped_matmul", np.asarray(op.groups) * op.rows * op.n * element_bytes)
+        elif isinstance(op, Attention):
+            rows = np.asarray(op.batch) * op.q_len * op.heads
+            # The output and its fp32 statistics.
+            add("attention", rows * (op.v_head_dim * element_bytes + 4))
+        elif isinstance(op, Collective) and op.forward_kind in ("reduce_scatter", "all_to_all"):
+            ways = shard.tp if op.group == "tp" else 1
+            ways = ways if op.forward_kind == "reduce_scatter" else 1
+            size = np.asarray(op.forward_bytes) / ways
+            add(op.forward_kind, np.where(np.asarray(op.active) & _used(op, shard), size, 0))
+    return found
+
+
+def _used(op: Collective, shard: Shard) -> Bools:
+    """Whether the collective's group has more than one rank."""
+    sizes = {"tp": shard.tp, "cp": shard.cp, "ep": shard.ep, "etp": shard.etp}
+    used: Bools = sizes[op.group] > 1
+    return used

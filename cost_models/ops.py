@@ -8,7 +8,9 @@ An op describes its forward; the backward that follows from it is part of its me
 * :class:`Attention` has the five products of a fused backward (2.5 x forward);
 * :class:`Elementwise` and :class:`Collective` state both directions.
 
-``selective`` marks what selective recomputation runs again in the backward pass.
+``modules`` are the parts of a layer that an op or a tensor belongs to, in the words of the stacks
+(``core_attn``, ``mlp``, ``moe_act``, ``layernorm`` ...): recomputing one of them runs the op again
+in the backward pass and frees the tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class MatMul:
     """Whether a gradient flows through it."""
     low_precision: bool = True
     """Whether an 8-bit recipe runs this product in 8 bits."""
-    selective: bool = False
+    modules: tuple[str, ...] = ()
+    parts: tuple[Ints, ...] = (1,)
+    """Relative widths of the products of separate weights that this one stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class GroupedMatMul:
     n: Ints
     k: Ints
     low_precision: bool = True
-    selective: bool = False
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Attention:
     qk_head_dim: int
     v_head_dim: int
     causal: bool = True
-    selective: bool = True
+    modules: tuple[str, ...] = ("core_attn",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Elementwise:
     backward_bytes: Reals
     forward_launches: int = 1
     backward_launches: int = 1
-    selective: bool = False
+    modules: tuple[str, ...] = ()
     forward_flops: Reals = 0.0
     backward_flops: Reals = 0.0
 
@@ -129,7 +133,6 @@ class Collective:
     forward_count: int = 1
     active: NDArray[np.bool_] | bool = True
     """Where False the collective does not happen (for example without sequence parallelism)."""
-    selective: bool = False
     forward_product: str | None = None
     backward_product: str | None = None
     routing: Routing | None = None
@@ -137,6 +140,7 @@ class Collective:
     ``all_to_all`` of ``bytes`` is the plain one."""
     back: bool = False
     """Whether the forward of a routed exchange brings outputs back (combine)."""
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ class Repeat:
     name: str
     ops: tuple[Op, ...]
     count: int
+    modules: tuple[str, ...] = ()
 
 
 Kernel: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise
@@ -156,10 +161,10 @@ Op: TypeAlias = Kernel | Collective | Repeat
 class SavedTensor:
     """A tensor kept from forward to backward of one microbatch, in bytes per device.
 
-    ``selective`` tensors are freed under selective recomputation. Under full recomputation only
-    the layer's input is kept, whatever this list says.
+    It is freed where one of its ``modules`` is recomputed. Where the whole layer is, only the
+    layer's input and what a save list names are kept, whatever this list says.
     """
 
     name: str
     bytes: Ints
-    selective: bool = False
+    modules: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
+from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
 Real = NDArray[np.float64]
@@ -56,13 +57,14 @@ class Relaxation:
         self.schedule, self.vpp, self.m = schedule, vpp, microbatches
         self.pp = tables.configs.pp[config]
         self.modes, self.counted, self.per_stage = modes, counted, per_stage
+        self.rows = mode_rows(tables.policies)
         self.kind_counts = layer_counts(tables)
         self.layers = sum(self.kind_counts)
         stages = self.pp * vpp
         self.height = -(-self.layers // stages)
         self.spare = stages * self.height - self.layers
 
-    def column(self, table: Int64, field: Field) -> Real:
+    def column(self, table: Int64, field: int) -> Real:
         """One field of one table, per layout."""
         values: Real = table[field][self.config].astype(np.float64)
         return values
@@ -92,12 +94,14 @@ class Relaxation:
             open_ = open_ & ~ok
         # Skipped rows keep their time bound: it is at or above the cutoff already.
         result = np.where(plain < cutoff_ns, result, plain)
-        if "selective" in self.modes and open_.any():
+        for mode in self.modes:
+            if mode in ("none", "full") or not open_.any():
+                continue
             extra = sum(
-                n * self.column(t, Field.SELECTIVE)
+                n * self.column(t, self.rows[mode].extra)
                 for n, t in zip(self.kind_counts, self.tables.kinds, strict=True)
             )
-            ok = self.memory(open_, "selective", np.zeros_like(self.m))
+            ok = self.memory(open_, mode, np.zeros_like(self.m))
             result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
         if "full" in self.modes and open_.any():
             least, most, ok = self.least_full(open_)
@@ -108,7 +112,7 @@ class Relaxation:
             share = least / np.maximum(least, most)
             recomputed = np.floor(self.layers * share + 1e-9).astype(np.int64)
             tall = np.minimum(least.astype(np.int64), -(-self.layers // self.pp))
-            full = (Field.FULL,)
+            full = (self.rows["full"].extra,)
             bound = self.time(
                 work + self.cheapest_layers(recomputed, full), self.cheapest_layers(tall, full)
             )
@@ -147,7 +151,7 @@ class Relaxation:
         return bounds.step_bound(self.schedule, shape, totals)
 
     def cheapest_layers(
-        self, count: Int64, fields: tuple[Field, ...] = (Field.FORWARD, Field.BACKWARD)
+        self, count: Int64, fields: tuple[int, ...] = (Field.FORWARD, Field.BACKWARD)
     ) -> Real:
         """Fields of the ``count`` layers of the model in which they are least."""
         work = np.stack([sum(self.column(t, field) for field in fields) for t in self.tables.kinds])
@@ -208,7 +212,7 @@ class Relaxation:
                 widest[~chunked] = np.maximum(widest[~chunked], most)
         return ok, widest
 
-    def _room(self, config: Int64, tables: Sequence[Int64], working: Field) -> Real:
+    def _room(self, config: Int64, tables: Sequence[Int64], working: int) -> Real:
         """Bytes for state and activations on a stage that holds the least demanding of ``tables``.
 
         Where a model has several kinds, the recomputed layers of a stage may be of another one.
@@ -226,7 +230,7 @@ class Relaxation:
         """
         config = self.config[index]
         pp, m, schedule = self.pp[index], self.m[index], self.schedule[index]
-        front_field, rest_field, work_field = _FIELDS[mode]
+        front_field, rest_field, work_field = self._fields(mode)
         front = table[front_field][config].astype(np.float64)
         rest = table[rest_field][config].astype(np.float64)
         static = table[Field.STATIC][config].astype(np.float64)
@@ -263,9 +267,9 @@ class Relaxation:
         """
         config, tables = self.config[index], self.tables.kinds
         pp, vpp, m, height = self.pp[index], self.vpp[index], self.m[index], self.height[index]
-        front_field, rest_field, work_field = _FIELDS[mode]
+        front_field, rest_field, work_field = self._fields(mode)
 
-        def least(field: Field) -> Real:
+        def least(field: int) -> Real:
             values: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
             return values
 
@@ -283,10 +287,7 @@ class Relaxation:
             ok &= (need <= left) | (rank >= pp)
         return ok
 
-
-_FIELDS = {
-    "none": (Field.ACT_NONE, Field.ACT_NONE, Field.WORK_NONE),
-    "selective": (Field.ACT_SELECTIVE, Field.ACT_SELECTIVE, Field.WORK_SELECTIVE),
-    "full": (Field.ACT_FULL, Field.ACT_NONE, Field.WORK_FULL),
-}
-"""Activations of a layer in a mode and beyond its counted front, and the working bytes."""
+    def _fields(self, mode: str) -> tuple[int, int, int]:
+        """Activations of a layer in a mode and beyond its counted front, and working bytes."""
+        rows = self.rows[mode]
+        return rows.kept, Field.ACT_NONE if mode == "full" else rows.kept, rows.working

@@ -16,17 +16,16 @@ Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cost_models import compute, state
 from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.layout import RecomputePolicy
 from cost_models.ops import (
     Attention,
     Collective,
@@ -39,49 +38,48 @@ from cost_models.ops import (
     Reals,
     Repeat,
 )
+from cost_models.repeat import ForwardLog, Real, Repeats, Work
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
-
-Real: TypeAlias = NDArray[np.float64]
 
 NS = 1_000_000_000
 
 CATEGORIES = (
     "matmul", "attention", "memory_bound", "launch", "tp_comm", "cp_comm", "ep_comm", "dp_comm",
 )  # fmt: skip
-PHASES = ("forward", "backward", "selective", "full")
+PHASES = ("forward", "backward")
 
 
 class Field(IntEnum):
-    """Rows of a priced table: times in ns, then sizes in bytes, per layer and device."""
+    """Rows of a priced table: times in ns, then sizes in bytes, per layer and device.
+
+    What each recomputation policy changes follows, three rows a policy
+    (``cost_models.recompute.mode_rows``).
+    """
 
     FORWARD = 0
     BACKWARD = 1
-    SELECTIVE = 2
-    """Extra backward time under selective recomputation."""
-    FULL = 3
-    """Extra backward time under full recomputation."""
-    GRADIENT = 4
+    GRADIENT = 2
     """Exposed gradient reduction, once per step."""
-    PARAMETER = 5
+    PARAMETER = 3
     """Exposed parameter gather, once per step."""
-    OPTIMIZER = 6
-    STATIC = 7
+    OPTIMIZER = 4
+    STATIC = 5
     """Weights, gradients, optimizer state, and gathered weights that live for the whole step."""
-    GATHERED = 8
+    GATHERED = 6
     """Gathered weights while the layer runs (two layers with prefetch)."""
-    ACT_NONE = 9
-    ACT_SELECTIVE = 10
-    ACT_FULL = 11
-    WORK_NONE = 12
-    WORK_SELECTIVE = 13
-    WORK_FULL = 14
-    PARAMETERS = 15
+    ACT_NONE = 7
+    """Activations kept per microbatch without recomputation."""
+    WORK_NONE = 8
+    """Short-lived buffers beside them."""
+    EXTRA_NONE = 9
+    """Extra backward time without recomputation: zero."""
+    PARAMETERS = 10
     """Parameters on the device before data-parallel sharding."""
-    WEIGHT_BYTES = 16
-    GRADIENT_BYTES = 17
-    OPTIMIZER_BYTES = 18
-    STEP_BYTES = 19
+    WEIGHT_BYTES = 11
+    GRADIENT_BYTES = 12
+    OPTIMIZER_BYTES = 13
+    STEP_BYTES = 14
     """Flat buffers of the optimizer step."""
 
 
@@ -125,6 +123,7 @@ class LayerTimes:
     terms: dict[str, dict[str, Real]]
     wire: dict[str, dict[str, Real]]
     """Seconds for which collectives keep links busy, ``inside`` nodes and ``across``, by phase."""
+    repeats: Repeats
     merged: dict[str, Real] | None = None
     """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
 
@@ -134,7 +133,21 @@ class LayerTimes:
             return self
         plain, merged = self.terms["ep_comm"], self.merged
         exchange = {p: np.where(pp > 1, merged[p], plain[p]) for p in plain}
-        return LayerTimes({**self.terms, "ep_comm": exchange}, self.wire)
+        hidden = plain["forward"] - exchange["forward"]
+        return LayerTimes(
+            {**self.terms, "ep_comm": exchange}, self.wire,
+            replace(self.repeats, exchange_hidden=hidden),
+        )  # fmt: skip
+
+    def nanoseconds(self, phase: str) -> Int64:
+        """Integer time of a phase: the sum of its rounded terms."""
+        parts = [to_ns(term[phase]) for term in self.terms.values()]
+        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
+        return total
+
+    def recompute_ns(self, policy: RecomputePolicy) -> Int64:
+        """Extra backward time: the forward of what ``policy`` runs again."""
+        return to_ns(self.repeats.seconds(policy))
 
     def take(self, index: Int64) -> LayerTimes:
         """The times of the configurations at ``index``."""
@@ -143,13 +156,7 @@ class LayerTimes:
             for table in (self.terms, self.wire)
         )
         merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
-        return LayerTimes(terms, wire, merged)
-
-    def nanoseconds(self, phase: str) -> Int64:
-        """Integer time of a phase: the sum of its rounded terms."""
-        parts = [to_ns(term[phase]) for term in self.terms.values()]
-        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
-        return total
+        return LayerTimes(terms, wire, self.repeats.take(index), merged)
 
 
 def to_ns(seconds: Real) -> Int64:
@@ -164,27 +171,25 @@ class _Accumulator:
         self.terms = {c: {p: np.zeros(size) for p in PHASES} for c in CATEGORIES}
         self.windows = Windows()
         self.exchanges: list[Visible] = []
-        self.wire = {w: {p: np.zeros(size) for p in PHASES[:2]} for w in ("inside", "across")}
-        self.host = {p: np.zeros(size) for p in ("forward", "backward", "selective")}
+        self.wire = {w: {p: np.zeros(size) for p in PHASES} for w in ("inside", "across")}
+        self.host = {p: np.zeros(size) for p in PHASES}
+        self.busy = {p: np.zeros(size) for p in PHASES}
+        self.log = ForwardLog()
         self.drains = False
 
-    def add(
-        self, category: str, forward: Real | float, backward: Real | float, *, selective: bool
-    ) -> None:
-        term = self.terms[category]
-        term["forward"] += forward
-        term["backward"] += backward
-        term["full"] += forward
-        if selective:
-            term["selective"] += forward
+    def add(self, category: str, forward: Real | float, backward: Real | float) -> None:
+        for phase, seconds in zip(PHASES, (forward, backward), strict=True):
+            self.terms[category][phase] += seconds
+            self.busy[phase] += seconds
 
     def repeat(self, other: _Accumulator, count: int) -> None:
         """Add ``count`` runs of ``other``."""
         for category, phases in other.terms.items():
             for phase, time in phases.items():
                 self.terms[category][phase] += count * time
-        for phase, time in other.host.items():
-            self.host[phase] += count * time
+        for phase in PHASES:
+            self.host[phase] += count * other.host[phase]
+            self.busy[phase] += count * other.busy[phase]
 
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
@@ -193,48 +198,52 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     merged = None
     if acc.exchanges:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
-    _wait_for_host(acc, machine)
-    return LayerTimes(acc.terms, acc.wire, merged)
+    repeats = Repeats(
+        Work(acc.busy["forward"], acc.host["forward"], acc.drains), acc.log.modules,
+        acc.log.outputs, acc.host["forward"] - acc.busy["forward"],
+        acc.host["backward"] - acc.busy["backward"], machine.stack.expert_sync.si,
+    )  # fmt: skip
+    _wait_for_host(acc, repeats)
+    return LayerTimes(acc.terms, acc.wire, repeats, merged)
 
 
 def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumulator:
     """Kernels, then the collectives that may hide behind them, then what is repeated."""
     acc = _Accumulator(len(shard.tp))
-    for op in ops:
-        if not isinstance(op, Collective | Repeat):
-            _price_kernel(op, acc, machine)
-    for op in ops:
-        if isinstance(op, Collective):
-            _price_collective(op, acc, shard, machine)
-        elif isinstance(op, Repeat):
-            acc.repeat(_price_ops(op.ops, shard, machine), op.count)
+    for op in sorted(ops, key=lambda op: isinstance(op, Collective | Repeat)):
+        device, host = acc.busy["forward"].copy(), acc.host["forward"].copy()
+        match op:
+            case Collective():
+                _price_collective(op, acc, shard, machine)
+            case Repeat():
+                acc.repeat(_price_ops(op.ops, shard, machine), op.count)
+                continue
+            case _:
+                _price_kernel(op, acc, machine)
+        work = Work(
+            acc.busy["forward"] - device, acc.host["forward"] - host, isinstance(op, GroupedMatMul)
+        )
+        acc.log.add(op, work)
     return acc
 
 
-def _wait_for_host(acc: _Accumulator, machine: Machine) -> None:
+def _wait_for_host(acc: _Accumulator, repeats: Repeats) -> None:
     """Add the time for which the device waits; the module's docstring says how far ahead it runs.
 
-    Where the passes share a floor, each gets its part of the wait by its own shortfall, and
-    recomputation what it adds to the wait: less than nothing where the device catches up with it.
+    Where the passes share a floor, each gets its part of the wait by its own shortfall;
+    recomputation gets what it adds to the wait (``cost_models.repeat``).
     """
-    ahead = {
-        phase: host - np.sum([acc.terms[c][phase] for c in CATEGORIES], axis=0)
-        for phase, host in acc.host.items()
-    }
-    forward, backward = (np.maximum(ahead[phase], 0.0) for phase in ("forward", "backward"))
+    forward = np.maximum(repeats.forward_ahead, 0.0)
+    backward = np.maximum(repeats.backward_ahead, 0.0)
     wait = acc.terms["launch"]
     if acc.drains:
-        wait["forward"] += forward + machine.stack.expert_sync.si
+        wait["forward"] += forward + repeats.sync_s
         wait["backward"] += backward
-        wait["full"] += forward + machine.stack.expert_sync.si
-        wait["selective"] += np.maximum(ahead["backward"] + ahead["selective"], 0.0) - backward
         return
-    together = ahead["forward"] + ahead["backward"]
-    shared, apart = np.maximum(together, 0.0), forward + backward
+    shared = np.maximum(repeats.forward_ahead + repeats.backward_ahead, 0.0)
+    apart = forward + backward
     wait["forward"] += np.divide(shared * forward, apart, out=np.zeros_like(apart), where=apart > 0)
     wait["backward"] += shared - wait["forward"]
-    wait["full"] += np.maximum(together + ahead["forward"], 0.0) - shared
-    wait["selective"] += np.maximum(together + ahead["selective"], 0.0) - shared
 
 
 def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
@@ -250,7 +259,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             none = np.zeros_like(fprop)
             dgrad = time(op.m, op.k, op.n, "dgrad") if op.backward else none
             wgrad = time(op.k, op.n, op.m, "wgrad") if op.backward else none
-            acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
+            acc.add("matmul", fprop, dgrad + wgrad)
             acc.windows.seconds |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
@@ -258,7 +267,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 f"{op.name}:fprop": lambda parts: time(-(-op.m // parts), op.n, op.k, "fprop"),
                 f"{op.name}:dgrad": lambda parts: time(-(-op.m // parts), op.k, op.n, "dgrad"),
             }
-            _launch(op, acc, machine, 1, 2 if op.backward else 0)
+            _launch(acc, machine, 1, 2 if op.backward else 0)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
             args = (op.groups, op.rows, op.n, op.k)
@@ -269,8 +278,8 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             wgrad = compute.grouped_matmul_time_s(
                 device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
             )
-            acc.add("matmul", fprop, dgrad + wgrad, selective=op.selective)
-            _launch(op, acc, machine, 1, 2)
+            acc.add("matmul", fprop, dgrad + wgrad)
+            _launch(acc, machine, 1, 2)
             calls = np.asarray(op.groups) * machine.stack.expert_launch.si
             acc.host["forward"] += calls
             acc.host["backward"] += 2 * calls
@@ -292,17 +301,16 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 )
                 for stage in ("forward", "backward")
             )  # fmt: skip
-            acc.add("attention", forward, backward, selective=op.selective)
+            acc.add("attention", forward, backward)
             acc.windows.seconds |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
-            _launch(op, acc, machine, 1, 2)
+            _launch(acc, machine, 1, 2)
         case Elementwise():
             acc.add(
                 "memory_bound",
                 _elementwise(machine, op.forward_bytes, op.forward_launches, op.forward_flops),
                 _elementwise(machine, op.backward_bytes, op.backward_launches, op.backward_flops),
-                selective=op.selective,
             )
-            _launch(op, acc, machine, op.forward_launches, op.backward_launches)
+            _launch(acc, machine, op.forward_launches, op.backward_launches)
 
 
 def _elementwise(machine: Machine, bytes_moved: Reals, launches: int, flops: Reals) -> Real | float:
@@ -320,15 +328,11 @@ def _elementwise(machine: Machine, bytes_moved: Reals, launches: int, flops: Rea
     return time + device.kernels.memory_bound_latency.si * (launches - 1)
 
 
-def _launch(
-    op: Kernel | Collective, acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints
-) -> None:
+def _launch(acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints) -> None:
     """Host time of an op's launches."""
     each_s = machine.stack.launch_overhead.si
     acc.host["forward"] += np.asarray(forward) * each_s
     acc.host["backward"] += np.asarray(backward) * each_s
-    if op.selective:
-        acc.host["selective"] += np.asarray(forward) * each_s
 
 
 def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: Machine) -> None:
@@ -338,8 +342,8 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
     if op.routing is not None and machine.stack.expert_overlap == "across_nodes":
         acc.exchanges.append(seen)
     category = f"{'ep' if op.group in ('ep', 'etp') else op.group}_comm"
-    acc.add(category, seen.forward, seen.backward, selective=op.selective)
-    for phase, busy in zip(PHASES[:2], seen.wire, strict=True):
+    acc.add(category, seen.forward, seen.backward)
+    for phase, busy in zip(PHASES, seen.wire, strict=True):
         acc.wire["across"][phase] += np.where(seen.spans_nodes, busy, 0.0)
         acc.wire["inside"][phase] += np.where(seen.spans_nodes, 0.0, busy)
     counts = (
@@ -349,4 +353,4 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
             (op.backward_kind, op.backward_count),
         )
     )
-    _launch(op, acc, machine, *counts)
+    _launch(acc, machine, *counts)

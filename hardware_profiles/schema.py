@@ -294,6 +294,24 @@ def _plain_dispatcher() -> dict[str, Dispatcher]:
     return {"default": "alltoall"}
 
 
+class SelectiveRecompute(Profile):
+    """Selective recomputation: of some modules, or of all but the outputs of some ops."""
+
+    modules: tuple[str, ...] = ()
+    keeps: (
+        tuple[
+            Literal[
+                "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul",
+                "grouped_matmul",
+            ],
+            ...,
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Ops whose outputs are kept while the rest of the layer is run again; ``odd_matmul`` is every
+    second product of a layer, the first included."""
+
+
 class StackSpec(Profile):
     """The software that runs the plan: it bounds the space and shapes the price.
 
@@ -310,7 +328,12 @@ class StackSpec(Profile):
     launchable: bool = True
     """Whether people start new runs on it; past stacks ship to price published measurements."""
     schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
-    recompute: tuple[Literal["none", "selective", "full"], ...]
+    recompute: tuple[str, ...]
+    """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``."""
+    recompute_modules: tuple[str, ...] = ()
+    """Modules that may be run again, in any combination."""
+    selective_recompute: SelectiveRecompute = SelectiveRecompute(modules=("core_attn",))
+    """What the stack means by ``selective``."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_per_stage: bool

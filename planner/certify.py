@@ -149,7 +149,7 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
         for j in range(rank, layout.pp * layout.vpp, layout.pp):
             mode, limit = completion.recompute[j]
             first, last = completion.bounds[j], completion.bounds[j + 1]
-            upto = last if mode == "selective" else min(last, first + limit)
+            upto = min(last, first + limit) if mode == "full" else last
             for kind in kinds[first:upto] if mode != "none" else ():
                 counts[kind, mode] = counts.get((kind, mode), 0) + 1
         stated = {(part.kind, part.mode): part.layers for part in stage.recompute}

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.leaf import MODE_FIELDS, Completion, Leaf, Recompute, interleaved_bounds
+from cost_models.leaf import Completion, Leaf, Recompute, interleaved_bounds
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -21,7 +21,6 @@ UNLIMITED = 1 << 62
 Ints = NDArray[np.int64]
 _PARTITIONS: dict[tuple[int, int, bool], Ints] = {}
 """Partitions by number of layers, of virtual stages, and whether they may be uneven."""
-_EXTRA = {"selective": Field.SELECTIVE, "full": Field.FULL}
 
 
 def interleaved_candidates(
@@ -85,12 +84,11 @@ class _Table:
 
     def surrogates(self, rows: Ints, option: Recompute) -> Ints:
         """Surrogate in ns of each partition in ``rows`` under ``option``."""
-        leaf, mode = self.leaf, option[0]
+        leaf = self.leaf
         held, front = self._layers(rows, option)
         forward = self._sum(held, Field.FORWARD)
         backward = self._sum(held, Field.BACKWARD)
-        if mode in _EXTRA:
-            backward = backward + front @ self.kinds[:, _EXTRA[mode]]
+        backward = backward + front @ self.kinds[:, leaf.modes[option[0]].extra]
         gradient = self._sum(held, Field.GRADIENT)
         if leaf.pp > 1:
             gradient[:, 0] += leaf.tied_sync_ns
@@ -136,10 +134,10 @@ class _Table:
 
     def fits(self, rows: Ints, option: Recompute) -> NDArray[np.bool_]:
         """Whether each partition in ``rows`` fits under ``option``."""
-        leaf, mode = self.leaf, option[0]
+        leaf = self.leaf
         held, front = self._layers(rows, option)
         rest = held - front
-        kept, short = MODE_FIELDS[mode]
+        kept, short, _ = leaf.modes[option[0]]
         activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
         working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
         gathered = self._largest(held, Field.GATHERED)
@@ -158,6 +156,6 @@ class _Table:
             ok &= peak <= leaf.capacity_bytes
         return ok
 
-    def _largest(self, counts: Ints, field: Field) -> Ints:
+    def _largest(self, counts: Ints, field: int) -> Ints:
         result: Ints = np.where(counts > 0, self.kinds[:, field], 0).max(axis=2)
         return result

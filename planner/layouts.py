@@ -13,13 +13,14 @@ from cost_models.leaf import Completion, Leaf, Recompute, interleaved_bounds
 from cost_models.step import Field
 from planner.errors import InputError, did_you_mean
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
+from planner.recompute import named_policy
 from planner.request import Request
 
 
 def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     """Fill a partial layout: degrees default to 1, ``dp_shard`` to what is left, stages to an even
-    split. ``recompute`` (``"none"``, ``"selective"``, ``"full"``) and ``recompute_layers`` may
-    stand for the stages' lists. Raises :class:`InputError` where no such layout exists."""
+    split. ``recompute`` (a mode, ``planner.recompute``) and ``recompute_layers`` may stand for
+    the stages' lists. Raises :class:`InputError` where no such layout exists."""
     known = {*Layout.model_fields, "recompute", "recompute_layers"}
     for key in raw:
         if key not in known:
@@ -47,12 +48,9 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     base |= degree
     if base.get("stages"):
         return _validated(base)
-    if recompute not in ("none", "selective", "full"):
-        raise InputError(
-            f"recompute is {recompute!r}; known: none, selective, full",
-        )
+    recompute = named_policy(recompute, request.stack).name
     count = int(limit) if limit is not None else request.model.layer_count
-    mode: Recompute = (recompute, count if recompute == "full" else 0)  # type: ignore[assignment]
+    mode: Recompute = (recompute, count if recompute == "full" else 0)
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
@@ -181,7 +179,7 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
                 )
             )
             mode, limit = completion.recompute[j]
-            upto = last if mode == "selective" else min(last, first + limit)
+            upto = min(last, first + limit) if mode == "full" else last
             for kind in kinds[first:upto] if mode != "none" else ():
                 counts[kind] = counts.get(kind, 0) + 1
         recompute = tuple(
@@ -222,8 +220,8 @@ def _stage_mode(stage: Stage) -> Recompute:
     if not stage.recompute:
         return ("none", 0)
     mode = stage.recompute[0].mode
-    if mode == "selective":
-        return ("selective", 0)
+    if mode != "full":
+        return (mode, 0)
     total = sum(part.layers for part in stage.recompute)
     sizes = [chunk.layers[1] - chunk.layers[0] for chunk in stage.chunks]
     for count in range(1, max(sizes, default=0) + 1):

@@ -151,7 +151,7 @@ class Opening:
     def _chain(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
         """Solve the program for each option (or all at once where ranks may differ)."""
         leaf = self.leaf
-        # In ascending order of time: nothing, attention, then more and more layers.
+        # Nothing, some modules of every layer, then more and more whole layers.
         groups: list[tuple[Recompute, ...]]
         groups = [options] if per_stage else [(option,) for option in options]
         reached: int | None = None
@@ -274,10 +274,11 @@ def _time_alone(leaf: Leaf, group: tuple[Recompute, ...], cutoff_ns: int) -> int
     work, tallest = sum(plain), sum(plain[:tall])
     for end in (leaf.embedding, leaf.head):
         work += end[Field.FORWARD] + end[Field.BACKWARD]
-    if mode == "selective":
-        work += sum(kind[Field.SELECTIVE] for kind in kinds)
-    elif mode == "full":
-        extra = sorted(kind[Field.FULL] for kind in kinds)
+    extra_row = leaf.modes[mode].extra
+    if mode != "full":
+        work += sum(kind[extra_row] for kind in kinds)
+    else:
+        extra = sorted(kind[extra_row] for kind in kinds)
         most = min(len(kinds), cutoff_ns // max(1, leaf.microbatches * plain[0]))
         work += sum(extra[: len(kinds) * count // max(1, count, most)])
         tallest += sum(extra[: min(count, tall)])

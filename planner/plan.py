@@ -35,7 +35,8 @@ class RecomputeLayers(Document):
     """``layers`` layers of block ``kind`` on a stage are recomputed in ``mode``."""
 
     kind: str
-    mode: Literal["selective", "full"]
+    mode: str
+    """``full``, ``selective``, or the modules that are run again, joined by ``+``."""
     layers: Annotated[int, Field(ge=1)]
 
 

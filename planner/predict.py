@@ -6,10 +6,14 @@ and the search reports its winner through it, so that all three say the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from cost_models.configs import price_configs, shard_of
+from cost_models.graph import WorkloadGraph
 from cost_models.leaf import (
+    Completion,
     simulate_step,
     stage_costs,
 )
@@ -20,6 +24,7 @@ from planner.layouts import completion_of, configs_of
 from planner.models.spec import MoeSpec
 from planner.plan import Layout, Prediction, Term
 from planner.priced import Priced
+from planner.recompute import named_policy
 from planner.request import Request
 from planner.stage_memory import stage_prediction
 
@@ -28,8 +33,9 @@ SECOND = 1e9
 
 def price(layout: Layout, request: Request) -> Priced:
     """Price a complete layout by exact simulation."""
+    completion = completion_of(layout, request)
     tables = price_configs(
-        request.workload, request.machine, configs_of(layout),
+        with_policies(request, completion), request.machine, configs_of(layout),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
     )  # fmt: skip
     leaf = tables.leaf(
@@ -39,9 +45,17 @@ def price(layout: Layout, request: Request) -> Priced:
         microbatches=layout.num_microbatches,
         uneven=True,
     )
-    completion = completion_of(layout, request)
     ranks = stage_costs(leaf, completion)
     return Priced(layout, leaf, completion, tables, ranks, simulate_step(leaf, ranks))
+
+
+def with_policies(request: Request, completion: Completion) -> WorkloadGraph:
+    """The workload with the policies of ``completion`` priced beside those of the search."""
+    workload = request.workload
+    known = {"none", *(policy.name for policy in workload.policies)}
+    more = dict.fromkeys(mode for mode, _ in completion.recompute if mode not in known)
+    policies = tuple(named_policy(name, request.stack) for name in more)
+    return replace(workload, policies=(*workload.policies, *policies)) if policies else workload
 
 
 def predict(priced: Priced, request: Request) -> Prediction:

@@ -188,20 +188,18 @@ def _least_work(leaf: Leaf, options: tuple[Recompute, ...], cutoff_ns: int) -> l
     With ``n`` layers recomputed at the front of each stage, a stage of at most ``most`` layers
     recomputes at least ``n / max(n, most)`` of them; a longer one is above the cutoff by itself.
     """
-    field, share = None, (1, 1)
-    if len(options) == 1 and options[0][0] == "selective":
-        field = Field.SELECTIVE
-    elif len(options) == 1 and options[0][0] == "full":
+    mode = options[0][0] if len(options) == 1 else "none"
+    extra_row, share = leaf.modes[mode].extra, (1, 1)
+    if mode == "full":
         cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
         most = min(len(leaf.sequence), cutoff_ns // max(1, leaf.microbatches * cheapest))
-        field, share = Field.FULL, (options[0][1], max(1, options[0][1], most))
+        share = (options[0][1], max(1, options[0][1], most))
     total, result = 0, [0]
     for index in leaf.sequence:
         kind = leaf.kinds[index]
         total += kind[Field.FORWARD] + kind[Field.BACKWARD]
-        if field is not None:
-            extra = min(k[field] for k in leaf.kinds) if field is Field.FULL else kind[field]
-            total += extra * share[0] // share[1]
+        extra = min(k[extra_row] for k in leaf.kinds) if mode == "full" else kind[extra_row]
+        total += extra * share[0] // share[1]
         result.append(total)
     return result
 

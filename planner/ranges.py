@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.leaf import MODE_FIELDS, Leaf, Recompute
+from cost_models.leaf import Leaf, Recompute
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -51,7 +51,7 @@ class Ranges:
             allowed &= (first == rank * layers // pp) & (last == (rank + 1) * layers // pp)
         return allowed & (peak <= leaf.capacity_bytes)
 
-    def _largest(self, counts: Ints, field: Field) -> Ints:
+    def _largest(self, counts: Ints, field: int) -> Ints:
         """The largest ``field`` of the kinds that a range has any layer of."""
         values = np.array([kind[field] for kind in self.leaf.kinds], dtype=np.int64)
         largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2)
@@ -69,7 +69,7 @@ class Ranges:
                 split = np.minimum(edges[None, :], edges[:, None] + limit)
                 front = self.counts[split] - self.counts[:, None, :]
             rest = held - front
-            kept, short = MODE_FIELDS[mode]
+            kept, short, _ = self.leaf.modes[mode]
             kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
             known = (
                 held @ kinds[:, Field.STATIC],

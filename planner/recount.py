@@ -19,6 +19,7 @@ from planner.models.spec import (
     SparseLatentAttentionSpec,
 )
 from planner.plan import Layout
+from planner.recompute import named_policy
 from planner.request import Request
 
 
@@ -53,9 +54,16 @@ def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
     job = request.job
     return tuple(
         mode
-        for mode in request.stack.recompute
-        if (job.allow_recompute or mode == "none") and job.constraints.recompute in (None, mode)
+        for mode in ("none", *(policy.name for policy in request.workload.policies))
+        if (mode != "none" or "none" in request.stack.recompute)
+        and (job.allow_recompute or mode == "none")
+        and _asked(request) in (None, mode)
     )
+
+
+def _asked(request: Request) -> RecomputeMode | None:
+    name = request.job.constraints.recompute
+    return None if name is None else named_policy(name, request.stack).name
 
 
 def every_mesh(request: Request) -> Iterator[Mesh]:

@@ -127,7 +127,7 @@ def _time_only(leaf: Leaf, option: Recompute) -> int:
         leaf.kinds[kind][Field.FORWARD] + leaf.kinds[kind][Field.BACKWARD] for kind in leaf.sequence
     )
     if option[1] >= len(leaf.sequence):
-        work += sum(leaf.kinds[kind][Field.FULL] for kind in leaf.sequence)
+        work += sum(leaf.kinds[kind][leaf.modes["full"].extra] for kind in leaf.sequence)
     return leaf.microbatches * work // leaf.pp
 
 
@@ -140,9 +140,9 @@ def _better_interleaved(leaf: Leaf, least: int, options: list[Recompute]) -> str
             completion = Completion(bounds, (option,) * leaf.stages)
             ranks = stage_costs(leaf, completion)
             if surrogate_ns(leaf, ranks) >= least:
-                if option[0] == "selective":
-                    continue
-                break
+                if option[0] == "full":
+                    break
+                continue
             if fits(leaf, ranks) and simulate_step(leaf, ranks).total_ns < least:
                 return f"with {option} takes {simulate_step(leaf, ranks).total_ns / 1e9:.6g} s"
     return None

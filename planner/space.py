@@ -132,11 +132,11 @@ def mesh_rules(request: Request) -> Iterator[Rule]:
 
 def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
     """Modes that the stack has and the job allows."""
-    limits = request.job.constraints
-    return tuple(
-        mode
-        for mode in request.stack.recompute
-        if limits.recompute in (None, mode) and (request.job.allow_recompute or mode == "none")
+    plain = ("none",) if "none" in request.stack.recompute else ()
+    asked = request.job.constraints.recompute
+    return (
+        *(plain if asked in (None, "none") else ()),
+        *(policy.name for policy in request.workload.policies),
     )
 
 

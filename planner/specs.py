@@ -26,7 +26,9 @@ class ConstraintSpec(Spec):
     max: dict[str, int] = Field(default_factory=dict)
     forbid: tuple[str, ...] = ()
     schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: str | None = None
+    """Allow this mode only: ``none``, ``selective``, ``full`` or modules of the stack joined by
+    ``+``."""
     sequence_parallel: bool | None = None
 
 

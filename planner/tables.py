@@ -18,7 +18,8 @@ from cost_models import bounds
 from cost_models.configs import Configs, PricedConfigs, hop_ns, price_configs, unique_rows
 from cost_models.graph import Int64
 from cost_models.leaf import Leaf, Recompute
-from cost_models.relaxation import Relaxation, model_sum
+from cost_models.recompute import mode_rows
+from cost_models.relaxation import Relaxation, layer_counts, model_sum
 from cost_models.step import Field
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.request import Request
@@ -86,9 +87,18 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
     parameters = model_sum(priced, (Field.PARAMETERS,))[where]
     held = _least_state(request, parameters, meshes)
-    held += model_sum(priced, (Field.ACT_FULL,), ends=False)[where]
+    held += least_kept(priced)[where]
     room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes[where])
     return np.where(held > room, np.inf, least)
+
+
+def least_kept(priced: PricedConfigs) -> Real:
+    """Bytes that all layers keep for one microbatch under the thriftiest mode of each kind."""
+    kept = [rows.kept for rows in mode_rows(priced.policies).values()]
+    total = np.zeros(len(priced.configs))
+    for count, table in zip(layer_counts(priced), priced.kinds, strict=True):
+        total += count * np.min(table[kept], axis=0).astype(np.float64)
+    return total
 
 
 def _least_state(request: Request, parameters: Real, meshes: Meshes) -> Real:
@@ -133,7 +143,7 @@ class PricedLayouts:
 
 
 def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
-    """What a stage may recompute, in ascending order of time: nothing, attention, whole layers."""
+    """What a stage may recompute: nothing, some modules of its layers, or a number of layers."""
     options: list[Recompute] = []
     for mode in recompute_modes(request):
         if mode != "full":

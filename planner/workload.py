@@ -17,6 +17,7 @@ from planner.blocks.layer import layer_ops, layer_saved, layer_working
 from planner.blocks.registry import kind_of, model_parts
 from planner.blocks.weights import block_weights, embedding_weights, head_weights, mtp_weights
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
+from planner.recompute import searched_policies
 from planner.specs import JobSpec
 
 
@@ -67,6 +68,7 @@ def build_workload(
         ),
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
+        policies=searched_policies(stack, job, kinds.values()),
         assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
 
@@ -90,6 +92,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         lambda shard: layer_saved(block, ctx, shard),
         ctx.residual_bytes,
         lambda shard: layer_working(block, ctx, shard),
+        ctx.element_bytes,
     )
 
 

@@ -16,6 +16,8 @@ from planner.blocks.context import (
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import AttentionSpec
 
+CORE = ("core_attn",)
+
 
 def weights(spec: AttentionSpec, hidden: int) -> list[Weight]:
     """q, k, v by column, out by row; what is per head stays with its head."""
@@ -87,7 +89,7 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     width = (2 if spec.output_gate else 1) * heads + (1 if spec.tied_kv else 2) * kv
     rotated = (heads + kv) * hd * x * e
     result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard)]
-    result.append(MatMul("qkv", x, width * hd, ctx.hidden))
+    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=(heads, kv, kv)))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
@@ -142,17 +144,17 @@ def unfused_core(
     passes, read = (1, 0.5) if fused else (3, 1.0)
     result: list[Op] = [
         MatMul("scores", q_len, kv_len, qk_dim, batch, weight=False, low_precision=False,
-               selective=True),
+               modules=CORE),
         Elementwise("softmax", e * passes * (read + 1) * scores,
                     e * passes * (2 * read + 1) * scores, passes, passes,
-                    selective=True),
+                    modules=CORE),
     ]  # fmt: skip
     if ctx.dropout:
         size = (2 * e + 1) * scores
-        result.append(Elementwise("attention_dropout", size, size, selective=True))
+        result.append(Elementwise("attention_dropout", size, size, modules=CORE))
     result.append(
         MatMul("context", q_len, v_dim, kv_len, batch, weight=False, low_precision=False,
-               selective=True)
+               modules=CORE)
     )  # fmt: skip
     return tuple(result)
 
@@ -175,15 +177,15 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
         Collective(
             "cp_ring", "cp", "ring", kv_bytes, "ring", 2 * kv_bytes,
             forward_hidden="attention:fprop", backward_hidden="attention:dgrad",
-            active=kind("p2p", "a2a_p2p"), selective=True,
+            active=kind("p2p", "a2a_p2p"), modules=CORE,
         ),
         Collective(
             "cp_gather", "cp", "all_gather", kv_bytes * shard.cp, "reduce_scatter",
-            kv_bytes * shard.cp, active=kind("all_gather"), selective=True,
+            kv_bytes * shard.cp, active=kind("all_gather"), modules=CORE,
         ),
         Collective(
             "cp_exchange", "cp", "all_to_all", qkvo_bytes, "all_to_all", qkvo_bytes,
-            active=kind("a2a"), selective=True,
+            active=kind("a2a"), modules=CORE,
         ),
     ]  # fmt: skip
 
@@ -208,12 +210,12 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
 def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTensor]:
     """What the attention core keeps: softmax statistics, or whole score matrices if unfused."""
     if ctx.attention_kernel != "unfused":
-        return [SavedTensor("softmax_statistics", heads * shard.tokens * 4, selective=True)]
+        return [SavedTensor("softmax_statistics", heads * shard.tokens * 4, modules=CORE)]
     scores = heads * shard.tokens * shard.sequence
-    result = [SavedTensor("softmax", scores * ctx.element_bytes, selective=True)]
+    result = [SavedTensor("softmax", scores * ctx.element_bytes, modules=CORE)]
     if ctx.dropout:
-        result.append(SavedTensor("attention_dropout", scores * ctx.element_bytes, selective=True))
-        result.append(SavedTensor("attention_mask", scores, selective=True))
+        result.append(SavedTensor("attention_dropout", scores * ctx.element_bytes, modules=CORE))
+        result.append(SavedTensor("attention_mask", scores, modules=CORE))
     return result
 
 

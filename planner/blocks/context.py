@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from cost_models.graph import Int64, Shard
-from cost_models.ops import Collective, Elementwise, SavedTensor
+from cost_models.ops import Collective, Elementwise, Op, SavedTensor
+
+Item = TypeVar("Item", bound=Op | SavedTensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,11 @@ class BlockContext:
     def gathered_bytes(self, shard: Shard) -> Int64:
         """Bytes of a full-width activation before tensor-parallel splitting."""
         return shard.tokens * self.hidden * self.element_bytes
+
+
+def within(module: str, items: Iterable[Item]) -> tuple[Item, ...]:
+    """``items`` as parts of ``module`` too."""
+    return tuple([replace(item, modules=(*item.modules, module)) for item in items])
 
 
 def enter_tensor_parallel(
@@ -88,10 +97,10 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
     )  # fmt: skip
 
 
-def norm(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
+def norm(name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()) -> Elementwise:
     """A norm over the residual stream: read and write forward; read two, write one backward."""
     size = ctx.residual_bytes(shard)
-    return Elementwise(name, 2.0 * size, 3.0 * size)
+    return Elementwise(name, 2.0 * size, 3.0 * size, modules=modules)
 
 
 def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
@@ -105,10 +114,18 @@ def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
     return Elementwise(name, 5.0 * size + mask, 2.0 * size + mask, 2, 1)
 
 
-def residual_saved(name: str, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
-    """The norm's input and output, and the dropout mask after the sub-block."""
+def residual_saved(
+    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...]
+) -> tuple[SavedTensor, ...]:
+    """The norm's input and output, and the dropout mask after the sub-block.
+
+    ``modules`` are those that run the norm.
+    """
     size = ctx.residual_bytes(shard)
-    saved = [SavedTensor(f"{name}.norm_input", size), SavedTensor(f"{name}.input", size)]
+    saved = [
+        SavedTensor(f"{name}.norm_input", size),
+        SavedTensor(f"{name}.input", size, modules=modules),
+    ]
     if ctx.dropout:
         saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))
     return tuple(saved)

@@ -15,6 +15,7 @@ from planner.blocks.context import (
     enter_tensor_parallel,
     leave_tensor_parallel,
     residual_add,
+    within,
 )
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import LatentAttentionSpec
@@ -78,11 +79,14 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
         latent_bytes = up * r * e
     result.append(MatMul("kv_down", r, latent, ctx.hidden))
     result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
-    result += enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)
-    result.append(MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden))
-    result.append(MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up))
     rotated = 2.0 * heads * qk * x * e
-    result.append(Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3))
+    up_project: tuple[Op, ...] = (
+        *enter_tensor_parallel("q_up", latent_context(spec, ctx), shard),
+        MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
+        MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up),
+        Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3),
+    )
+    result += within("mla_up_proj", up_project)
     kv_bytes = heads * (qk + v) * x * e
     result += context_parallel(kv_bytes, kv_bytes + heads * (qk + v) * x * e, shard)
     if ctx.attention_kernel == "unfused":
@@ -91,7 +95,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
         span = ctx.span(shard)
         result.append(
             Attention("attention", packed(shard, span), span / shard.cp, span, heads, heads, qk, v)
-        )  # fmt: skip
+        )
     result.append(MatMul("proj", x, ctx.hidden, heads * v))
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard))
@@ -112,11 +116,14 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
     latent = (spec.q_lora_rank or 0) + spec.kv_lora_rank
     return (
-        SavedTensor("latent", (2 * latent + spec.qk_rope_head_dim) * r * e),
-        SavedTensor("qkv", heads * (2 * qk + v) * x * e),
+        SavedTensor("latent", (latent + spec.qk_rope_head_dim) * r * e),
+        *within("mla_up_proj", (
+            SavedTensor("latent_normed", latent * r * e),
+            SavedTensor("qkv", heads * (2 * qk + v) * x * e),
+        )),
         SavedTensor("attention_output", heads * v * x * e),
         *core_saved(ctx, shard, heads),
-    )
+    )  # fmt: skip
 
 
 def working(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:

@@ -9,6 +9,7 @@ from planner.blocks.context import (
     enter_tensor_parallel,
     leave_tensor_parallel,
     residual_add,
+    within,
 )
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward
@@ -55,9 +56,10 @@ def activation(name: str, ctx: BlockContext, rows: Int64, width: Int64, *, gated
 def ops(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
     return (
-        *products("", spec.intermediate, ctx, shard, gated=spec.gated, bias=spec.bias),
+        *within("mlp", products("", spec.intermediate, ctx, shard, gated=spec.gated,
+                                bias=spec.bias)),
         residual_add("mlp_residual", ctx, shard),
-    )
+    )  # fmt: skip
 
 
 def products(
@@ -67,16 +69,19 @@ def products(
     x, width = shard.tokens, intermediate // shard.tp
     return (
         *enter_tensor_parallel(f"{prefix}fc1", ctx, shard),
-        MatMul(f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden),
+        MatMul(
+            f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
+            parts=(1, 1) if gated else (1,),
+        ),
         activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),
         MatMul(f"{prefix}fc2", x, ctx.hidden, width),
         *leave_tensor_parallel(f"{prefix}fc2", ctx, shard),
-    )
+    )  # fmt: skip
 
 
 def saved(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
-    return inner_saved("", spec.intermediate, ctx, shard, gated=spec.gated)
+    return within("mlp", inner_saved("", spec.intermediate, ctx, shard, gated=spec.gated))
 
 
 def inner_saved(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import mlp
-from planner.blocks.context import BlockContext, residual_add
+from planner.blocks.context import BlockContext, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
@@ -103,20 +103,20 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
         Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
-        Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner),
+        Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
+                    modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),
         Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
         Collective(
             "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
         ),
         Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),
-    ]
+    ]  # fmt: skip
     if spec.shared_intermediate:
-        result += mlp.products(
+        result += within("shared_experts", mlp.products(
             "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated, bias=False
-        )
-    result.append(residual_add("moe_residual", ctx, shard))
-    return tuple(result)
+        ))  # fmt: skip
+    return (*within("moe", result), residual_add("moe_residual", ctx, shard))
 
 
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
@@ -128,12 +128,14 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
         SavedTensor("dispatched", hot * h * e),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner),
-        SavedTensor("expert_activation", inner),
+        SavedTensor("expert_activation", inner, modules=("moe_act",)),
         SavedTensor("combined", shard.residual_tokens * spec.top_k * h * e),
     ]
     if spec.shared_intermediate:
-        result += mlp.inner_saved("shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated)
-    return tuple(result)
+        result += within("shared_experts", mlp.inner_saved(
+            "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated
+        ))  # fmt: skip
+    return within("moe", result)
 
 
 def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:

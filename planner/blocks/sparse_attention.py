@@ -15,7 +15,7 @@ from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
 from planner.blocks import latent_attention
 from planner.blocks import splits as split
-from planner.blocks.attention import core_saved, packed, unfused_core
+from planner.blocks.attention import CORE, core_saved, packed, unfused_core
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -93,9 +93,7 @@ def ops(spec: SparseLatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tup
         MatMul("index_q", x, _index(spec), _rank(spec)),
         Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 3, 3),
         MatMul("q_absorb", x, latent, mla.qk_nope_head_dim, heads),
-        Collective(
-            "cp_gather", "cp", "all_gather", shared, "reduce_scatter", shared, selective=True
-        ),
+        Collective("cp_gather", "cp", "all_gather", shared, "reduce_scatter", shared, modules=CORE),
         *_indexer(spec, ctx, shard, heads),
         *_core(spec, ctx, shard, heads),
         MatMul("value_up", x, mla.v_head_dim, latent, heads),

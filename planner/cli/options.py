@@ -82,7 +82,11 @@ ScheduleOnly = Annotated[
 ]
 RecomputeOnly = Annotated[
     str | None,
-    typer.Option("--recompute", metavar="MODE", help="Allow only none, selective or full."),
+    typer.Option(
+        "--recompute",
+        metavar="MODE",
+        help="Allow only none, selective, full, or modules joined by +.",
+    ),
 ]
 Tolerance = Annotated[
     float | None,

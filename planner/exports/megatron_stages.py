@@ -55,17 +55,16 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     if not modes:
         return [], []
     if len(modes) > 1:
-        return [], ["full and selective recompute in one model"]
+        return [], [f"different recomputation on different stages ({', '.join(sorted(modes))})"]
     counts = [sum(item.layers for item in stage.recompute) for stage in layout.stages]
     held = [[_size(chunk) for chunk in stage.chunks] for stage in layout.stages]
     whole = counts == [sum(sizes) for sizes in held]
-    if modes == {"selective"}:
+    mode = next(iter(modes))
+    if mode != "full":
         if not whole:
             return [], ["selective recompute of some layers"]
-        return [
-            ("--recompute-granularity", "selective"),
-            ("--recompute-modules", "core_attn"),
-        ], []
+        modules = ("core_attn",) if mode == "selective" else tuple(mode.split("+"))
+        return [("--recompute-granularity", "selective"), ("--recompute-modules", *modules)], []
     if whole:
         return _full("uniform", 1), []
     deepest = max(size for sizes in held for size in sizes)

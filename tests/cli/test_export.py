@@ -188,6 +188,23 @@ def test_recompute_counts_become_one_number(sizes, counts, expected) -> None:
     assert dict(flags)["--recompute-num-layers"] == expected[1]
 
 
+@pytest.mark.parametrize(
+    ("mode", "modules"),
+    [
+        ("selective", ("core_attn",)),
+        ("layernorm+mla_up_proj+moe_act", ("layernorm", "mla_up_proj", "moe_act")),
+    ],
+)
+def test_recomputed_modules_are_named(mode: str, modules: tuple[str, ...]) -> None:
+    again = (RecomputeLayers(kind="dense", mode=mode, layers=4),)
+    held = sample.stages([[4, 4]], recompute=[again, again])
+    flags, problems = recompute_flags(
+        sample.dense_plan().layout.model_copy(update={"stages": held})
+    )
+    assert problems == []
+    assert ("--recompute-modules", *modules) in flags
+
+
 def test_recompute_that_differs_between_stages_is_refused() -> None:
     layout = sample.dense_plan().layout.model_copy(
         update={"stages": chunks_with_recompute([[4, 4]], [3, 1])}

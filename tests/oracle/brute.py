@@ -30,10 +30,6 @@ from tests.oracle.layouts import (
 )
 from tests.oracle.timeline import finish_times, most_live_bytes
 
-_TIMES = {"selective": Field.SELECTIVE, "full": Field.FULL}
-_KEPT = {"selective": Field.ACT_SELECTIVE, "full": Field.ACT_FULL}
-_WORKING = {"selective": Field.WORK_SELECTIVE, "full": Field.WORK_FULL}
-
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -61,6 +57,8 @@ class Prices:
     sync: int
     fixed: int
     capacity: int
+    policies: tuple[str, ...]
+    """Recomputation in the order of its rows: kept, working, extra time of each."""
     late: tuple[tuple[int, int], ...] = ()
     """Per cut between layers, what its transfers take beyond ``hop``."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
@@ -128,6 +126,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         sync=int(tables.sync_ns[index]),
         fixed=int(tables.fixed_bytes[index]),
         capacity=tables.capacity_bytes,
+        policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
     )
 
@@ -143,14 +142,18 @@ def sum_chunk(
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = gathered = 0
     for place, row in enumerate(prices.layers[first : first + size]):
-        again = mode == "selective" or (mode == "full" and place < limit)
+        again = mode != "none" and (mode != "full" or place < limit)
+        kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
+        if again:
+            start_of = len(Field) + 3 * prices.policies.index(mode)
+            kept, short, more = row[start_of : start_of + 3]
         forward += row[Field.FORWARD]
-        backward += row[Field.BACKWARD] + (row[_TIMES[mode]] if again else 0)
+        backward += row[Field.BACKWARD] + more
         gradient += row[Field.GRADIENT]
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
-        activation += row[_KEPT[mode]] if again else row[Field.ACT_NONE]
-        working = max(working, row[_WORKING[mode]] if again else row[Field.WORK_NONE])
+        activation += kept
+        working = max(working, short)
         gathered = max(gathered, row[Field.GATHERED])
     for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
         forward += row[Field.FORWARD]

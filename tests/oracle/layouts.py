@@ -223,7 +223,8 @@ def recompute_choices(request: Request) -> list[Option]:
     limits, stack = request.job.constraints, request.stack
     choices: list[Option] = []
     layers = request.model.layer_count
-    for mode in stack.recompute:
+    offered = ["none"] if "none" in stack.recompute else []
+    for mode in (*offered, *(policy.name for policy in request.workload.policies)):
         if limits.recompute is not None and mode != limits.recompute:
             continue
         if mode != "none" and not request.job.allow_recompute:

@@ -6,7 +6,9 @@ from random import Random
 
 from cost_models.layout import Schedule
 from cost_models.leaf import Completion, Leaf, Recompute, Row, peaks, stage_costs
+from cost_models.recompute import mode_rows
 from cost_models.step import Field
+from tests.rows import POLICIES
 
 
 def draw_row(rng: Random, scale: int = 1000) -> Row:
@@ -19,18 +21,19 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     selective = up_to(none)
     full = up_to(selective)
     working = up_to(scale // 2)
-    row = [0] * len(Field)
+    places = mode_rows(POLICIES)
+    row = [0] * (len(Field) + 3 * len(POLICIES))
     forward = up_to(scale)
     row[Field.FORWARD], row[Field.BACKWARD] = forward, up_to(2 * scale)
-    row[Field.SELECTIVE] = up_to(forward // 2)
-    row[Field.FULL] = row[Field.SELECTIVE] + up_to(forward)
+    less = up_to(forward // 2)
+    more = less + up_to(forward)
     row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
     row[Field.OPTIMIZER] = up_to(scale)
     row[Field.STATIC], row[Field.GATHERED] = 1 + up_to(scale), up_to(scale // 3)
-    row[Field.ACT_NONE], row[Field.ACT_SELECTIVE], row[Field.ACT_FULL] = none, selective, full
-    row[Field.WORK_NONE] = working
-    row[Field.WORK_SELECTIVE] = working + none - selective
-    row[Field.WORK_FULL] = working + none - full
+    row[Field.ACT_NONE], row[Field.WORK_NONE] = none, working
+    for name, kept, extra in (("selective", selective, less), ("full", full, more)):
+        rows = places[name]
+        row[rows.kept], row[rows.working], row[rows.extra] = kept, working + none - kept, extra
     return tuple(row)
 
 
@@ -52,7 +55,7 @@ def draw_leaf(
         late=draw_late(rng, layers, scale),
         bucket_ns=rng.choice((0, scale, 20_000 * scale)), tied_sync_ns=rng.choice((0, scale)),
         sync_ns=rng.choice((0, scale)),
-        fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven,
+        fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven, policies=POLICIES,
     )  # fmt: skip
     if not tight:
         return free

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
+from cost_models.layout import RecomputePolicy
 from cost_models.leaf import (
     Completion,
     Leaf,
@@ -50,7 +51,10 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
 
     names = tuple(f"kind{i}" for i in range(len(leaf.kinds)))
     return PricedConfigs(
-        workload=SimpleNamespace(layers=tuple(names[i] for i in leaf.sequence)),  # type: ignore[arg-type]
+        workload=SimpleNamespace(  # type: ignore[arg-type]
+            layers=tuple(names[i] for i in leaf.sequence),
+            policies=tuple(RecomputePolicy(name) for name in leaf.policies),
+        ),
         machine=SimpleNamespace(),  # type: ignore[arg-type]
         configs=SimpleNamespace(pp=one(leaf.pp)),  # type: ignore[arg-type]
         kind_names=names,
@@ -84,7 +88,7 @@ def choices_of(modes: tuple[str, ...], layers: int, *, counted: bool) -> list[Re
     found: list[Recompute] = []
     for mode in modes:
         if mode != "full":
-            found.append((mode, 0))  # type: ignore[arg-type]
+            found.append((mode, 0))
         else:
             found += [("full", n) for n in (range(1, layers + 1) if counted else (layers,))]
     return found

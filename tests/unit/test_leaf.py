@@ -17,20 +17,14 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
-from cost_models.step import Field
 from cost_models.surrogate import surrogate_ns
+from tests.rows import POLICIES, row
 
 NONE: Recompute = ("none", 0)
 
-
-def row(**values: int) -> tuple[int, ...]:
-    """Prices by field name; the rest is zero."""
-    return tuple(values.get(field.name, 0) for field in Field)
-
-
 LAYER = row(
-    FORWARD=2, BACKWARD=4, SELECTIVE=1, FULL=2, GRADIENT=3, OPTIMIZER=4, PARAMETER=1, STATIC=50,
-    GATHERED=4, ACT_NONE=8, ACT_SELECTIVE=5, ACT_FULL=2, WORK_NONE=3, WORK_SELECTIVE=6, WORK_FULL=9,
+    FORWARD=2, BACKWARD=4, GRADIENT=3, OPTIMIZER=4, PARAMETER=1, STATIC=50, GATHERED=4, ACT_NONE=8,
+    WORK_NONE=3, selective=(5, 6, 1), full=(2, 9, 2),
 )  # fmt: skip
 LEAF = Leaf(
     schedule="1f1b",
@@ -48,6 +42,7 @@ LEAF = Leaf(
     fixed_bytes=100,
     capacity_bytes=204,
     uneven=True,
+    policies=POLICIES,
 )
 EVEN = Completion((0, 1, 2), (NONE, NONE))
 

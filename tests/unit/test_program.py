@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
-from cost_models.step import Field
 from planner.interleaved import interleaved_candidates
 from planner.program import (
     UNLIMITED,
@@ -17,12 +16,9 @@ from planner.program import (
     solve_chain,
 )
 from planner.solve import solve_cp_sat
+from tests.rows import POLICIES, row
 
 NONE: Recompute = ("none", 0)
-
-
-def row(**values: int) -> tuple[int, ...]:
-    return tuple(values.get(field.name, 0) for field in Field)
 
 
 LEAF = Leaf(
@@ -31,7 +27,7 @@ LEAF = Leaf(
     vpp=1,
     microbatches=4,
     sequence=(0, 0, 0),
-    kinds=(row(FORWARD=2, BACKWARD=4, FULL=2, STATIC=10, ACT_NONE=5, ACT_FULL=1, WORK_FULL=4),),
+    kinds=(row(FORWARD=2, BACKWARD=4, STATIC=10, ACT_NONE=5, full=(1, 4, 2)),),
     embedding=row(),
     head=row(FORWARD=2, BACKWARD=4, STATIC=3),
     hop_ns=0,
@@ -41,6 +37,7 @@ LEAF = Leaf(
     fixed_bytes=0,
     capacity_bytes=1000,
     uneven=True,
+    policies=POLICIES,
 )
 """Three layers of 2 + 4 and a head that costs one more, on two ranks, four microbatches."""
 

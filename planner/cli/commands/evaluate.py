@@ -62,7 +62,8 @@ def evaluate(
         str | None, typer.Option("--schedule", help="gpipe, 1f1b or interleaved.")
     ] = None,
     recompute: Annotated[
-        str | None, typer.Option("--recompute", help="none, selective or full.")
+        str | None,
+        typer.Option("--recompute", help="none, selective, full, or modules joined by +."),
     ] = None,
     format_: options.OutputFormat = None,
     *,

@@ -1,0 +1,54 @@
+"""What recomputation costs and frees: one policy, three rows of a priced table.
+
+A policy names modules whose forward is run again, or runs the whole layer again but for the ops of
+a save list (``cost_models.layout.RecomputePolicy``). Time, kept bytes and working bytes all follow
+from the modules of ops and saved tensors; nothing is stated per policy.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.layout import RecomputeMode, RecomputePolicy
+from cost_models.memory import activation_bytes
+from cost_models.step import Field, LayerTimes
+
+
+class ModeRows(NamedTuple):
+    """Rows of a priced table for one mode."""
+
+    kept: int
+    working: int
+    extra: int
+    """Extra backward time."""
+
+
+@lru_cache(maxsize=256)
+def mode_rows(policies: tuple[RecomputeMode, ...]) -> dict[RecomputeMode, ModeRows]:
+    """The rows of every mode in a table priced for ``policies``, ``none`` first."""
+    result = {"none": ModeRows(Field.ACT_NONE, Field.WORK_NONE, Field.EXTRA_NONE)}
+    for index, name in enumerate(policies):
+        first = len(Field) + 3 * index
+        result[name] = ModeRows(first, first + 1, first + 2)
+    return result
+
+
+def row_count(policies: tuple[RecomputePolicy, ...]) -> int:
+    """Rows of a table priced for ``policies``."""
+    return len(Field) + 3 * len(policies)
+
+
+def write_modes(
+    rows: Int64, kind: LayerKind, shard: Shard, times: LayerTimes,
+    policies: tuple[RecomputePolicy, ...],
+) -> None:  # fmt: skip
+    """Fill the rows of ``none`` and of every policy."""
+    places = mode_rows(tuple(policy.name for policy in policies))
+    rows[Field.ACT_NONE], rows[Field.WORK_NONE] = activation_bytes(kind, shard, None)
+    rows[Field.EXTRA_NONE] = 0
+    for policy in policies:
+        kept, working, extra = places[policy.name]
+        rows[kept], rows[working] = activation_bytes(kind, shard, policy)
+        rows[extra] = times.recompute_ns(policy)

@@ -1,0 +1,146 @@
+"""Seconds of a layer's forward by module and by op, and what running some of it again costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.graph import Int64
+from cost_models.layout import OutputKind, RecomputePolicy
+from cost_models.ops import Attention, Collective, GroupedMatMul, MatMul, Op, Reals
+
+Real: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Device and host seconds; ``drains`` where the host waits for the device in between."""
+
+    device: Real
+    host: Real
+    drains: bool = False
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.device + other.device, self.host + other.host, self.drains or other.drains)
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.device - other.device, self.host - other.host, self.drains)
+
+    def share(self, part: Reals) -> Work:
+        """Some of the work."""
+        return Work(self.device * part, self.host * part, self.drains)
+
+    def take(self, index: Int64) -> Work:
+        """The work of some configurations."""
+        return Work(self.device[index], self.host[index], self.drains)
+
+
+class ForwardLog:
+    """The work of each op of a forward, summed by what recomputation may tell apart."""
+
+    def __init__(self) -> None:
+        self.modules: dict[tuple[str, ...], Work] = {}
+        self.outputs: dict[OutputKind, Work] = {}
+        self.products = 0
+
+    def add(self, op: Op, work: Work) -> None:
+        """Count the forward of one op; ops come in the order in which they run."""
+        if op.modules:
+            self._module(op.modules, work)
+        match op:
+            case MatMul():
+                self._output("matmul", work)
+                self._odd(op, work)
+            case GroupedMatMul():
+                self._output("grouped_matmul", work)
+            case Attention():
+                self._output("attention", work)
+            case Collective(forward_kind="reduce_scatter"):
+                self._output("reduce_scatter", work)
+            case Collective(forward_kind="all_to_all"):
+                self._output("all_to_all", work)
+
+    def _module(self, modules: tuple[str, ...], work: Work) -> None:
+        known = self.modules.get(modules)
+        self.modules[modules] = work if known is None else known + work
+
+    def _output(self, kind: OutputKind, work: Work) -> None:
+        known = self.outputs.get(kind)
+        self.outputs[kind] = work if known is None else known + work
+
+    def _odd(self, op: MatMul, work: Work) -> None:
+        """Count the products that ``op`` stands for, one by one."""
+        odd: Reals = 0
+        for part in op.parts:
+            self.products += 1
+            if self.products % 2:
+                odd = odd + np.asarray(part)
+        self._output("odd_matmul", work.share(odd / sum(np.asarray(part) for part in op.parts)))
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What running parts of a forward again adds to a layer's backward."""
+
+    whole: Work
+    modules: dict[tuple[str, ...], Work]
+    outputs: dict[OutputKind, Work]
+    forward_ahead: Real
+    """Host less device seconds of the forward, and of the backward."""
+    backward_ahead: Real
+    sync_s: float
+    """One wait of the host for the device."""
+    exchange_hidden: Real | float = 0.0
+    """Expert exchange of the forward that hides behind the backward of another microbatch."""
+
+    def seconds(self, policy: RecomputePolicy) -> Real:
+        """Device time of what runs again, and what it adds to the wait for the host: less than
+        nothing where the device catches up with it."""
+        work = self._work(policy)
+        slack = work.host - work.device
+        if self.whole.drains and work.drains:
+            return work.device + np.maximum(slack, 0.0) + self.sync_s
+        ahead = self.backward_ahead
+        if not self.whole.drains:
+            ahead = ahead + self.forward_ahead
+        wait = np.maximum(ahead + slack, 0.0) - np.maximum(ahead, 0.0)
+        result: Real = work.device + wait
+        return result
+
+    def _work(self, policy: RecomputePolicy) -> Work:
+        zero = np.zeros_like(self.whole.device)
+        nothing = Work(zero, zero)
+        if policy.keeps is None:
+            return _sum(
+                (w for name, w in self.modules.items() if policy.modules.intersection(name)),
+                nothing,
+            )
+        kept = _sum((w for kind, w in self.outputs.items() if kind in policy.keeps), nothing)
+        left = self.whole - kept
+        hidden = 0.0 if "all_to_all" in policy.keeps else self.exchange_hidden
+        return Work(
+            np.maximum(left.device - hidden, 0.0), np.maximum(left.host, 0.0),
+            left.drains and "grouped_matmul" not in policy.keeps,
+        )  # fmt: skip
+
+    def take(self, index: Int64) -> Repeats:
+        """The same for some configurations."""
+        return Repeats(
+            self.whole.take(index),
+            {name: work.take(index) for name, work in self.modules.items()},
+            {kind: work.take(index) for kind, work in self.outputs.items()},
+            self.forward_ahead[index],
+            self.backward_ahead[index],
+            self.sync_s,
+            np.broadcast_to(self.exchange_hidden, self.forward_ahead.shape)[index],
+        )
+
+
+def _sum(works: Iterable[Work], start: Work) -> Work:
+    for work in works:
+        start = start + work
+    return start
