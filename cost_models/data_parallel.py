@@ -81,8 +81,12 @@ def price_kind(
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     reduce_s = np.zeros(len(shard.tp))
     gather_s = np.zeros(len(shard.tp))
-    for elements, mesh in ((dense, attention_mesh), (local.expert, expert_mesh)):
-        reduced, gathered = _data_parallel_times(elements, mesh, data, machine)
+    for elements, mesh, experts in (
+        (dense, attention_mesh, False),
+        (local.expert, expert_mesh, True),
+    ):
+        pieces = _gathered_pieces(kind, experts=experts) if stack.gathers_each_tensor else 1
+        reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces)
         reduce_s += reduced
         gather_s += gathered
     # ZeRO 3 gathers and reduces with every microbatch; ZeRO 2 gathers once per forward, and with a
@@ -175,10 +179,17 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
     return np.maximum(total - busy, 0.0)
 
 
+def _gathered_pieces(kind: LayerKind, *, experts: bool) -> int:
+    """Tensors of a layer, dense or of its experts, at least 1."""
+    names = ("expert_column", "expert_row")
+    return max(1, sum(w.count for w in kind.weights if (w.sharding in names) == experts))
+
+
 def _data_parallel_times(
-    elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine
+    elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine, pieces: int
 ) -> tuple[Real, Real]:
-    """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights."""
+    """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights, in
+    so many collectives."""
     rules, fabric = machine.rules, machine.fabric
     gradient = elements * float(rules.gradient_bytes)
     ranks = mesh.ways * mesh.replicas
@@ -194,7 +205,7 @@ def _data_parallel_times(
     )
     plain = collective("all_reduce", gradient, ranks, mesh.stride)
     weights = elements * float(rules.gather_bytes)
-    gather = collective("all_gather", weights, mesh.ways, mesh.stride)
+    gather = pieces * collective("all_gather", weights / pieces, mesh.ways, mesh.stride)
     return (
         np.where(data.zero_stage == 0, plain, sharded),
         np.where(data.zero_stage == 0, 0.0, gather),

@@ -79,7 +79,7 @@ def _by_node(
     busy = np.where(group.members > 1, np.maximum(copies, LEAST_COPIES), 0.0)
     nodes = touched(routing, group.nodes)
     remote = oversubscribed(fabric, group, nodes * (group.nodes - 1) / group.nodes, nodes)
-    across = rows * remote * port_slope(fabric, group, outer)
+    across = rows * remote * port_slope(fabric, group, outer, to_all=True)
     launch = np.where(group.nodes > 1, LAUNCH_ACROSS_S, LAUNCH_S)
     return np.where(group.size > 1, launch + np.maximum(across, rows * busy * inner), 0.0)
 

@@ -52,6 +52,20 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """Factor on bandwidth by the nodes that a group spans."""
+
+    nodes: Floats
+    factor: Floats
+
+    def at(self, nodes: Floats) -> Floats:
+        """The factor, interpolated in log(nodes); 1 where the fabric was not measured at size."""
+        if self.nodes.size == 0:
+            return np.ones_like(nodes)
+        return np.interp(np.log(np.maximum(nodes, 1.0)), np.log(self.nodes), self.factor)
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """One link, in SI units, per device (scale-up) or per port (scale-out)."""
 
@@ -64,16 +78,10 @@ class Link:
     latency_s: float
     simple_latency_s: float
     tables: dict[str, Table]
-    scale_nodes: Floats
-    scale_factor: Floats
-
-    def scale(self, nodes: Floats) -> Floats:
-        """Factor on the bandwidth of a group that spans ``nodes``, interpolated in log(nodes)."""
-        if self.scale_nodes.size == 0:
-            return np.ones_like(nodes)
-        return np.interp(
-            np.log(np.maximum(nodes, 1.0)), np.log(self.scale_nodes), self.scale_factor
-        )
+    in_network_s_per_byte: float | None
+    """Of an all-reduce's payload in the switches; ``None`` where they do not reduce."""
+    scaling: Scale
+    all_to_all_scaling: Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +174,18 @@ def link_numbers(link: LinkSpec) -> Link:
         latency_s=link.latency.si,
         simple_latency_s=max(simple.si, link.latency.si),
         tables={name: _table(rows) for name, rows in by_collective.items()},
-        scale_nodes=np.array([nodes for nodes, _ in link.scale], dtype=np.float64),
-        scale_factor=np.array([factor for _, factor in link.scale], dtype=np.float64),
+        in_network_s_per_byte=1 / (bandwidth * shares["in_network"])
+        if "in_network" in shares
+        else None,
+        scaling=_scale(link.scale),
+        all_to_all_scaling=_scale(link.all_to_all_scale or link.scale),
+    )
+
+
+def _scale(pairs: tuple[tuple[int, float], ...]) -> Scale:
+    return Scale(
+        nodes=np.array([nodes for nodes, _ in pairs], dtype=np.float64),
+        factor=np.array([factor for _, factor in pairs], dtype=np.float64),
     )
 
 

@@ -20,6 +20,8 @@ Devices joined as a torus have laws of their own, by axes (``cost_models.torus``
   of the slower one where they differ by two, 9 % below it where they are equal. Latency: n - 1
   steps, k of them across nodes; twice for all-reduce.
 - Tree (all-reduce): ``TREE_SHARE`` of the ring's bandwidth, latency in log2(k).
+- Switches that reduce (all-reduce of whole nodes): the slower of the node's own all-reduce and the
+  payload once through the ports.
 - All-to-all: each device sends (n - G) / n of its buffer through its share of the ports, the rest
   inside; the slower of the two sets the time. Latency per remote peer.
 
@@ -271,10 +273,17 @@ def _leaves(tier_nodes: float, fabric: Fabric, placement: Placement) -> NDArray[
     return outside
 
 
-def port_slope(fabric: Fabric, placement: Placement, s_per_byte: float) -> Floats:
-    """Seconds per byte through the ports that one device of the group can count on."""
+def port_slope(
+    fabric: Fabric, placement: Placement, s_per_byte: float, *, to_all: bool = False
+) -> Floats:
+    """Seconds per byte through the ports that one device of the group can count on.
+
+    ``to_all``: each node sends to every other, instead of to its neighbour.
+    """
     per_device = fabric.ports_per_node / fabric.devices_per_node
-    return s_per_byte / (per_device * fabric.scale_out.scale(placement.nodes))
+    outer = fabric.scale_out
+    scaling = outer.all_to_all_scaling if to_all else outer.scaling
+    return s_per_byte / (per_device * scaling.at(placement.nodes))
 
 
 def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law:
@@ -304,12 +313,19 @@ def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law
             LAUNCH_SIMPLE_S + depth * far + chain * inner.simple_latency_s,
         ]
         slopes += [slope / (TREE_SHARE * LL_SHARE), slope / TREE_SHARE]
+        if outer.in_network_s_per_byte is not None:
+            whole = members == fabric.devices_per_node
+            wire = port_slope(fabric, placement, outer.in_network_s_per_byte) / members
+            latencies.append(LAUNCH_SIMPLE_S + 2 * far + chain * inner.simple_latency_s)
+            reduced = np.maximum(wire, _in_node(fabric, collective, members, placement.stride)
+                                 .s_per_byte[-1])  # fmt: skip
+            slopes.append(np.where(whole, reduced, slope))
     return Law(np.stack(latencies), np.stack(slopes))
 
 
 def _all_to_all(fabric: Fabric, placement: Placement) -> Law:
     n, members = placement.size, placement.members
-    port = port_slope(fabric, placement, fabric.scale_out.all_to_all_s_per_byte)
+    port = port_slope(fabric, placement, fabric.scale_out.all_to_all_s_per_byte, to_all=True)
     slope = port * oversubscribed(fabric, placement, (n - members) / n, np.ones_like(n))
     inside = _in_node(fabric, "all_to_all", members, placement.stride)
     alone = members == 1
@@ -353,7 +369,7 @@ def _send_recv(fabric: Fabric, placement: Placement) -> Law:
     senders = fabric.devices_per_node / np.maximum(placement.members, 1.0)
     own = max(1.0, fabric.nics / fabric.devices_per_node)
     ports = np.minimum(fabric.ports_per_node / senders, min(own, fabric.ports_per_node))
-    far_slope = outer.send_recv_s_per_byte * slowdown / (ports * outer.scale(placement.nodes))
+    far_slope = outer.send_recv_s_per_byte * slowdown / (ports * outer.scaling.at(placement.nodes))
     far_latency = LAUNCH_SIMPLE_S + outer.simple_latency_s + tier_latency
     spans, alone = placement.nodes > 1, placement.members == 1
     latency = np.where(

@@ -152,14 +152,17 @@ class LinkSpec(Profile):
     """Seconds per step with the protocol for large messages; default: ``latency``."""
     efficiency: Sourced
     """Share of ``bandwidth`` that large transfers reach."""
-    efficiencies: dict[Literal["all_to_all", "send_recv", "deepep", "hybridep"], Sourced] = Field(
-        default_factory=dict
-    )
-    """The same for a pattern or a library that reaches another share."""
+    efficiencies: dict[
+        Literal["all_to_all", "send_recv", "deepep", "hybridep", "in_network"], Sourced
+    ] = Field(default_factory=dict)
+    """The same for a pattern or a library that reaches another share; ``in_network``: switches of
+    this fabric reduce (SHARP), and an all-reduce of the whole node reaches this share."""
     collectives: tuple[CollectiveConstants, ...] = ()
     scale: tuple[tuple[int, float], ...] = ()
     """Pairs (nodes, factor on bandwidth) where a fabric was measured at size; log-interpolated."""
     scale_source: str | None = None
+    all_to_all_scale: tuple[tuple[int, float], ...] = ()
+    """The same for all-to-all, where it falls further; default: ``scale``."""
 
     @model_validator(mode="after")
     def _physical(self) -> Self:
@@ -168,10 +171,11 @@ class LinkSpec(Profile):
         for share in (self.efficiency, *self.efficiencies.values()):
             if not 0 < share.si <= 1:
                 raise ValueError(f"an efficiency must be in (0, 1], got {share.value:g}")
-        if any(nodes < 1 or not 0 < share <= 1 for nodes, share in self.scale):
-            raise ValueError("scale needs pairs of nodes >= 1 and a factor in (0, 1]")
-        if [nodes for nodes, _ in self.scale] != sorted({nodes for nodes, _ in self.scale}):
-            raise ValueError("scale needs its node counts in rising order")
+        for name, pairs in (("scale", self.scale), ("all_to_all_scale", self.all_to_all_scale)):
+            if any(nodes < 1 or not 0 < share <= 1 for nodes, share in pairs):
+                raise ValueError(f"{name} needs pairs of nodes >= 1 and a factor in (0, 1]")
+            if [nodes for nodes, _ in pairs] != sorted({nodes for nodes, _ in pairs}):
+                raise ValueError(f"{name} needs its node counts in rising order")
         return self
 
 
@@ -373,6 +377,9 @@ class StackSpec(Profile):
     forward of such a layer."""
     overlap_dp_gradients: bool
     overlap_dp_parameters: bool
+    gathers_each_tensor: bool = False
+    """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
+    pays the latency of a ring over all ranks."""
     overlap_pipeline: bool
     """Whether stage transfers hide behind compute in the interleaved schedule."""
     tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
