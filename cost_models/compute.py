@@ -50,8 +50,20 @@ FlashAttention-2, arXiv 2307.08691, section 4."""
 ATTENTION_P = 4.0
 """Exponent of the smooth maximum for attention, which is far from the ridge in training."""
 
-_OPERAND_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0}
-_OUTPUT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0}
+OPERAND_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5625}
+"""Bytes per element of a product's operand; nvfp4 has an 8-bit scale for each 16 elements."""
+
+ALIGNMENT = {"bf16": 8, "fp16": 8, "fp32": 4, "fp8": 16, "nvfp4": 32}
+"""Elements of 16 bytes, where rows must start for the widest loads: NVIDIA, Matrix Multiplication
+Background User's Guide."""
+
+QUANTISATION_BYTES = {"fp8": 4.0, "nvfp4": 5.125}
+"""Bytes moved per element of an operand that is quantised for training: 16 bits read, and written
+once by rows and once by columns, since the backward reduces over the other dimension (Transformer
+Engine's cast-transpose; MXFP8's two blockings). nvfp4 reads it twice: its tensor scale comes first
+(NVIDIA, arXiv 2509.25149)."""
+
+_OUTPUT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "nvfp4": 2.0}
 _ACCUMULATE_BYTES = 8.0
 
 
@@ -70,14 +82,17 @@ def matmul_time_s(
     The dimensions are the product's own: for a linear layer with t tokens, ``fprop`` is
     (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` adds to an fp32
     gradient (8 bytes per element read and written); other stages write 16 bits (fp32: 32).
-    ``fp32`` means fp32 multiplication: tf32 is off. Training kernels of the three stages differ by
-    3 % beyond their traffic (benchmarks/kernels), so there is no factor per stage.
+    ``fp32`` means fp32 multiplication: tf32 is off; ``fp8`` and ``nvfp4`` operands are quantised
+    already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
+    weights, tokens are not: only features need alignment. Training kernels of the three stages
+    differ by 3 % beyond their traffic (benchmarks/kernels), so there is no factor per stage.
 
     Raises :class:`ValueError` if the device has no such dtype or the stage is unknown.
     """
     _check("stage", stage, ("fprop", "dgrad", "wgrad"))
     constants = matmul_constants(device, dtype)
     output_bytes = _ACCUMULATE_BYTES if stage == "wgrad" else _OUTPUT_BYTES[dtype]
+    features = (m, n) if stage == "wgrad" else (n, k)
     return matmul_law(
         constants,
         m,
@@ -87,8 +102,9 @@ def matmul_time_s(
         peak_flops=device.peak_flops[dtype].si,
         bandwidth_bytes_per_s=device.memory_bandwidth.si,
         compute_units=device.compute_units.si,
-        operand_bytes=_OPERAND_BYTES[dtype],
+        operand_bytes=OPERAND_BYTES[dtype],
         output_bytes=output_bytes,
+        aligned=_aligned(dtype, *features),
     )
 
 
@@ -168,6 +184,16 @@ def memory_bound_time_s(device: DeviceSpec, bytes_moved: npt.ArrayLike) -> Float
     return np.asarray(latency_s + streaming_s)
 
 
+def quantisation_time_s(
+    device: DeviceSpec, dtype: str, elements: npt.ArrayLike, tensors: npt.ArrayLike = 1
+) -> FloatArray:
+    """Seconds to quantise ``elements`` of 16 bits, in ``tensors`` kernels, to ``dtype``."""
+    latency_s = device.kernels.memory_bound_latency.si
+    bytes_moved = QUANTISATION_BYTES[dtype] * _array(elements)
+    streaming_s = bytes_moved / memory_bound_bandwidth_bytes_per_s(device)
+    return np.asarray(_array(tensors) * latency_s + streaming_s)
+
+
 def memory_bound_bandwidth_bytes_per_s(device: DeviceSpec) -> float:
     """Bytes/s that a large elementwise kernel reaches."""
     return device.memory_bandwidth.si * device.kernels.memory_bound_efficiency.si
@@ -212,6 +238,7 @@ def matmul_law(
     compute_units: float,
     operand_bytes: float,
     output_bytes: npt.ArrayLike,
+    aligned: npt.ArrayLike = True,
 ) -> FloatArray:
     """The law in the module's docstring, with the machine spelled out; seconds."""
     m, n, k, batch = _array(m), _array(n), _array(k), _array(batch)
@@ -222,6 +249,7 @@ def matmul_law(
         waves
         * (k + constants.k0)
         * (flops_per_wave_and_k / (constants.e_compute * constants.sustained * peak_flops))
+        / np.where(aligned, 1.0, constants.misaligned)
     )
     traffic = batch * (operand_bytes * (k * (m + n)) + _array(output_bytes) * (m * n))
     memory_s = traffic / (constants.e_memory * bandwidth_bytes_per_s)
@@ -297,6 +325,11 @@ def smooth_maximum(a: FloatArray, b: FloatArray, p: float) -> FloatArray:
     for _ in range(doublings):
         scale = np.sqrt(scale)
     return np.asarray(high * scale)
+
+
+def _aligned(dtype: str, *features: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    first, second = (np.mod(each, ALIGNMENT[dtype]) == 0 for each in features)
+    return np.asarray(first & second)
 
 
 def _paid_waves(waves: FloatArray, share: float) -> FloatArray:

@@ -111,8 +111,8 @@ class Machine:
 
     def dtype(self, *, low_precision: bool) -> str:
         """Arithmetic of a matrix product."""
-        if self.precision == "fp8":
-            return "fp8" if low_precision else "bf16"
+        if self.precision in compute.QUANTISATION_BYTES and not low_precision:
+            return "bf16"
         return self.precision
 
 
@@ -260,6 +260,10 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             dgrad = time(op.m, op.k, op.n, "dgrad") if op.backward else none
             wgrad = time(op.k, op.n, op.m, "wgrad") if op.backward else none
             acc.add("matmul", fprop, dgrad + wgrad)
+            if dtype in compute.QUANTISATION_BYTES:
+                tokens = np.asarray(op.m) * op.batch
+                gradients = tokens * op.n if op.backward else 0
+                _quantise(acc, machine, dtype, tokens * op.k, gradients)
             acc.windows.seconds |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
@@ -279,6 +283,9 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
             )
             acc.add("matmul", fprop, dgrad + wgrad)
+            if dtype in compute.QUANTISATION_BYTES:
+                rows = op.rows * np.asarray(op.groups)
+                _quantise(acc, machine, dtype, rows * op.k, rows * op.n, op.groups)
             _launch(acc, machine, 1, 2)
             calls = np.asarray(op.groups) * machine.stack.expert_launch.si
             acc.host["forward"] += calls
@@ -311,6 +318,19 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 _elementwise(machine, op.backward_bytes, op.backward_launches, op.backward_flops),
             )
             _launch(acc, machine, op.forward_launches, op.backward_launches)
+
+
+def _quantise(
+    acc: _Accumulator, machine: Machine, dtype: str, inputs: Reals, gradients: Reals,
+    tensors: Ints = 1,
+) -> None:  # fmt: skip
+    """Quantisation of a product's input and of its output's gradient (elements); weights are
+    quantised once per step, which is left out."""
+    device, again = machine.device, bool(np.any(gradients))
+    forward = compute.quantisation_time_s(device, dtype, inputs, tensors)
+    backward = compute.quantisation_time_s(device, dtype, gradients, tensors) if again else 0.0
+    acc.add("memory_bound", forward, backward)
+    _launch(acc, machine, 1, int(again))
 
 
 def _elementwise(machine: Machine, bytes_moved: Reals, launches: int, flops: Reals) -> Real | float:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hardware_profiles.sourced import Profile, Sourced
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"]
 ByPrecision = dict[Precision, Annotated[int, Field(ge=0)]]
 """Bytes per parameter by the precision of the job; what is not named is 0."""
 

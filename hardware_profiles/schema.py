@@ -46,6 +46,9 @@ class MatmulConstants(Profile):
     wave_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     sustained: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Rate that lasts under a training load over the rate of short benchmarks (``e_compute``)."""
+    misaligned: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Rate where rows of an operand or of the output do not start on 16 bytes, over the rate where
+    they do: tensor units are then fed by narrower loads."""
     kind: Kind
     source: str
     error_median: float | None = None
@@ -83,8 +86,9 @@ class AttentionConstants(Profile):
 class KernelProfile(Profile):
     """Measured or borrowed kernel efficiencies of a device.
 
-    ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``); ``attention`` by kernel
-    generation (``flash2``, ``flash3``, ``flash4``) then dtype.
+    ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``, ``nvfp4``); ``attention``
+    by kernel generation (``flash1`` is its Triton kernel, ``flash2``, ``flash3``, ``flash4``) then
+    dtype. ``fp8`` and ``nvfp4`` products take operands that are quantised already.
     """
 
     matmul: dict[str, MatmulConstants]
@@ -101,7 +105,7 @@ class DeviceSpec(Profile):
     vendor: str
     aliases: tuple[str, ...] = ()
     peak_flops: dict[str, Sourced]
-    """Dense peak by dtype (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp8``)."""
+    """Dense peak by dtype (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp8``, ``nvfp4``)."""
     memory_capacity: Sourced
     """Bytes that the driver reports, before the context is created."""
     memory_bandwidth: Sourced

@@ -134,12 +134,12 @@ def _price(request: Request, step_s: float) -> float | None:
 
 
 def _assumptions(request: Request) -> tuple[str, ...]:
-    device = request.machine.device
+    machine, device = request.machine, request.machine.device
     notes = list(request.workload.assumptions)
     if request.job.precision not in device.best_run_mfu:
         notes.append(f"no published {request.job.precision} training run on {device.name}")
     for dtype, constants in device.kernels.matmul.items():
-        wanted = {"fp8": ("fp8", "bf16")}.get(request.job.precision, (request.job.precision,))
+        wanted = {machine.dtype(low_precision=low) for low in (True, False)}
         if constants.borrowed_from and dtype in wanted:
             notes.append(
                 f"{dtype} matrix products of {device.name} are priced with the efficiencies of "

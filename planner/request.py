@@ -86,7 +86,7 @@ class Request:
     def kernel_basis(self) -> Basis:
         """How the efficiencies of the kernels that this job uses are known, the weakest of them."""
         device, precision = self.machine.device, self.job.precision
-        dtypes = {"fp8": ("fp8", "bf16")}.get(precision, (precision,))
+        dtypes = tuple(self.machine.dtype(low_precision=low) for low in (True, False))
         kernel = "unfused" if precision == "fp32" else self.stack.attention_kernel(device.name)
         return kernel_basis(device, dtypes, kernel)
 

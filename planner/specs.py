@@ -15,7 +15,7 @@ DEGREES = (
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
 
-Precision = Literal["bf16", "fp16", "fp32", "fp8"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8", "nvfp4"]
 Optimizer = Literal["adamw", "sgd"]
 
 

@@ -176,8 +176,14 @@ def _assumptions(
                 f"expert imbalance alpha = {job.expert_imbalance:g}: a law fitted on serving "
                 "kernels, assumed for training"
             )
-    if job.precision == "fp8":
-        notes.append("fp8: LM head, router and attention stay in bf16; weights kept in bf16")
+    if job.precision in ("fp8", "nvfp4"):
+        notes.append(
+            f"{job.precision}: LM head, router and attention stay in bf16; weights kept in bf16"
+        )
+    if job.precision == "nvfp4":
+        notes.append(
+            "nvfp4: every layer's products run in 4 bits; recipes that keep some in bf16 are slower"
+        )
     if job.precision == "fp32":
         notes.append("fp32: no fused attention kernel; batched products and a softmax instead")
     elif ctx.attention_kernel == "unfused":

@@ -12,20 +12,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import yaml
-from fits import (
-    DEVICES,
-    Errors,
-    fit_attention,
-    fit_attention_train,
-    fit_flash,
-    fit_matmul,
-    fit_sustained,
-    judge_training,
-    machine,
-    rounded,
-)
+from attention_fits import fit_attention, fit_attention_train, fit_flash
+from borrow import follow_lenders, rewrite
+from fits import Errors, fit_matmul, fit_sustained, judge_training, machine, rounded
 
+from hardware_profiles.loader import load_device
 from hardware_profiles.schema import (
     AttentionConstants,
     KernelProfile,
@@ -36,9 +27,11 @@ from hardware_profiles.schema import (
 
 A100, A100_40, A100_PCIE = "a100-sxm-80gb", "a100-sxm-40gb", "a100-pcie-80gb"
 H100, H800, H200 = "h100-sxm-80gb", "h800-sxm-80gb", "h200-sxm-141gb"
-B200, L40S, RTX_4090 = "b200-sxm-180gb", "l40s", "rtx-4090"
+B200, GB200, L40S, RTX_4090 = "b200-sxm-180gb", "gb200", "l40s", "rtx-4090"
+LOW_PRECISION = {H100: ("fp8",), H200: ("fp8",), B200: ("fp8", "nvfp4"), GB200: ("fp8", "nvfp4"),
+                 L40S: ("fp8",)}  # fmt: skip
 
-BF16_COLUMN, FP8_COLUMN = "us_sglang", "us_trtllm"
+BF16_COLUMN, LOW_COLUMN = "us_sglang", "us_trtllm"
 SIMUMAX = "MooreThreads/SimuMax (Apache-2.0), default memory-bound op"
 DECODE = "aiconfigurator-core 0.12.0 (Apache-2.0), KV read rate of decode attention"
 
@@ -48,6 +41,8 @@ STREAMING: dict[str, tuple[float, Kind, str]] = {
     H100: (0.80, Kind.ASSUMED, f"{DECODE}, 2942 GB/s, times 0.91 (their ratio on A100)"),
     H200: (0.77, Kind.ASSUMED, f"{DECODE}, 4038 GB/s, times 0.91 (their ratio on A100)"),
     B200: (0.666, Kind.MEASURED, f"{SIMUMAX} of B200"),
+    GB200: (0.666, Kind.ASSUMED, f"{SIMUMAX}: the fraction reached by B200"),
+    L40S: (0.76, Kind.ASSUMED, f"{DECODE}, 718 of 864 GB/s, times 0.91"),
     RTX_4090: (0.76, Kind.ASSUMED, f"{DECODE} of L40S, 718 of 864 GB/s, times 0.91"),
 }
 """Fraction of the bandwidth that elementwise kernels reach."""
@@ -56,13 +51,27 @@ HALF_RATE_E_COMPUTE = 0.90
 """GeForce tensor units run at half rate with fp32 accumulation, so that power does not limit them:
 cuBLAS reaches 105-115 of 119.5 TFLOP/s on the L20, of the same generation (CUDA-Learn-Notes)."""
 
+MISALIGNED = 0.5
+"""Rate with rows that do not start on 16 bytes: half. A GPT of 124M parameters trains 25 % faster
+with its vocabulary padded from 50257 to 50304 (nanoGPT, A100), which halving the rate of its head's
+products, a quarter of the padded step, explains. NVIDIA's guide (Matrix Multiplication Background)
+gives the condition; no table at hand has such shapes."""
+
+FLASH1 = 1.0 / (1.3 * 2.5) ** 0.5
+"""Triton's kernel of the first generation over FlashAttention-2, which is 1.3 to 2.5 times faster
+(arXiv 2307.08691, section 4.1, A100): the geometric middle."""
+
 FP32_E_COMPUTE = 0.80
 """No table of fp32 products on CUDA cores at hand; a round figure for large products."""
 
 
 def lend(constants: Any, source_device: str, **update: Any) -> Any:
     """``constants`` as borrowed from ``source_device``."""
-    return constants.model_copy(update={"borrowed_from": source_device, **update})
+    own = {
+        "borrowed_from": source_device,
+        "note": constants.note or f"as on {source_device}, with which this device shares its die",
+    }
+    return constants.model_copy(update=own | update)
 
 
 def fp32_constants(bf16: MatmulConstants) -> MatmulConstants:
@@ -72,6 +81,7 @@ def fp32_constants(bf16: MatmulConstants) -> MatmulConstants:
             "e_compute": FP32_E_COMPUTE,
             "k0": 0.0,
             "sustained": 1.0,
+            "misaligned": 1.0,
             "kind": Kind.ASSUMED,
             "source": "assumed compute efficiency; memory constants as bf16",
             "error_median": None,
@@ -98,50 +108,46 @@ def sustained(constants: MatmulConstants, share: float) -> MatmulConstants:
 
 def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
     """Matmul constants by device and dtype."""
-    bf16, fp8 = {}, {}
-    for name in (A100, H100, H200, B200, L40S):
-        bf16[name], errors = fit_matmul(name, "bf16", BF16_COLUMN)
+    burst: dict[str, dict[str, MatmulConstants]] = {}
+    for name in (A100, H100, H200, B200, GB200, L40S):
+        found, errors = fit_matmul(name, "bf16", BF16_COLUMN)
+        burst[name] = {"bf16": found}
         report.append(errors)
-        if name != A100:
-            fp8[name], errors = fit_matmul(name, "fp8", FP8_COLUMN)
-            report.append(errors)
-            fp8[name] = fp8[name].model_copy(
-                update={"note": "times include the quantisation of the activations"}
+        for dtype in LOW_PRECISION.get(name, ()):
+            found, errors = fit_matmul(name, dtype, LOW_COLUMN, streaming=STREAMING[name][0])
+            burst[name][dtype] = found.model_copy(
+                update={"note": "without the quantisation that the tables include"}
             )
-    report.append(judge_training(B200, bf16[B200]))
-    burst = bf16[B200]
-    bf16[B200], errors_list = fit_sustained(B200, burst)
-    report.extend(errors_list)
-    bf16[A100_PCIE], errors_list = fit_sustained(A100_PCIE, bf16[A100])
-    report.extend(errors_list)
-    throttle = bf16[B200].e_compute / burst.e_compute
-    # The rate of short benchmarks and the share that lasts are kept apart: the share is what
-    # benchmarks/accuracy fits to whole runs.
-    bf16[B200] = bf16[B200].model_copy(
+            report.append(errors)
+    report.append(judge_training(B200, burst[B200]["bf16"]))
+    by_device = {name: dict(found) for name, found in burst.items()}
+    by_device[A100_PCIE] = {"bf16": burst[A100]["bf16"]}
+    share: dict[str, float] = {}
+    for name in (B200, A100_PCIE):
+        lasting, errors_list = fit_sustained(name, by_device[name]["bf16"])
+        report.extend(errors_list)
+        share[name] = lasting.e_compute / by_device[name]["bf16"].e_compute
+        by_device[name]["bf16"] = lasting
+    lasting = by_device[B200]["bf16"]
+    by_device[B200]["bf16"] = lasting.model_copy(
         update={
-            "e_compute": burst.e_compute,
-            "sustained": rounded(throttle),
-            "note": f"sustained {throttle:.3f}: back-to-back training kernels over short "
-            "benchmarks; the errors are those of training kernels",
+            "e_compute": burst[B200]["bf16"].e_compute,
+            "sustained": rounded(share[B200]),
+            "note": "sustained: measured, back-to-back training kernels over short bursts",
         }
     )
-    fp8[B200] = fp8[B200].model_copy(
-        update={
-            "sustained": rounded(throttle),
-            "note": f"sustained {throttle:.3f} as bf16: sustained fp8 was not measured; times "
-            "include the quantisation of the activations",
-        }
-    )
-    lasting = {A100: bf16[A100_PCIE].e_compute / bf16[A100].e_compute}
-    for name in (H100, H200):
-        lasting[name] = (lasting[A100] * throttle) ** 0.5
-    for name, share in lasting.items():
-        bf16[name] = sustained(bf16[name], share)
-        if name in fp8:
-            fp8[name] = sustained(fp8[name], share)
-    by_device = {name: {"bf16": bf16[name]} for name in (A100, A100_PCIE, H100, H200, B200)}
-    for name in (H100, H200, B200):
-        by_device[name]["fp8"] = fp8[name]
+    middle = (share[A100_PCIE] * share[B200]) ** 0.5
+    lent = {A100: share[A100_PCIE], H100: middle, H200: middle, GB200: share[B200]}
+    for name, value in lent.items():
+        for dtype, constants in by_device[name].items():
+            by_device[name][dtype] = sustained(constants, value)
+    for name in (B200, GB200):
+        for dtype in LOW_PRECISION[name]:
+            # Sustained 8- and 4-bit products were not measured on this generation.
+            by_device[name][dtype] = sustained(burst[name][dtype], middle)
+    for found in by_device.values():
+        for dtype, constants in found.items():
+            found[dtype] = constants.model_copy(update={"misaligned": MISALIGNED})
     ada_note = (
         "e_compute assumed: half-rate units are not power limited (L20, same generation, 0.88-0.96)"
     )
@@ -155,7 +161,7 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
             error_median=None,
             error_p90=None,
         )
-        for dtype, constants in (("bf16", bf16[L40S]), ("fp8", fp8[L40S]))
+        for dtype, constants in by_device[L40S].items()
     }
     for name in by_device:
         by_device[name]["fp32"] = fp32_constants(by_device[name]["bf16"])
@@ -219,13 +225,40 @@ def make_attention(report: list[Errors]) -> dict[str, dict[str, AttentionConstan
         "over forward rate as flash2 on H100",
     )
     return {
-        A100: {"flash2": a100},
-        A100_PCIE: {"flash2": pcie},
-        H100: {"flash2": flash2, "flash3": flash3[H100]},
+        A100: {"flash1": first_generation(a100), "flash2": a100},
+        A100_PCIE: {"flash1": first_generation(pcie), "flash2": pcie},
+        H100: {"flash1": first_generation(flash2), "flash2": flash2, "flash3": flash3[H100]},
         H200: {"flash2": lend(flash2, H100), "flash3": flash3[H200]},
         B200: {"flash4": b200},
+        GB200: {
+            kernel: found["bf16"] for kernel, found in load_device(GB200).kernels.attention.items()
+        },
+        L40S: {
+            "flash2": ada.model_copy(
+                update={
+                    "e_backward": rounded(ada.e_forward * flash2.e_backward / flash2.e_forward),
+                    "half_length_backward": flash2.half_length_backward,
+                    "note": "backward over forward rate as flash2 on H100",
+                }
+            )
+        },
         RTX_4090: {"flash2": rtx_4090},
     }
+
+
+def first_generation(flash2: AttentionConstants) -> AttentionConstants:
+    """Triton's FlashAttention of the first generation from FlashAttention-2 on the same device."""
+    return flash2.model_copy(
+        update={
+            "e_forward": rounded(FLASH1 * flash2.e_forward),
+            "e_backward": rounded(FLASH1 * flash2.e_backward),
+            "kind": Kind.ASSUMED,
+            "source": "FlashAttention-2 paper, arXiv 2307.08691, section 4.1: 1.3 to 2.5 times the "
+            "Triton kernel; flash2 over the geometric middle",
+            "error_median": None,
+            "error_p90": None,
+        }
+    )
 
 
 def make_profiles(report: list[Errors]) -> dict[str, KernelProfile]:
@@ -263,15 +296,6 @@ def borrowed(profile: KernelProfile, name: str) -> KernelProfile:
     )
 
 
-def rewrite(name: str, profile: KernelProfile) -> None:
-    """Replace the ``kernels:`` section, the last of the device's file."""
-    path = DEVICES / f"{name}.yaml"
-    facts = path.read_text(encoding="utf-8").split("\nkernels:\n")[0].rstrip("\n")
-    section = profile.model_dump(mode="json", exclude_none=True)
-    body = yaml.safe_dump({"kernels": section}, sort_keys=False, width=96, allow_unicode=True)
-    path.write_text(f"{facts}\n{body}", encoding="utf-8")
-
-
 def main() -> None:
     """Fit, print the errors, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -287,6 +311,7 @@ def main() -> None:
         )
         print(f"{errors.label:45s} {';  '.join(cells)}")
     if arguments.write:
+        follow_lenders(profiles)
         for name, profile in profiles.items():
             rewrite(name, profile)
 

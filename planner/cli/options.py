@@ -54,7 +54,7 @@ GlobalBatchTokens = Annotated[
     typer.Option("--global-batch-tokens", metavar="TOKENS", help="Tokens per step: 4M, 4Mi."),
 ]
 Precision = Annotated[
-    str | None, typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32 or fp8.")
+    str | None, typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32, fp8 or nvfp4.")
 ]
 Optimizer = Annotated[str | None, typer.Option("--optimizer", metavar="NAME", help="adamw or sgd.")]
 Stack = Annotated[

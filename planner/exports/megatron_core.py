@@ -55,6 +55,8 @@ def export(plan: Plan) -> Launch:
     stages, more = pipeline_flags(layout, mtp_layers=mtp_layers)
     recompute, other = recompute_flags(layout)
     problems = [*problems, *more, *other, *_layout_problems(layout)]
+    if job.precision not in _PRECISION:
+        problems.append(f"{job.precision} products")
     if problems:
         raise UnsupportedError("no Megatron-Core flag for: " + "; ".join(problems))
     flags = (

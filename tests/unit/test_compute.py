@@ -187,6 +187,33 @@ def test_smooth_maximum_is_the_p_norm(p: float) -> None:
     assert np.all(compute.smooth_maximum(0 * a, 0 * b, p) == 0.0)
 
 
+def test_features_off_the_alignment_run_at_the_narrower_rate() -> None:
+    device = _device(misaligned=0.5, wave_share=0.0)
+    # 2 * 4096^3 FLOPs at 50 TFLOP/s are 2.749 ms, memory is 200 us.
+    aligned = float(compute.matmul_time_s(device, "bf16", 4096, 4096, 4096))
+    assert aligned == pytest.approx(2.749e-3, rel=1e-3)
+    tokens = float(compute.matmul_time_s(device, "bf16", 4095, 4096, 4096))
+    assert tokens == pytest.approx(aligned, rel=1e-3)  # rows of 4096 elements start on 16 bytes
+    for stage, dims in (
+        ("fprop", (4096, 4092, 4096)),
+        ("dgrad", (4096, 4096, 4092)),
+        ("wgrad", (4092, 4096, 4096)),
+    ):
+        found = compute.matmul_time_s(device, "bf16", *dims, stage=stage)  # type: ignore[arg-type]
+        assert float(found) == pytest.approx(2 * aligned, rel=3e-3)
+    reduced = compute.matmul_time_s(device, "bf16", 4096, 4096, 4092, stage="wgrad")
+    assert float(reduced) == pytest.approx(aligned, rel=3e-3)
+
+
+def test_quantisation_moves_each_operand_once_and_writes_it_twice() -> None:
+    # 1e9 elements of 4 bytes at 500 GB/s, and three kernels of 2 us.
+    found = compute.quantisation_time_s(_device(), "fp8", 1e9, 3)
+    assert float(found) == pytest.approx(8e-3 + 6e-6)
+    # nvfp4 reads 16 bits twice and writes 4 bits and a sixteenth of a byte twice.
+    found = compute.quantisation_time_s(_device(), "nvfp4", 1e9)
+    assert float(found) == pytest.approx(5.125 * 2e-3 + 2e-6)
+
+
 def test_missing_dtypes_and_kernels_are_named() -> None:
     device = _device()
     with pytest.raises(ValueError, match="toy has no fp8 matrix products; it has bf16"):

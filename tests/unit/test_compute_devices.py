@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from cost_models import compute
+from hardware_profiles.loader import catalog_names, load_device
 from hardware_profiles.schema import DeviceSpec, Kind
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "hardware_profiles" / "devices").glob("*.yaml"))
 DATA = ROOT / "benchmarks" / "kernels" / "data"
 EXPECTED = {
     "a100-pcie-80gb",
@@ -30,11 +29,7 @@ EXPECTED = {
 }
 
 
-def _load(path: Path) -> DeviceSpec:
-    return DeviceSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-DEVICES = {path.stem: _load(path) for path in FILES}
+DEVICES = {name: load_device(name) for name in catalog_names("device")}
 
 
 def test_the_promised_devices_ship() -> None:
@@ -89,8 +84,12 @@ def _column(rows: list[dict[str, str]], name: str) -> Any:
         ("a100-sxm-80gb", "bf16", "us_sglang", 0.05, 0.14),
         ("h100-sxm-80gb", "bf16", "us_sglang", 0.06, 0.14),
         ("h200-sxm-141gb", "bf16", "us_sglang", 0.06, 0.22),
-        ("h100-sxm-80gb", "fp8", "us_trtllm", 0.09, 0.30),
-        ("h200-sxm-141gb", "fp8", "us_trtllm", 0.09, 0.30),
+        ("h100-sxm-80gb", "fp8", "us_trtllm", 0.06, 0.16),
+        ("h200-sxm-141gb", "fp8", "us_trtllm", 0.06, 0.18),
+        ("b200-sxm-180gb", "fp8", "us_trtllm", 0.10, 0.20),
+        ("b200-sxm-180gb", "nvfp4", "us_trtllm", 0.08, 0.25),
+        ("gb200", "fp8", "us_trtllm", 0.10, 0.20),
+        ("l40s", "fp8", "us_trtllm", 0.09, 0.22),
     ],
 )
 def test_training_size_products_agree_with_the_tables(
@@ -98,10 +97,14 @@ def test_training_size_products_agree_with_the_tables(
 ) -> None:
     rows = [row for row in _rows("gemm.csv.gz", device=name, dtype=dtype) if row[column]]
     rows = [row for row in rows if min(int(row["m"]), int(row["n"]), int(row["k"])) >= 1024]
-    assert len(rows) > 200
+    assert len(rows) > 100
     m, n, k, us = (_column(rows, c) for c in ("m", "n", "k", column))
     device = _short_benchmark(DEVICES[name], dtype)
-    error = np.abs(compute.matmul_time_s(device, dtype, m, n, k) / (us * 1e-6) - 1)
+    found = compute.matmul_time_s(device, dtype, m, n, k)
+    if dtype != "bf16":  # The tables include the quantisation of the activations, in one layout.
+        moved = (2.0 + compute.OPERAND_BYTES[dtype]) * m * k
+        found += moved / compute.memory_bound_bandwidth_bytes_per_s(device)
+    error = np.abs(found / (us * 1e-6) - 1)
     assert np.median(error) < median
     assert np.quantile(error, 0.9) < p90
 
@@ -162,7 +165,8 @@ def test_training_attention_agrees_with_the_training_table(name: str, stage: Any
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_more_work_never_costs_less_and_nothing_is_free(name: str) -> None:
     device = DEVICES[name]
-    sizes = np.unique(np.geomspace(1, 65536, 120).astype(int)).astype(float)
+    # Aligned: padding a dimension up to 16 bytes is more work and less time.
+    sizes = np.unique(8 * np.geomspace(1, 8192, 120).astype(int)).astype(float)
     for order in ((sizes, 4096, 4096), (4096, sizes, 4096), (4096, 4096, sizes)):
         found = compute.matmul_time_s(device, "bf16", *order)
         assert np.all(found > 0.0)
