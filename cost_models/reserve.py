@@ -20,7 +20,7 @@ from cost_models.step import Machine
 
 INSIDE = ("workspace", "dummy_gradients")
 """Terms that the caching allocator counts as allocated."""
-CACHED = ("fragmentation", "graph_pool")
+CACHED = ("fragmentation", "graph_pool", "reduction_buffers")
 """Terms that it holds beyond that."""
 OUTSIDE = ("context", "communicators", "overlap_buffers")
 """Terms that only the driver sees."""
@@ -73,6 +73,7 @@ def reserve_bytes(
             "dummy_gradients": dummies,
             "fragmentation": int(spec.fragmentation.si) * ones,
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
+            "reduction_buffers": _reduction_bytes(machine, degrees) * ones,
             "context": int(spec.context.si) * ones,
             "communicators": communicator_bytes(machine, shard, degrees),
             "overlap_buffers": overlapped,
@@ -82,11 +83,18 @@ def reserve_bytes(
             "dummy_gradients": "placeholders of fused weight gradients, one for each shape",
             "fragmentation": spec.fragmentation.source,
             "graph_pool": graphs.source if graphs else "",
+            "reduction_buffers": "flat copies in which gradients are reduced",
             "context": spec.context.source,
             "communicators": f"{spec.communicator.source}; {spec.exchange_peer.source}",
             "overlap_buffers": f"{spec.overlap_buffers} user buffers of a gathered activation",
         },
     )
+
+
+def _reduction_bytes(machine: Machine, degrees: Degrees) -> Int64:
+    """Flat copies of gradients, where there is anybody to reduce them with."""
+    size = machine.stack.state.reduction_elements * machine.rules.held_gradient_bytes
+    return np.where(degrees.dp_replicate * degrees.dp_shard > 1, size, 0)
 
 
 def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int64:

@@ -35,6 +35,8 @@ class StateSpec(Profile):
     quantised_bytes_per_64: ByPrecision = Field(default_factory=dict)
     """Low-precision copies of 64 elements of a linear layer's weight, scales included, kept
     between microbatches."""
+    reduction_elements: Annotated[int, Field(ge=0)] = 0
+    """Elements of the flat copy in which held gradients are reduced."""
     dummy_wgrad: bool = False
     """Whether one 16-bit placeholder per shape of weight stands in for the gradient that went into
     the main gradient."""
