@@ -6,6 +6,7 @@ which the same search finds a layout. Its fullest device, by category, is the bi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,8 +37,9 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
     if result.removed[OUT_OF_MEMORY] == 0:
         return _ruled_out(request, result, common)
     closest = _closest(request)
-    capacity = int(request.machine.device.memory_capacity.si)
-    common["capacity_bytes"] = capacity
+    capacity = request.usable_bytes
+    common["capacity_bytes"] = request.device_bytes
+    common["usable_bytes"] = capacity
     size = request.model.name
     if closest is None:
         text = f"{size} needs more than {LARGEST_GROWTH} times {format_bytes(capacity)} per device"
@@ -54,11 +56,11 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
         message=(
             f"no layout of {size} fits on {request.devices:,} x {request.machine.device.name}: the "
             f"closest needs {format_bytes(fullest.peak_bytes)} per device, {format_bytes(over)} "
-            f"more than the {format_bytes(capacity)} there are"
+            f"more than the {format_bytes(capacity)} that {_margin_words(request)}"
         ),
         binding=(
             f"device memory: {format_bytes(fullest.peak_bytes)} needed, {format_bytes(capacity)} "
-            f"there; most of it {largest.name} ({format_bytes(largest.bytes or 0)})"
+            f"usable; most of it {largest.name} ({format_bytes(largest.bytes or 0)})"
         ),
         closest_layout=layout,
         needed_bytes=fullest.peak_bytes,
@@ -90,7 +92,7 @@ def _search(request: Request) -> Candidate | None:
 
 def _closest(request: Request) -> Candidate | None:
     """The layout found at the least capacity at which there is one."""
-    capacity = int(request.machine.device.memory_capacity.si)
+    capacity = request.device_bytes
     low, high, found = capacity, 2 * capacity, None
     while found is None:
         if high > LARGEST_GROWTH * capacity:
@@ -98,15 +100,28 @@ def _closest(request: Request) -> Candidate | None:
         found = _search(replace(request, capacity_bytes=high))
         if found is None:
             low, high = high, 2 * high
-    high = min(high, found.peak_bytes)
+    high = min(high, _device_for(request, found.peak_bytes))
     while high - low > PRECISION * low:
         middle = (low + high) // 2
         better = _search(replace(request, capacity_bytes=middle))
         if better is None:
             low = middle
         else:
-            found, high = better, min(middle, better.peak_bytes)
+            found, high = better, min(middle, _device_for(request, better.peak_bytes))
     return found
+
+
+def _margin_words(request: Request) -> str:
+    """What the usable bytes are of the device's."""
+    margin = request.memory_margin[0]
+    if not margin:
+        return "there are"
+    return f"{format_bytes(request.device_bytes)} leave with a margin of {margin:.1%}"
+
+
+def _device_for(request: Request, peak_bytes: int) -> int:
+    """Device memory with which a predicted peak fits, margin included."""
+    return math.ceil(peak_bytes * (1 + request.memory_margin[0])) + 1
 
 
 def _ways_out(request: Request) -> Iterator[WayOut]:
@@ -142,6 +157,8 @@ Attempt = tuple[str, Callable[[], Request | None]]
 
 def _attempts(request: Request) -> Iterator[Attempt]:
     job, limits = request.job, request.job.constraints
+    if request.memory_margin[0]:
+        yield "--memory-margin 0 (no safety margin)", lambda: _with_job(request, memory_margin=0.0)
     if job.memory_reserve_bytes:
         yield "no memory reserve", lambda: _with_job(request, memory_reserve_bytes=0)
     if not job.allow_recompute:

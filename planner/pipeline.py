@@ -190,7 +190,7 @@ def _warnings(request: Request, prediction: Prediction) -> tuple[str, ...]:
     if free < 0.03 * prediction.capacity_bytes:
         warnings.append(
             f"only {free / 2**30:.1f} GiB of {prediction.capacity_bytes / 2**30:.1f} GiB stay "
-            "free: set a reserve if the run shares its devices"
+            "free: published runs do not bear out a margin that small"
         )
     if prediction.outside_measured_region:
         warnings.append(

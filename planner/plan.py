@@ -124,7 +124,13 @@ class Prediction(Document):
     reserved_bytes: int
     device_bytes: int
     capacity_bytes: int
+    memory_margin: float
+    """Share of the predicted peak that a device must have beyond it."""
+    memory_margin_source: str
+    usable_bytes: int
+    """``capacity_bytes / (1 + memory_margin)``: the most that counts as fitting."""
     fits: bool
+    """Whether every stage's ``peak_bytes`` is at most ``usable_bytes``."""
     time: tuple[Term, ...]
     """Terms sum exactly to ``step_time_s`` (in integer nanoseconds)."""
     stages: tuple[StagePrediction, ...]
@@ -274,6 +280,8 @@ class Infeasibility(Document):
     closest_layout: Layout | None = None
     needed_bytes: int | None = None
     capacity_bytes: int | None = None
+    usable_bytes: int | None = None
+    """What the memory margin leaves of ``capacity_bytes``."""
     memory: tuple[Term, ...] = ()
     """The fullest device of the closest layout, by category; sums to ``needed_bytes``."""
     ways_out: tuple[WayOut, ...] = ()

@@ -36,7 +36,7 @@ def price(layout: Layout, request: Request) -> Priced:
     completion = completion_of(layout, request)
     tables = price_configs(
         with_policies(request, completion), request.machine, configs_of(layout),
-        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     leaf = tables.leaf(
         0,
@@ -84,7 +84,10 @@ def predict(priced: Priced, request: Request) -> Prediction:
         allocated_bytes=max(stage.allocated_bytes for stage in stages),
         reserved_bytes=max(stage.reserved_bytes for stage in stages),
         device_bytes=max(stage.device_bytes for stage in stages),
-        capacity_bytes=priced.leaf.capacity_bytes,
+        capacity_bytes=request.device_bytes,
+        memory_margin=request.memory_margin[0],
+        memory_margin_source=request.memory_margin[1],
+        usable_bytes=priced.leaf.capacity_bytes,
         fits=priced.fits,
         time=_time_terms(priced, request),
         stages=stages,

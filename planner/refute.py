@@ -62,7 +62,7 @@ def _refute(rows: np.ndarray[Any, np.dtype[np.int64]], least: int, request: Requ
     tables = price_configs(
         request.workload, request.machine,
         Configs(mbs, tp, cp, kind, ep, etp, sp.astype(bool), replicate, shard, pp, zero),
-        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     m = request.global_batch // (replicate * shard * mbs)
     bounds = Relaxation(

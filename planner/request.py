@@ -11,6 +11,7 @@ from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES, model_kinds
 from planner.errors import InputError
+from planner.memory_margin import margin_of, usable_bytes
 from planner.models.spec import ModelSpec
 from planner.specs import JobSpec
 
@@ -89,6 +90,22 @@ class Request:
         dtypes = tuple(self.machine.dtype(low_precision=low) for low in (True, False))
         kernel = "unfused" if precision == "fp32" else self.stack.attention_kernel(device.name)
         return kernel_basis(device, dtypes, kernel)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of a device in bytes."""
+        return self.capacity_bytes or int(self.machine.device.memory_capacity.si)
+
+    @cached_property
+    def memory_margin(self) -> tuple[float, str]:
+        """Share of the predicted peak that a device must have beyond it, and where it is from."""
+        asked = self.job.memory_margin
+        return margin_of(self.stack.name) if asked is None else (asked, "as asked")
+
+    @property
+    def usable_bytes(self) -> int:
+        """Most predicted bytes per device that count as fitting."""
+        return usable_bytes(self.device_bytes, self.memory_margin[0])
 
     @property
     def reserve_bytes(self) -> int:

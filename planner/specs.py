@@ -47,7 +47,10 @@ class JobSpec(Spec):
     stack: str = "megatron-core"
     allow_recompute: bool = True
     memory_reserve_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes per device to leave free; default: the stack's context and allocator terms only."""
+    """Bytes per device to leave free; default: none."""
+    memory_margin: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the predicted peak that a device must have beyond it; default: what published runs
+    earn the stack, for a plan that fits with 95 % confidence."""
     expert_imbalance: Annotated[float, Field(ge=0)] = 0.0
     """Routing skew: alpha of the hottest rank's rows (0 = balanced)."""
     document_length: Positive | None = None

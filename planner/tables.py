@@ -65,7 +65,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     priced = price_configs(
         request.workload, request.machine,
         Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, one, one * 0),
-        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))[where]
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)[where]
@@ -169,7 +169,7 @@ def price_layouts(
             meshes.take(layouts.mesh[first]), layouts.dp_replicate[first],
             layouts.dp_shard[first], layouts.zero_stage[first],
         ),
-        reserve_bytes=request.reserve_bytes, capacity_bytes=request.capacity_bytes,
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     relaxation = Relaxation(
         tables,

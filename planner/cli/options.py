@@ -65,6 +65,14 @@ Reserve = Annotated[
     str | None,
     typer.Option("--reserve", metavar="BYTES", help="Leave this free on each device: 2GiB."),
 ]
+MemoryMargin = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-margin",
+        metavar="SHARE",
+        help="Memory to have beyond the predicted peak: 0.1; default: what published runs earn.",
+    ),
+]
 Fix = Annotated[
     list[str] | None,
     typer.Option("--fix", metavar="DEGREE=N", help="Fix a degree: tp=8. Repeatable."),
@@ -129,6 +137,7 @@ def job_flags(
     optimizer: Optimizer = None,
     stack: Stack = None,
     reserve: Reserve = None,
+    memory_margin: MemoryMargin = None,
 ) -> dict[str, Any]:
     """The keys of ``planner.specs.JobSpec`` that the user set.
 
@@ -151,6 +160,7 @@ def job_flags(
         precision=precision,
         optimizer=optimizer,
         stack=stack,
+        memory_margin=memory_margin,
         memory_reserve_bytes=None if reserve is None else size("--reserve", reserve),
     )
 

@@ -29,13 +29,13 @@ def infeasibility_table(diagnosis: Infeasibility) -> RenderableType:
             Text("  " + words.schedule(diagnosis.closest_layout)),
             Text("  " + words.recompute(diagnosis.closest_layout)),
         ]
-    if diagnosis.memory and diagnosis.needed_bytes and diagnosis.capacity_bytes:
-        over = diagnosis.needed_bytes - diagnosis.capacity_bytes
+    if diagnosis.memory and diagnosis.needed_bytes and diagnosis.usable_bytes:
+        over = diagnosis.needed_bytes - diagnosis.usable_bytes
         blocks += [
             Text(),
             parts.section(
                 f"Its fullest device: {format_bytes(diagnosis.needed_bytes)} of "
-                f"{format_bytes(diagnosis.capacity_bytes)}, {format_bytes(over)} too much"
+                f"{format_bytes(diagnosis.usable_bytes)}, {format_bytes(over)} too much"
             ),
             parts.breakdown(diagnosis.memory, diagnosis.needed_bytes),
         ]

@@ -113,12 +113,15 @@ def memory_words(prediction: Prediction) -> tuple[Text, str]:
     peak, capacity = prediction.max_peak_bytes, prediction.capacity_bytes
     style = "bold green" if prediction.fits else "bold red"
     share = f"{peak / capacity * 100:.0f} %" if capacity else "?"
-    verdict = "" if prediction.fits else f", {format_bytes(peak - capacity)} too much"
+    verdict = (
+        "" if prediction.fits else f", {format_bytes(peak - prediction.usable_bytes)} too much"
+    )
     return (
         Text(format_bytes(peak), style=style),
         f"of {format_bytes(capacity)} ({share}) on the fullest device{verdict}; "
         f"{format_bytes(prediction.allocated_bytes)} of it in tensors, "
-        f"{format_bytes(prediction.reserved_bytes)} held by the allocator",
+        f"{format_bytes(prediction.reserved_bytes)} held by the allocator; "
+        f"{prediction.memory_margin:.1%} more must be there",
     )
 
 

@@ -83,6 +83,7 @@ def _request(
         {
             "sequence_length": sequence, "global_batch": batch, "precision": precision,
             "global_batch_tokens": sequence * batch, "stack": stack, "mtp": dims.mtp > 0,
+            "memory_margin": 0.0,
         }
     )  # fmt: skip
     return Request(model_of(dims), cluster_of(machine), job, load_stack(stack))

@@ -197,6 +197,9 @@ def prediction(layout: Layout, *, fits: bool = True) -> Prediction:
         reserved_bytes=largest - 2 * GIB,
         device_bytes=largest,
         capacity_bytes=80 * GIB,
+        memory_margin=0.0,
+        memory_margin_source="as asked",
+        usable_bytes=80 * GIB,
         fits=fits,
         time=tuple(Term(name=name, seconds=value) for name, value in seconds.items()),
         stages=tuple(per_stage),
@@ -391,6 +394,7 @@ def infeasibility() -> Infeasibility:
         closest_layout=plan.layout,
         needed_bytes=full.peak_bytes,
         capacity_bytes=80 * GIB,
+        usable_bytes=80 * GIB,
         memory=full.memory,
         ways_out=(
             WayOut(change="double the nodes to 4096", effect="fits", step_time_s=9.4),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -97,11 +98,18 @@ def _configs(layouts: Sequence[Layout]) -> Configs:
     )  # fmt: skip
 
 
+def _usable(request: Request) -> int:
+    """Most bytes of a prediction that fit: the device's memory is that and the margin on it."""
+    memory = request.capacity_bytes or int(request.machine.device.memory_capacity.si)
+    margin = request.job.memory_margin
+    return memory if not margin else int(memory / (1 + Fraction(str(margin))))
+
+
 def price_all(request: Request, layouts: Sequence[Layout]) -> list[Prices]:
     """Prices of each layout."""
     tables = price_configs(
         request.workload, request.machine, _configs(layouts), reserve_bytes=request.reserve_bytes,
-        capacity_bytes=request.capacity_bytes,
+        capacity_bytes=_usable(request),
     )  # fmt: skip
     return [_take(request, tables, index) for index in range(len(layouts))]
 

@@ -7,7 +7,9 @@ shipped profiles' with one or two numbers changed, so that every kind of layout 
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
+from math import ceil
 from random import Random
 from typing import Any
 
@@ -288,4 +290,8 @@ def draw(seed: int) -> Request:
             continue
         if not layouts and rng.random() < 0.7:
             continue
-        return replace(request, capacity_bytes=_capacity(request, layouts, rng))
+        usable = _capacity(request, layouts, rng)
+        margin = Random(f"margin {seed}").choice((0.0, 0.0, 0.037))
+        capacity = None if usable is None else ceil(usable * (1 + Fraction(str(margin))))
+        job = request.job.model_copy(update={"memory_margin": margin})
+        return replace(request, job=job, capacity_bytes=capacity)
