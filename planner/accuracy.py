@@ -82,6 +82,11 @@ def band(step_s: float, run: RunClass) -> tuple[float, float, str]:
     return step_s * found.low, step_s * found.high, found.source
 
 
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two bands have a step time in common: then the model cannot tell which is faster."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
 def _family(name: str, families: Mapping[str, list[str]]) -> str:
     """The family that lists ``name`` (shell patterns), else the name itself."""
     for family, patterns in families.items():

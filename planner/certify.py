@@ -20,11 +20,12 @@ from collections.abc import Iterator
 
 from cost_models.leaf import peak_bytes
 from hardware_profiles.schema import ClusterSpec
+from planner.accuracy import band, overlap
 from planner.errors import PlannerError
 from planner.layouts import completion_of
 from planner.models.spec import ModelSpec
 from planner.plan import Layout, Plan, digest, round_floats
-from planner.predict import predict, price
+from planner.predict import predict, price, run_class
 from planner.recount import Mesh, impossible_layout, impossible_mesh, recompute_modes
 from planner.refute import better_layout
 from planner.request import Request
@@ -205,6 +206,12 @@ def _check_alternatives(plan: Plan, request: Request) -> Iterator[str]:
             yield f"alternatives[{index}].step_time_s is not what the cost model says"
         if peak != other.max_peak_bytes or priced.fits != other.fits:
             yield f"alternatives[{index}]: memory is not what the cost model says"
+        low, high, _ = band(other.step_time_s, run_class(request, other.layout))
+        stated = other.step_time_band_s
+        if any(abs(a - b) > SLACK * b for a, b in zip(stated, (low, high), strict=True)):
+            yield f"alternatives[{index}].step_time_band_s is not what the measurements earned"
+        if other.tie != overlap(stated, plan.prediction.step_time_band_s):
+            yield f"alternatives[{index}].tie is not what the two bands say"
 
 
 def _check_certificate(plan: Plan) -> Iterator[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from planner import __version__
 from planner.leaves import Candidate, within
 from planner.plan import (
+    Alternative,
     Certificate,
     Input,
     Inputs,
@@ -94,3 +96,21 @@ def _statement(status: str, gap: float, result: SearchResult) -> str:
         within = "optimal" if gap == 0 else f"optimal within {100 * gap:.2g} %"
         return f"{within} under the cost model, over {space}"
     return f"not proved: at most {100 * gap:.2g} % above the optimum, over {space}"
+
+
+def tie_break(alternatives: Sequence[Alternative], proof: Certificate) -> str | None:
+    """Why the plan's layout was taken, where alternatives tie with it; None where none does."""
+    ties = sum(other.tie for other in alternatives)
+    if not ties:
+        return None
+    gap = proof.relative_gap
+    proven = (
+        f", and under the model no layout of the space is more than {100 * gap:.2g} % faster"
+        if gap is not None
+        else ""
+    )
+    return (
+        f"a tie with {ties} of the {len(alternatives)} alternatives: the error bands overlap, so a "
+        f"measurement may order them otherwise; this layout is taken because its predicted step "
+        f"time is the least{proven}"
+    )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hardware_profiles.schema import ClusterSpec, NodeGroup
-from planner.claims import certificate, envelope
+from planner.accuracy import band, overlap
+from planner.claims import certificate, envelope, tie_break
 from planner.errors import InfeasibleError, InputError, LimitReachedError, UnsupportedError
 from planner.layouts import complete_layout, layout_of
 from planner.leaves import Candidate
@@ -21,7 +22,7 @@ from planner.plan import (
     Plan,
     Prediction,
 )
-from planner.predict import predict, price
+from planner.predict import predict, price, run_class
 from planner.priced import Priced
 from planner.request import Request, fill_defaults
 from planner.search import Search
@@ -29,6 +30,8 @@ from planner.search import Search
 __all__ = ["EvaluatedLayout", "Request", "evaluate", "plan", "read_request"]
 
 ALTERNATIVES = 3
+LAUNCH_BOUND = 0.1
+"""Share of the step spent waiting for the host from which a plan warns."""
 
 
 def read_request(
@@ -139,12 +142,15 @@ def plan(
     priced = price_candidate(best, request)
     others = search.alternatives(ALTERNATIVES) if result.complete else []
     prediction = predict(priced, request)
+    listed = tuple(_alternative(other, best, request, prediction) for other in others)
+    claim = certificate(request, result, best)
     return Plan(
         **envelope(request),
         layout=priced.layout,
         prediction=prediction,
-        certificate=certificate(request, result, best),
-        alternatives=tuple(_alternative(other, best, request) for other in others),
+        certificate=claim,
+        alternatives=listed,
+        tie_break=tie_break(listed, claim),
         warnings=_warnings(request, prediction),
     )
 
@@ -155,16 +161,21 @@ def price_candidate(candidate: Candidate, request: Request) -> Priced:
     return price(layout_of(base, candidate.completion, request), request)
 
 
-def _alternative(other: Candidate, best: Candidate, request: Request) -> Alternative:
+def _alternative(
+    other: Candidate, best: Candidate, request: Request, prediction: Prediction
+) -> Alternative:
     priced = price_candidate(other, request)
     slower = other.time_ns / best.time_ns - 1
     memory = other.peak_bytes / best.peak_bytes - 1
+    low, high, _ = band(other.time_ns / 1e9, run_class(request, priced.layout))
     return Alternative(
         reason=(
             f"{100 * slower:+.1f} % time, {100 * memory:+.0f} % memory: {_difference(other, best)}"
         ),
         layout=priced.layout,
         step_time_s=other.time_ns / 1e9,
+        step_time_band_s=(low, high),
+        tie=overlap((low, high), prediction.step_time_band_s),
         max_peak_bytes=other.peak_bytes,
         fits=True,
     )
@@ -191,6 +202,13 @@ def _warnings(request: Request, prediction: Prediction) -> tuple[str, ...]:
         warnings.append(
             f"only {free / 2**30:.1f} GiB of {prediction.capacity_bytes / 2**30:.1f} GiB stay "
             "free: published runs do not bear out a margin that small"
+        )
+    launch_s = sum(term.seconds or 0.0 for term in prediction.time if term.name == "launch")
+    if launch_s > LAUNCH_BOUND * prediction.step_time_s:
+        warnings.append(
+            f"{launch_s / prediction.step_time_s:.0%} of the step waits for the host to launch "
+            "kernels: larger microbatches, fewer shards or CUDA graphs would help more than "
+            "another layout"
         )
     if prediction.outside_measured_region:
         warnings.append(

@@ -181,6 +181,9 @@ class Alternative(Document):
     reason: str
     layout: Layout
     step_time_s: float
+    step_time_band_s: tuple[float, float]
+    tie: bool
+    """Whether its band and the plan's overlap: the model cannot tell which of them is faster."""
     max_peak_bytes: int
     fits: bool
 
@@ -220,6 +223,8 @@ class Plan(Document):
     prediction: Prediction
     certificate: Certificate
     alternatives: tuple[Alternative, ...] = ()
+    tie_break: str | None = None
+    """Why this layout was taken, where alternatives tie with it."""
     warnings: tuple[str, ...] = ()
 
     @model_validator(mode="after")

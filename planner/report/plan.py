@@ -42,6 +42,8 @@ def plan_table(plan: Plan) -> RenderableType:
         blocks.append(parts.Beside(proof, others))
     else:
         blocks.append(proof)
+    if plan.tie_break:
+        blocks += [Text(), parts.bullets([plan.tie_break])]
     remarks = [*plan.warnings, *plan.prediction.assumptions]
     if plan.prediction.outside_measured_region:
         remarks.insert(0, "outside the region that measurements cover: the band is a guess there")

@@ -276,6 +276,8 @@ def plan_of(
                 reason=reason,
                 layout=layout.model_copy(update=change),
                 step_time_s=seconds,
+                step_time_band_s=(0.9 * seconds, 1.1 * seconds),
+                tie=True,
                 max_peak_bytes=61 * GIB,
                 fits=True,
             )
