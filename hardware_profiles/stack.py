@@ -1,0 +1,152 @@
+"""The shape of the YAML that describes a stack: the software that runs a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field
+
+from hardware_profiles.holdings import ReserveSpec, StateSpec
+from hardware_profiles.sourced import Profile, Sourced
+
+Value = TypeVar("Value")
+
+Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
+"""How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
+EXCHANGE_LIBRARIES = ("deepep", "hybridep")
+"""Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
+
+
+def _plain_dispatcher() -> dict[str, Dispatcher]:
+    return {"default": "alltoall"}
+
+
+class SelectiveRecompute(Profile):
+    """Selective recomputation: of some modules, or of all but the outputs of some ops."""
+
+    modules: tuple[str, ...] = ()
+    keeps: (
+        tuple[
+            Literal[
+                "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul",
+                "grouped_matmul",
+            ],
+            ...,
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Ops whose outputs are kept while the rest of the layer is run again; ``odd_matmul`` is every
+    second product of a layer, the first included."""
+
+
+class StackSpec(Profile):
+    """The software that runs the plan: it bounds the space and shapes the price.
+
+    Which values of a degree the stack can run is data here; the rules that combine degrees (for
+    example that interleaving needs a multiple of pp microbatches) are named in ``rules`` and
+    implemented by name in ``planner.rules``.
+    """
+
+    name: str
+    title: str
+    version: str
+    aliases: tuple[str, ...] = ()
+    source: str
+    launchable: bool = True
+    """Whether people start new runs on it; past stacks ship to price published measurements."""
+    schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
+    recompute: tuple[str, ...]
+    """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``."""
+    recompute_modules: tuple[str, ...] = ()
+    """Modules that may be run again, in any combination."""
+    selective_recompute: SelectiveRecompute = SelectiveRecompute(modules=("core_attn",))
+    """What the stack means by ``selective``."""
+    recompute_layer_count: bool
+    """Whether full recompute may be limited to a number of layers per virtual stage."""
+    recompute_per_stage: bool
+    """Whether mode and number may differ from stage to stage (1F1B and GPipe; interleaved virtual
+    stages always share them)."""
+    zero_stages: tuple[Literal[0, 1, 2, 3], ...]
+    hybrid_sharding: bool
+    """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
+    cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
+    sequence_parallel: Literal["optional", "always", "never"]
+    expert_tensor_parallel: bool
+    kv_head_replication: bool = False
+    """Whether tp may exceed the KV heads, each then held by several ranks."""
+    uneven_stages: bool
+    """Whether stages may hold different numbers of layers."""
+    tensor_parallel_max: int | None = None
+    rules: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ("attention", "latent_attention", "mlp", "moe")
+    """Kinds of sub-block that it can train, and ``vision`` for a vision tower."""
+    rank_order: tuple[str, ...]
+    """Innermost dimension first, for the attention mesh."""
+    attention_kernels: dict[str, str]
+    """Best attention kernel generation per device name prefix; ``default`` is the fallback.
+    ``unfused`` means batched matrix products and a masked softmax."""
+    fused: tuple[str, ...] = ()
+    """Fusions on by default: ``bias_gelu``, ``swiglu``, ``bias_dropout_add``, ``rope``,
+    ``cross_entropy``, ``wgrad_accumulation``, ``masked_softmax``, ``grouped_gemm``, ``norm``."""
+    launch_overhead: Sourced
+    """Host seconds per op that the cost model counts: dispatch, autograd, hooks, and the views and
+    casts around it. It binds where the kernels of a layer are shorter (see ``cost_models.step``);
+    next to nothing for replayed graphs and compiled programs."""
+    expert_launch: Sourced
+    """Host seconds per expert of a rank in each product of a grouped matrix multiplication: library
+    calls, one per expert, and their hooks; 0 where one kernel serves all experts."""
+    expert_sync: Sourced
+    """Seconds for which the device idles when the host waits for the experts' row counts, once per
+    forward of such a layer."""
+    overlap_dp_gradients: bool
+    overlap_dp_parameters: bool
+    gathers_each_tensor: bool = False
+    """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
+    pays the latency of a ring over all ranks."""
+    overlap_pipeline: bool
+    """Whether stage transfers hide behind compute in the interleaved schedule."""
+    tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
+    """``pipelined``: gathers and scatters of sequence parallelism run in tp chunks with the chunks
+    of the product they belong to (user buffers, asynchronous tensor parallelism)."""
+    moe_dispatcher: dict[str, Dispatcher] = Field(default_factory=_plain_dispatcher)
+    """Per device name prefix, as ``attention_kernels``."""
+    moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2
+    """Bytes per element of tokens on their way to the experts; outputs and gradients travel in 16
+    bits."""
+    expert_overlap: Literal["none", "shared_expert", "across_nodes"] = "none"
+    """What expert exchanges hide behind: the products of the shared expert; or, in a pipeline and
+    where the group spans nodes, the other pass of another microbatch."""
+    overlap_contention: Sourced
+    """Factor on compute while a collective runs beside it, minus one."""
+    gradient_dtype: Literal["fp32", "bf16"]
+    """Accumulation and reduction dtype of gradients."""
+    master_weights: bool
+    """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
+    dropout: bool = False
+    vocab_divisor: int = 1
+    """The vocabulary is padded to a multiple of this times tp (1: no padding)."""
+    logit_saved_bytes: Sourced
+    """Bytes per logit that the loss keeps from forward to backward."""
+    logit_working_bytes: Sourced
+    """Short-lived bytes per logit at the peak of the loss."""
+    gradient_bucket_bytes: Sourced
+    """Size of the buckets in which gradients are reduced; the last one is never hidden."""
+    state: StateSpec
+    """How weights, gradients and optimizer state are laid out."""
+    reserve: ReserveSpec
+    """What context, communicators, workspaces and the allocator add."""
+    notes: tuple[str, ...] = ()
+
+    def attention_kernel(self, device: str) -> str:
+        """The kernel for a device: that of the longest matching name prefix, else ``default``."""
+        return _by_prefix(self.attention_kernels, device)
+
+    def dispatcher(self, device: str) -> Dispatcher:
+        """How the experts' tokens travel on a device."""
+        return _by_prefix(self.moe_dispatcher, device)
+
+
+def _by_prefix(table: dict[str, Value], name: str) -> Value:
+    """The entry of the longest prefix of ``name``, else ``default``."""
+    matches = [prefix for prefix in table if name.startswith(prefix)]
+    return table[max(matches, key=len) if matches else "default"]
