@@ -16,10 +16,12 @@ MAX_BYTES = 8 * 1024 * 1024
 """Largest document read; a model, cluster or job is a few kilobytes."""
 
 M = TypeVar("M", bound=BaseModel)
-MAX_DEPTH = 200
-"""Levels of nesting; no document that is read here needs a tenth of it."""
+MAX_DEPTH = 64
+"""Levels of nesting; no document that is read here needs a quarter of it."""
+MAX_ALIASES = 16
+"""YAML aliases; a few of them nested in each other stand for more than any memory holds."""
 _BRACKETS = re.compile(r"[\[\]{}]")
-_DASHES = re.compile(rf"(?:- ){{{MAX_DEPTH}}}")
+_INDENT = re.compile(rf"^[ \-?:]{{{MAX_DEPTH // 4}}}", re.MULTILINE)
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
 _LISTED = 3
 
@@ -88,8 +90,7 @@ def parse_document(text: str, *, where: str) -> object:
             f"{where}: not a text file (control character at position {control.start()})",
             hint="give a YAML or JSON document",
         )
-    if _is_deep(text):
-        raise DocumentError(f"{where}: nested more than {MAX_DEPTH} deep")
+    _refuse_nesting(text, where)
     try:
         if stripped[0] in "{[":
             try:
@@ -111,14 +112,42 @@ def parse_document(text: str, *, where: str) -> object:
         raise DocumentError(f"{where}: {error}") from None
 
 
-def _is_deep(text: str) -> bool:
-    """Whether brackets, or dashes on one line, nest deeper than a parser's C stack should go."""
-    depth = 0
+def _refuse_nesting(text: str, where: str) -> None:
+    """Refuse what would exhaust the C stack or the memory of the parser, before it is parsed.
+
+    Depth needs brackets or columns, and aliases need their two signs: a document without is not
+    looked at twice. Any other is read as a stream of events, which is made without recursion, so
+    that what stands in strings does not count; JSON is YAML here.
+    """
+    if not (_may_be_deep(text) or ("&" in text and "*" in text)):
+        return
+    depth = aliases = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif isinstance(event, yaml.AliasEvent):
+                aliases += 1
+            if depth > MAX_DEPTH:
+                raise DocumentError(f"{where}: nested more than {MAX_DEPTH} deep")
+            if aliases > MAX_ALIASES:
+                raise DocumentError(f"{where}: more than {MAX_ALIASES} YAML aliases")
+    except (yaml.YAMLError, UnicodeError):
+        return  # The parser itself will say what is wrong, and where.
+
+
+def _may_be_deep(text: str) -> bool:
+    """Whether brackets nest, or a line begins, deep enough for ``MAX_DEPTH`` levels together.
+
+    A column holds at most two levels: a list may begin where the key that holds it does.
+    """
+    depth = deepest = 0
     for bracket in _BRACKETS.findall(text):
         depth += 1 if bracket in "[{" else -1
-        if depth > MAX_DEPTH:
-            return True
-    return _DASHES.search(text) is not None
+        deepest = max(deepest, depth)
+    return deepest > MAX_DEPTH // 2 or _INDENT.search(text) is not None
 
 
 def read_document(path: Path) -> object:

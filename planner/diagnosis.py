@@ -141,7 +141,7 @@ def _ways_out(request: Request) -> Iterator[WayOut]:
             continue
         given += 1
         step_s = best.time_ns / 1e9
-        tokens = changed.global_batch * changed.sequence / step_s
+        tokens = changed.tokens_per_step / step_s
         yield WayOut(
             change=change,
             effect=(

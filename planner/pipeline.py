@@ -95,12 +95,38 @@ def _check(request: Request) -> None:
             f"sequence length {sequence} exceeds the {longest} learned positions of {model.name}",
             hint=f"--seq-len {longest}",
         )
+    _check_images(request)
     reason = request.unsupported
     if reason is not None and request.foreign_kinds:
         raise InputError(reason, hint=_stacks_for(request))
     if reason is not None:
         known = sorted({"bf16", "fp16", "fp32"} & set(request.machine.device.peak_flops))
         raise InputError(reason, hint=" or ".join(f"--precision {name}" for name in known))
+
+
+def _check_images(request: Request) -> None:
+    """Images need a tower, a number of tokens each, and room in the sample."""
+    model, job, sequence = request.model, request.job, request.sequence
+    if not job.images_per_sample:
+        return
+    if model.vision is None:
+        raise InputError(
+            f"images_per_sample = {job.images_per_sample}, and {model.name} has no vision tower",
+            hint="leave images_per_sample out of the job",
+        )
+    if job.image_tokens is None:
+        raise InputError(
+            f"images_per_sample = {job.images_per_sample} needs image_tokens",
+            hint=f"image_tokens: tokens of one image; each stands for "
+            f"{model.vision.patches_per_token} patches",
+        )
+    shown = job.images_per_sample * job.image_tokens
+    if shown > sequence:
+        raise InputError(
+            f"{job.images_per_sample} images of {job.image_tokens} tokens are {shown} tokens, more "
+            f"than a sample of {sequence}",
+            hint=f"--seq-len {shown}, or fewer images",
+        )
 
 
 def _stacks_for(request: Request) -> str:

@@ -62,7 +62,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
     """The prediction of a priced layout."""
     step = priced.step
     step_s = step.total_ns / SECOND
-    tokens = request.global_batch * request.sequence * (1 - request.job.padding_share)
+    tokens = request.tokens_per_step
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
     low, high, source = band(step_s, run_class(request, priced.layout))

@@ -42,6 +42,11 @@ class Request:
         return self.job.global_batch
 
     @property
+    def tokens_per_step(self) -> float:
+        """Tokens that the model learns from in one step: positions less padding."""
+        return self.global_batch * self.sequence * (1 - self.job.padding_share)
+
+    @property
     def devices(self) -> int:
         """Devices of the cluster; a plan uses all of them."""
         return self.cluster.devices

@@ -205,7 +205,10 @@ class Search:
             if key in chosen or key == _mesh_key(winner.degrees):
                 continue
             self.incumbent.best, before = None, len(self.incumbent.kept)
-            self._open(priced, index, 0, Counter())
+            try:
+                self._open(priced, index, 0, Counter(), thorough=False)
+            except _DeadlineError:
+                break
             found = sorted(self.incumbent.kept[before:], key=Candidate.key)
             if self.incumbent.best is not None and found:
                 chosen[key] = found[0]
@@ -216,8 +219,9 @@ class Search:
         self.proved = min(self.proved, bound_ns)
 
     def _open(
-        self, layouts: PricedLayouts, index: int, bound_ns: int, removed: Counter[str]
-    ) -> None:
+        self, layouts: PricedLayouts, index: int, bound_ns: int, removed: Counter[str], *,
+        thorough: bool = True,
+    ) -> None:  # fmt: skip
         """Solve a leaf: raise its bound to the cutoff, or find out that nothing of it fits."""
         if bound_ns >= self.incumbent.cutoff:
             self.pruned += 1
@@ -229,7 +233,7 @@ class Search:
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf)
         options = recompute_options(self.request, len(leaf.sequence))
-        opening = Opening(leaf, degrees, self.incumbent, self._check_deadline)
+        opening = Opening(leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough)
         reached = opening.close(options, per_stage=self.request.stack.recompute_per_stage)
         if reached is None:
             removed[OUT_OF_MEMORY] += 1

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hardware_profiles.documents import DocumentError, decode, parse_document, validate
 from planner.errors import InputError, did_you_mean
 from planner.models import catalog
@@ -21,8 +19,6 @@ from planner.models.spec import ModelSpec
 
 MAX_BYTES = 1024 * 1024
 """Largest model document read; the largest published configs are some tens of kilobytes."""
-MAX_DEPTH = 64
-MAX_ALIASES = 16
 
 FORMATS = ("megatron_gpt", "model", "huggingface")
 
@@ -114,7 +110,6 @@ def _from_path(path: Path, *, name: str | None = None) -> ModelSpec:
 
 def _from_text(text: str, *, where: str, name: str) -> ModelSpec:
     _refuse_large(len(text), where)
-    _refuse_nesting(text, where)
     try:
         data = parse_document(text, where=where)
     except DocumentError as error:
@@ -128,28 +123,6 @@ def _refuse_large(size: int, where: str) -> None:
             f"{where}: larger than {MAX_BYTES // 1024**2} MiB",
             hint="a model's config is a few kilobytes: is this the right file?",
         )
-
-
-def _refuse_nesting(text: str, where: str) -> None:
-    """Refuse what would exhaust the C stack or memory of the parser, before it is parsed.
-
-    The event stream is made without recursion, so it is safe at any depth; JSON is YAML here.
-    """
-    depth = aliases = 0
-    try:
-        for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            elif isinstance(event, yaml.AliasEvent):
-                aliases += 1
-            if depth > MAX_DEPTH:
-                raise InputError(f"{where}: nested more than {MAX_DEPTH} deep")
-            if aliases > MAX_ALIASES:
-                raise InputError(f"{where}: more than {MAX_ALIASES} YAML aliases")
-    except (yaml.YAMLError, UnicodeError):
-        return  # The parser itself will say what is wrong, and where.
 
 
 def _own_schema(data: Mapping[str, Any], *, where: str, name: str, source: str) -> ModelSpec:

@@ -147,5 +147,5 @@ def test_the_first_three_of_several_problems_are_listed() -> None:
 
 @pytest.mark.parametrize("text", ["a: " + "[" * 500_000, "- " * 500_000 + "x"])
 def test_deep_nesting_is_refused_before_the_parser_sees_it(text: str) -> None:
-    with pytest.raises(DocumentError, match="nested more than 200 deep"):
+    with pytest.raises(DocumentError, match="nested more than 64 deep"):
         parse_document(text, where="x")
