@@ -158,9 +158,9 @@ def test_every_layer_takes_time_and_memory_that_tensor_parallelism_divides(
         one, two = (shard(4096, 1, tp) for tp in (1, 2))
         times = [price_layer(kind, each, machine).nanoseconds("forward")[0] for each in (one, two)]
         assert times[0] > 0
-        held = [activation_bytes(kind, each) for each in (one, two)]
-        assert 0 < held[1].none[0] < held[0].none[0]
-        assert held[0].working_none[0] > 0
+        (kept, working), (half, _) = (activation_bytes(kind, each, None) for each in (one, two))
+        assert 0 < half[0] < kept[0]
+        assert working[0] > 0
 
 
 def test_images_run_the_tower_on_the_first_stage() -> None:
@@ -188,7 +188,7 @@ def test_images_run_the_tower_on_the_first_stage() -> None:
     # 27 equal blocks, and patch embedding, mergers and the embedding beside them.
     assert seconds[1] > 27 * once * 0.99
     assert seconds[0] < once
-    kept = [int(activation_bytes(kind, at).none[0]) for kind in (text, shown)]
+    kept = [int(activation_bytes(kind, at, None)[0][0]) for kind in (text, shown)]
     # Of each of 4 x 1024 patches at least the two inputs of 27 blocks of width 1152.
     assert kept[1] - kept[0] > 27 * 4 * 1024 * 2 * 1152 * 2
 
