@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cost_models import expert_exchange, interconnect
 from cost_models.fabric import Fabric
 from cost_models.graph import Int64, Shard
-from cost_models.ops import Collective, CollectiveKind, Reals
+from cost_models.ops import Collective, CollectiveKind, Reals, Routing
 from hardware_profiles.schema import StackSpec
 
 Real: TypeAlias = NDArray[np.float64]
@@ -65,28 +65,24 @@ def visible(
     op: Collective, shard: Shard, fabric: Fabric, stack: StackSpec, device: str, windows: Windows
 ) -> Visible | None:
     """The visible time of ``op`` for every configuration; ``None`` where nobody takes part."""
-    size, stride = _group(op, shard)
+    size, stride = group_of(op, shard)
     active = np.asarray(op.active) & (size > 1)
     if not active.any():
         return None
     spans = interconnect.spans_nodes(fabric, size, stride)
-    sides: list[Real] = []
+    times: list[Real] = []
     wire: list[Real] = []
-    for back, kind, payload, hidden, product, count in (
-        (False, op.forward_kind, op.forward_bytes, op.forward_hidden, op.forward_product,
-         op.forward_count),
-        (True, op.backward_kind, op.backward_bytes, op.backward_hidden, op.backward_product,
-         op.backward_count),
-    ):  # fmt: skip
-        if kind is None:
-            sides.append(np.zeros(len(size)))
-            wire.append(sides[-1])
+    for back, side in zip((False, True), op.sides(), strict=True):
+        if side is None:
+            times.append(np.zeros(len(size)))
+            wire.append(times[-1])
             continue
         if op.routing is not None:
             time = _exchange(op, size, stride, fabric, stack, device, back=back)
         else:
-            time = _collective_time(kind, payload, size, stride, fabric) * count
+            time = _collective_time(side.kind, side.bytes, size, stride, fabric) * side.count
         wire.append(np.where(active, time, 0.0))
+        hidden, product = side.hidden, side.product
         contention = stack.overlap_contention.si
         hidden = hidden or (_shared_expert(op, back=back) if _hides_shared(op, stack) else None)
         if hidden is not None and hidden in windows.seconds:
@@ -94,9 +90,9 @@ def visible(
         elif product is not None and _pipelines(op, stack) and product in windows.in_parts:
             piped = _pipelined(time, product, size, windows, contention)
             time = np.where(spans, time, np.minimum(time, piped))
-        sides.append(np.where(active, time, 0.0))
+        times.append(np.where(active, time, 0.0))
     return Visible(
-        sides[0], sides[1], (wire[0], wire[1]), spans, np.broadcast_to(active, size.shape)
+        times[0], times[1], (wire[0], wire[1]), spans, np.broadcast_to(active, size.shape)
     )
 
 
@@ -122,7 +118,8 @@ def merge_passes(
     }
 
 
-def _group(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
+def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
+    """Ranks of a collective's group, and the stride between them."""
     one = np.ones_like(shard.tp)
     return {
         "tp": (shard.tp, one),
@@ -138,12 +135,17 @@ def _exchange(
 ) -> Real:  # fmt: skip
     """Dispatch or combine; the backward of one is the other, with gradients in 16 bits."""
     assert op.routing is not None
-    routing = op.routing
-    if not back and not op.back and stack.moe_dispatch_bytes < 2:
-        routing = replace(routing, row_bytes=routing.row_bytes * stack.moe_dispatch_bytes // 2)
+    routing = routed(op.routing, stack, gradients=back, outputs=op.back)
     return expert_exchange.exchange_time_s(
         fabric, stack.dispatcher(device), routing, size=size, stride=stride, back=op.back != back
     )
+
+
+def routed(routing: Routing, stack: StackSpec, *, gradients: bool, outputs: bool) -> Routing:
+    """``routing`` with the rows that travel: tokens to experts may go in 8 bits."""
+    if gradients or outputs or stack.moe_dispatch_bytes >= 2:
+        return routing
+    return replace(routing, row_bytes=routing.row_bytes * stack.moe_dispatch_bytes // 2)
 
 
 def _hides_shared(op: Collective, stack: StackSpec) -> bool:

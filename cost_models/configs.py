@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models import interconnect
-from cost_models.data_parallel import DataParallel, price_kind
+from cost_models.data_parallel import price_kind
+from cost_models.data_traffic import DataParallel
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
+from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
 from cost_models.step import Machine, price_layer, to_ns
@@ -231,14 +233,25 @@ def _tied_sync_ns(
     """All-reduce of a tied embedding's gradient between the first and the last stage."""
     if not workload.tied_embeddings:
         return np.zeros(len(configs), dtype=np.int64)
-    table = workload.embedding.weights[0]
-    payload = table.elements / shard.tp * machine.rules.gradient_bytes
+    payload = tied_gradient_bytes(workload, machine, shard)
     two = np.full_like(configs.pp, 2)
     span = stride * (configs.pp - 1)
     time = interconnect.collective_time_s(
         machine.fabric, "all_reduce", payload, size=two, stride=np.maximum(span, 1)
     )
     return to_ns(np.where(configs.pp > 1, time, 0.0))
+
+
+def tied_gradient_bytes(workload: WorkloadGraph, machine: Machine, shard: Shard) -> Real:
+    """Gradient of a tied embedding on one device, which two pipeline stages sum."""
+    table = workload.embedding.weights[0]
+    size: Real = table.elements / shard.tp * machine.rules.gradient_bytes
+    return size
+
+
+def data_parallel_of(configs: Configs) -> DataParallel:
+    """The data-parallel side of every configuration."""
+    return DataParallel(*configs.data_columns())
 
 
 def unique_rows(columns: list[Int64]) -> tuple[list[Int64], Int64]:

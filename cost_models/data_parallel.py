@@ -13,43 +13,24 @@ Overlap and exposure of data-parallel traffic are decided here only:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
-
 import numpy as np
-from numpy.typing import NDArray
 
 from cost_models import compute, interconnect, state
 from cost_models.communication import expose
+from cost_models.data_traffic import (
+    DataParallel,
+    Mesh,
+    calls,
+    gathered_pieces,
+    gathers_again,
+    meshes,
+)
 from cost_models.fabric import Fabric
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
 from cost_models.recompute import row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.step import Field, LayerTimes, Machine, to_ns
-
-Payload: TypeAlias = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class DataParallel:
-    """The data-parallel side of each configuration (arrays of one length)."""
-
-    replicate: Int64
-    shard: Int64
-    pp: Int64
-    zero_stage: Int64
-
-
-@dataclass(frozen=True)
-class _Mesh:
-    """Groups over which parameters are replicated, and their rank strides."""
-
-    ways: Int64
-    """Ranks that shard the state."""
-    stride: Int64
-    replicas: Int64
-    replica_stride: Int64
 
 
 def price_kind(
@@ -72,7 +53,7 @@ def price_kind(
     """
     local = state.local_parameters(kind, shard, vocab_divisor, drop_tied=drop_tied)
     dense = local.dense
-    attention_mesh, expert_mesh = _meshes(shard, data)
+    attention_mesh, expert_mesh = meshes(shard, data)
     gathering = attention_mesh.ways, attention_mesh.stride
     reducing = attention_mesh.ways * data.replicate, attention_mesh.stride
     forward = _window(times, "forward", machine.fabric, *gathering)
@@ -85,13 +66,11 @@ def price_kind(
         (dense, attention_mesh, False),
         (local.expert, expert_mesh, True),
     ):
-        pieces = _gathered_pieces(kind, experts=experts) if stack.gathers_each_tensor else 1
+        pieces = gathered_pieces(kind, stack.layers, experts=experts)
         reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces)
         reduce_s += reduced
         gather_s += gathered
-    # ZeRO 3 gathers and reduces with every microbatch; ZeRO 2 gathers once per forward, and with a
-    # pipeline keeps the weights for the whole step.
-    fsdp = (data.zero_stage >= 3) | ((data.zero_stage == 2) & (data.pp == 1))
+    fsdp = data.per_microbatch
     contention = stack.overlap_contention.si
     per_microbatch = {
         "forward": to_ns(np.where(fsdp, expose(gather_s, forward, contention), 0.0)),
@@ -99,7 +78,9 @@ def price_kind(
             np.where(
                 fsdp,
                 expose(
-                    reduce_s + np.where(data.zero_stage >= 3, gather_s, 0.0), backward, contention
+                    reduce_s + np.where(gathers_again(kind, data.zero_stage), gather_s, 0.0),
+                    backward,
+                    contention,
                 ),
                 0.0,
             )
@@ -132,16 +113,6 @@ def price_kind(
     return rows, per_microbatch
 
 
-def _meshes(shard: Shard, data: DataParallel) -> tuple[_Mesh, _Mesh]:
-    """The attention and the expert mesh of each configuration."""
-    span = shard.tp * shard.cp * data.shard
-    expert_ranks = np.maximum(span // (shard.ep * shard.etp), 1)
-    return (
-        _Mesh(data.shard * shard.cp, shard.tp, data.replicate, span),
-        _Mesh(expert_ranks, shard.ep * shard.etp, data.replicate, span),
-    )
-
-
 def layer_state(
     kind: LayerKind,
     shard: Shard,
@@ -153,7 +124,7 @@ def layer_state(
 ) -> state.StateBytes:
     """Persistent state of one layer on one device; experts are sharded over their own mesh."""
     parts = []
-    for mesh, expert in zip(_meshes(shard, data), (False, True), strict=True):
+    for mesh, expert in zip(meshes(shard, data), (False, True), strict=True):
         parts.append(
             state.state_bytes(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
@@ -179,41 +150,22 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
     return np.maximum(total - busy, 0.0)
 
 
-def _gathered_pieces(kind: LayerKind, *, experts: bool) -> int:
-    """Tensors of a layer, dense or of its experts, at least 1."""
-    names = ("expert_column", "expert_row")
-    return max(1, sum(w.count for w in kind.weights if (w.sharding in names) == experts))
-
-
 def _data_parallel_times(
-    elements: Int64, mesh: _Mesh, data: DataParallel, machine: Machine, pieces: int
+    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int
 ) -> tuple[Real, Real]:
     """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights, in
     so many collectives."""
-    rules, fabric = machine.rules, machine.fabric
-    gradient = elements * float(rules.gradient_bytes)
-    ranks = mesh.ways * mesh.replicas
-
-    def collective(
-        kind: interconnect.CollectiveKind, payload: Payload, size: Int64, stride: Int64
-    ) -> Real:
-        time = interconnect.collective_time_s(fabric, kind, payload, size=size, stride=stride)
-        return np.where((size > 1) & (elements > 0), time, 0.0)
-
-    sharded = collective("reduce_scatter", gradient, mesh.ways, mesh.stride) + collective(
-        "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride
-    )
-    plain = collective("all_reduce", gradient, ranks, mesh.stride)
-    weights = elements * float(rules.gather_bytes)
-    gather = pieces * collective("all_gather", weights / pieces, mesh.ways, mesh.stride)
-    return (
-        np.where(data.zero_stage == 0, plain, sharded),
-        np.where(data.zero_stage == 0, 0.0, gather),
-    )
+    total = {"gradient": np.zeros(len(elements)), "parameter": np.zeros(len(elements))}
+    for call in calls(elements, mesh, data.zero_stage, machine.rules, pieces):
+        time = interconnect.collective_time_s(
+            machine.fabric, call.kind, call.bytes, size=call.size, stride=call.stride
+        )
+        total[call.role] += np.where(call.active & (call.size > 1), call.count * time, 0.0)
+    return total["gradient"], total["parameter"]
 
 
 def _optimizer_seconds(
-    dense: Int64, expert: Int64, attention_mesh: _Mesh, expert_mesh: _Mesh, data: DataParallel,
+    dense: Int64, expert: Int64, attention_mesh: Mesh, expert_mesh: Mesh, data: DataParallel,
     machine: Machine,
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""

@@ -28,7 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.fabric import Fabric, Floats
-from cost_models.interconnect import collective_time_s, oversubscribed, place, port_slope
+from cost_models.interconnect import (
+    CollectiveKind,
+    collective_time_s,
+    oversubscribed,
+    place,
+    port_slope,
+)
 from cost_models.ops import Routing
 from hardware_profiles.schema import Dispatcher
 
@@ -53,14 +59,25 @@ def exchange_time_s(
     back: bool,
 ) -> Floats:
     """Seconds to dispatch the tokens of every rank of a group, or (``back``) to combine them."""
+    kind, payload = sent(dispatcher, routing, size, back=back)
+    if dispatcher == "alltoall" or dispatcher == "allgather":
+        return collective_time_s(fabric, kind, payload, size=size, stride=stride)
+    return _by_node(fabric, dispatcher, routing, payload, size, stride)
+
+
+def sent(
+    dispatcher: Dispatcher, routing: Routing, size: NDArray[np.int64], *, back: bool
+) -> tuple[CollectiveKind, Floats]:
+    """What a rank calls to dispatch or (``back``) combine, and the bytes of the whole buffer.
+
+    A library sends each token once per destination: its buffer is the tokens of the rank.
+    """
     rows = np.asarray(routing.tokens, np.float64) * routing.row_bytes
     if dispatcher == "alltoall":
-        copies = rows * routing.top_k
-        return collective_time_s(fabric, "all_to_all", copies, size=size, stride=stride)
+        return "all_to_all", rows * routing.top_k
     if dispatcher == "allgather":
-        kind: Literal["reduce_scatter", "all_gather"] = "reduce_scatter" if back else "all_gather"
-        return collective_time_s(fabric, kind, rows * size, size=size, stride=stride)
-    return _by_node(fabric, dispatcher, routing, rows, size, stride)
+        return "reduce_scatter" if back else "all_gather", rows * size
+    return "all_to_all", rows
 
 
 def _by_node(

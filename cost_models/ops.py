@@ -111,6 +111,17 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """One direction of a collective: what is called, and what it may run beside."""
+
+    kind: CollectiveKind
+    bytes: Reals
+    count: int
+    hidden: str | None
+    product: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """Communication inside a layer; bytes are the full (gathered or unreduced) buffer.
 
@@ -141,6 +152,18 @@ class Collective:
     back: bool = False
     """Whether the forward of a routed exchange brings outputs back (combine)."""
     modules: tuple[str, ...] = ()
+
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """Forward and backward; ``None`` where that direction communicates nothing."""
+        forward = self.forward_kind and Side(
+            self.forward_kind, self.forward_bytes, self.forward_count, self.forward_hidden,
+            self.forward_product,
+        )  # fmt: skip
+        backward = self.backward_kind and Side(
+            self.backward_kind, self.backward_bytes, self.backward_count, self.backward_hidden,
+            self.backward_product,
+        )  # fmt: skip
+        return forward or None, backward or None
 
 
 @dataclass(frozen=True, slots=True)

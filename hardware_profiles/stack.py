@@ -39,6 +39,24 @@ class SelectiveRecompute(Profile):
     second product of a layer, the first included."""
 
 
+class LayersSpec(Profile):
+    """Facts that decide the collectives of a layer."""
+
+    tensor_parallel: Literal["megatron", "dtensor"] = "megatron"
+    """Megatron's asynchronous layers gather their input again in the backward and hide reductions
+    behind products; DTensor's keep the gathered input and hide nothing."""
+    replicated_gradients: Literal["step", "backward"] = "step"
+    """When gradients of weights that tp replicates (norms under sequence parallelism, routers) are
+    summed over tp: all at once per step, which is not priced, or one by one in every backward, as
+    FSDP2 needs them."""
+    separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
+    """Projections of one input that are products of their own: without sequence parallelism each
+    has its own reduction of the input's gradient."""
+    gathers_each_tensor: bool = False
+    """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
+    pays the latency of a ring over all ranks."""
+
+
 class StackSpec(Profile):
     """The software that runs the plan: it bounds the space and shapes the price.
 
@@ -72,6 +90,8 @@ class StackSpec(Profile):
     cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
     sequence_parallel: Literal["optional", "always", "never"]
     expert_tensor_parallel: bool
+    layers: LayersSpec = LayersSpec()
+    """What decides the collectives of a layer."""
     kv_head_replication: bool = False
     """Whether tp may exceed the KV heads, each then held by several ranks."""
     uneven_stages: bool
@@ -100,9 +120,6 @@ class StackSpec(Profile):
     forward of such a layer."""
     overlap_dp_gradients: bool
     overlap_dp_parameters: bool
-    gathers_each_tensor: bool = False
-    """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
-    pays the latency of a ring over all ranks."""
     overlap_pipeline: bool
     """Whether stage transfers hide behind compute in the interleaved schedule."""
     tensor_parallel_overlap: Literal["none", "pipelined"] = "none"

@@ -39,7 +39,8 @@ def fabric(device: str, network: str, nodes: int) -> Fabric:
     """The measured system as the cost model sees it."""
     devices, ports = PORTS.get(network, (8, 1))
     up = "pcie4-x16" if device == "l40s" else UP[device]
-    out = {"ndr-sharp": "infiniband-ndr-sharp"}.get(network, network if nodes > 1 else "infiniband-ndr")
+    plain = network if nodes > 1 else "infiniband-ndr"
+    out = {"ndr-sharp": "infiniband-ndr-sharp"}.get(network, plain)
     return Fabric(
         nodes=nodes,
         devices_per_node=devices,

@@ -11,6 +11,7 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
+    replicated_gradients,
     residual_add,
 )
 from planner.blocks.tensors import linear, norm
@@ -88,13 +89,15 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     width = (2 if spec.output_gate else 1) * heads + (1 if spec.tied_kv else 2) * kv
     rotated = (heads + kv) * hd * x * e
-    result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard)]
-    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=(heads, kv, kv)))
+    parts = (heads, kv, kv) if "qkv" in ctx.separate else (1,)
+    result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard, products=len(parts))]
+    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=parts))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
+        result += replicated_gradients("qk_norm", hd, ctx, count=2)
     if ctx.rotary and spec.rotary:
         result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
@@ -162,7 +165,8 @@ def unfused_core(
 def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[Op]:
     """Communication of context parallelism around the attention core.
 
-    ``kv_bytes`` are K and V of this rank, ``qkvo_bytes`` Q, K, V and output together. ``p2p``
+    ``kv_bytes`` are K and V of this rank, ``qkvo_bytes`` Q, K, V and output together; gathered or
+    exchanged, each is a call of its own, and they are priced at their mean size. ``p2p``
     passes K and V around the ring behind the attention of each block, and their gradients back
     (Liu et al., arXiv 2310.01889); ``all_gather`` gathers K and V before the attention (Llama 3,
     arXiv 2407.21783, section 3.3.2); ``a2a`` exchanges heads for sequence (Ulysses, arXiv
@@ -180,12 +184,13 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
             active=kind("p2p", "a2a_p2p"), modules=CORE,
         ),
         Collective(
-            "cp_gather", "cp", "all_gather", kv_bytes * shard.cp, "reduce_scatter",
-            kv_bytes * shard.cp, active=kind("all_gather"), modules=CORE,
+            "cp_gather", "cp", "all_gather", kv_bytes * shard.cp // 2, "reduce_scatter",
+            kv_bytes * shard.cp // 2, forward_count=2, backward_count=2,
+            active=kind("all_gather"), modules=CORE,
         ),
         Collective(
-            "cp_exchange", "cp", "all_to_all", qkvo_bytes, "all_to_all", qkvo_bytes,
-            active=kind("a2a"), modules=CORE,
+            "cp_exchange", "cp", "all_to_all", qkvo_bytes // 4, "all_to_all", qkvo_bytes // 4,
+            forward_count=4, backward_count=4, active=kind("a2a"), modules=CORE,
         ),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cost_models.graph import Int64, Shard
+from cost_models.graph import Bools, Int64, Shard
 from cost_models.ops import Collective, Elementwise, Op, SavedTensor
 
 Item = TypeVar("Item", bound=Op | SavedTensor)
@@ -32,6 +32,14 @@ class BlockContext:
     rotary: bool = True
     """Whether queries and keys are rotated; not with a learned position table."""
     expert_imbalance: float = 0.0
+    dtensor: bool = False
+    """Whether tensor parallelism is DTensor's rather than Megatron's asynchronous layers."""
+    sums_replicated: bool = False
+    """Whether gradients of weights that tp replicates are summed in every backward."""
+    separate: frozenset[str] = frozenset()
+    """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
+    norm_tensors: int = 1
+    """Weights of a norm: scale, and bias where it has one."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
 
@@ -55,31 +63,34 @@ def within(module: str, items: Iterable[Item]) -> tuple[Item, ...]:
 
 
 def enter_tensor_parallel(
-    name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True
+    name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True, products: int = 1
 ) -> tuple[Collective, ...]:
-    """Collectives at the input of a column-parallel product.
+    """Collectives at the input of column-parallel ``products`` of one input.
 
-    With sequence parallelism: all-gather forward; backward all-gather again (for the weight
-    gradient, behind the data gradient) and reduce-scatter (behind the weight gradient). Without:
-    nothing forward, all-reduce of the data gradient behind the weight gradient. Korthikanti et
-    al., arXiv 2205.05198, section 4.2.2; the overlaps are Megatron's asynchronous linear layer.
-    ``pipelined``: whether a stack that pipelines does so with this product.
+    With sequence parallelism: all-gather forward, reduce-scatter of the input's gradient backward.
+    Without: nothing forward, all-reduce of the gradient backward, one for each product. Megatron's
+    asynchronous linear layer keeps the scattered input and gathers it again in the backward (for
+    the weight gradient, behind the data gradient), and reduces behind the weight gradient
+    (Korthikanti et al., arXiv 2205.05198, section 4.2.2). DTensor keeps the gathered input and
+    hides nothing. ``pipelined``: whether a stack that pipelines does so with this product.
     """
     size = ctx.gathered_bytes(shard)
     product = f"{name}:fprop" if pipelined else None
     sp = shard.sequence_parallel
+    behind = None if ctx.dtensor else f"{name}:wgrad"
     return (
         Collective(
-            f"{name}.gather", "tp", "all_gather", size, "all_gather", size,
+            f"{name}.gather", "tp", "all_gather", size,
+            None if ctx.dtensor else "all_gather", 0 if ctx.dtensor else size,
             backward_hidden=f"{name}:dgrad", active=sp, forward_product=product,
         ),
         Collective(
-            f"{name}.scatter", "tp", None, 0, "reduce_scatter", size,
-            backward_hidden=f"{name}:wgrad", active=sp,
+            f"{name}.scatter", "tp", None, 0, "reduce_scatter", size, backward_hidden=behind,
+            active=sp,
         ),
         Collective(
-            f"{name}.reduce", "tp", None, 0, "all_reduce", size,
-            backward_hidden=f"{name}:wgrad", active=~sp,
+            f"{name}.reduce", "tp", None, 0, "all_reduce", size, backward_hidden=behind,
+            backward_count=products, active=~sp,
         ),
     )  # fmt: skip
 
@@ -95,6 +106,35 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
         ),
         Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
     )  # fmt: skip
+
+
+def replicated_gradients(
+    name: str, elements: int, ctx: BlockContext, *, count: int = 1, active: Bools | bool = True
+) -> tuple[Collective, ...]:
+    """Sum over tp of the gradients of ``count`` weights that every tp rank holds whole.
+
+    FSDP2 needs it in every backward, one weight at a time, in the precision of the weights.
+    Megatron does it for all of them at once, once per step: about 1 MB, not counted.
+    """
+    if not ctx.sums_replicated:
+        return ()
+    return (
+        Collective(
+            f"{name}.gradient", "tp", None, 0, "all_reduce", elements * ctx.element_bytes,
+            backward_count=count, active=active,
+        ),
+    )  # fmt: skip
+
+
+def normed(
+    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()
+) -> tuple[Op, ...]:
+    """A norm over the residual stream, and the reduction of its weights' gradients."""
+    active = shard.sequence_parallel
+    return (
+        norm(name, ctx, shard, modules),
+        *replicated_gradients(name, ctx.hidden, ctx, count=ctx.norm_tensors, active=active),
+    )
 
 
 def norm(name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()) -> Elementwise:

@@ -14,6 +14,7 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
+    replicated_gradients,
     residual_add,
     within,
 )
@@ -67,21 +68,28 @@ def _qk_dim(spec: LatentAttentionSpec) -> int:
 
 def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
-    x, r, e = shard.tokens, shard.residual_tokens, ctx.element_bytes
+    x, e = shard.tokens, ctx.element_bytes
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
     latent = spec.kv_lora_rank + spec.qk_rope_head_dim
     up = spec.kv_lora_rank
-    result: list[Op] = []
+    # Megatron projects down its own part of the sequence and gathers the latents; DTensor gathers
+    # the hidden states, and every tp rank projects the whole sequence down.
+    r = x if ctx.dtensor else shard.residual_tokens
+    result: list[Op] = [*enter_tensor_parallel("kv_down", ctx, shard)] if ctx.dtensor else []
     if spec.q_lora_rank is not None:
         result.append(MatMul("q_down", r, spec.q_lora_rank, ctx.hidden))
+        result += replicated_gradients("q_down", spec.q_lora_rank * ctx.hidden, ctx)
+        result += replicated_gradients("q_norm", spec.q_lora_rank, ctx)
         latent_bytes = (spec.q_lora_rank + up) * r * e
     else:
         latent_bytes = up * r * e
     result.append(MatMul("kv_down", r, latent, ctx.hidden))
+    result += replicated_gradients("kv_down", latent * ctx.hidden, ctx)
+    result += replicated_gradients("kv_norm", up, ctx)
     result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
     rotated = 2.0 * heads * qk * x * e
     up_project: tuple[Op, ...] = (
-        *enter_tensor_parallel("q_up", latent_context(spec, ctx), shard),
+        *(() if ctx.dtensor else enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)),
         MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
         MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up),
         Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3),

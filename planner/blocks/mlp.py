@@ -67,11 +67,12 @@ def products(
 ) -> tuple[Op, ...]:
     """The two products with their collectives; also the shared experts of a mixture."""
     x, width = shard.tokens, intermediate // shard.tp
+    parts = (1, 1) if gated and "gate_up" in ctx.separate else (1,)
     return (
-        *enter_tensor_parallel(f"{prefix}fc1", ctx, shard),
+        *enter_tensor_parallel(f"{prefix}fc1", ctx, shard, products=len(parts)),
         MatMul(
             f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
-            parts=(1, 1) if gated else (1,),
+            parts=parts,
         ),
         activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),
         MatMul(f"{prefix}fc2", x, ctx.hidden, width),

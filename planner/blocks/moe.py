@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import mlp
-from planner.blocks.context import BlockContext, residual_add, within
+from planner.blocks.context import BlockContext, replicated_gradients, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
@@ -98,8 +98,10 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     )  # fmt: skip
     result: list[Op] = [
         MatMul("router", r, spec.experts, h, low_precision=False),
+        *replicated_gradients("router", spec.experts * h, ctx),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
+        *_count_exchange(spec, ctx),
         Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
         Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
@@ -117,6 +119,13 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
             "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated, bias=False
         ))  # fmt: skip
     return (*within("moe", result), residual_add("moe_residual", ctx, shard))
+
+
+def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
+    """torchtitan's dispatcher tells every rank how many rows each expert will get."""
+    if not ctx.dtensor:
+        return ()
+    return (Collective("row_counts", "ep", "all_to_all", 8 * spec.experts, None, 0),)
 
 
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:

@@ -14,7 +14,9 @@ from planner.errors import InputError, PlannerError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from planner.pipeline import EvaluatedLayout
     from planner.request import Request
+    from planner.studies.communication import Communication
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -65,6 +67,10 @@ def evaluate(
         str | None,
         typer.Option("--recompute", help="none, selective, full, or modules joined by +."),
     ] = None,
+    comm: Annotated[
+        bool,
+        typer.Option("--comm", help="Also the collectives: calls and bytes per layer and step."),
+    ] = False,
     format_: options.OutputFormat = None,
     *,
     flags: dict[str, Any],
@@ -98,29 +104,44 @@ def evaluate(
 
     request = pipeline.read_request(model, cluster, job, flags, stdin=read_stdin)
     if layouts is None:
-        _evaluate_one(request, layout, format_)
+        _evaluate_one(request, layout, format_, comm=comm)
     else:
-        _evaluate_stream(request, layouts)
+        _evaluate_stream(request, layouts, comm=comm)
 
 
-def _evaluate_one(request: Request, layout: dict[str, Any], wanted: output.Format | None) -> None:
+def _evaluate_one(
+    request: Request, layout: dict[str, Any], wanted: output.Format | None, *, comm: bool
+) -> None:
     from planner import pipeline
     from planner.plan import Document, round_floats
 
     result = pipeline.evaluate(request, layout)
     if output.chosen(wanted) is output.Format.JSON:
         documents: dict[str, Document] = {"layout": result.layout, "prediction": result.prediction}
-        body = {key: value.model_dump(mode="json") for key, value in documents.items()}
+        body: dict[str, Any] = {k: v.model_dump(mode="json") for k, v in documents.items()}
+        if comm:
+            body["communication"] = _communication(request, result).document()
         output.write(json.dumps(round_floats(body), indent=2) + "\n")
         return
     from planner.report.evaluation import evaluation_table
 
     output.render(lambda: evaluation_table(result.layout, result.prediction))
+    if comm:
+        from planner.report.communication import communication_tables
+
+        found = _communication(request, result)
+        output.render(lambda: communication_tables(found.layers, found.stages))
 
 
-def _evaluate_stream(request: Request, reference: str) -> None:
+def _communication(request: Request, result: EvaluatedLayout) -> Communication:
+    from planner.studies.communication import communication
+
+    return communication(request, result)
+
+
+def _evaluate_stream(request: Request, reference: str, *, comm: bool) -> None:
     bad = total = 0
-    for record, is_json in _records(request, reference):
+    for record, is_json in _records(request, reference, comm=comm):
         output.write(json.dumps(record, separators=(",", ":")) + "\n")
         total += 1
         bad += not is_json
@@ -134,17 +155,19 @@ def _evaluate_stream(request: Request, reference: str) -> None:
         )
 
 
-def _records(request: Request, reference: str) -> Iterator[tuple[dict[str, Any], bool]]:
+def _records(
+    request: Request, reference: str, *, comm: bool
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """One result per line that is not blank, and whether the line was a JSON object."""
     index = 0
     for line in lines_of(reference):
         if not line.strip():
             continue
-        yield _record(request, index, line)
+        yield _record(request, index, line, comm=comm)
         index += 1
 
 
-def _record(request: Request, index: int, line: str) -> tuple[dict[str, Any], bool]:
+def _record(request: Request, index: int, line: str, *, comm: bool) -> tuple[dict[str, Any], bool]:
     record: dict[str, Any] = {"index": index}
     try:
         layout = json.loads(line)
@@ -161,13 +184,15 @@ def _record(request: Request, index: int, line: str) -> tuple[dict[str, Any], bo
     from planner.plan import round_floats
 
     try:
-        prediction = pipeline.evaluate(request, layout).prediction
+        result = pipeline.evaluate(request, layout)
     except DocumentError as error:
         return _failed(record, "bad_input", error.message, error.hint), True
     except PlannerError as error:
         return _failed(record, error.code, error.message, error.hint), True
-    record["status"] = "ok" if prediction.fits else "infeasible"
-    record["prediction"] = round_floats(prediction.model_dump(mode="json"))
+    record["status"] = "ok" if result.prediction.fits else "infeasible"
+    record["prediction"] = round_floats(result.prediction.model_dump(mode="json"))
+    if comm:
+        record["communication"] = _communication(request, result).document()
     return record, True
 
 

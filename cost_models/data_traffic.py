@@ -1,0 +1,112 @@
+"""The data-parallel collectives of a layer: which, over which ranks, how many bytes.
+
+``cost_models.data_parallel`` prices them, ``cost_models.traffic`` counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.graph import Bools, Int64, LayerKind, Shard
+from cost_models.interconnect import CollectiveKind
+from cost_models.state import StateRules, is_expert
+from hardware_profiles.schema import LayersSpec
+
+Payload: TypeAlias = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The data-parallel side of each configuration (arrays of one length)."""
+
+    replicate: Int64
+    shard: Int64
+    pp: Int64
+    zero_stage: Int64
+
+    @property
+    def per_microbatch(self) -> Bools:
+        """Whether weights are gathered and gradients reduced with every microbatch: ZeRO 3, and
+        ZeRO 2 but under a pipeline, which keeps the weights for the whole step."""
+        every: Bools = (self.zero_stage >= 3) | ((self.zero_stage == 2) & (self.pp == 1))
+        return every
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups over which parameters are replicated, and their rank strides."""
+
+    ways: Int64
+    """Ranks that shard the state."""
+    stride: Int64
+    replicas: Int64
+    replica_stride: Int64
+
+
+@dataclass(frozen=True)
+class DataCall:
+    """Calls of a collective for the parameters of one layer; bytes of the whole buffer of one."""
+
+    role: Literal["gradient", "parameter"]
+    kind: CollectiveKind
+    bytes: Payload
+    size: Int64
+    stride: Int64
+    active: Bools
+    count: int = 1
+    """Equal calls."""
+
+
+def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> int:
+    """Collectives in which the weights of a layer, or of its experts, are gathered."""
+    if not layers.gathers_each_tensor:
+        return 1
+    return max(1, sum(w.count for w in kind.weights if is_expert(w) == experts))
+
+
+def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:
+    """Whether a layer's weights are gathered for its backward too: not the head's, which starts
+    where its forward ends (torchtitan 0.3.0 keeps them: ``apply_fsdp_to_decoder``)."""
+    return (zero_stage >= 3) & (kind.name != "head")
+
+
+def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:
+    """The attention mesh and the expert mesh of each configuration."""
+    span = shard.tp * shard.cp * data.shard
+    expert_ranks = np.maximum(span // (shard.ep * shard.etp), 1)
+    return (
+        Mesh(data.shard * shard.cp, shard.tp, data.replicate, span),
+        Mesh(expert_ranks, shard.ep * shard.etp, data.replicate, span),
+    )
+
+
+def calls(
+    elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int
+) -> tuple[DataCall, ...]:
+    """Reductions and gathers of ``elements`` parameters held on a device before sharding.
+
+    Unsharded: one all-reduce of gradients. Sharded: reduce-scatter of gradients in their dtype
+    over the shards, all-reduce of the shard over replicas, all-gather of weights in
+    so many ``pieces``.
+    """
+    gradient = elements * float(rules.gradient_bytes)
+    weights = elements * float(rules.gather_bytes)
+    sharded = zero_stage > 0
+    some = elements > 0
+    ranks = mesh.ways * mesh.replicas
+    return (
+        DataCall("gradient", "all_reduce", gradient, ranks, mesh.stride, ~sharded & some),
+        DataCall("gradient", "reduce_scatter", gradient, mesh.ways, mesh.stride, sharded & some),
+        DataCall(
+            "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
+            sharded & some,
+        ),
+        DataCall(
+            "parameter", "all_gather", weights / pieces, mesh.ways, mesh.stride, sharded & some,
+            pieces,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""What a layout communicates: calls and bytes by collective, group and pass.
+
+The calls are those of the ops and of the data-parallel side that are priced; nothing here is
+counted by a rule of its own. ``bytes`` are of the whole buffer (gathered or unreduced), summed over
+calls. Ring exchanges are ``size - 1`` sends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from cost_models import data_traffic, expert_exchange, state
+from cost_models.communication import group_of, routed
+from cost_models.data_traffic import DataParallel
+from cost_models.graph import Bools, LayerKind, Shard
+from cost_models.layout import RecomputePolicy
+from cost_models.ops import Collective, Reals
+from cost_models.step import Machine
+
+Pass = Literal["forward", "backward", "recompute", "step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Equal calls of one rank; in one pass of one microbatch, or (``step``) once per step."""
+
+    name: str
+    group: str
+    """Dimension of the mesh: tp, cp, ep, etp, dp_shard, dp_replicate, expert_dp, pp, world."""
+    ranks: int
+    phase: Pass
+    kind: str
+    count: int
+    bytes: int
+    """Of all ``count`` calls."""
+
+    def times(self, factor: int) -> Calls:
+        """The calls ``factor`` times over."""
+        return replace(self, count=self.count * factor, bytes=self.bytes * factor)
+
+
+def total(calls: Iterable[Calls]) -> tuple[Calls, ...]:
+    """Calls of the same kind over the same group in the same pass as one; names are dropped."""
+    counts: Counter[tuple[str, int, str, str]] = Counter()
+    sizes: Counter[tuple[str, int, str, str]] = Counter()
+    for call in calls:
+        key = (call.group, call.ranks, call.phase, call.kind)
+        counts[key] += call.count
+        sizes[key] += call.bytes
+    return tuple(
+        Calls("", group, ranks, phase, kind, counts[key], sizes[key])  # type: ignore[arg-type]
+        for key in counts
+        for group, ranks, phase, kind in [key]
+    )
+
+
+def layer_calls(kind: LayerKind, shard: Shard, machine: Machine) -> tuple[Calls, ...]:
+    """Collectives inside one layer, one microbatch; ``shard`` holds one configuration."""
+    return tuple(
+        call
+        for op in kind.ops(shard)
+        if isinstance(op, Collective)
+        for call in _op_calls(op, shard, machine)
+    )
+
+
+def recomputed_calls(
+    kind: LayerKind, shard: Shard, machine: Machine, policy: RecomputePolicy
+) -> tuple[Calls, ...]:
+    """Collectives that recomputation of one layer calls again in the backward."""
+    return tuple(
+        replace(call, phase="recompute")
+        for op in kind.ops(shard)
+        if isinstance(op, Collective) and _runs_again(op, policy)
+        for call in _op_calls(op, shard, machine)
+        if call.phase == "forward"
+    )
+
+
+def _runs_again(op: Collective, policy: RecomputePolicy) -> bool:
+    if policy.keeps is None:
+        return bool(policy.modules.intersection(op.modules))
+    return op.forward_kind not in policy.keeps
+
+
+def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]:
+    size, _ = group_of(op, shard)
+    ranks = int(size[0])
+    if ranks == 1 or not _first(op.active):
+        return
+    stack = machine.stack
+    for back, side in zip((False, True), op.sides(), strict=True):
+        if side is None:
+            continue
+        kind, payload = str(side.kind), side.bytes
+        if op.routing is not None:
+            dispatcher = stack.dispatcher(machine.device.name)
+            routing = routed(op.routing, stack, gradients=back, outputs=op.back)
+            kind, payload = expert_exchange.sent(dispatcher, routing, size, back=op.back != back)
+            if dispatcher not in ("alltoall", "allgather"):
+                kind = f"{dispatcher}_{'combine' if op.back != back else 'dispatch'}"
+        count = side.count
+        if kind == "ring":
+            kind, count = "send_recv", side.count * (ranks - 1)
+        each = round(_first(payload))
+        phase: Pass = "backward" if back else "forward"
+        yield Calls(op.name, op.group, ranks, phase, kind, count, count * each)
+
+
+def data_calls(
+    kind: LayerKind, shard: Shard, data: DataParallel, machine: Machine, *, vocab_divisor: int,
+    tied: bool = False,
+) -> tuple[Calls, ...]:  # fmt: skip
+    """Data-parallel collectives of one layer: per microbatch, or once per step (``step``).
+
+    ``tied``: whether a tied head holds no weight of its own here.
+    """
+    local = state.local_parameters(
+        kind, shard, vocab_divisor, drop_tied=np.array([tied]) if tied else None
+    )
+    every = bool(data.per_microbatch[0])
+    again = every and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
+    found: list[Calls] = []
+    attention, expert = data_traffic.meshes(shard, data)
+    for elements, mesh, group in (
+        (local.dense, attention, "dp_shard"), (local.expert, expert, "expert_dp"),
+    ):  # fmt: skip
+        pieces = data_traffic.gathered_pieces(
+            kind, machine.stack.layers, experts=group == "expert_dp"
+        )
+        for call in data_traffic.calls(elements, mesh, data.zero_stage, machine.rules, pieces):
+            if not call.active[0] or call.size[0] == 1:
+                continue
+            whole = int(data.zero_stage[0]) == 0
+            replicas = call.kind == "all_reduce" and not whole
+            name = f"{kind.name}.{call.role}"
+            first: Pass = "forward" if call.role == "parameter" else "backward"
+            base = Calls(
+                name, "dp_replicate" if replicas else "dp" if whole else group, int(call.size[0]),
+                first if every else "step", call.kind, call.count,
+                round(call.count * float(call.bytes[0])),
+            )  # fmt: skip
+            found.append(base)
+            if again and call.role == "parameter":
+                found.append(replace(base, phase="backward"))
+    return tuple(found)
+
+
+def _first(value: Reals | Bools | bool) -> float:
+    return float(np.ravel(np.asarray(value))[0])

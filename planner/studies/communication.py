@@ -1,0 +1,133 @@
+"""``evaluate --comm``: what a layout communicates, per layer and per step, by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from cost_models import traffic
+from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
+from cost_models.graph import LayerKind
+from cost_models.layout import RecomputeMode
+from cost_models.traffic import Calls, Pass
+from planner.pipeline import EvaluatedLayout, Request
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Calls of one device."""
+
+    layers: dict[str, tuple[Calls, ...]]
+    """One layer of each kind (``embedding`` and ``head`` too): forward and backward of one
+    microbatch without recomputation, and what is called once per step."""
+    stages: tuple[tuple[Calls, ...], ...]
+    """A whole step on one device of each pipeline rank, recomputation and pipeline included."""
+
+    def document(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "layers": {
+                name: [asdict(call) for call in calls] for name, calls in self.layers.items()
+            },
+            "stages": [
+                {
+                    "stage": stage,
+                    "calls": [
+                        {key: value for key, value in asdict(call).items() if key != "name"}
+                        for call in calls
+                    ],
+                }
+                for stage, calls in enumerate(self.stages)
+            ],
+        }
+
+
+def communication(request: Request, result: EvaluatedLayout) -> Communication:
+    """Everything that ``result``'s layout communicates, from the ops that are priced."""
+    counter = _Counter(request, result)
+    names = dict.fromkeys(request.workload.layers)
+    layers = {name: counter.layer(request.workload.kinds[name]) for name in names}
+    layers["embedding"] = counter.layer(request.workload.embedding)
+    layers["head"] = counter.layer(request.workload.head)
+    stages = tuple(traffic.total(counter.stage(rank)) for rank in range(result.layout.pp))
+    return Communication(layers, stages)
+
+
+class _Counter:
+    """Calls of one priced layout."""
+
+    def __init__(self, request: Request, result: EvaluatedLayout) -> None:
+        self.request, self.layout, self.priced = request, result.layout, result.priced
+        self.configs = result.priced.tables.configs
+        self.shard = shard_of(request.workload, self.configs)
+        self.data = data_parallel_of(self.configs)
+        self.machine = request.machine
+        self.policies = {policy.name: policy for policy in self.priced.tables.workload.policies}
+
+    def layer(self, kind: LayerKind) -> tuple[Calls, ...]:
+        """One layer, one microbatch."""
+        tied = kind.name == "head" and self.layout.pp == 1
+        return (
+            *traffic.layer_calls(kind, self.shard, self.machine),
+            *traffic.data_calls(
+                kind, self.shard, self.data, self.machine,
+                vocab_divisor=self.request.workload.vocab_divisor, tied=tied,
+            ),
+        )  # fmt: skip
+
+    def stage(self, rank: int) -> Iterator[Calls]:
+        """A step of one device of a pipeline rank."""
+        microbatches = self.layout.num_microbatches
+        for kind, mode in self._held(rank):
+            for call in self.layer(kind):
+                yield call if call.phase == "step" else call.times(microbatches)
+            if mode != "none":
+                policy = self.policies[mode]
+                for call in traffic.recomputed_calls(kind, self.shard, self.machine, policy):
+                    yield call.times(microbatches)
+        yield from self._pipeline(rank)
+        yield from self._step(rank)
+
+    def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode]]:
+        workload, completion = self.request.workload, self.priced.completion
+        stages = self.priced.leaf.stages
+        for j in range(rank, stages, self.layout.pp):
+            first, last = completion.bounds[j], completion.bounds[j + 1]
+            mode, limit = completion.recompute[j]
+            upto = min(last, first + limit) if mode == "full" else last
+            for index in range(first, last):
+                yield workload.kinds[workload.layers[index]], mode if index < upto else "none"
+            if j == 0:
+                yield workload.embedding, "none"
+            if j == stages - 1:
+                yield workload.head, "none"
+
+    def _pipeline(self, rank: int) -> Iterator[Calls]:
+        """Boundaries sent and received: activations forward, their gradients backward."""
+        pp, stages = self.layout.pp, self.priced.leaf.stages
+        for j in range(rank, stages, pp):
+            if j > 0:
+                yield from self._cut(j, ("recv", "send"))
+            if j < stages - 1:
+                yield from self._cut(j + 1, ("send", "recv"))
+
+    def _cut(self, stage: int, kinds: tuple[str, str]) -> Iterator[Calls]:
+        """Transfers at the cut before virtual stage ``stage``: forward, then backward."""
+        workload, passes = self.request.workload, ("forward", "backward")
+        sizes = (workload.boundary_bytes_per_token,) * 2
+        if workload.boundaries:
+            sizes = workload.boundaries[self.priced.completion.bounds[stage]]
+        pp, count = self.layout.pp, self.layout.num_microbatches
+        for phase, kind, size in zip(passes, kinds, sizes, strict=True):
+            if pp > 1:
+                each = int(self.shard.residual_tokens[0]) * size
+                yield Calls("boundary", "pp", pp, cast("Pass", phase), kind, count, count * each)
+
+    def _step(self, rank: int) -> Iterator[Calls]:
+        workload = self.request.workload
+        if self.request.devices > 1:
+            yield Calls("gradient_norm", "world", self.request.devices, "step", "all_reduce", 1, 4)
+        if workload.tied_embeddings and self.layout.pp > 1 and rank in (0, self.layout.pp - 1):
+            size = round(tied_gradient_bytes(workload, self.machine, self.shard).item())
+            yield Calls("tied_embedding", "pp", 2, "step", "all_reduce", 1, size)
