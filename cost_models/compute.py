@@ -194,6 +194,21 @@ def quantisation_time_s(
     return np.asarray(_array(tensors) * latency_s + streaming_s)
 
 
+def roofline_time_s(
+    device: DeviceSpec, dtype: str, flops: npt.ArrayLike, bytes_moved: npt.ArrayLike
+) -> FloatArray:
+    """Seconds of a computation known by its FLOPs and bytes alone, launches left out.
+
+    The roofline of large matrix products: no tile, no last wave and no short reduction is charged,
+    since nothing is known of its shape. Raises :class:`ValueError` as :func:`matmul_time_s`.
+    """
+    constants = matmul_constants(device, dtype)
+    rate = constants.e_compute * constants.sustained * device.peak_flops[dtype].si
+    compute_s = _array(flops) / rate
+    memory_s = _array(bytes_moved) / memory_bound_bandwidth_bytes_per_s(device)
+    return smooth_maximum(compute_s, memory_s, constants.p)
+
+
 def memory_bound_bandwidth_bytes_per_s(device: DeviceSpec) -> float:
     """Bytes/s that a large elementwise kernel reaches."""
     return device.memory_bandwidth.si * device.kernels.memory_bound_efficiency.si

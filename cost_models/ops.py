@@ -6,7 +6,7 @@ An op describes its forward; the backward that follows from it is part of its me
 * :class:`MatMul` with a weight has a data gradient and a weight gradient of the same FLOPs;
 * :class:`MatMul` of two activations has two products of the same FLOPs;
 * :class:`Attention` has the five products of a fused backward (2.5 x forward);
-* :class:`Elementwise` and :class:`Collective` state both directions.
+* :class:`Elementwise`, :class:`Roofline` and :class:`Collective` state both directions.
 
 ``modules`` are the parts of a layer that an op or a tensor belongs to, in the words of the stacks
 (``core_attn``, ``mlp``, ``moe_act``, ``layernorm`` ...): recomputing one of them runs the op again
@@ -122,6 +122,20 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class Roofline:
+    """Any other computation, by its FLOPs and its bytes read plus written."""
+
+    name: str
+    forward_flops: Reals
+    forward_bytes: Reals
+    backward_flops: Reals
+    backward_bytes: Reals
+    forward_launches: int = 1
+    backward_launches: int = 2
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """Communication inside a layer; bytes are the full (gathered or unreduced) buffer.
 
@@ -176,7 +190,7 @@ class Repeat:
     modules: tuple[str, ...] = ()
 
 
-Kernel: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise
+Kernel: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise | Roofline
 Op: TypeAlias = Kernel | Collective | Repeat
 
 

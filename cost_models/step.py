@@ -37,6 +37,7 @@ from cost_models.ops import (
     Op,
     Reals,
     Repeat,
+    Roofline,
 )
 from cost_models.repeat import ForwardLog, Real, Repeats, Work
 from hardware_profiles.holdings import Precision
@@ -317,6 +318,18 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 _elementwise(machine, op.forward_bytes, op.forward_launches, op.forward_flops),
                 _elementwise(machine, op.backward_bytes, op.backward_launches, op.backward_flops),
             )
+            _launch(acc, machine, op.forward_launches, op.backward_launches)
+        case Roofline():
+            dtype = machine.dtype(low_precision=False)
+            latency = device.kernels.memory_bound_latency.si
+            forward, backward = (
+                compute.roofline_time_s(device, dtype, flops, moved) + latency * launches
+                for flops, moved, launches in (
+                    (op.forward_flops, op.forward_bytes, op.forward_launches),
+                    (op.backward_flops, op.backward_bytes, op.backward_launches),
+                )
+            )
+            acc.add("matmul", forward, backward)
             _launch(acc, machine, op.forward_launches, op.backward_launches)
 
 

@@ -23,7 +23,7 @@ from hardware_profiles.schema import ClusterSpec
 from planner.accuracy import band, overlap
 from planner.errors import PlannerError
 from planner.layouts import completion_of
-from planner.models.spec import ModelSpec
+from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
 from planner.predict import predict, price, run_class
 from planner.recount import Mesh, impossible_layout, impossible_mesh, recompute_modes
@@ -64,7 +64,7 @@ def request_of(plan: Plan) -> Request:
 
     inputs = plan.inputs
     try:
-        model = validate(ModelSpec, inputs.model.document, where="inputs.model")
+        model = model_of(inputs.model.document, where="inputs.model")
         cluster = validate(ClusterSpec, inputs.cluster.document, where="inputs.cluster")
         job = validate(JobSpec, inputs.job.document, where="inputs.job")
         stack = load_stack(job.stack)

@@ -40,7 +40,10 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     base.setdefault("zero_stage", _default_zero(request, degree))
     base.setdefault("rank_order", request.stack.rank_order)
     base.setdefault(
-        "sequence_parallel", degree["tp"] > 1 and request.stack.sequence_parallel != "never"
+        "sequence_parallel",
+        degree["tp"] > 1
+        and request.stack.sequence_parallel != "never"
+        and request.model.splits_sequence,
     )
     base["reshard_after_forward"] = base.get("reshard_after_forward", base["zero_stage"] == 3)
     if request.stack.cp_kinds and "cp_kind" not in base:

@@ -213,6 +213,10 @@ def _optimistic(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
     if leaf.schedule == "1f1b":
         loops = (leaf.microbatches - 1) // leaf.pp
         bound = max(bound, (1 + loops) * (total + 2 * (leaf.pp - 1) * leaf.hop_ns) + label.tail)
+    elif leaf.schedule == "gpipe":
+        widest = max(label.widest, -(-work_left // rank) if rank else 0)
+        trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
+        bound = max(bound, trip + (leaf.microbatches - 1) * widest)
     return max(bound, label.ends) + label.update + leaf.sync_ns
 
 

@@ -113,6 +113,10 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
                 return "experts with tp need sequence parallelism"
             if "no_experts" in stack.rules:
                 return "the stack has no mixture of experts"
+    if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
+        return "the network does not split along a sequence"
+    if model.tensor_split is not None and model.tensor_split % mesh.tp:
+        return "the network does not split over tp"
     if (mesh.dp * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp x cp x tp"
     if mesh.cp > 1 and (sequence % (2 * mesh.cp) or not stack.cp_kinds):

@@ -205,4 +205,9 @@ def _least_total(leaf: Leaf, label: Label, rank: int, left: int) -> int:
     if leaf.schedule == "1f1b":
         trips = 1 + (leaf.microbatches - 1) // leaf.pp
         total = max(total, trips * (label.work + work) + label.tail)
+    elif leaf.schedule == "gpipe":
+        # One trip of all layers, and the widest rank, at least the average of those left, for
+        # every other microbatch.
+        widest = max(label.widest, -(-work // rank) if rank else 0)
+        total = max(total, label.work + work + (leaf.microbatches - 1) * widest)
     return total + label.update + leaf.sync_ns

@@ -12,7 +12,7 @@ from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES, model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
-from planner.models.spec import ModelSpec
+from planner.models.kinds import Model
 from planner.specs import JobSpec
 
 DEFAULT_BATCH_TOKENS = 4 * 1024 * 1024
@@ -22,7 +22,7 @@ DEFAULT_BATCH_TOKENS = 4 * 1024 * 1024
 class Request:
     """What to plan. ``job`` has ``sequence_length`` and ``global_batch`` set."""
 
-    model: ModelSpec
+    model: Model
     cluster: ClusterSpec
     job: JobSpec
     stack: StackSpec
@@ -59,9 +59,9 @@ class Request:
     @cached_property
     def workload(self) -> WorkloadGraph:
         """The model lowered under the job and the stack."""
-        from planner.workload import build_workload
+        from planner.lowering import lower
 
-        return build_workload(self.model, self.job, self.stack, self.machine.device)
+        return lower(self.model, self.job, self.stack, self.machine.device)
 
     @property
     def unsupported(self) -> str | None:
@@ -118,14 +118,25 @@ class Request:
         return self.job.memory_reserve_bytes or 0
 
 
-def fill_defaults(job: JobSpec, model: ModelSpec, devices: int) -> JobSpec:
+def _sequence(job: JobSpec, model: Model) -> int | None:
+    """Tokens per sample that the job asks for, or that the model fixes."""
+    fixed = model.fixed_sequence
+    if fixed is None or job.sequence_length in (None, fixed):
+        return fixed or job.sequence_length
+    raise InputError(
+        f"sequence length {job.sequence_length}: the samples of {model.name} are of one size",
+        hint="leave --seq-len out",
+    )
+
+
+def fill_defaults(job: JobSpec, model: Model, devices: int) -> JobSpec:
     """``job`` with sequence length and global batch in samples set.
 
     The sequence length defaults to the model's maximum, at most 4096 (8192 where the maximum
-    exceeds 8192). The batch defaults to about 4 Mi tokens, rounded to the multiple of the device
-    count (or, below that, the power of two) that is nearest.
+    exceeds 8192). The batch defaults to the model's own or to about 4 Mi tokens, rounded to the
+    multiple of the device count (or, below that, the power of two) that is nearest.
     """
-    sequence = job.sequence_length
+    sequence = _sequence(job, model)
     if sequence is None:
         longest = model.max_sequence or 4096
         sequence = 8192 if longest > 8192 else min(longest, 4096)
@@ -138,6 +149,8 @@ def fill_defaults(job: JobSpec, model: ModelSpec, devices: int) -> JobSpec:
                 hint=f"--global-batch-tokens {sequence}, or a shorter --seq-len",
             )
         batch = max(1, round(tokens / sequence))
+        if model.default_batch is not None and job.global_batch_tokens is None:
+            batch = model.default_batch
         if job.global_batch_tokens is None:
             unit = devices if batch >= devices else 1 << max(0, batch.bit_length() - 1)
             batch = max(1, round(batch / unit)) * unit

@@ -63,6 +63,13 @@ def _model_rules(request: Request) -> Iterator[Rule]:
     for split in splits:
         if split.rank >= LATE_SPLITS:
             yield split.reason, _broken(split, request)
+    if not model.splits_sequence:
+        yield (
+            f"{model.name} does not split along a sequence",
+            lambda m: (m.cp > 1) | (m.sp == 1),
+        )
+    if model.tensor_split is not None:
+        yield f"{model.name} does not split over tp", _splits(model.tensor_split, lambda m: m.tp)
 
 
 def _broken(split: Split, request: Request) -> Callable[[Meshes], Bools]:

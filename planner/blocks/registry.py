@@ -18,6 +18,8 @@ from planner.blocks import (
 )
 from planner.blocks.context import BlockContext
 from planner.blocks.splits import Split
+from planner.models.kinds import Model
+from planner.models.sequence import LayerSequenceSpec
 from planner.models.spec import (
     AttentionSpec,
     BlockSpec,
@@ -80,6 +82,7 @@ KIND_NAMES = {
     "mlp": "MLPs",
     "moe": "mixtures of experts",
     "vision": "vision towers",
+    "layers": "sequences of layers of its own",
 }
 """Kinds in words, by their tag."""
 
@@ -102,7 +105,7 @@ def model_parts(model: ModelSpec) -> list[Mixer | FeedForward]:
     return list(dict.fromkeys(part for block in blocks for part in parts(block)))
 
 
-def model_splits(model: ModelSpec) -> list[Split]:
+def model_splits(model: Model) -> list[Split]:
     """How the sub-blocks of a model may be split, each size once, in the order of counting.
 
     A vision tower is split over tp only: context parallelism leaves its images whole.
@@ -119,7 +122,10 @@ def model_splits(model: ModelSpec) -> list[Split]:
     return sorted(found)
 
 
-def model_kinds(model: ModelSpec) -> list[str]:
-    """Tags of the kinds that a model has, each once; ``vision`` for a tower."""
+def model_kinds(model: Model) -> list[str]:
+    """Tags of the kinds that a model has, each once; ``vision`` for a tower, ``layers`` for a
+    network that is a sequence of layers of its own."""
+    if isinstance(model, LayerSequenceSpec):
+        return [model.format]
     kinds = [part.kind for block in model.blocks.values() for part in parts(block)]
     return list(dict.fromkeys([*kinds, *(["vision"] if model.vision else [])]))

@@ -16,6 +16,8 @@ from cost_models.graph import Weight
 from planner.blocks import vision
 from planner.blocks.registry import kind_of, parts
 from planner.blocks.tensors import linear, norm
+from planner.models.kinds import Model
+from planner.models.sequence import LayerSequenceSpec
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec, VisionSpec
 
 
@@ -140,3 +142,11 @@ def parameter_counts(model: ModelSpec) -> ParameterCounts:
 def elements(weights: Iterable[Weight]) -> int:
     """Parameters in ``weights``, unsharded."""
     return sum(weight.elements for weight in weights)
+
+
+def parameters_of(model: Model) -> dict[str, int]:
+    """Parameters by part: total, embedding, active per token, multi-token prediction."""
+    if isinstance(model, LayerSequenceSpec):
+        return {"total": model.parameters, "embedding": 0, "active": model.parameters, "mtp": 0}
+    counts = parameter_counts(model)
+    return {name: int(getattr(counts, name)) for name in ("total", "embedding", "active", "mtp")}

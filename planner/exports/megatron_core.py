@@ -13,6 +13,7 @@ from planner.errors import InputError, UnsupportedError
 from planner.exports.launch import Launch
 from planner.exports.megatron_model import model_flags
 from planner.exports.megatron_stages import pipeline_flags, recompute_flags
+from planner.models.kinds import model_of
 from planner.models.spec import ModelSpec, MoeSpec
 from planner.specs import JobSpec
 
@@ -46,7 +47,9 @@ def export(plan: Plan) -> Launch:
         )
     from hardware_profiles.loader import load_stack
 
-    model = ModelSpec.model_validate(plan.inputs.model.document)
+    model = model_of(plan.inputs.model.document, where="inputs.model")
+    if not isinstance(model, ModelSpec):
+        raise UnsupportedError(f"{model.name} is not a decoder: {TARGET} has no model for it")
     job = JobSpec.model_validate(plan.inputs.job.document)
     layout, stack = plan.layout, load_stack(plan.target.stack)
     mtp_layers = sum(run.count for run in model.mtp) if job.mtp else 0

@@ -14,16 +14,18 @@ from typing import Any
 from hardware_profiles.documents import DocumentError, decode, parse_document, validate
 from planner.errors import InputError, did_you_mean
 from planner.models import catalog
+from planner.models.kinds import Model
 from planner.models.readers.config import MAX_LAYERS, MAX_SIZE
+from planner.models.sequence import LayerSequenceSpec
 from planner.models.spec import ModelSpec
 
 MAX_BYTES = 1024 * 1024
 """Largest model document read; the largest published configs are some tens of kilobytes."""
 
-FORMATS = ("megatron_gpt", "model", "huggingface")
+FORMATS = ("megatron_gpt", "model", "huggingface", "layers")
 
 
-def read_model(reference: str, *, stdin: Callable[[], str] | None = None) -> ModelSpec:
+def read_model(reference: str, *, stdin: Callable[[], str] | None = None) -> Model:
     """The model that ``reference`` names; ``stdin`` reads the text for ``-``.
 
     Raises :class:`InputError` for what cannot be found or read, and
@@ -47,7 +49,7 @@ def read_model(reference: str, *, stdin: Callable[[], str] | None = None) -> Mod
 
 def model_from_document(
     data: object, *, where: str, name: str = "model", source: str | None = None
-) -> ModelSpec:
+) -> Model:
     """A parsed document as a model: a Hugging Face config, ``megatron_gpt``, or our own schema."""
     if not isinstance(data, Mapping):
         shapes: dict[type, str] = {list: "a list", str: "text", int: "a number", float: "a number"}
@@ -66,6 +68,8 @@ def model_from_document(
         return read_megatron_gpt(data, where=where, name=name, source=source)
     if form == "model":
         return _own_schema(data, where=where, name=name, source=source)
+    if form == "layers":
+        return _layer_sequence(data, where=where, name=name, source=source)
     if form == "huggingface":
         from planner.models.readers.registry import read_config
 
@@ -86,7 +90,7 @@ def _existing(reference: str) -> Path | None:
         return None
 
 
-def _from_path(path: Path, *, name: str | None = None) -> ModelSpec:
+def _from_path(path: Path, *, name: str | None = None) -> Model:
     where = str(path) if name is None else name
     if path.is_dir():
         path = path / "config.json"
@@ -108,7 +112,7 @@ def _from_path(path: Path, *, name: str | None = None) -> ModelSpec:
     return _from_text(text, where=where, name=name or own_name or "model")
 
 
-def _from_text(text: str, *, where: str, name: str) -> ModelSpec:
+def _from_text(text: str, *, where: str, name: str) -> Model:
     _refuse_large(len(text), where)
     try:
         data = parse_document(text, where=where)
@@ -135,6 +139,18 @@ def _own_schema(data: Mapping[str, Any], *, where: str, name: str, source: str) 
     _refuse_oversize(model.model_dump(), where=where, path="")
     if model.layer_count > MAX_LAYERS:
         raise InputError(f"{where}: {model.layer_count:,} layers, and at most {MAX_LAYERS:,}")
+    return model
+
+
+def _layer_sequence(
+    data: Mapping[str, Any], *, where: str, name: str, source: str
+) -> LayerSequenceSpec:
+    document = {"name": name, "source": source, **data}
+    try:
+        model = validate(LayerSequenceSpec, document, where=where)
+    except DocumentError as error:
+        raise InputError(error.message, hint=error.hint) from None
+    _refuse_oversize(model.model_dump(), where=where, path="")
     return model
 
 

@@ -309,3 +309,23 @@ class ModelSpec(Spec):
     def layer_count(self) -> int:
         """Layers, without MTP modules."""
         return sum(run.count for run in self.layers)
+
+    @property
+    def fixed_sequence(self) -> int | None:
+        """Tokens per sample are the job's to say."""
+        return None
+
+    @property
+    def default_batch(self) -> int | None:
+        """Samples per step follow from a number of tokens."""
+        return None
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether context and sequence parallelism apply."""
+        return True
+
+    @property
+    def tensor_split(self) -> int | None:
+        """What tp must divide, beyond what the blocks say themselves."""
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.blocks.flops import model_flops_per_token
+from planner.lowering import lower
 from planner.request import Request
 from planner.studies.policy import convention, pattern, table
 from planner.studies.runs import METRICS, Run
@@ -72,7 +72,9 @@ def flops_per_token(request: Request, *, full_attention: bool) -> float:
     """Model FLOPs per token. Causal attention is linear in the sequence, so all pairs of a
     sequence are the causal pairs of one twice as long."""
     length = request.sequence * (2 if full_attention else 1)
-    return model_flops_per_token(request.model, length, mtp=request.job.mtp)
+    job = request.job.model_copy(update={"sequence_length": length})
+    graph = lower(request.model, job, request.stack, request.machine.device)
+    return graph.model_flops_per_token
 
 
 def _peak_gib(run: Run) -> float | None:

@@ -115,6 +115,11 @@ def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count
     experts = False
+    split = request.model.tensor_split
+    if split is not None and split % x.tp:
+        return False
+    if not request.model.splits_sequence and (x.cp > 1 or x.sp):
+        return False
     for block in request.model.blocks.values():
         mixer, feed = block.mixer, block.feed_forward
         if mixer is not None:

@@ -175,12 +175,9 @@ def _show(kind: Kind, reference: str, chosen: output.Format) -> None:
 
 
 def _model_document(reference: str) -> dict[str, Any]:
-    from planner.blocks.weights import parameter_counts
+    from planner.blocks.weights import parameters_of
     from planner.cli.documents import read_stdin
     from planner.models.reader import read_model
 
     model = read_model(reference, stdin=read_stdin)
-    counts = parameter_counts(model)
-    names = ("total", "embedding", "active", "mtp")
-    parameters = {name: int(getattr(counts, name)) for name in names}
-    return {**model.model_dump(mode="json"), "parameters": parameters}
+    return {**model.model_dump(mode="json"), "parameters": parameters_of(model)}

@@ -1,0 +1,20 @@
+"""From any kind of model to the graph that the cost models price: one lowering per kind."""
+
+from __future__ import annotations
+
+from cost_models.graph import WorkloadGraph
+from hardware_profiles.schema import DeviceSpec, StackSpec
+from planner.models.kinds import Model
+from planner.models.sequence import LayerSequenceSpec
+from planner.specs import JobSpec
+
+
+def lower(model: Model, job: JobSpec, stack: StackSpec, device: DeviceSpec) -> WorkloadGraph:
+    """The workload graph of ``model`` under ``job``, for ``stack`` on ``device``."""
+    if isinstance(model, LayerSequenceSpec):
+        from planner import sequence_workload
+
+        return sequence_workload.build_workload(model, job, stack, device)
+    from planner import workload
+
+    return workload.build_workload(model, job, stack, device)
