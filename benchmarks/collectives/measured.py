@@ -13,8 +13,13 @@ FITTED_ACROSS = (
     ("h100_sxm", "infiniband-ndr", 10),
     ("a100_sxm", "slingshot-11", 2),
     ("b200_sxm", "efa-v4", 4),
+    ("h100_sxm", "ndr-sharp", 8),
+    ("a100_sxm", "slingshot-11", 8),
+    ("a100_sxm", "slingshot-11", 256),
 )
 """Across nodes, every second size of these systems (device, network, nodes) is fitted."""
+FITTED_WHOLE = ("gb200", "nvl72", 1)
+"""System whose few rows all set constants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,8 @@ def load() -> list[Row]:
                 payload_bytes=size,
                 time_s=float(line["time_us"]) * 1e-6,
                 source=line["source"],
-                fitted=candidate and even and line["collective"] != "send_recv",
+                fitted=(candidate and even and line["collective"] != "send_recv")
+                or system == FITTED_WHOLE,
             )
         )
     return rows

@@ -1,6 +1,6 @@
 """Score ``cost_models.interconnect`` against published measurements.
 
-    python benchmarks/collectives/score.py [--by-system]
+    python benchmarks/collectives/score.py [--by-system] [--write]
 
 Errors are |predicted / measured - 1|. ``fitted`` rows set constants, ``held out`` rows did not:
 other sizes of the same tables, and every other source and system (shown again on their own).
@@ -12,44 +12,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from pathlib import Path
 
+import exchange
 import numpy as np
 from measured import Row, load
+from systems import fabric
 
-from cost_models.fabric import Fabric, link_numbers
 from cost_models.interconnect import collective_time_s, send_recv_time_s
-from hardware_profiles.loader import load_link
 
-PORTS = {
-    "infiniband-ndr": (8, 8),
-    "ndr-sharp": (8, 8),
-    "infiniband-hdr": (8, 8),
-    "efa-v3": (8, 16),
-    "efa-v4": (8, 8),
-    "slingshot-11": (4, 2),
-}
-"""Devices and ports per node of the systems measured across nodes."""
-UP = {"a100_sxm": "nvlink3", "h100_sxm": "nvlink4", "h200_sxm": "nvlink4", "b200_sxm": "nvlink5"}
+RESULTS = Path(__file__).parents[1] / "results" / "collectives.md"
+
 MIB = 2**20
-
-
-@lru_cache
-def fabric(device: str, network: str, nodes: int) -> Fabric:
-    """The measured system as the cost model sees it."""
-    devices, ports = PORTS.get(network, (8, 1))
-    up = "pcie4-x16" if device == "l40s" else UP[device]
-    plain = network if nodes > 1 else "infiniband-ndr"
-    out = {"ndr-sharp": "infiniband-ndr-sharp"}.get(network, plain)
-    return Fabric(
-        nodes=nodes,
-        devices_per_node=devices,
-        ports_per_node=ports,
-        nics=ports,
-        scale_up=link_numbers(load_link(up)),
-        scale_out=link_numbers(load_link(out)),
-        tiers=(),
-    )
 
 
 def predict(row: Row) -> float:
@@ -82,7 +56,7 @@ def excluded(row: Row) -> str | None:
 
 
 def _fabric_class(row: Row) -> bool:
-    return row.network == "slingshot-11" and row.nodes > 2
+    return (row.network == "slingshot-11" and row.nodes > 2) or row.network == "nvl72"
 
 
 GROUPS: dict[str, tuple[Callable[[Row], bool], float | None]] = {
@@ -136,9 +110,10 @@ GROUPS: dict[str, tuple[Callable[[Row], bool], float | None]] = {
     "send-recv, 2 nodes": (lambda r: r.nodes == 2 and r.collective == "send_recv", None),
     "send-recv, 10 nodes": (lambda r: r.nodes == 10 and r.collective == "send_recv", None),
     "Slingshot, 8 nodes and more, >= 64 MiB": (
-        lambda r: _fabric_class(r) and r.payload_bytes >= 64 * MIB,
+        lambda r: r.network == "slingshot-11" and _fabric_class(r) and r.payload_bytes >= 64 * MIB,
         None,
     ),
+    "racks of 72 GB200, >= 512 MiB": (lambda r: r.network == "nvl72", None),
 }
 
 
@@ -158,47 +133,65 @@ def _system(row: Row) -> tuple[str, str, int, str]:
 
 def _line(name: str, errors: np.ndarray, target: float | None) -> str:
     if errors.size == 0:
-        return f"{name:58s} {'-':>5}"
+        return f"{name:72s} {'-':>5}"
     median, p90 = np.median(np.abs(errors)), np.percentile(np.abs(errors), 90)
     goal = (
         "" if target is None else f"  target {target:.0%} {'met' if median <= target else 'MISSED'}"
     )
-    return f"{name:58s} {errors.size:5d} {median:7.1%} {p90:7.1%} {np.median(errors):+7.1%}{goal}"
+    return f"{name:72s} {errors.size:5d} {median:7.1%} {p90:7.1%} {np.median(errors):+7.1%}{goal}"
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--by-system", action="store_true", help="one line per system as well")
-    options = parser.parse_args()
+def table(*, by_system: bool) -> tuple[list[str], bool]:
+    """The lines of the table, and whether a target is missed."""
     rows = load()
     reasons = [reason for row in rows if (reason := excluded(row))]
-    for reason in sorted(set(reasons)):
-        sys.stdout.write(f"excluded: {reasons.count(reason)} rows: {reason}\n")
+    lines = [f"excluded: {reasons.count(r)} rows: {r}" for r in sorted(set(reasons))]
     scored = [row for row in rows if excluded(row) is None]
     errors = np.array([predict(row) / row.time_s - 1 for row in scored])
-    sys.stdout.write(f"{'group':58s} {'rows':>5} {'median':>7} {'p90':>7} {'bias':>7}\n")
+    fitted = np.array([row.fitted for row in scored])
     seen = {_system(row) for row in scored if row.fitted}
+    unseen = np.array([_system(row) not in seen for row in scored])
+    lines.append(f"{'group':72s} {'rows':>5} {'median':>7} {'p90':>7} {'bias':>7}")
     missed = False
     for name, (belongs, target) in GROUPS.items():
         inside = np.array([belongs(row) for row in scored])
-        held_out = inside & np.array([not row.fitted for row in scored])
-        sys.stdout.write(_line(f"{name} | fitted", errors[inside & ~held_out], None) + "\n")
-        sys.stdout.write(_line(f"{name} | held out", errors[held_out], target) + "\n")
-        unseen = held_out & np.array([_system(row) not in seen for row in scored])
-        sys.stdout.write(
-            _line("    of these, systems and sources never fitted", errors[unseen], None)
-        )
-        sys.stdout.write("\n")
+        held_out = inside & ~fitted
+        lines.append(_line(f"{name} | fitted", errors[inside & fitted], None))
+        lines.append(_line(f"{name} | held out", errors[held_out], target))
+        lines.append(_line("    of these, systems never fitted", errors[held_out & unseen], None))
         if target is not None and held_out.any():
             missed |= bool(np.median(np.abs(errors[held_out])) > target)
-        if options.by_system:
-            keys = [
-                (r.device, r.network, r.nodes, r.devices, r.collective, r.source) for r in scored
-            ]
-            for key in sorted({k for k, ok in zip(keys, held_out, strict=True) if ok}):
-                mine = held_out & np.array([k == key for k in keys])
-                sys.stdout.write(_line("    " + " ".join(map(str, key)), errors[mine], None) + "\n")
+        if by_system:
+            lines += _by_system(scored, errors, held_out)
+    lines.append("DeepEP kernels")
+    lines += [_line(name, found, None) for name, found in exchange.table()]
+    return lines, missed
+
+
+def _by_system(scored: list[Row], errors: np.ndarray, held_out: np.ndarray) -> list[str]:
+    keys = [(r.device, r.network, r.nodes, r.devices, r.collective, r.source) for r in scored]
+    lines = []
+    for key in sorted({k for k, ok in zip(keys, held_out, strict=True) if ok}):
+        mine = held_out & np.array([k == key for k in keys])
+        lines.append(_line("    " + " ".join(map(str, key)), errors[mine], None))
+    return lines
+
+
+def main() -> None:
+    """Print the table; ``--write`` also rewrites ``benchmarks/results/collectives.md``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--by-system", action="store_true", help="one line per system as well")
+    parser.add_argument("--write", action="store_true", help="rewrite the results page")
+    options = parser.parse_args()
+    lines, missed = table(by_system=options.by_system)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if options.write:
+        RESULTS.write_text(
+            "# Collectives: model against measurement\n\n"
+            "Made by `python benchmarks/collectives/score.py --write`; what is fitted and what is\n"
+            "held out is in `benchmarks/collectives/README.md`. Errors are |predicted / measured\n"
+            "- 1|; the bias is signed.\n\n```\n" + "\n".join(lines) + "\n```\n"
+        )
     sys.exit(5 if missed else 0)
 
 
