@@ -215,6 +215,12 @@ def _in_node(fabric: Fabric, collective: str, size: Floats, stride: Floats) -> L
         return _in_torus(fabric.torus, collective, size, stride)
     link, bus = fabric.scale_up, _bus_factor(collective, size)
     table = link.tables.get(collective)
+    if table is not None and collective == "all_to_all":
+        # Messages to several peers are in flight together, where a ring's steps follow each other.
+        latency, ll_slope, simple_latency, slope = table.at(np.minimum(size, table.devices[-1]))
+        peers = PEER_SHARE * np.maximum(size - table.devices[-1], 0) * link.latency_s
+        latencies = np.stack([latency + peers, simple_latency + peers])
+        return Law(latencies, bus * np.stack([ll_slope, slope]))
     if table is not None:
         latency, ll_slope, simple_latency, slope = table.at(size)
         return Law(np.stack([latency, simple_latency]), bus * np.stack([ll_slope, slope]))

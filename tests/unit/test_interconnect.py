@@ -17,6 +17,7 @@ from cost_models.interconnect import (
     place,
     send_recv_time_s,
 )
+from hardware_profiles.loader import load_cluster
 from hardware_profiles.schema import (
     ClusterSpec,
     CollectiveConstants,
@@ -383,3 +384,10 @@ def test_arguments_broadcast_and_a_million_take_under_a_second() -> None:
         fabric, "all_reduce", payload[7], size=int(size[7]), stride=int(stride[7])
     )
     assert each == times[7]
+
+
+def test_all_to_all_beyond_its_table_adds_peers_not_ring_steps() -> None:
+    fabric = fabric_of(load_cluster("gb200-nvl72:1"))
+    measured = float(collective_time_s(fabric, "all_to_all", 0.0, size=8, stride=1))
+    wide = float(collective_time_s(fabric, "all_to_all", 0.0, size=64, stride=1))
+    assert wide == pytest.approx(measured + PEER_SHARE * 56 * 1.34e-6)
