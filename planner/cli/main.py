@@ -28,6 +28,7 @@ COMMANDS = {
     "calibrate": "Fit a device, stack or link to measured runs, products or collectives.",
     "export": "Turn a plan into the flags of its target.",
     "catalog": "Show models, clusters, nodes, devices, links and stacks that ship.",
+    "discover": "Write a cluster file from saved outputs of nvidia-smi, ibstat, SLURM.",
     "schema": "Print the JSON Schema of a document.",
 }
 """Command and its line in ``planner --help``."""

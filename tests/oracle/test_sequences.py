@@ -68,7 +68,7 @@ def draw(seed: int) -> Request:
             tolerance=0.0,
             memory_margin=0.0,
             optimizer=rng.choice(("adamw", "sgd")),
-        ),  # fmt: skip
+        ),
         model,
         cluster.devices,
     )

@@ -1,0 +1,1 @@
+"""From what a machine's own tools print to a cluster file."""
