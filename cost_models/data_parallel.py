@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models import compute, interconnect, state
+from cost_models import compute, interconnect, offload, state
 from cost_models.communication import expose
 from cost_models.data_traffic import (
     DataParallel,
@@ -161,6 +161,9 @@ def _data_parallel_times(
             machine.fabric, call.kind, call.bytes, size=call.size, stride=call.stride
         )
         total[call.role] += np.where(call.active & (call.size > 1), call.count * time, 0.0)
+    if machine.offload.parameters:
+        shard = elements * float(machine.rules.gather_bytes) / mesh.ways
+        total["parameter"] += offload.fetch_seconds(shard, machine.cluster.groups[0].node)
     return total["gradient"], total["parameter"]
 
 
@@ -174,6 +177,9 @@ def _optimizer_seconds(
     sharded = data.zero_stage >= 1
     elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)
+    host, node = machine.stack.offload, machine.cluster.groups[0].node
+    if machine.offload.optimizer and host is not None:
+        return offload.update_seconds(elements.astype(np.float64), moments, node, host)
     time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
     result: Real = np.where(elements > 0, time, 0.0)
     return result

@@ -18,7 +18,7 @@ from cost_models import state
 from cost_models.graph import Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
-INSIDE = ("workspace", "dummy_gradients")
+INSIDE = ("workspace", "dummy_gradients", "live_parameters")
 """Terms that the caching allocator counts as allocated."""
 CACHED = ("fragmentation", "graph_pool", "reduction_buffers")
 """Terms that it holds beyond that."""
@@ -35,6 +35,8 @@ class Degrees(Protocol):
     def dp_shard(self) -> Int64: ...
     @property
     def pp(self) -> Int64: ...
+    @property
+    def zero_stage(self) -> Int64: ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def reserve_bytes(
     gathered = shard.tokens * workload.boundary_bytes_per_token
     overlapped = np.where(shard.tp > 1, spec.overlap_buffers * gathered, 0)
     graphs = spec.graph_pool
+    live = machine.stack.state.live_elements * machine.rules.gather_bytes
     return Reserve(
         terms={
             "workspace": int(spec.workspace.si) * ones,
             "dummy_gradients": dummies,
+            "live_parameters": np.where(degrees.zero_stage >= 3, live, 0),
             "fragmentation": int(spec.fragmentation.si) * ones,
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
             "reduction_buffers": _reduction_bytes(machine, degrees) * ones,
@@ -81,6 +85,7 @@ def reserve_bytes(
         details={
             "workspace": spec.workspace.source,
             "dummy_gradients": "placeholders of fused weight gradients, one for each shape",
+            "live_parameters": "gathered parameters not yet released",
             "fragmentation": spec.fragmentation.source,
             "graph_pool": graphs.source if graphs else "",
             "reduction_buffers": "flat copies in which gradients are reduced",
@@ -93,7 +98,9 @@ def reserve_bytes(
 
 def _reduction_bytes(machine: Machine, degrees: Degrees) -> Int64:
     """Flat copies of gradients, where there is anybody to reduce them with."""
-    size = machine.stack.state.reduction_elements * machine.rules.held_gradient_bytes
+    rules = machine.rules
+    each = max(rules.held_gradient_bytes, rules.gradient_bytes)
+    size = machine.stack.state.reduction_elements * each
     return np.where(degrees.dp_replicate * degrees.dp_shard > 1, size, 0)
 
 

@@ -29,9 +29,12 @@ from typing import Literal
 import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
-from hardware_profiles.holdings import Precision, StateSpec
+from cost_models.offload import Offload
+from hardware_profiles.holdings import OffloadSpec, Precision, StateSpec
 
 StateLayout = Literal["contiguous", "flat", "per_parameter", "dim0"]
+
+ON_DEVICE = Offload()
 
 OPTIMIZER_MOMENTS = {"adamw": 2, "sgd": 1}
 """fp32 moments per parameter (SGD with momentum)."""
@@ -320,7 +323,7 @@ def contiguous_elements(sizes: Iterable[int], ways: int, least_bucket: int | Non
 
 def state_rules(
     *, spec: StateSpec, precision: Precision, optimizer: str, master_weights: bool,
-    gradient_dtype: str,
+    gradient_dtype: str, offload: Offload = ON_DEVICE, host: OffloadSpec | None = None,
 ) -> StateRules:  # fmt: skip
     """The rules for one stack and job; see the module docstring."""
     moments = 4 * OPTIMIZER_MOMENTS[optimizer]
@@ -331,15 +334,19 @@ def state_rules(
     else:
         # A stack that keeps fp32 weights accumulates their gradients in fp32 whatever it reduces.
         weight, reduced, state, gathered = 4, 4, moments, 2
+    held, step = spec.held_gradient_bytes.get(precision, reduced), spec.step_bytes.get(precision, 0)
+    if offload.optimizer and host is not None:
+        state = step = 0
+        held = 0 if host.gradients else held
     return StateRules(
-        weight_bytes=weight,
+        weight_bytes=0 if offload.parameters else weight,
         gradient_bytes=reduced,
         optimizer_bytes=state,
         gather_bytes=gathered,
         layout=spec.layout,
-        held_gradient_bytes=spec.held_gradient_bytes.get(precision, reduced),
+        held_gradient_bytes=held,
         backward_gradient_bytes=spec.backward_gradient_bytes.get(precision, 0),
-        step_bytes=spec.step_bytes.get(precision, 0),
+        step_bytes=step,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
         bucket_elements=spec.bucket_elements,

@@ -26,6 +26,7 @@ from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
+from cost_models.offload import Offload
 from cost_models.ops import (
     Attention,
     Collective,
@@ -92,6 +93,7 @@ class Machine:
     stack: StackSpec
     precision: Precision
     optimizer: str
+    offload: Offload = state.ON_DEVICE
     device: DeviceSpec = field(init=False)
     fabric: Fabric = field(init=False, repr=False, compare=False)
 
@@ -108,6 +110,8 @@ class Machine:
             optimizer=self.optimizer,
             master_weights=self.stack.master_weights,
             gradient_dtype=self.stack.gradient_dtype,
+            offload=self.offload,
+            host=self.stack.offload,
         )
 
     def dtype(self, *, low_precision: bool) -> str:

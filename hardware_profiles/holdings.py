@@ -37,6 +37,8 @@ class StateSpec(Profile):
     between microbatches."""
     reduction_elements: Annotated[int, Field(ge=0)] = 0
     """Elements of the flat copy in which held gradients are reduced."""
+    live_elements: Annotated[int, Field(ge=0)] = 0
+    """Gathered parameters that ZeRO stage 3 keeps before it releases the first."""
     dummy_wgrad: bool = False
     """Whether one 16-bit placeholder per shape of weight stands in for the gradient that went into
     the main gradient."""
@@ -44,6 +46,22 @@ class StateSpec(Profile):
     """Least elements of a bucket of the contiguous buffer on the first stage; None: one bucket."""
     bucket_elements_per_rank: Annotated[int, Field(ge=0)] = 0
     """The least bucket also holds this many elements for each data-parallel rank."""
+
+
+class OffloadSpec(Profile):
+    """What a stack can keep on the host, and how fast it works there."""
+
+    optimizer_bytes: Annotated[int, Field(ge=1)]
+    """Host bytes per parameter of a shard: fp32 master weight, moments, gradient."""
+    gradients: bool
+    """Whether reduced gradients go to the host during the backward and leave the device."""
+    parameter_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Host bytes per parameter of a shard of the weights; None: they stay on the device."""
+    link_bytes: Annotated[int, Field(ge=1)] = 4
+    """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
+    adam_efficiency: Sourced
+    """Share of the host memory's bandwidth that the optimizer reaches."""
+    source: str
 
 
 class ReserveSpec(Profile):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
-from hardware_profiles.holdings import ReserveSpec, StateSpec
+from hardware_profiles.holdings import OffloadSpec, ReserveSpec, StateSpec
 from hardware_profiles.sourced import Profile, Sourced
 
 Value = TypeVar("Value")
@@ -152,6 +152,8 @@ class StackSpec(Profile):
     """How weights, gradients and optimizer state are laid out."""
     reserve: ReserveSpec
     """What context, communicators, workspaces and the allocator add."""
+    offload: OffloadSpec | None = None
+    """What the host can hold; None: nothing."""
     notes: tuple[str, ...] = ()
 
     def attention_kernel(self, device: str) -> str:

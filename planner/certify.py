@@ -105,8 +105,10 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield "rank_order is not the stack's"
     if layout.reshard_after_forward != (layout.zero_stage == 3):
         yield "reshard_after_forward does not follow from the ZeRO stage"
-    if layout.optimizer_offload:
-        yield "optimizer_offload is not in the space"
+    if layout.optimizer_offload != request.job.optimizer_offload:
+        yield "optimizer_offload is not the job's"
+    if layout.parameter_offload != request.job.parameter_offload:
+        yield "parameter_offload is not the job's"
     yield from _check_stages(layout, request)
     reason = impossible_mesh(Mesh.of(layout), request) or impossible_layout(
         layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, Mesh.of(layout), request

@@ -46,7 +46,7 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
         return Infeasibility(
             message=text, binding=text, ways_out=tuple(_ways_out(request)), **common
         )
-    base = {**closest.degrees, "rank_order": request.stack.rank_order}
+    base = {**closest.degrees, **request.layout_constants}
     layout = layout_of(base, closest.completion, request)
     prediction = predict(price(layout, request), request)
     fullest = max(prediction.stages, key=lambda stage: stage.peak_bytes)

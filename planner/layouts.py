@@ -38,7 +38,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
             f"schedule {schedule} with vpp = {vpp}: interleaving is what vpp > 1 means"
         )
     base.setdefault("zero_stage", _default_zero(request, degree))
-    base.setdefault("rank_order", request.stack.rank_order)
+    for key, constant in request.layout_constants.items():
+        base.setdefault(key, constant)
     base.setdefault(
         "sequence_parallel",
         degree["tp"] > 1

@@ -183,7 +183,7 @@ def plan(
 
 def price_candidate(candidate: Candidate, request: Request) -> Priced:
     """A search result as a priced layout, through the single-layout path."""
-    base = {**candidate.degrees, "rank_order": request.stack.rank_order}
+    base = {**candidate.degrees, **request.layout_constants}
     return price(layout_of(base, candidate.completion, request), request)
 
 

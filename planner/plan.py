@@ -75,6 +75,7 @@ class Layout(Document):
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     rank_order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     optimizer_offload: bool = False
+    parameter_offload: bool = False
     stages: tuple[Stage, ...] = ()
 
 
@@ -108,6 +109,16 @@ class StagePrediction(Document):
     """Parameters held by one device of the stage."""
 
 
+class HostPrediction(Document):
+    """What a layout keeps in host memory."""
+
+    bytes_per_node: int
+    """Were the hosts filled evenly."""
+    capacity_bytes_per_node: int | None
+    link_bytes_per_step: int
+    """Across each device's link to the host, both directions."""
+
+
 class Prediction(Document):
     """What the cost model says of a layout."""
 
@@ -136,6 +147,8 @@ class Prediction(Document):
     stages: tuple[StagePrediction, ...]
     assumptions: tuple[str, ...] = ()
     price_usd_per_step: float | None = None
+    host: HostPrediction | None = None
+    """Present where something is offloaded."""
 
     @property
     def peak_bytes(self) -> tuple[int, ...]:

@@ -17,12 +17,14 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
+from cost_models.offload import host_bytes_per_parameter
 from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
+from planner.hosting import host_bytes_per_node, host_capacity
 from planner.layouts import completion_of, configs_of
 from planner.models.spec import MoeSpec
-from planner.plan import Layout, Prediction, Term
+from planner.plan import HostPrediction, Layout, Prediction, Term
 from planner.priced import Priced
 from planner.recompute import named_policy
 from planner.request import Request
@@ -33,6 +35,7 @@ SECOND = 1e9
 
 def price(layout: Layout, request: Request) -> Priced:
     """Price a complete layout by exact simulation."""
+    request = request.offloading(layout)
     completion = completion_of(layout, request)
     tables = price_configs(
         with_policies(request, completion), request.machine, configs_of(layout),
@@ -92,6 +95,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
         time=_time_terms(priced, request),
         stages=stages,
         assumptions=_assumptions(request),
+        host=_host(priced, request),
         price_usd_per_step=_price(request, step_s),
     )
 
@@ -105,6 +109,26 @@ def run_class(request: Request, layout: Layout) -> RunClass:
         moe=any(isinstance(b.feed_forward, MoeSpec) for b in request.model.blocks.values()),
         context_parallel=layout.cp > 1,
         devices=request.devices,
+    )
+
+
+def _host(priced: Priced, request: Request) -> HostPrediction | None:
+    """What is kept on the hosts, or None."""
+    layout, request = priced.layout, request.offloading(priced.layout)
+    spec = request.stack.offload
+    if spec is None or not request.machine.offload.anything:
+        return None
+    replicas = layout.dp_replicate * (1 if layout.zero_stage else layout.dp_shard * layout.cp)
+    held = host_bytes_per_node(request, replicas)
+    each = host_bytes_per_parameter(request.machine.offload, spec)
+    elements = held * request.cluster.nodes // each // request.devices
+    crossing = elements * spec.link_bytes
+    if layout.parameter_offload:
+        crossing += 2 * elements * request.machine.rules.gather_bytes * layout.num_microbatches
+    return HostPrediction(
+        bytes_per_node=held,
+        capacity_bytes_per_node=host_capacity(request),
+        link_bytes_per_step=crossing,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cost_models.layout import RecomputeMode
 from hardware_profiles.schema import StackSpec
+from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity
 from planner.models.spec import (
     AttentionSpec,
     GatedDeltaNetSpec,
@@ -181,6 +182,15 @@ def impossible_layout(
         return "interleaving is what vpp > 1 means"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
+    if request.job.optimizer_offload or request.job.parameter_offload:
+        reason = cannot_offload(request)
+        if reason:
+            return reason
+        if request.job.parameter_offload and zero < 3:
+            return "weights are offloaded in ZeRO stage 3 only"
+        copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
+        if host_bytes_per_node(request, 1) * float(copies) > (host_capacity(request) or 0):
+            return "the hosts do not hold what is offloaded"
     if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:
         return "sharding over one rank is ZeRO stage 0"
     if schedule == "interleaved":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from cost_models.graph import WorkloadGraph
+from cost_models.offload import Offload
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
@@ -13,6 +15,7 @@ from planner.blocks.registry import KIND_NAMES, model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.kinds import Model
+from planner.plan import Layout
 from planner.specs import JobSpec
 
 DEFAULT_BATCH_TOKENS = 4 * 1024 * 1024
@@ -54,7 +57,26 @@ class Request:
     @cached_property
     def machine(self) -> Machine:
         """What prices depend on besides the layer and the layout."""
-        return Machine(self.cluster, self.stack, self.job.precision, self.job.optimizer)
+        job = self.job
+        held = Offload(job.optimizer_offload, job.parameter_offload)
+        return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
+
+    @property
+    def layout_constants(self) -> dict[str, Any]:
+        """What the stack and the job fix in every layout."""
+        return {
+            "rank_order": self.stack.rank_order,
+            "optimizer_offload": self.job.optimizer_offload,
+            "parameter_offload": self.job.parameter_offload,
+        }
+
+    def offloading(self, layout: Layout) -> Request:
+        """The request with what a layout keeps on the host."""
+        asked = {"optimizer_offload": layout.optimizer_offload,
+                 "parameter_offload": layout.parameter_offload}  # fmt: skip
+        if all(getattr(self.job, name) == value for name, value in asked.items()):
+            return self
+        return replace(self, job=self.job.model_copy(update=asked))
 
     @cached_property
     def workload(self) -> WorkloadGraph:

@@ -15,6 +15,7 @@ from cost_models.graph import Bools, Int64
 from planner.blocks.registry import model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError
+from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity, overfilled
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.plan import Layout
 from planner.request import Request
@@ -147,6 +148,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             else np.zeros(len(x), dtype=bool)
         ),
     )
+    yield from _host_rules(request)
     yield (
         "sharding over one rank is ZeRO stage 0",
         lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in stack.zero_stages),
@@ -181,6 +183,26 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         )
 
 
+def _host_rules(request: Request) -> Iterator[LayoutRule]:
+    """What the hosts cannot hold."""
+    if not request.machine.offload.anything:
+        return
+    reason = cannot_offload(request)
+    if reason is not None:
+        yield reason, lambda m, x: (m.tp >= 1) & (x.vpp >= 1)
+        return
+    if request.job.parameter_offload:
+        yield "weights are offloaded in ZeRO stage 3 only", lambda _, x: x.zero_stage < 3
+    once, capacity = host_bytes_per_node(request, 1), host_capacity(request) or 0
+    yield (
+        overfilled(request),
+        lambda m, x: (
+            x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp) * float(once)
+            > capacity
+        ),
+    )
+
+
 def _even_enough(request: Request, stages: Int64) -> Bools:
     """Whether equal virtual stages with a lighter first and last one can hold the layers."""
     layers = request.model.layer_count
@@ -195,6 +217,8 @@ def check_layout(request: Request, layout: Layout) -> None:
 
     The user's constraints are not applied: they bound the search, not a layout that is asked about.
     """
+
+    request = request.offloading(layout)
 
     def one(value: int) -> Int64:
         return np.array([value], dtype=np.int64)

@@ -46,6 +46,10 @@ class JobSpec(Spec):
     optimizer: Optimizer = "adamw"
     stack: str = "megatron-core"
     allow_recompute: bool = True
+    optimizer_offload: bool = False
+    """Whether the host holds and updates the optimizer state."""
+    parameter_offload: bool = False
+    """Whether the host also holds the weights; needs ``optimizer_offload`` and ZeRO stage 3."""
     memory_reserve_bytes: Annotated[int, Field(ge=0)] | None = None
     """Bytes per device to leave free; default: none."""
     memory_margin: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -109,7 +109,7 @@ def _least_state(request: Request, parameters: Real, meshes: Meshes) -> Real:
     state = parameters * 0.0
     for bytes_each, sharded_from in (
         (rules.weight_bytes, 2 if fsdp else 3),
-        (rules.gradient_bytes, 2),
+        (rules.held_gradient_bytes, 2),
         (rules.optimizer_bytes, 1),
     ):
         state += parameters * bytes_each / (ranks if most >= sharded_from else 1.0)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from hardware_profiles.loader import load_stack
+from planner.hosting import cannot_offload
 from planner.models.spec import (
     AttentionSpec,
     BlockSpec,
@@ -64,35 +65,49 @@ def request_of(reading: Reading) -> Request:
         run.required(column)
     machine = machine_columns(run)
     cluster = cluster_of(machine)
-    _check_offload(reading)
     precision = precision_of(reading.text("precision"))
     device = cluster.groups[0].node.device
     if precision not in device.peak_flops:
         raise SkippedError(f"{device.name} has no {precision} arithmetic")
     dims = dimensions_of(reading, tp=reading.size("tp"))
     return _request(
-        dims, machine, reading.stack, run.required("seq"), run.required("gbs"), precision
-    )
+        dims, machine, reading.stack, run.required("seq"), run.required("gbs"), precision,
+        _offload(reading),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _request(
-    dims: Dimensions, machine: MachineColumns, stack: str, sequence: int, batch: int, precision: str
+    dims: Dimensions,
+    machine: MachineColumns,
+    stack: str,
+    sequence: int,
+    batch: int,
+    precision: str,
+    offload: frozenset[str],
 ) -> Request:
     job = JobSpec.model_validate(
         {
             "sequence_length": sequence, "global_batch": batch, "precision": precision,
             "global_batch_tokens": sequence * batch, "stack": stack, "mtp": dims.mtp > 0,
-            "memory_margin": 0.0,
+            "memory_margin": 0.0, "optimizer_offload": "optimizer_cpu" in offload,
+            "parameter_offload": "param_cpu" in offload,
         }
     )  # fmt: skip
-    return Request(model_of(dims), cluster_of(machine), job, load_stack(stack))
+    request = Request(model_of(dims), cluster_of(machine), job, load_stack(stack))
+    reason = cannot_offload(request)
+    if reason is not None:
+        raise SkippedError(reason)
+    return request
 
 
-def _check_offload(reading: Reading) -> None:
-    offload = reading.text("offload")
-    if offload not in ("", "none", "0"):
-        raise SkippedError(f"offload not modelled: {offload}")
+def _offload(reading: Reading) -> frozenset[str]:
+    """What the run keeps on the host. Raises :class:`SkippedError` for what is not priced."""
+    text = reading.text("offload")
+    parts = frozenset() if text in ("", "none", "0") else frozenset(text.split("+"))
+    if not parts <= {"optimizer_cpu", "param_cpu"}:
+        raise SkippedError(f"offload not modelled: {text}")
+    return parts
 
 
 def dimensions_of(reading: Reading, *, tp: int) -> Dimensions:

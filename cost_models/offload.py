@@ -1,0 +1,59 @@
+"""Optimizer state and weights on the host: bytes there, and the time that they cost.
+
+The host's Adam reads and writes the fp32 master weight and moments and reads the gradient: 28 bytes
+per parameter with AdamW, at the host memory bandwidth that the devices of a node share
+(ZeRO-Offload, arXiv 2101.06840, section 5.1). Gradients leave and weights come back in 16 bits over
+each device's own link, beside the arithmetic: the slower of the two counts. Weights that live on
+the host come over the link before each gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_profiles.holdings import OffloadSpec
+from hardware_profiles.schema import NodeSpec
+
+Real: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """What a layout keeps on the host."""
+
+    optimizer: bool = False
+    parameters: bool = False
+
+    @property
+    def anything(self) -> bool:
+        """Whether the host holds something."""
+        return self.optimizer or self.parameters
+
+
+def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:
+    """Bytes on the host for each parameter of a shard."""
+    total = spec.optimizer_bytes if offload.optimizer else 0
+    if offload.parameters:
+        assert spec.parameter_bytes is not None, "rules refuse what a stack cannot offload"
+        total += spec.parameter_bytes
+    return total
+
+
+def update_seconds(elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec) -> Real:
+    """The optimizer step of ``elements`` parameters of each device on the host."""
+    assert node.host_memory_bandwidth is not None, "rules refuse nodes without one"
+    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
+    arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
+    link: Real = elements * float(spec.link_bytes) / node.host_link.si
+    result: Real = np.maximum(arithmetic, link)
+    return result
+
+
+def fetch_seconds(weights: Real, node: NodeSpec) -> Real:
+    """Bringing so many bytes of weights from the host to each device."""
+    result: Real = weights / node.host_link.si
+    return result

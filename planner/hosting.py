@@ -1,0 +1,48 @@
+"""What a request keeps in the memory of its hosts, and why a layout cannot."""
+
+from __future__ import annotations
+
+from hardware_profiles.units import format_bytes
+from planner.blocks.weights import parameter_counts
+from planner.request import Request
+
+
+def host_bytes_per_node(request: Request, replicas: int) -> int:
+    """Bytes on each node, were the hosts filled evenly; ``replicas`` is how often each parameter's
+    state is held. A node whose devices belong to a fuller pipeline stage holds more."""
+    spec, offload = request.stack.offload, request.machine.offload
+    if spec is None or not offload.anything:
+        return 0
+    counts = parameter_counts(request.model)
+    parameters = counts.total + (counts.mtp if request.job.mtp else 0)
+    each = spec.optimizer_bytes if offload.optimizer else 0
+    each += (spec.parameter_bytes or 0) if offload.parameters else 0
+    return -(-parameters * each * replicas // request.cluster.nodes)
+
+
+def host_capacity(request: Request) -> int | None:
+    """Bytes of a node's host memory."""
+    memory = request.cluster.groups[0].node.host_memory
+    return None if memory is None else int(memory.si)
+
+
+def cannot_offload(request: Request) -> str | None:
+    """Why no layout of this request can keep on the host what the job asks, or None."""
+    job, spec, node = request.job, request.stack.offload, request.cluster.groups[0].node
+    if not request.machine.offload.anything:
+        return None
+    if spec is None:
+        return f"{request.stack.name} {request.stack.version} keeps nothing on the host"
+    if not job.optimizer_offload:
+        return "weights leave the device only with the optimizer state"
+    if job.parameter_offload and spec.parameter_bytes is None:
+        return f"{request.stack.name} {request.stack.version} keeps weights on the device"
+    if node.host_memory is None or node.host_memory_bandwidth is None:
+        return f"{node.name} states no host memory or no bandwidth of it"
+    return None
+
+
+def overfilled(request: Request) -> str:
+    """The reason of a layout whose state is more than the hosts have."""
+    capacity = host_capacity(request)
+    return f"host memory of {format_bytes(capacity or 0)} per node does not hold what is offloaded"
