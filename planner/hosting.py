@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hardware_profiles.units import format_bytes
-from planner.blocks.weights import parameter_counts
 from planner.request import Request
 
 
@@ -13,8 +12,11 @@ def host_bytes_per_node(request: Request, replicas: int) -> int:
     spec, offload = request.stack.offload, request.machine.offload
     if spec is None or not offload.anything:
         return 0
-    counts = parameter_counts(request.model)
-    parameters = counts.total + (counts.mtp if request.job.mtp else 0)
+    workload = request.workload
+    held = [workload.embedding, *(workload.kinds[name] for name in workload.layers), workload.head]
+    parameters = sum(
+        weight.elements for kind in held for weight in kind.weights if weight.name != "head.tied"
+    )
     each = spec.optimizer_bytes if offload.optimizer else 0
     each += (spec.parameter_bytes or 0) if offload.parameters else 0
     return -(-parameters * each * replicas // request.cluster.nodes)
