@@ -25,12 +25,33 @@ def catalog_table(listing: dict[str, list[dict[str, Any]]]) -> RenderableType:
     for kind, entries in listing.items():
         if not entries:
             continue
-        table = parts.grid(("name", "left"), ("", "left"), ("also", "left"))
-        for entry in entries:
-            aliases = ", ".join(entry["aliases"])
-            table.add_row("", entry["name"], entry["title"], Text(aliases, style="dim"))
+        table = _model_list(entries) if kind == "model" else _plain_list(entries)
         blocks += [*([Text()] if blocks else []), parts.section(f"{kind}s ({len(entries)})"), table]
     return Group(*blocks)
+
+
+def _plain_list(entries: list[dict[str, Any]]) -> RenderableType:
+    table = parts.grid(("name", "left"), ("", "left"), ("also", "left"))
+    for entry in entries:
+        aliases = ", ".join(entry["aliases"])
+        table.add_row("", entry["name"], entry["title"], Text(aliases, style="dim"))
+    return table
+
+
+def _model_list(entries: list[dict[str, Any]]) -> RenderableType:
+    """Models with their size, and what is active of it where that is less."""
+    table = parts.grid(
+        ("name", "left"), ("family", "left"), ("parameters", "right"), ("active", "right"),
+        ("layers", "left"), ("also", "left"),
+    )  # fmt: skip
+    for entry in entries:
+        counts = entry["parameters"]
+        active = format_count(counts["active"]) if counts["active"] < counts["total"] else ""
+        table.add_row(
+            "", entry["name"], entry["title"], format_count(counts["total"]), active,
+            " ".join(entry["layers"]), Text(", ".join(entry["aliases"][:1]), style="dim"),
+        )  # fmt: skip
+    return table
 
 
 def entry_table(kind: str, document: dict[str, Any]) -> RenderableType:

@@ -252,3 +252,34 @@ def test_catalog_search() -> None:
     assert found["device"]
     assert all("h100" in str(entry).lower() for entries in found.values() for entry in entries)
     assert planner("catalog", "--search", "no such thing").code == 2
+
+
+def test_catalog_filters_models_by_family_layers_and_size() -> None:
+    def names(*flags: str) -> list[str]:
+        return [entry["name"] for entry in json.loads(planner("catalog", *flags).out)]
+
+    hybrids = names("--layers", "mamba2")
+    assert "nemotron-3-nano-30b-a3b" in hybrids
+    assert "llama-3.1-8b" not in hybrids
+    assert names("model", "--family", "glm") == ["glm-4.5", "glm-4.5-air", "glm-5"]
+    huge = names("--min-params", "1000B")
+    assert "gpt-1t" in huge
+    assert "kimi-k2" in huge
+    assert names("--min-params", "1000B", "--max-params", "1010B") == ["gpt-1t"]
+    entry = json.loads(planner("catalog", "--family", "glm", "--search", "air").out)[0]
+    assert entry["parameters"]["total"] == 106_852_245_504
+    assert entry["source"].startswith("config.json of")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["device", "--family", "x"], "only models have a family"),
+        (["--layers", "vision", "--max-params", "1B"], "has 'vision' layers and has at most 1B"),
+        (["--min-params", "many"], "cannot read 'many'"),
+    ],
+)
+def test_catalog_filters_that_leave_nothing(arguments: list[str], message: str) -> None:
+    result = planner("catalog", *arguments)
+    assert result.code == 2
+    assert message in result.err

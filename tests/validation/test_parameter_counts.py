@@ -10,8 +10,17 @@ import pytest
 from planner.blocks.weights import parameter_counts, parameters_of
 from planner.models import catalog
 from planner.models.reader import model_from_document, read_model
+from planner.models.spec import ModelSpec
 
 DATA = json.loads((Path(__file__).parent / "data" / "parameter_counts.json").read_text())["models"]
+
+
+def read_decoder(name: str) -> ModelSpec:
+    """A model of the catalogue that is a decoder."""
+    model = read_model(name)
+    assert isinstance(model, ModelSpec)
+    return model
+
 
 READ = sorted(DATA)
 NOT_AS_PUBLISHED = {"meta-llama--Llama-4-Maverick-17B-128E-Instruct"}
@@ -93,3 +102,39 @@ def test_catalogue_is_broad_and_every_model_reads() -> None:
         assert model.family == entry.family
         assert model.source == entry.source
         assert parameters_of(model)["total"] > 1e6
+
+
+CATALOG = json.loads((Path(__file__).parent / "data" / "catalog_counts.json").read_text())["models"]
+
+
+@pytest.mark.parametrize("name", sorted(CATALOG))
+def test_catalogue_model_equals_the_built_one(name: str) -> None:
+    counts = parameter_counts(read_decoder(name))
+    assert counts.total == CATALOG[name]["total"]
+    assert counts.embedding == CATALOG[name]["embedding"]
+    assert counts.routed_experts == CATALOG[name]["routed_experts"]
+
+
+STATED = {
+    "gpt3-125m": 0.125, "gpt3-350m": 0.356, "gpt3-760m": 0.760, "gpt3-1.3b": 1.3,
+    "gpt3-2.7b": 2.7, "gpt3-6.7b": 6.7, "gpt3-13b": 13.0, "gpt3-175b": 174.6,
+    "megatron-22b": 22.0, "turing-nlg-530b": 530.0, "nemotron-4-15b": 15.6,
+    "nemotron-4-340b": 341.0,
+}  # fmt: skip
+"""Billions of parameters as the papers named in the files print them."""
+
+
+@pytest.mark.parametrize("name", sorted(STATED))
+def test_catalogue_model_has_the_size_that_its_paper_states(name: str) -> None:
+    assert parameter_counts(read_decoder(name)).total / 1e9 == pytest.approx(STATED[name], rel=0.02)
+
+
+def test_every_catalogue_file_is_checked_against_something() -> None:
+    checked = {*CATALOG, *STATED, *PTDP}
+    decoders = {
+        entry.name
+        for entry in catalog.catalog_models()
+        if isinstance(read_model(entry.name), ModelSpec)
+    }
+    assert decoders == checked
+    assert len(decoders) >= 60

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -43,12 +45,29 @@ def catalog(
         str | None,
         typer.Option("--search", "-s", metavar="TEXT", help="Only names that contain this."),
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", metavar="TEXT", help="Only models whose family contains this."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="KIND", help="Only models with such layers: moe, mamba2."),
+    ] = None,
+    least: Annotated[
+        str | None,
+        typer.Option("--min-params", metavar="N", help="Only models of at least this size: 7B."),
+    ] = None,
+    most: Annotated[
+        str | None,
+        typer.Option("--max-params", metavar="N", help="Only models of at most this size: 70B."),
+    ] = None,
     format_: options.OutputFormat = None,
 ) -> None:
     """List what ships, or show one entry, or your own file, as understood.
 
     A model is shown with its parameters: total, embedding, active per token, and those of
-    multi-token-prediction modules, which are outside the total.
+    multi-token-prediction modules, which are outside the total. Filters on family, layers and
+    size concern models only, and narrow the list to them.
 
     'catalog check NAME' reads a profile of your own (or one that ships), says which numbers
     contradict each other (exit code 5), and which efficiencies were measured on that part,
@@ -61,12 +80,24 @@ def catalog(
     if reference is not None:
         _show(_kind(kind or ""), reference, chosen)
         return
-    kinds = list(Kind) if kind is None else [_kind(kind)]
+    chosen_kind = None if kind is None else _kind(kind)
+    wanted = _filters(family, layers, least, most)
+    if wanted and chosen_kind not in (None, Kind.MODEL):
+        raise InputError(
+            f"only models have a {', '.join(wanted)}, and the list asked for is of {kind}",
+            hint="planner catalog model",
+        )
+    kinds = [Kind.MODEL] if wanted else list(Kind) if chosen_kind is None else [chosen_kind]
     listing = {item.value: _entries(item, search) for item in kinds}
-    if search is not None and not any(listing.values()):
-        raise InputError(f"nothing in the catalogue contains {search!r}", hint="planner catalog")
+    if wanted:
+        listing[Kind.MODEL.value] = _filtered(listing[Kind.MODEL.value], wanted)
+    if not any(listing.values()):
+        asked = [*([f"contains {search!r}"] if search else []), *(w.words for w in wanted.values())]
+        raise InputError(
+            f"nothing in the catalogue {' and '.join(asked)}", hint="planner catalog lists it all"
+        )
     if chosen is output.Format.JSON:
-        body: Any = listing if kind is None else listing[kinds[0].value]
+        body: Any = listing if len(kinds) > 1 else listing[kinds[0].value]
         output.write(json.dumps(body, indent=2) + "\n")
         return
     from planner.report.catalog import catalog_table
@@ -108,12 +139,7 @@ def _kind(text: str) -> Kind:
 
 def _entries(kind: Kind, search: str | None) -> list[dict[str, Any]]:
     if kind is Kind.MODEL:
-        from planner.models.catalog import catalog_models
-
-        entries: list[dict[str, Any]] = [
-            {"name": model.name, "aliases": list(model.aliases), "title": model.family}
-            for model in catalog_models()
-        ]
+        entries = _model_entries()
     else:
         from hardware_profiles.loader import Kind as Profile
         from hardware_profiles.loader import catalog_aliases, catalog_names
@@ -138,6 +164,68 @@ def _entries(kind: Kind, search: str | None) -> list[dict[str, Any]]:
             needle in text.lower() for text in (entry["name"], entry["title"], *entry["aliases"])
         )
     ]
+
+
+def _model_entries() -> list[dict[str, Any]]:
+    from planner.blocks.registry import model_kinds
+    from planner.blocks.weights import parameters_of
+    from planner.models.catalog import catalog_models
+    from planner.models.reader import read_model
+
+    entries = []
+    for found in catalog_models():
+        model = read_model(found.name)
+        entries.append(
+            {
+                "name": found.name,
+                "aliases": list(found.aliases),
+                "title": found.family,
+                "parameters": parameters_of(model),
+                "layers": model_kinds(model),
+                "source": found.source,
+            }
+        )
+    return entries
+
+
+@dataclass(frozen=True)
+class _Filter:
+    words: str
+    keeps: Callable[[dict[str, Any]], bool]
+
+
+def _filters(
+    family: str | None, layers: str | None, least: str | None, most: str | None
+) -> dict[str, _Filter]:
+    """The filters that the user set, by what they look at."""
+    wanted: dict[str, _Filter] = {}
+    if family is not None:
+        part = family.lower()
+        wanted["family"] = _Filter(
+            f"has a family with {family!r}", lambda entry: part in entry["title"].lower()
+        )
+    if layers is not None:
+        wanted["kind of layer"] = _Filter(
+            f"has {layers!r} layers", lambda entry: layers.lower() in entry["layers"]
+        )
+    for name, flag, text, sign in (
+        ("least size", "--min-params", least, 1), ("largest size", "--max-params", most, -1),
+    ):  # fmt: skip
+        if text is not None:
+            wanted[name] = _size_filter(flag, text, sign)
+    return wanted
+
+
+def _size_filter(flag: str, text: str, sign: int) -> _Filter:
+    bound = options.count(flag, text, example=f"{flag} 7B")
+    return _Filter(
+        f"has {'at least' if sign > 0 else 'at most'} {text} parameters",
+        lambda entry: sign * entry["parameters"]["total"] >= sign * bound,
+    )
+
+
+def _filtered(entries: list[dict[str, Any]], wanted: dict[str, _Filter]) -> list[dict[str, Any]]:
+    return [e for e in entries if all(each.keeps(e) for each in wanted.values())]
 
 
 def _title(kind: Kind, name: str) -> str:

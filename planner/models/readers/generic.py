@@ -227,12 +227,15 @@ def _routed(config: Config, layers: int) -> list[bool]:
     experts = config.get(key)
     if experts in (None, 0, 1):
         return [False] * layers
+    if any(config.get(name) is not None for name in ("mlp_only_layers", "first_k_dense_replace")):
+        # The config says which layers are dense, so their width belongs to those, if any.
+        config.get(config.first(*NAMES["intermediate_size"]))
     first = config.count("first_k_dense_replace", 0)
     step = config.size(config.first("decoder_sparse_step", "moe_layer_freq"), 1)
     dense = set(config.items("mlp_only_layers") or [])
     if step != 1:
         raise config.error(
-            f"experts on every {step}th layer: which ones is not the same in all architectures",
+            f"experts on every {step}. layer: which ones is not the same in all architectures",
             hint="list the dense layers in mlp_only_layers, with a step of 1",
         )
     return [index >= first and index not in dense for index in range(layers)]
