@@ -13,17 +13,21 @@ Overlap and exposure of data-parallel traffic are decided here only:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from cost_models import compute, interconnect, offload, state
 from cost_models.communication import expose
 from cost_models.data_traffic import (
+    DataCall,
     DataParallel,
     Mesh,
     calls,
     gathered_pieces,
     gathers_again,
     meshes,
+    tensor_parallel_sums,
 )
 from cost_models.fabric import Fabric
 from cost_models.graph import Bools, Int64, LayerKind, Shard
@@ -70,6 +74,9 @@ def price_kind(
         reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces)
         reduce_s += reduced
         gather_s += gathered
+    sums_s = _seconds(
+        tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
+    )
     fsdp = data.per_microbatch
     contention = stack.overlap_contention.si
     per_microbatch = {
@@ -79,13 +86,13 @@ def price_kind(
                 fsdp,
                 expose(
                     reduce_s + np.where(gathers_again(kind, data.zero_stage), gather_s, 0.0),
-                    backward,
-                    contention,
+                    backward, contention,
                 ),
                 0.0,
             )
+            + np.where(data.pp == 1, sums_s, 0.0)
         ),
-    }
+    }  # fmt: skip
     gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     buffers = held.step
@@ -98,7 +105,9 @@ def price_kind(
     rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
-    rows[Field.GRADIENT] = to_ns(np.where(fsdp, 0.0, gradient))
+    rows[Field.GRADIENT] = to_ns(
+        np.where(fsdp, 0.0, gradient) + np.where(data.pp == 1, 0.0, sums_s)
+    )
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
     rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
                                                      expert_mesh, data, machine))  # fmt: skip
@@ -155,16 +164,25 @@ def _data_parallel_times(
 ) -> tuple[Real, Real]:
     """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights, in
     so many collectives."""
-    total = {"gradient": np.zeros(len(elements)), "parameter": np.zeros(len(elements))}
-    for call in calls(elements, mesh, data.zero_stage, machine.rules, pieces):
+    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces)
+    gradient, parameter = (
+        _seconds((c for c in found if c.role == role), len(elements), machine)
+        for role in ("gradient", "parameter")
+    )
+    if machine.offload.parameters:
+        shard = elements * float(machine.rules.gather_bytes) / mesh.ways
+        parameter = parameter + offload.fetch_seconds(shard, machine.cluster.groups[0].node)
+    return gradient, parameter
+
+
+def _seconds(found: Iterable[DataCall], size: int, machine: Machine) -> Real:
+    total = np.zeros(size)
+    for call in found:
         time = interconnect.collective_time_s(
             machine.fabric, call.kind, call.bytes, size=call.size, stride=call.stride
         )
-        total[call.role] += np.where(call.active & (call.size > 1), call.count * time, 0.0)
-    if machine.offload.parameters:
-        shard = elements * float(machine.rules.gather_bytes) / mesh.ways
-        total["parameter"] += offload.fetch_seconds(shard, machine.cluster.groups[0].node)
-    return total["gradient"], total["parameter"]
+        total += np.where(call.active & (call.size > 1), call.count * time, 0.0)
+    return total
 
 
 def _optimizer_seconds(

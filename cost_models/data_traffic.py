@@ -110,3 +110,27 @@ def calls(
             pieces,
         ),
     )  # fmt: skip
+
+
+def tensor_parallel_sums(
+    kind: LayerKind, shard: Shard, data: DataParallel, layers: LayersSpec, rules: StateRules
+) -> tuple[DataCall, ...]:
+    """Sums over tp of the gradients of weights that every tp rank holds whole, tensor by tensor.
+
+    With sequence parallelism each rank has a part of the sum; without, those inside the attention
+    do, whose heads tp splits. FSDP2 needs the sums in every backward, in the dtype of the weights;
+    under a pipeline once per step, in that of the reduction. Megatron sums all weights of a
+    stage in one piece once per step: about 1 MB, not counted.
+    """
+    if layers.replicated_gradients == "step":
+        return ()
+    each = np.where(data.pp == 1, rules.gather_bytes, rules.gradient_bytes)
+    return tuple(
+        DataCall(
+            "gradient", "all_reduce", 1.0 * each * (weight.elements // weight.count), shard.tp,
+            np.ones_like(shard.tp),
+            shard.sequence_parallel | weight.name.startswith("attention."), weight.count,
+        )
+        for weight in kind.weights
+        if weight.sharding == "replicated"
+    )  # fmt: skip

@@ -148,6 +148,17 @@ def data_calls(
             found.append(base)
             if again and call.role == "parameter":
                 found.append(replace(base, phase="backward"))
+    for call in data_traffic.tensor_parallel_sums(
+        kind, shard, data, machine.stack.layers, machine.rules
+    ):
+        if call.active[0] and call.size[0] > 1:
+            size = round(call.count * float(call.bytes[0]))
+            when: Pass = "backward" if int(data.pp[0]) == 1 else "step"
+            found.append(
+                Calls(
+                    f"{kind.name}.sum", "tp", int(call.size[0]), when, call.kind, call.count, size
+                )
+            )
     return tuple(found)
 
 

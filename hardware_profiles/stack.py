@@ -48,7 +48,7 @@ class LayersSpec(Profile):
     replicated_gradients: Literal["step", "backward"] = "step"
     """When gradients of weights that tp replicates (norms under sequence parallelism, routers) are
     summed over tp: all at once per step, which is not priced, or one by one in every backward, as
-    FSDP2 needs them."""
+    FSDP2 needs them (under a pipeline once per step)."""
     separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     """Projections of one input that are products of their own: without sequence parallelism each
     has its own reduction of the input's gradient."""

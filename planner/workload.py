@@ -48,9 +48,7 @@ def build_workload(
         expert_imbalance=job.expert_imbalance,
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
-        sums_replicated=stack.layers.replicated_gradients == "backward",
         separate=frozenset(stack.layers.separate_projections),
-        norm_tensors=2 if model.norm == "layer" and model.norm_bias else 1,
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
     mtp_runs = model.mtp if job.mtp else ()

@@ -8,7 +8,9 @@ from typing import Any
 
 from planner.plan import StagePrediction
 
-NOT_TRACED = frozenset({"context", "allocator", "reserve", "margin", "communicators", "workspace"})
+NOT_TRACED = frozenset({
+    "context", "communicators", "workspace", "fragmentation", "reserve", "margin", "graphs",
+})  # fmt: skip
 """Terms of a prediction that a trace without a device cannot have."""
 
 STATE = {"weights": ("Sharded Param",), "optimizer": ("OptState",)}

@@ -11,7 +11,6 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
-    replicated_gradients,
     residual_add,
 )
 from planner.blocks.tensors import linear, norm
@@ -97,7 +96,6 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
-        result += replicated_gradients("qk_norm", hd, ctx, count=2)
     if ctx.rotary and spec.rotary:
         result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cost_models.graph import Bools, Int64, Shard
+from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, Op, SavedTensor
 
 Item = TypeVar("Item", bound=Op | SavedTensor)
@@ -34,12 +34,8 @@ class BlockContext:
     expert_imbalance: float = 0.0
     dtensor: bool = False
     """Whether tensor parallelism is DTensor's rather than Megatron's asynchronous layers."""
-    sums_replicated: bool = False
-    """Whether gradients of weights that tp replicates are summed in every backward."""
     separate: frozenset[str] = frozenset()
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
-    norm_tensors: int = 1
-    """Weights of a norm: scale, and bias where it has one."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
 
@@ -106,35 +102,6 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
         ),
         Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
     )  # fmt: skip
-
-
-def replicated_gradients(
-    name: str, elements: int, ctx: BlockContext, *, count: int = 1, active: Bools | bool = True
-) -> tuple[Collective, ...]:
-    """Sum over tp of the gradients of ``count`` weights that every tp rank holds whole.
-
-    FSDP2 needs it in every backward, one weight at a time, in the precision of the weights.
-    Megatron does it for all of them at once, once per step: about 1 MB, not counted.
-    """
-    if not ctx.sums_replicated:
-        return ()
-    return (
-        Collective(
-            f"{name}.gradient", "tp", None, 0, "all_reduce", elements * ctx.element_bytes,
-            backward_count=count, active=active,
-        ),
-    )  # fmt: skip
-
-
-def normed(
-    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()
-) -> tuple[Op, ...]:
-    """A norm over the residual stream, and the reduction of its weights' gradients."""
-    active = shard.sequence_parallel
-    return (
-        norm(name, ctx, shard, modules),
-        *replicated_gradients(name, ctx.hidden, ctx, count=ctx.norm_tensors, active=active),
-    )
 
 
 def norm(name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()) -> Elementwise:

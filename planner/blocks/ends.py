@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, MatMul, Op, SavedTensor
-from planner.blocks.context import BlockContext, enter_tensor_parallel, normed, padded_vocab
+from planner.blocks.context import BlockContext, enter_tensor_parallel, norm, padded_vocab
 
 
 def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
@@ -37,7 +37,7 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     forward, backward, launches = (4.0, 4.0, 2) if fused else (26.0, 14.0, 8)
     scalar = 4 * x
     return (
-        *normed("final_norm", ctx, shard),
+        norm("final_norm", ctx, shard),
         *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False),
         MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False),
         Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4),

@@ -14,7 +14,6 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
-    replicated_gradients,
     residual_add,
     within,
 )
@@ -78,14 +77,10 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     result: list[Op] = [*enter_tensor_parallel("kv_down", ctx, shard)] if ctx.dtensor else []
     if spec.q_lora_rank is not None:
         result.append(MatMul("q_down", r, spec.q_lora_rank, ctx.hidden))
-        result += replicated_gradients("q_down", spec.q_lora_rank * ctx.hidden, ctx)
-        result += replicated_gradients("q_norm", spec.q_lora_rank, ctx)
         latent_bytes = (spec.q_lora_rank + up) * r * e
     else:
         latent_bytes = up * r * e
     result.append(MatMul("kv_down", r, latent, ctx.hidden))
-    result += replicated_gradients("kv_down", latent * ctx.hidden, ctx)
-    result += replicated_gradients("kv_norm", up, ctx)
     result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
     rotated = 2.0 * heads * qk * x * e
     up_project: tuple[Op, ...] = (

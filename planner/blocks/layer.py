@@ -6,7 +6,7 @@ import numpy as np
 
 from cost_models.graph import Int64, Shard
 from cost_models.ops import Op, SavedTensor
-from planner.blocks.context import BlockContext, normed, residual_saved
+from planner.blocks.context import BlockContext, norm, residual_saved
 from planner.blocks.registry import kind_of, parts
 from planner.models.spec import (
     BlockSpec,
@@ -27,10 +27,10 @@ def layer_ops(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ..
     result: list[Op] = []
     for index, part in enumerate(parts(block)):
         if not (_one_norm(block) and index):
-            result += normed(f"norm{index}", ctx, shard, _norm_modules(part, ctx))
+            result.append(norm(f"norm{index}", ctx, shard, _norm_modules(part, ctx)))
         result += kind_of(part).ops(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):
-        result += normed(f"post_norm{index}", ctx, shard)
+        result.append(norm(f"post_norm{index}", ctx, shard))
     return tuple(result)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import mlp
-from planner.blocks.context import BlockContext, replicated_gradients, residual_add, within
+from planner.blocks.context import BlockContext, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
@@ -98,7 +98,6 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     )  # fmt: skip
     result: list[Op] = [
         MatMul("router", r, spec.experts, h, low_precision=False),
-        *replicated_gradients("router", spec.experts * h, ctx),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
         *_count_exchange(spec, ctx),
