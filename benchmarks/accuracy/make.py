@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bands
+import grounds
 import in_place
 import numpy as np
 import yaml
 
 from planner import accuracy
+from planner.accuracy import RunClass
 from planner.predict import run_class
 from planner.studies.calibrate.cases import Case, RunPricer, cases_of
 from planner.studies.calibrate.fit import values_at
@@ -49,15 +51,21 @@ def main() -> None:
     outcome = judged(pricer, refine=arguments.refine, progress=_say)
     values = values_at(parameters, outcome.fitted.x)
     RESULTS.mkdir(exist_ok=True)
-    _write_rows(cases, outcome.fitted.residuals, outcome.left_out.residuals)
+    classes = [run_class(case.request, case.layout) for case in cases]
+    _write_rows(cases, classes, outcome.fitted.residuals, outcome.left_out.residuals)
     fit = described("published runs", pricer, outcome)
     _dump(RESULTS / "fit.yaml", "Made by make.py.", fit)
-    classes = [run_class(case.request, case.layout) for case in cases]
     made = bands.make(
         classes, outcome.left_out.residuals, [case.family for case in cases],
         [case.source for case in cases],
     )  # fmt: skip
     _dump(accuracy.FILE, "Made by benchmarks/accuracy/make.py from left-out runs.", made)
+    blind = outcome.left_out.values["simumax-b200"]
+    peers = {
+        "own_constants": grounds.own_constants(cases, parameters),
+        "b200_without_own_kernels": grounds.without_own_kernels(cases, parameters, blind),
+    }
+    _dump(RESULTS / "grounds.yaml", "Made by make.py.", peers)
     if arguments.write:
         for parameter in parameters:
             for path in in_place.write(parameter, values[parameter.name], SOURCE):
@@ -72,16 +80,21 @@ def zero_shot(cases: Sequence[Case]) -> list[bool]:
     return [len(families[case.request.stack.name]) == 1 for case in cases]
 
 
-def _write_rows(cases: Sequence[Case], fitted: np.ndarray, left_out: np.ndarray) -> None:
+def _write_rows(
+    cases: Sequence[Case], classes: Sequence[RunClass], fitted: np.ndarray, left_out: np.ndarray
+) -> None:
     with (RESULTS / "left_out.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
-            ("id", "source", "family", "stack", "zero_shot", "measured_s", "fitted_s", "left_out_s")
-        )
-        for case, alone, own, other in zip(cases, zero_shot(cases), fitted, left_out, strict=True):
+            ("id", "source", "family", "stack", "device", "precision", "moe", "cp", "devices",
+             "zero_shot", "measured_s", "fitted_s", "left_out_s")
+        )  # fmt: skip
+        columns = zip(cases, classes, zero_shot(cases), fitted, left_out, strict=True)
+        for case, run, alone, own, other in columns:
             times = (case.measured_s * float(np.exp(r)) for r in (0.0, own, other))
             writer.writerow(
-                (case.id, case.source, case.family, case.request.stack.name, int(alone),
+                (case.id, case.source, case.family, run.stack, run.device, run.precision,
+                 int(run.moe), int(run.context_parallel), run.devices, int(alone),
                  *(f"{time:.6g}" for time in times))
             )  # fmt: skip
 
