@@ -105,6 +105,7 @@ def matmul_time_s(
         operand_bytes=OPERAND_BYTES[dtype],
         output_bytes=output_bytes,
         aligned=_aligned(dtype, *features),
+        apart=constants.accumulate_share if stage == "wgrad" else 0.0,
     )
 
 
@@ -254,8 +255,12 @@ def matmul_law(
     operand_bytes: float,
     output_bytes: npt.ArrayLike,
     aligned: npt.ArrayLike = True,
+    apart: float = 0.0,
 ) -> FloatArray:
-    """The law in the module's docstring, with the machine spelled out; seconds."""
+    """The law in the module's docstring, with the machine spelled out; seconds.
+
+    ``apart`` is the share of the output's traffic that comes after the product.
+    """
     m, n, k, batch = _array(m), _array(n), _array(k), _array(batch)
     tiles = batch * (np.ceil(m / TILE) * np.ceil(n / TILE))
     waves = _paid_waves(tiles / compute_units, constants.wave_share)
@@ -266,9 +271,11 @@ def matmul_law(
         * (flops_per_wave_and_k / (constants.e_compute * constants.sustained * peak_flops))
         / np.where(aligned, 1.0, constants.misaligned)
     )
-    traffic = batch * (operand_bytes * (k * (m + n)) + _array(output_bytes) * (m * n))
-    memory_s = traffic / (constants.e_memory * bandwidth_bytes_per_s)
-    return np.asarray(constants.t0_s + smooth_maximum(compute_s, memory_s, constants.p))
+    output = batch * _array(output_bytes) * (m * n)
+    traffic = batch * (operand_bytes * (k * (m + n))) + (1.0 - apart) * output
+    bandwidth = constants.e_memory * bandwidth_bytes_per_s
+    product_s = smooth_maximum(compute_s, traffic / bandwidth, constants.p)
+    return np.asarray(constants.t0_s + product_s + apart * output / bandwidth)
 
 
 def attention_law(

@@ -46,6 +46,8 @@ class MatmulConstants(Profile):
     misaligned: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Rate where rows of an operand or of the output do not start on 16 bytes, over the rate where
     they do: tensor units are then fed by narrower loads."""
+    accumulate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the traffic of adding to an fp32 gradient that the product does not hide."""
     kind: Kind
     source: str
     error_median: float | None = None

@@ -47,7 +47,12 @@ def followed(device: DeviceSpec, profiles: Mapping[str, KernelProfile]) -> Kerne
     }
     if device.vendor != "nvidia":  # Another maker's loads and kernels are not those of the lender.
         matmul = {
-            dtype: found.model_copy(update={"misaligned": device.kernels.matmul[dtype].misaligned})
+            dtype: found.model_copy(
+                update={
+                    field: getattr(device.kernels.matmul[dtype], field)
+                    for field in ("misaligned", "accumulate_share")
+                }
+            )
             for dtype, found in matmul.items()
         }
     for found in list(matmul.values()):

@@ -145,9 +145,12 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
         for dtype in LOW_PRECISION[name]:
             # Sustained 8- and 4-bit products were not measured on this generation.
             by_device[name][dtype] = sustained(burst[name][dtype], middle)
-    for found in by_device.values():
+    for name, found in by_device.items():
+        measured = by_device[A100_PCIE if name == A100 else B200]["bf16"].accumulate_share
         for dtype, constants in found.items():
-            found[dtype] = constants.model_copy(update={"misaligned": MISALIGNED})
+            own = constants.accumulate_share or measured
+            update = {"misaligned": MISALIGNED, "accumulate_share": own}
+            found[dtype] = constants.model_copy(update=update)
     ada_note = (
         "e_compute assumed: half-rate units are not power limited (L20, same generation, 0.88-0.96)"
     )

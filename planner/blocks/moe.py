@@ -80,6 +80,15 @@ def rows(spec: MoeSpec, shard: Shard) -> Int64:
     return shard.residual_tokens * spec.top_k * shard.etp
 
 
+def sort(name: str, size: Int64, local: Int64) -> Elementwise:
+    """Rows arrive by rank; experts want them by expert (Megatron-Core's ``sort_chunks_by_idxs``).
+
+    One kernel each way, where a rank has more than one expert.
+    """
+    moved = np.where(local > 1, 2.0 * size, 0.0)
+    return Elementwise(name, moved, moved)
+
+
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
     r, h, e = shard.residual_tokens, ctx.hidden, ctx.element_bytes
@@ -103,10 +112,12 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *_count_exchange(spec, ctx),
         Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
         Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
+        sort("sort_rows", gathered, local),
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),
+        sort("unsort_rows", gathered, local),
         Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
         Collective(
             "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
