@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cost_models.communication import Windows, expose, visible
+from cost_models.communication import Visible, Windows, expose, merge_passes, visible
 from cost_models.data_parallel import _window
 from cost_models.fabric import fabric_of
 from cost_models.graph import Shard
@@ -101,3 +101,19 @@ def test_data_parallel_traffic_waits_for_the_ports() -> None:
     # The first group spans both nodes, the second stays in one.
     window = _window(times, "forward", FABRIC, np.array([2, 8]), np.array([8, 1]))
     assert window.tolist() == pytest.approx([3.0, 4.5])
+
+
+def test_merged_passes_hide_exchanges_behind_the_other_pass() -> None:
+    def two(value: float) -> NDArray[np.float64]:
+        return np.array([value, value])
+
+    # Only the first group spans nodes. 5 s of dispatch and combine each way; 3 s of products
+    # forward and 6 s backward: forward exchanges hide behind the backward, and the reverse.
+    seen = Visible(two(5), two(5), (two(5), two(5)), np.array([True, False]), two(1) > 0)
+    terms = {
+        "matmul": {"forward": two(3), "backward": two(6)},
+        "ep_comm": {"forward": two(5), "backward": two(5)},
+    }
+    merged = merge_passes([seen], terms, contention=0.1)
+    assert merged["forward"].tolist() == pytest.approx([0.5, 5])
+    assert merged["backward"].tolist() == pytest.approx([2 + 0.3, 5])

@@ -17,7 +17,7 @@ from cost_models.interconnect import (
     place,
     send_recv_time_s,
 )
-from hardware_profiles.loader import load_cluster
+from hardware_profiles.loader import catalog_names, load_cluster, load_node
 from hardware_profiles.schema import (
     ClusterSpec,
     CollectiveConstants,
@@ -391,3 +391,22 @@ def test_all_to_all_beyond_its_table_adds_peers_not_ring_steps() -> None:
     measured = float(collective_time_s(fabric, "all_to_all", 0.0, size=8, stride=1))
     wide = float(collective_time_s(fabric, "all_to_all", 0.0, size=64, stride=1))
     assert wide == pytest.approx(measured + PEER_SHARE * 56 * 1.34e-6)
+
+
+@pytest.mark.parametrize("name", catalog_names("node"))
+def test_no_node_type_beats_its_wires(name: str) -> None:
+    node = load_node(name)
+    fabric = fabric_of(load_cluster(f"{name}:4"))
+    inside, payload = fabric.devices_per_node, 2.0**32
+    up, ports = node.scale_up.bandwidth.si, fabric.ports_per_node * node.scale_out.bandwidth.si
+    for kind in COLLECTIVES:
+        for n in {2, inside, inside * fabric.nodes} - {1}:
+            seconds = float(collective_time_s(fabric, kind, payload, size=n, stride=1))  # type: ignore[arg-type]
+            moved = payload * (2 if kind == "all_reduce" else 1) * (n - 1) / n
+            # NVLS reduces in the switch and beats the wire of a ring by 7 %.
+            limit = 1.08 * up
+            if n > inside:
+                share = (n - inside) / (n - 1)
+                across = ports / inside / share if kind == "all_to_all" else ports
+                limit = across if inside == 1 else min(limit, across)
+            assert moved / seconds <= limit * (1 + 1e-9), (kind, n)
