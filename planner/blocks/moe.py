@@ -20,14 +20,18 @@ from planner.models.spec import MoeSpec
 
 
 def weights(spec: MoeSpec, hidden: int) -> list[Weight]:
-    """Router whole on every rank, experts over ep and etp, shared experts over tp."""
+    """Router and latent projections whole on every rank, experts over ep and etp, shared experts
+    over tp."""
     result = [
         *linear("moe.router", spec.experts, hidden, "replicated", bias=spec.router_bias),
         *feed_forward(
-            "moe.experts", hidden, spec.intermediate, gated=spec.gated, bias=spec.expert_bias,
+            "moe.experts", spec.latent or hidden, spec.intermediate, gated=spec.gated, bias=spec.expert_bias,
             shardings=("expert_column", "expert_row"), count=spec.experts,
         ),
     ]  # fmt: skip
+    if spec.latent is not None:
+        result += linear("moe.latent_down", spec.latent, hidden, "replicated")
+        result += linear("moe.latent_up", hidden, spec.latent, "replicated")
     if spec.router_scales:
         result.append(Weight("moe.router.scales", hidden + spec.experts, 1))
     if spec.shared_intermediate:
@@ -91,7 +95,7 @@ def sort(name: str, size: Int64, local: Int64) -> Elementwise:
 
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
-    r, h, e = shard.residual_tokens, ctx.hidden, ctx.element_bytes
+    r, h, e = shard.residual_tokens, spec.latent or ctx.hidden, ctx.element_bytes
     own = r * spec.top_k * h * e
     hot = rows(spec, shard) * imbalance(spec, ctx, shard)
     local = spec.experts // shard.ep
@@ -106,8 +110,9 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         groups=spec.routing_groups, group_limit=spec.routing_group_limit,
     )  # fmt: skip
     result: list[Op] = [
-        MatMul("router", r, spec.experts, h, low_precision=False),
+        MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
+        *_latent("latent_down", spec, r, h, ctx.hidden),
         Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
         *_count_exchange(spec, ctx),
         Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
@@ -123,12 +128,18 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
             "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
         ),
         Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),
+        *_latent("latent_up", spec, r, ctx.hidden, h),
     ]  # fmt: skip
     if spec.shared_intermediate:
         result += within("shared_experts", mlp.products(
             "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated, bias=False
         ))  # fmt: skip
     return (*within("moe", result), residual_add("moe_residual", ctx, shard))
+
+
+def _latent(name: str, spec: MoeSpec, rows: Int64, out: int, into: int) -> tuple[MatMul, ...]:
+    """A projection to or from the width in which the experts work."""
+    return () if spec.latent is None else (MatMul(name, rows, out, into),)
 
 
 def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
@@ -140,7 +151,7 @@ def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
 
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
-    h, e = ctx.hidden, ctx.element_bytes
+    h, e = spec.latent or ctx.hidden, ctx.element_bytes
     hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
     inner = hot * (spec.intermediate // shard.etp) * e
     result = [
@@ -150,6 +161,8 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("expert_activation", inner, modules=("moe_act",)),
         SavedTensor("combined", shard.residual_tokens * spec.top_k * h * e),
     ]
+    if spec.latent is not None:
+        result.append(SavedTensor("latent_tokens", 2 * shard.residual_tokens * h * e))
     if spec.shared_intermediate:
         result += within("shared_experts", mlp.inner_saved(
             "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated
@@ -161,5 +174,5 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Gradients of the dispatched rows and of the experts' inner tensors."""
     hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
     inner = hot * (spec.intermediate // shard.etp)
-    gradients = 2 * hot * ctx.hidden + (3 if spec.gated else 2) * inner
+    gradients = 2 * hot * (spec.latent or ctx.hidden) + (3 if spec.gated else 2) * inner
     return gradients * ctx.element_bytes + ctx.gathered_bytes(shard)

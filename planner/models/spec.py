@@ -180,6 +180,8 @@ class MoeSpec(Spec):
     routing_groups: Positive = 1
     """Equal groups of experts; a token's ``top_k`` come from ``routing_group_limit`` of them."""
     routing_group_limit: Positive = 1
+    latent: Positive | None = None
+    """Width in which the routed experts work, projected to and from (Nemotron 3 Super)."""
     router_scales: bool = False
     """Whether the router scales its input and each expert's weight by learned vectors (Gemma 4)."""
 

@@ -131,6 +131,12 @@ def test_experts_count_as_often_as_a_token_meets_them() -> None:
     assert layer(None, MlpSpec(intermediate=20, gated=True)) == 2 * 3 * 20 * 8
 
 
+def test_experts_in_a_latent_width() -> None:
+    # Down and up 4 x 8 each, router on the full width, two experts of 2 * 3*5*4.
+    moe = MoeSpec(experts=6, top_k=2, intermediate=5, latent=4)
+    assert layer(None, moe) == 2 * (2 * 4 * 8 + 6 * 8 + 2 * 3 * 5 * 4)
+
+
 TOWER = VisionSpec(
     hidden=4,
     layers=3,

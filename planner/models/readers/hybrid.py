@@ -153,7 +153,6 @@ def read_jamba(config: Config) -> ModelSpec:
 
 def read_nemotron_h(config: Config) -> ModelSpec:
     """One sub-block per layer, by the letters of ``hybrid_override_pattern``; no positions."""
-    config.refuse("moe_latent_size", "experts in a latent space", unless=None)
     hidden = config.size("hidden_size")
     bias = config.flag("attention_bias", False)
     parts: dict[str, Mixer | FeedForward] = {}
@@ -178,9 +177,27 @@ def read_nemotron_h(config: Config) -> ModelSpec:
             decoder.add(name, BlockSpec(mixer=None, feed_forward=part, norms=1))
         else:
             decoder.add(name, BlockSpec(mixer=part, feed_forward=None, norms=1))
-    if mtp_modules(config, 0):
-        config.notes.append("MTP modules are left out: their layers are not in the public model")
-    return rotary_model(config, hidden, decoder, positions=4096)
+    modules = mtp_modules(config, 0)
+    if modules:
+        _nemotron_mtp(config, decoder)
+    return rotary_model(
+        config, hidden, decoder, positions=4096, mtp_modules=modules, mtp_block="mtp"
+    )
+
+
+def _nemotron_mtp(config: Config, decoder: Stack) -> None:
+    """Add the block of an MTP module: one attention and one routed layer."""
+    pattern = config.get("mtp_hybrid_override_pattern")
+    listed = config.items("mtp_layers_block_type") or ["attention", "moe"]
+    kinds = [LAYER_NAMES.get(str(kind)) for kind in listed]
+    blocks = decoder.blocks
+    if pattern not in (None, "*E") or kinds != ["attention", "moe"]:
+        raise config.error("MTP modules of other layers than attention and experts are not read")
+    if not {"attention", "moe"} <= blocks.keys():
+        raise config.error("MTP modules have attention and experts, and the decoder has not both")
+    blocks["mtp"] = BlockSpec(
+        mixer=blocks["attention"].mixer, feed_forward=blocks["moe"].feed_forward, norms=2
+    )
 
 
 def _nemotron_layers(config: Config) -> list[str]:
@@ -236,7 +253,8 @@ def _nemotron_moe(config: Config) -> MoeSpec:
         and config.size("moe_shared_expert_intermediate_size", 7688),
     )
     activation = config.text("mlp_hidden_act", "relu2")
-    return moe.model_copy(update={"gated": False, "activation": activation})
+    latent = config.optional_size("moe_latent_size")
+    return moe.model_copy(update={"gated": False, "activation": activation, "latent": latent})
 
 
 def read_mamba(config: Config) -> ModelSpec:
