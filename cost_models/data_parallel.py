@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cost_models import compute, interconnect, offload, state
+from cost_models import compute, interconnect, offload, state, unsharded
 from cost_models.communication import expose
 from cost_models.data_traffic import (
     DataCall,
@@ -111,9 +111,23 @@ def price_kind(
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
     rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
                                                      expert_mesh, data, machine))  # fmt: skip
+    buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
-    rows[Field.GATHERED] = np.where(lasting > 0, 0, 2 * gathered_bytes)
+    made = unsharded.made_each_step(held, new_gradients=stack.new_gradients)
+    rows[Field.NEW_GRADIENTS] = made
+    rows[Field.STATIC] -= made
+    rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
+        held, copies=stack.optimizer_step_copies, moments=state.OPTIMIZER_MOMENTS[machine.optimizer]
+    )
+    rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
+    used = held
+    if drop_tied is not None:
+        used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
+    unsharded.add_unsharded(
+        rows, kind, shard, used, lasting=lasting, rules=rules,
+        policies=tuple(policy.name for policy in policies),
+    )  # fmt: skip
     rows[Field.PARAMETERS] = dense + local.expert
     rows[Field.WEIGHT_BYTES] = held.weights + lasting
     rows[Field.GRADIENT_BYTES] = held.gradients

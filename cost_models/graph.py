@@ -84,6 +84,11 @@ class Shard:
         return self.tokens // self.sp
 
 
+def no_bytes(shard: Shard) -> Int64:
+    """Nothing."""
+    return np.zeros_like(shard.tp)
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of layer: its weights, and its ops and saved tensors as functions of the shard."""
@@ -98,6 +103,10 @@ class LayerKind:
     """Largest short-lived buffers of one layer's backward, beyond the saved tensors."""
     element_bytes: int = 2
     """Bytes per activation element."""
+    in_pieces: bool = False
+    """Whether the backward runs piece by piece, and reduces gradients after each."""
+    buffer_bytes: Callable[[Shard], Int64] = no_bytes
+    """Tensors that stay on the device and are no parameters."""
 
 
 @dataclass(frozen=True)

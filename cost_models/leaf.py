@@ -14,7 +14,7 @@ exposed parameter gather) + sync``: clipping by the global gradient norm is a ba
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from cost_models.layout import RecomputeMode, Schedule
@@ -109,8 +109,17 @@ class ChunkCosts:
     gradient_ns: int
     update_ns: int
     static_bytes: int
+    gradient_bytes: int
+    """Gradients that the step's backward makes anew."""
     activation_bytes: int
     working_bytes: int
+    """Most short-lived bytes beside all activations of the microbatches in flight."""
+    freed_bytes: int
+    """Of the activations, those gone by then."""
+    draining_bytes: int
+    """Most bytes of a layer's backward when no other has activations left."""
+    step_bytes: int
+    """Short-lived bytes of the optimizer step."""
     late_on_ns: int = 0
     """Transfer of the output to the next virtual stage, beyond the least hop."""
     late_back_ns: int = 0
@@ -146,7 +155,8 @@ def _chunk_costs(
     front: tuple[int, ...], late: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
-    forward = backward = gradient = update = static = activation = working = gathered = 0
+    forward = backward = gradient = update = static = activation = working = draining = made = 0
+    step = freed = 0
     kept, short, extra = leaf.modes[mode]
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
         if not total:
@@ -156,13 +166,16 @@ def _chunk_costs(
         gradient += total * kind[Field.GRADIENT]
         update += total * (kind[Field.OPTIMIZER] + kind[Field.PARAMETER])
         static += total * kind[Field.STATIC]
-        gathered = max(gathered, kind[Field.GATHERED])
+        made += total * kind[Field.NEW_GRADIENTS]
+        step += total * kind[Field.UPDATE_BYTES]
         backward += changed * kind[extra]
         activation += changed * kind[kept] + (total - changed) * kind[Field.ACT_NONE]
-        if changed:
-            working = max(working, kind[short])
-        if changed < total:
-            working = max(working, kind[Field.WORK_NONE])
+        for count, act, work in (
+            (changed, kept, short), (total - changed, Field.ACT_NONE, Field.WORK_NONE)
+        ):  # fmt: skip
+            if count:
+                working = max(working, kind[work])
+                draining = max(draining, kind[act] + kind[work])
     for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
             forward += end[Field.FORWARD]
@@ -171,11 +184,21 @@ def _chunk_costs(
             update += end[Field.OPTIMIZER] + end[Field.PARAMETER]
             static += end[Field.STATIC]
             activation += end[Field.ACT_NONE]
-            working = max(working, end[Field.WORK_NONE])
-            gathered = max(gathered, end[Field.GATHERED])
+            made += end[Field.NEW_GRADIENTS]
+            step += end[Field.UPDATE_BYTES]
+    if at_end:
+        # The loss works beside all activations, the layers without what the head kept.
+        loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE]
+        working, freed = max((loss, 0), (working - freed, freed))
+    if at_start:
+        # Nothing of the microbatch is left when the embedding's backward runs.
+        short = leaf.embedding[Field.WORK_NONE]
+        draining = max(draining, leaf.embedding[Field.ACT_NONE] + short)
+        working, freed = max((working, freed), (short - activation, activation))
     return ChunkCosts(
-        forward, backward, gradient, update, static, activation, working + gathered, *late
-    )
+        forward, backward, gradient, update, static, made, activation, working, freed, draining,
+        step, *late,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +223,51 @@ def rank_costs(leaf: Leaf, chunks: tuple[ChunkCosts, ...]) -> RankCosts:
 
 
 def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
-    """Most bytes that a device of ``rank`` holds at once."""
+    """Most bytes that a device of ``rank`` holds at once.
+
+    One of three moments: all activations in flight with the loss or the first backward; where a
+    step is one microbatch, the last backward with all gradients; the optimizer step. With more
+    microbatches the gradients of the first are there when the last are in flight.
+    """
+    static = leaf.fixed_bytes + sum([chunk.static_bytes for chunk in chunks])
+    return static + max([moment.total for moment in moments(leaf, rank, chunks)])
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of a rank beside its static ones at one moment of the step."""
+
+    name: str
+    gradients: int
+    """Of those that the step's backward makes anew."""
+    activations: int
+    working: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.gradients + self.activations + self.working + self.step
+
+
+def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Moment, ...]:
+    """The moments of which one is the peak; see :func:`peak_bytes`."""
+    made = sum([chunk.gradient_bytes for chunk in chunks])
+    step = sum([chunk.step_bytes for chunk in chunks])
+    live, _ = live_activations(leaf, rank, chunks)
+    working, freed = max([(chunk.working_bytes, chunk.freed_bytes) for chunk in chunks])
+    there = made if leaf.microbatches > 1 else 0
+    most = Moment("first backward" if freed else "loss", there, live - freed, working + freed, 0)
+    if rank < leaf.pp - 1:
+        most = replace(most, name="first backward")
+    update = Moment("optimizer step", made, 0, 0, step)
+    if leaf.microbatches > 1:
+        return most, update
+    draining = max([chunk.draining_bytes for chunk in chunks])
     return (
-        leaf.fixed_bytes
-        + sum([chunk.static_bytes for chunk in chunks])
-        + live_activations(leaf, rank, chunks)[0]
-        + max([chunk.working_bytes for chunk in chunks])
+        most,
+        Moment("last backward", made, 0, draining, 0),
+        update,
     )
 
 

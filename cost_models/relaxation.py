@@ -212,16 +212,36 @@ class Relaxation:
                 widest[~chunked] = np.maximum(widest[~chunked], most)
         return ok, widest
 
-    def _room(self, config: Int64, tables: Sequence[Int64], working: int) -> Real:
-        """Bytes for state and activations on a stage that holds the least demanding of ``tables``.
+    def _short_lived(self, config: Int64, tables: Sequence[Int64], working: int) -> Real:
+        """Short-lived bytes on a stage that holds the least demanding of ``tables``.
 
         Where a model has several kinds, the recomputed layers of a stage may be of another one.
         """
         field = working if len(self.kind_counts) == 1 else Field.WORK_NONE
-        need = np.min([t[field][config] + t[Field.GATHERED][config] for t in tables], axis=0)
-        capacity = self.tables.capacity_bytes - self.tables.fixed_bytes[config]
-        room: Real = (capacity - need).astype(np.float64)
-        return room
+        need: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+        return need
+
+    def _room(self, index: Int64, rank: int, short_lived: Real) -> Real:
+        """Bytes of ``rank`` for the state and the activations of its layers.
+
+        The loss runs beside the activations of all layers, a layer's backward without the head's.
+        """
+        config, tables = self.config[index], self.tables
+        room = (tables.capacity_bytes - tables.fixed_bytes[config]).astype(np.float64)
+        room = room - short_lived
+        embedding, head = tables.embedding, tables.head
+        first = self._static(embedding, index) + embedding[Field.ACT_NONE][config]
+        loss = head[Field.ACT_NONE][config] + head[Field.WORK_NONE][config]
+        last = self._static(head, index) + np.maximum(loss - short_lived, 0.0)
+        room = room - np.where(rank == 0, first, 0.0)
+        return room - np.where(rank == self.pp[index] - 1, last, 0.0)
+
+    def _static(self, table: Int64, index: Int64) -> Real:
+        """Static bytes, with the gradients that earlier microbatches have made."""
+        config = self.config[index]
+        made = np.where(self.m[index] > 1, table[Field.NEW_GRADIENTS][config], 0)
+        static: Real = (table[Field.STATIC][config] + made).astype(np.float64)
+        return static
 
     def _chain(self, index: Int64, table: Int64, mode: str, limit: Real) -> tuple[Real, Real]:
         """Layers of one kind that all stages, and that the roomiest stage, can hold (1F1B, GPipe).
@@ -233,14 +253,13 @@ class Relaxation:
         front_field, rest_field, work_field = self._fields(mode)
         front = table[front_field][config].astype(np.float64)
         rest = table[rest_field][config].astype(np.float64)
-        static = table[Field.STATIC][config].astype(np.float64)
-        room = self._room(config, [table], work_field)
+        static = self._static(table, index)
+        short_lived = self._short_lived(config, [table], work_field)
         total, widest = np.zeros(len(index)), np.ones(len(index))
         for rank in range(int(pp.max(initial=0))):
             alive = np.where(schedule == 0, m, np.minimum(m, pp - rank))
             live = np.maximum(alive, 1).astype(np.float64)
-            left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
-            left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
+            left = self._room(index, rank, short_lived)
             cost_front, cost_rest = static + live * front, static + live * rest
             few = np.floor(np.maximum(left, 0.0) / cost_front)
             with np.errstate(invalid="ignore"):
@@ -253,11 +272,6 @@ class Relaxation:
             total += np.where(active, holds, 0.0)
             widest = np.maximum(widest, np.where(active, np.minimum(holds, self.layers), 1.0))
         return total, widest
-
-    def _end(self, table: Int64, config: Int64) -> Real:
-        """Bytes of the embedding or head on its stage, with one microbatch of activations."""
-        size: Real = table[Field.STATIC][config] + table[Field.ACT_NONE][config].astype(np.float64)
-        return size
 
     def _interleaved(self, index: Int64, mode: str, limit: Real) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.
@@ -273,13 +287,13 @@ class Relaxation:
             values: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
             return values
 
-        static, front, rest = least(Field.STATIC), least(front_field), least(rest_field)
-        room = self._room(config, tables, work_field)
+        static = np.min([self._static(t, index) for t in tables], axis=0)
+        front, rest = least(front_field), least(rest_field)
+        short_lived = self._short_lived(config, tables, work_field)
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
-            left = room - np.where(rank == 0, self._end(self.tables.embedding, config), 0.0)
-            left = left - np.where(rank == pp - 1, self._end(self.tables.head, config), 0.0)
+            left = self._room(index, rank, short_lived)
             lighter = ((pp - 1 == rank) | (rank == 0)).astype(np.int64)
             in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
             alive = np.maximum(in_flight - lighter * m, 0)

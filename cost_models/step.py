@@ -68,12 +68,12 @@ class Field(IntEnum):
     OPTIMIZER = 4
     STATIC = 5
     """Weights, gradients, optimizer state, and gathered weights that live for the whole step."""
-    GATHERED = 6
-    """Gathered weights while the layer runs (two layers with prefetch)."""
+    NEW_GRADIENTS = 6
+    """Gradients that each step's backward makes anew, sharded as they are held."""
     ACT_NONE = 7
     """Activations kept per microbatch without recomputation."""
     WORK_NONE = 8
-    """Short-lived buffers beside them."""
+    """Short-lived buffers beside them, gathered weights and unreduced gradients included."""
     EXTRA_NONE = 9
     """Extra backward time without recomputation: zero."""
     PARAMETERS = 10
@@ -83,6 +83,10 @@ class Field(IntEnum):
     OPTIMIZER_BYTES = 13
     STEP_BYTES = 14
     """Flat buffers of the optimizer step."""
+    BUFFER_BYTES = 16
+    """Tensors that stay and are no parameters: rotary factors, gradients of a chunked loss."""
+    UPDATE_BYTES = 15
+    """Short-lived bytes of the optimizer step, when no activations are left."""
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,22 @@ class StackSpec(Profile):
     """Bytes per logit that the loss keeps from forward to backward."""
     logit_working_bytes: Sourced
     """Short-lived bytes per logit at the peak of the loss."""
+    logit_working_bytes_split: Sourced | None = None
+    """The same where the vocabulary is split over tp, if it differs."""
+    loss_chunks: Annotated[int, Field(ge=1)] = 1
+    """Pieces of the sequence of a chunked loss; 1: the stack has none."""
+    new_gradients: bool = False
+    """Whether each step makes its gradients anew (set to None between steps) instead of
+    accumulating in buffers that stay."""
+    optimizer_step_copies: Annotated[int, Field(ge=0)] = 0
+    """fp32 copies of the local parameters that the optimizer step makes for a moment."""
+    rotary_cache_bytes: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=lambda: {"default": 0}
+    )
+    """Per attention layer, position and head dimension: rotary factors that each layer holds, by
+    family of models."""
+    optimizer_scalar_bytes: Annotated[int, Field(ge=0)] = 0
+    """What the optimizer keeps per parameter tensor beside its moments: the count of steps."""
     gradient_bucket_bytes: Sourced
     """Size of the buckets in which gradients are reduced; the last one is never hidden."""
     state: StateSpec

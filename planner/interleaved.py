@@ -140,22 +140,37 @@ class _Table:
         kept, short, _ = leaf.modes[option[0]]
         activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
         working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
-        gathered = self._largest(held, Field.GATHERED)
-        for stage, end in ((0, leaf.embedding), (-1, leaf.head)):
-            activation[:, stage] += end[Field.ACT_NONE]
-            working[:, stage] = np.maximum(working[:, stage], end[Field.WORK_NONE])
-            gathered[:, stage] = np.maximum(gathered[:, stage], end[Field.GATHERED])
-        static = self._by_rank(self._sum(held, Field.STATIC)).sum(axis=1)
-        short_lived = self._by_rank(working + gathered).max(axis=1)
+        draining = np.maximum(
+            self._largest(front, kept, short),
+            self._largest(rest, Field.ACT_NONE, Field.WORK_NONE),
+        )
+        activation[:, 0] += leaf.embedding[Field.ACT_NONE]
+        activation[:, -1] += leaf.head[Field.ACT_NONE]
+        head, start = leaf.head, leaf.embedding[Field.WORK_NONE]
+        working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE], head[Field.WORK_NONE])
+        first = leaf.embedding[Field.ACT_NONE] + start
+        draining[:, 0] = np.maximum(draining[:, 0], first)
+        working[:, 0] = np.maximum(working[:, 0], start - activation[:, 0])
+        static, made, step = (
+            self._by_rank(self._sum(held, field)).sum(axis=1)
+            for field in (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
+        )
+        short_lived = self._by_rank(working).max(axis=1)
+        last = self._by_rank(draining).max(axis=1)
         alive = self._by_rank(activation)
         ok = np.ones(len(held), dtype=bool)
         for rank in range(leaf.pp):
             vectors = _live(leaf.pp, leaf.vpp, leaf.microbatches, rank)
             most = (alive[:, :, rank] @ vectors).max(axis=1)
-            peak = leaf.fixed_bytes + static[:, rank] + most + short_lived[:, rank]
-            ok &= peak <= leaf.capacity_bytes
+            lively = most + short_lived[:, rank]
+            if leaf.microbatches > 1:
+                peak = made[:, rank] + np.maximum(lively, step[:, rank])
+            else:
+                peak = np.maximum(lively, made[:, rank] + np.maximum(last, step)[:, rank])
+            ok &= leaf.fixed_bytes + static[:, rank] + peak <= leaf.capacity_bytes
         return ok
 
-    def _largest(self, counts: Ints, field: int) -> Ints:
-        result: Ints = np.where(counts > 0, self.kinds[:, field], 0).max(axis=2)
+    def _largest(self, counts: Ints, *fields: int) -> Ints:
+        values = self.kinds[:, list(fields)].sum(axis=1)
+        result: Ints = np.where(counts > 0, values, 0).max(axis=2)
         return result

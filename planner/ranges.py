@@ -23,7 +23,10 @@ class Ranges:
         self.counts: Ints = np.array(leaf.counts, dtype=np.int64)
         self.held: Ints = self.counts[None, :, :] - self.counts[:, None, :]
         """``[first, last, kind]``: layers of each kind in a range."""
-        self.gathered = self._largest(self.held, Field.GATHERED)
+        kinds: Ints = np.array(leaf.kinds, dtype=np.int64)
+        fields = (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
+        self.sums = tuple(self.held @ kinds[:, field] for field in fields)
+        """Static bytes, new gradients and bytes of the update of every range."""
         self._known: dict[Recompute, tuple[Ints, Ints, Ints]] = {}
 
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
@@ -32,33 +35,45 @@ class Ranges:
         The peak of ``cost_models.leaf.peak_bytes``; fewer than ``least`` layers are not allowed.
         """
         leaf = self.leaf
-        static, activation, working = self._bytes(option)
+        activation, working, draining = self._bytes(option)
+        static, made, step = self.sums
         live = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
-        gathered = 0
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
                 static = static + end[Field.STATIC]
+                made = made + end[Field.NEW_GRADIENTS]
+                step = step + end[Field.UPDATE_BYTES]
                 activation = activation + end[Field.ACT_NONE]
-                working = np.maximum(working, end[Field.WORK_NONE])
-                gathered = max(gathered, end[Field.GATHERED])
-        peak = leaf.fixed_bytes + static + live * activation + working
-        peak = peak + np.maximum(self.gathered, gathered)
+        if rank == leaf.pp - 1:
+            head = leaf.head
+            working = np.maximum(working - head[Field.ACT_NONE], head[Field.WORK_NONE])
+        if rank == 0:
+            short = leaf.embedding[Field.WORK_NONE]
+            draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)
+            working = np.maximum(working, short - activation)
+        lively = live * activation + working
+        if leaf.microbatches > 1:
+            peak = made + np.maximum(lively, step)
+        else:
+            peak = np.maximum(lively, made + np.maximum(draining, step))
+        peak = leaf.fixed_bytes + static + peak
         layers, pp = len(leaf.sequence), leaf.pp
         edges: Ints = np.arange(layers + 1)
         first, last = edges[:, None], edges[None, :]
         allowed: Table = last - first >= least
         if not leaf.uneven:
             allowed &= (first == rank * layers // pp) & (last == (rank + 1) * layers // pp)
-        return allowed & (peak <= leaf.capacity_bytes)
+        allowed &= peak <= leaf.capacity_bytes
+        return allowed
 
-    def _largest(self, counts: Ints, field: int) -> Ints:
-        """The largest ``field`` of the kinds that a range has any layer of."""
-        values = np.array([kind[field] for kind in self.leaf.kinds], dtype=np.int64)
+    def _largest(self, counts: Ints, *fields: int) -> Ints:
+        """The largest sum of ``fields`` of the kinds that a range has any layer of."""
+        values = np.array([sum(kind[f] for f in fields) for kind in self.leaf.kinds], np.int64)
         largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2)
         return largest
 
     def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints]:
-        """Static, activation and working bytes of every range of layers under an option."""
+        """Activations, working bytes, and most of one layer by itself, of every range of layers."""
         known = self._known.get(option)
         if known is None:
             mode, limit = option
@@ -72,9 +87,12 @@ class Ranges:
             kept, short, _ = self.leaf.modes[mode]
             kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
             known = (
-                held @ kinds[:, Field.STATIC],
                 front @ kinds[:, kept] + rest @ kinds[:, Field.ACT_NONE],
                 np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE)),
+                np.maximum(
+                    self._largest(front, kept, short),
+                    self._largest(rest, Field.ACT_NONE, Field.WORK_NONE),
+                ),
             )
             self._known[option] = known
         return known

@@ -70,6 +70,8 @@ class JobSpec(Spec):
     """Tokens of the decoder that one image becomes; they are part of the sample."""
     dropout: bool | None = None
     """Whether dropout is on; default: as the model and the stack have it."""
+    loss: Literal["whole", "chunked"] = "whole"
+    """Whether head and loss take the sequence whole or, where the stack can, in pieces."""
     mtp: bool = True
     """Whether multi-token-prediction modules are trained, where the model has them."""
     constraints: ConstraintSpec = ConstraintSpec()

@@ -8,7 +8,7 @@ allocator holds both.
 
 from __future__ import annotations
 
-from cost_models.leaf import RankCosts, live_activations, peak_bytes
+from cost_models.leaf import RankCosts, live_activations, moments, peak_bytes
 from cost_models.reserve import CACHED, INSIDE, OUTSIDE
 from cost_models.step import Field
 from planner.buffer_sizes import exact_state
@@ -16,21 +16,27 @@ from planner.plan import StagePrediction, Term
 from planner.priced import Priced
 
 _SUMMED = (
-    Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.STEP_BYTES, Field.STATIC,
-    Field.PARAMETERS,
+    Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.STEP_BYTES,
+    Field.BUFFER_BYTES, Field.STATIC, Field.NEW_GRADIENTS, Field.PARAMETERS,
 )  # fmt: skip
+
+_ALWAYS = ("weights", "gradients", "optimizer", "activations", "working")
+"""Terms that are told even where they are 0."""
 
 
 def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePrediction:
     """The memory of one rank, with how much it computes and holds."""
     leaf = priced.leaf
     sums = _sums(priced, rank)
-    activations, live = live_activations(leaf, rank, costs.chunks)
-    working = max(chunk.working_bytes for chunk in costs.chunks)
+    _, live = live_activations(leaf, rank, costs.chunks)
+    moment = max(moments(leaf, rank, costs.chunks), key=lambda each: each.total)
+    in_flight = "+".join(str(n) for n in live)
+    activations, working = moment.activations, moment.working
+    made = sums[Field.NEW_GRADIENTS]
     reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
     # A part of the layers' static bytes that is none of the sums: the head's own placeholder.
-    reserve["dummy_gradients"] += sums[Field.STATIC] - sum(
-        sums[field] for field in _SUMMED[:4]
+    reserve["dummy_gradients"] += sums[Field.STATIC] + made - sum(
+        sums[field] for field in _SUMMED[:5]
     )  # fmt: skip
     exact = exact_state(priced, rank)
     held = {
@@ -39,19 +45,24 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         "optimizer": sums[Field.OPTIMIZER_BYTES],
     }
     alignment = sum(held.values()) - sum((exact or held).values())
-    held = exact or held
+    held = dict(exact or held)
+    held["gradients"] -= made - moment.gradients
+    held["buffers"] = sums[Field.BUFFER_BYTES]
     step = sums[Field.STEP_BYTES]
     peak = peak_bytes(leaf, rank, costs.chunks)
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
     inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)
-    allocated = inside + max(activations + working, step)
-    reserved = inside + activations + working + step + alignment
+    short_lived = activations + working + moment.step
+    allocated = inside + max(short_lived, step)
+    reserved = inside + short_lived + step + alignment
     reserved += sum(reserve[name] for name in CACHED)
     terms = [
         *(Term(name=name, bytes=size) for name, size in held.items()),
         Term(name="activations", bytes=activations,
-             detail=f"{'+'.join(str(n) for n in live)} microbatches in flight"),
-        Term(name="working", bytes=working, detail="largest short-lived buffers, gathers included"),
+             detail=f"{in_flight} microbatches in flight; the peak is at the {moment.name}"),
+        Term(name="working", bytes=working,
+             detail="short-lived buffers, gathered weights, unreduced gradients"),
+        Term(name="optimizer_update", bytes=moment.step, detail="copies made by the update"),
         Term(name="optimizer_step", bytes=step, detail="flat buffers of the optimizer step"),
         Term(name="alignment", bytes=alignment, detail="most that bucket ends may still add"),
     ]  # fmt: skip
@@ -64,7 +75,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         allocated_bytes=allocated,
         reserved_bytes=reserved,
         device_bytes=peak - kept_free,
-        memory=tuple(term for index, term in enumerate(terms) if term.bytes or index < 5),
+        memory=tuple(term for term in terms if term.bytes or term.name in _ALWAYS),
         compute_s=costs.work_ns * leaf.microbatches / 1e9,
         layers=sum(
             priced.completion.bounds[j + 1] - priced.completion.bounds[j]

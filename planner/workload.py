@@ -13,7 +13,13 @@ from hardware_profiles.schema import DeviceSpec, StackSpec
 from planner.blocks import ends, vision
 from planner.blocks.context import BlockContext, enter_tensor_parallel, norm
 from planner.blocks.flops import model_flops_per_token
-from planner.blocks.layer import layer_ops, layer_saved, layer_working
+from planner.blocks.layer import (
+    layer_buffers,
+    layer_ops,
+    layer_saved,
+    layer_working,
+    with_scalars,
+)
 from planner.blocks.registry import kind_of, model_parts
 from planner.blocks.weights import block_weights, embedding_weights, head_weights, mtp_weights
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
@@ -44,6 +50,16 @@ def build_workload(
         vocab_divisor=stack.vocab_divisor,
         logit_saved_bytes=stack.logit_saved_bytes.value,
         logit_working_bytes=stack.logit_working_bytes.value,
+        logit_working_bytes_split=(
+            None
+            if stack.logit_working_bytes_split is None
+            else stack.logit_working_bytes_split.value
+        ),
+        rotary_cache_bytes=stack.rotary_cache_bytes.get(
+            model.family, stack.rotary_cache_bytes["default"]
+        ),
+        optimizer_scalar_bytes=stack.optimizer_scalar_bytes,
+        loss_chunks=stack.loss_chunks if job.loss == "chunked" else 1,
         rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,
         document=document,
@@ -52,14 +68,16 @@ def build_workload(
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
     mtp_runs = model.mtp if job.mtp else ()
+    embedding = _embedding(model, images, ctx)
+    head = _head(model, ctx, tuple(kinds[r.block] for r in mtp_runs for _ in range(r.count)))
     return WorkloadGraph(
         name=model.name,
         sequence=job.sequence_length,
         hidden=model.hidden,
         layers=tuple(run.block for run in model.layers for _ in range(run.count)),
-        kinds=kinds,
-        embedding=_embedding(model, images, ctx),
-        head=_head(model, ctx, tuple(kinds[r.block] for r in mtp_runs for _ in range(r.count))),
+        kinds={name: with_scalars(kind, ctx) for name, kind in kinds.items()},
+        embedding=with_scalars(embedding, ctx),
+        head=with_scalars(head, ctx),
         tied_embeddings=model.tied_embeddings,
         model_flops_per_token=model_flops_per_token(
             model, job.sequence_length, mtp=job.mtp, document=document, images=images
@@ -95,6 +113,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         ctx.residual_bytes,
         lambda shard: layer_working(block, ctx, shard),
         ctx.element_bytes,
+        buffer_bytes=lambda shard: layer_buffers(block, ctx, shard),
     )
 
 
@@ -125,7 +144,9 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
         return LayerKind(
             "head", head_weights(model, include_tied=True),
             lambda shard: ends.head_ops(ctx, shard), lambda shard: ends.head_saved(ctx, shard),
-            ctx.residual_bytes, lambda shard: ends.head_working(ctx, shard),
+            ctx.residual_bytes, lambda shard: ends.head_working(ctx, shard), ctx.element_bytes,
+            in_pieces=ctx.loss_chunks > 1,
+            buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
         )  # fmt: skip
     wide = replace(ctx, hidden=2 * ctx.hidden)
 
@@ -158,6 +179,9 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
         saved,
         ctx.residual_bytes,
         lambda shard: ends.head_working(ctx, shard),
+        ctx.element_bytes,
+        in_pieces=ctx.loss_chunks > 1,
+        buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
     )
 
 

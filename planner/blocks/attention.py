@@ -11,6 +11,7 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
+    norm_saved,
     residual_add,
 )
 from planner.blocks.tensors import linear, norm
@@ -203,7 +204,8 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
         SavedTensor("attention_output", heads * hd * x * e),
     ]
     if spec.qk_norm != "none":
-        result.append(SavedTensor("qk_norm_input", (heads + kv) * hd * x * e))
+        rows = (heads + kv) * x if spec.qk_norm == "per_head" else 2 * x
+        result += norm_saved("qk_norm", (heads + kv) * hd * x, rows, ctx)
     if spec.output_gate:
         result.append(SavedTensor("gated_output", heads * hd * x * e))
     result += core_saved(ctx, shard, heads)

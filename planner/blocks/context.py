@@ -38,6 +38,14 @@ class BlockContext:
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
+    optimizer_scalar_bytes: int = 0
+    """Bytes that the optimizer keeps per parameter tensor."""
+    rotary_cache_bytes: int = 0
+    """Bytes per position and head dimension of the rotary factors that each layer holds."""
+    loss_chunks: int = 1
+    """Pieces of the sequence that go through head and loss one after the other."""
+    logit_working_bytes_split: float | None = None
+    """As ``logit_working_bytes``, where the vocabulary is split over tp."""
 
     def span(self, shard: Shard, limit: int | None = None) -> int:
         """Tokens within which tokens see each other: the sample, a document, or a chunk."""
@@ -130,12 +138,35 @@ def residual_saved(
     """
     size = ctx.residual_bytes(shard)
     saved = [
-        SavedTensor(f"{name}.norm_input", size),
-        SavedTensor(f"{name}.input", size, modules=modules),
+        *norm_saved(f"{name}.norm", size // ctx.element_bytes, shard.residual_tokens, ctx, modules),
+        SavedTensor(f"{name}.input", product_input_bytes(ctx, shard), modules=modules),
     ]
     if ctx.dropout:
         saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))
     return tuple(saved)
+
+
+def product_input_bytes(ctx: BlockContext, shard: Shard) -> Int64:
+    """What column-parallel products keep of their shared input."""
+    return ctx.gathered_bytes(shard) if ctx.dtensor else ctx.residual_bytes(shard)
+
+
+def norm_saved(
+    name: str, elements: Int64, rows: Int64, ctx: BlockContext, modules: tuple[str, ...] = ()
+) -> tuple[SavedTensor, ...]:
+    """What a norm keeps of ``elements`` in ``rows``, without its output.
+
+    A fused kernel keeps its input and an fp32 statistic per row. Op by op PyTorch casts the input
+    to fp32, keeps that copy and the normalised one, and the statistic.
+    """
+    statistics = SavedTensor(f"{name}_statistics", 4 * rows, modules=modules)
+    if "norm" in ctx.fused:
+        return (SavedTensor(f"{name}_input", elements * ctx.element_bytes), statistics)
+    return (
+        SavedTensor(f"{name}_input_fp32", 4 * elements),
+        SavedTensor(f"{name}_normalised_fp32", 4 * elements, modules=modules),
+        statistics,
+    )
 
 
 def padded_vocab(ctx: BlockContext, tp: Int64) -> Int64:

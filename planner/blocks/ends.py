@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, MatMul, Op, SavedTensor
-from planner.blocks.context import BlockContext, enter_tensor_parallel, norm, padded_vocab
+from planner.blocks.context import (
+    BlockContext,
+    enter_tensor_parallel,
+    norm,
+    norm_saved,
+    padded_vocab,
+    product_input_bytes,
+)
 
 
 def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
@@ -47,19 +56,43 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
 
 def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """The head's input and what the loss keeps per logit."""
-    residual = ctx.residual_bytes(shard)
+    elements = ctx.residual_bytes(shard) // ctx.element_bytes
     logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
+    norms = norm_saved("final_norm", elements, shard.residual_tokens, ctx)
+    if ctx.loss_chunks > 1:
+        whole = ctx.gathered_bytes(shard)
+        return (
+            *norms,
+            SavedTensor("lm_head_input", whole),
+            SavedTensor("lm_head_input_gradients_of_chunks", whole),
+            SavedTensor("logits_of_a_chunk", logits // ctx.loss_chunks * ctx.element_bytes),
+        )
     return (
-        SavedTensor("final_norm_input", residual),
-        SavedTensor("lm_head_input", residual),
+        *norms,
+        SavedTensor("lm_head_input", product_input_bytes(ctx, shard)),
         SavedTensor("loss", _scaled(logits, ctx.logit_saved_bytes)),
     )
 
 
+def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
+    """The gradient of the head's input that a loss in pieces sums in fp32, and its 16-bit copy:
+    both stay until the next step makes its own."""
+    if ctx.loss_chunks == 1:
+        return np.zeros_like(shard.tp)
+    whole = ctx.gathered_bytes(shard)
+    return whole // ctx.element_bytes * 4 + whole
+
+
 def head_working(ctx: BlockContext, shard: Shard) -> Int64:
-    """Short-lived logits and their gradient."""
-    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
-    return _scaled(logits, ctx.logit_working_bytes) + ctx.gathered_bytes(shard)
+    """Short-lived logits and their gradient; of a chunk with its part of the input's gradient."""
+    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) // ctx.loss_chunks
+    each = _scaled(logits, ctx.logit_working_bytes)
+    if ctx.logit_working_bytes_split is not None:
+        split = _scaled(logits, ctx.logit_working_bytes_split)
+        each = np.where(shard.tp > 1, split, each)
+    if ctx.dtensor:
+        return each
+    return each + ctx.gathered_bytes(shard) // ctx.loss_chunks
 
 
 def _scaled(elements: Int64, bytes_per_element: float) -> Int64:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from cost_models.graph import Int64, Shard
+from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import Op, SavedTensor
+from cost_models.state import is_expert
 from planner.blocks.context import BlockContext, norm, residual_saved
 from planner.blocks.registry import kind_of, parts
 from planner.models.spec import (
+    AttentionSpec,
     BlockSpec,
     FeedForward,
     LatentAttentionSpec,
@@ -52,6 +56,48 @@ def layer_working(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     for part in parts(block):
         largest = np.maximum(largest, kind_of(part).working(part, ctx, shard))
     return largest
+
+
+def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Rotary factors of every position, where each layer holds its own."""
+    mixer, none = block.mixer, np.zeros_like(shard.tp)
+    if not ctx.rotary or not ctx.rotary_cache_bytes or mixer is None:
+        return none
+    if isinstance(mixer, LatentAttentionSpec):
+        width = mixer.qk_rope_head_dim
+    elif isinstance(mixer, AttentionSpec) and mixer.rotary:
+        width = mixer.head_dim
+    else:
+        return none
+    return none + shard.sequence * width * ctx.rotary_cache_bytes
+
+
+def with_scalars(kind: LayerKind, ctx: BlockContext) -> LayerKind:
+    """``kind`` with what the optimizer keeps per parameter tensor among its buffers.
+
+    A tied head is no tensor of its own, and experts are one; projections that share their input are
+    one unless they are separate.
+    """
+    tensors: dict[str, int] = {}
+    for weight in kind.weights:
+        if weight.name != "head.tied":
+            tensors[_tensor(weight.name, ctx)] = 1 if is_expert(weight) else weight.count
+    size = ctx.optimizer_scalar_bytes * sum(tensors.values())
+    return replace(kind, buffer_bytes=lambda shard: kind.buffer_bytes(shard) + size)
+
+
+_JOINED = {
+    "qkv": ("attention.q", "attention.k", "attention.v"),
+    "gate_up": ("mlp.gate", "mlp.up", "moe.shared.gate", "moe.shared.up"),
+}
+"""Weights that are one tensor where the stack joins the projections."""
+
+
+def _tensor(name: str, ctx: BlockContext) -> str:
+    for group, names in _JOINED.items():
+        if name in names and group not in ctx.separate:
+            return name.rpartition(".")[0] + "." + group
+    return name
 
 
 def _norm_modules(part: Mixer | FeedForward, ctx: BlockContext) -> tuple[str, ...]:

@@ -88,12 +88,16 @@ def saved(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
 def inner_saved(
     prefix: str, intermediate: int, ctx: BlockContext, shard: Shard, *, gated: bool
 ) -> tuple[SavedTensor, ...]:
-    """The first product's output and the activation's output."""
+    """The first product's output and the activation's output, and what is between them."""
     element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
-    return (
+    result = [
         SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element),
         SavedTensor(f"{prefix}activation", element),
-    )
+    ]
+    if gated and "swiglu" not in ctx.fused:
+        # The activated gate, a factor of the product that follows.
+        result.append(SavedTensor(f"{prefix}gate_activation", element))
+    return tuple(result)
 
 
 def working(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> Int64:

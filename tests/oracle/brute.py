@@ -41,8 +41,11 @@ class Chunk:
     gradient: int
     update: int
     static: int
+    made: int
     activation: int
     working: int
+    draining: int
+    step: int
 
 
 @dataclass
@@ -148,7 +151,8 @@ def sum_chunk(
     if key in prices.chunks:
         return prices.chunks[key]
     mode, limit = option
-    forward = backward = gradient = update = static = activation = working = gathered = 0
+    forward = backward = gradient = update = static = activation = working = made = step = 0
+    draining = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -162,7 +166,9 @@ def sum_chunk(
         static += row[Field.STATIC]
         activation += kept
         working = max(working, short)
-        gathered = max(gathered, row[Field.GATHERED])
+        draining = max(draining, kept + short)
+        made += row[Field.NEW_GRADIENTS]
+        step += row[Field.UPDATE_BYTES]
     for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD]
@@ -170,9 +176,18 @@ def sum_chunk(
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
         activation += row[Field.ACT_NONE]
-        working = max(working, row[Field.WORK_NONE])
-        gathered = max(gathered, row[Field.GATHERED])
-    chunk = Chunk(forward, backward, gradient, update, static, activation, working + gathered)
+        made += row[Field.NEW_GRADIENTS]
+        step += row[Field.UPDATE_BYTES]
+    # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
+    if end:
+        working = max(working - prices.head[Field.ACT_NONE], prices.head[Field.WORK_NONE])
+    if start:
+        short = prices.embedding[Field.WORK_NONE]
+        draining = max(draining, prices.embedding[Field.ACT_NONE] + short)
+        working = max(working, short - activation)
+    chunk = Chunk(
+        forward, backward, gradient, update, static, made, activation, working, draining, step
+    )
     prices.chunks[key] = chunk
     return chunk
 
@@ -193,7 +208,12 @@ def chunks_of(
 def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]) -> int:
     """Peak bytes of a device of ``rank``."""
     live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, [c.activation for c in own])
-    return prices.fixed + sum(c.static for c in own) + live + max(c.working for c in own)
+    static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
+    moments = [live + max(c.working for c in own) + (made if m > 1 else 0)]
+    moments.append(made + sum(c.step for c in own))
+    if m == 1:
+        moments.append(made + max(c.draining for c in own))
+    return static + max(moments)
 
 
 def hops_of(prices: Prices, sizes: Sequence[int]) -> int | list[tuple[int, int]]:

@@ -17,14 +17,15 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
+from cost_models.step import Field
 from cost_models.surrogate import surrogate_ns
 from tests.rows import POLICIES, row
 
 NONE: Recompute = ("none", 0)
 
 LAYER = row(
-    FORWARD=2, BACKWARD=4, GRADIENT=3, OPTIMIZER=4, PARAMETER=1, STATIC=50, GATHERED=4, ACT_NONE=8,
-    WORK_NONE=3, selective=(5, 6, 1), full=(2, 9, 2),
+    FORWARD=2, BACKWARD=4, GRADIENT=3, OPTIMIZER=4, PARAMETER=1, STATIC=50, ACT_NONE=8,
+    WORK_NONE=7, selective=(5, 10, 1), full=(2, 13, 2),
 )  # fmt: skip
 LEAF = Leaf(
     schedule="1f1b",
@@ -40,7 +41,7 @@ LEAF = Leaf(
     tied_sync_ns=2,
     sync_ns=8,
     fixed_bytes=100,
-    capacity_bytes=204,
+    capacity_bytes=200,
     uneven=True,
     policies=POLICIES,
 )
@@ -83,23 +84,24 @@ def test_surrogate_of_gpipe() -> None:
 
 
 def test_memory_of_the_even_split() -> None:
-    """Rank 0: 100 fixed + 70 static + 2 x (8 + 1) live + (3 + 4) working = 195.
+    """Rank 0: 100 fixed + 70 static + 2 x (8 + 1) live + 7 working = 195.
 
-    Rank 1: 100 + 80 + 1 x (8 + 7) + (5 + 4) = 204, just the capacity.
+    Rank 1: 100 + 80 + 1 x (8 + 7) + max(5 for the loss, 7 for the layer once the head's 7 are gone)
+    = 200, just the capacity.
     """
     ranks = stage_costs(LEAF, EVEN)
-    assert peaks(LEAF, ranks) == (195, 204)
+    assert peaks(LEAF, ranks) == (195, 200)
     assert live_activations(LEAF, 0, ranks[0].chunks) == (18, (2,))
     assert fits(LEAF, ranks)
-    assert not fits(replace(LEAF, capacity_bytes=203), ranks)
+    assert not fits(replace(LEAF, capacity_bytes=199), ranks)
 
 
 @pytest.mark.parametrize(
     ("recompute", "backward", "peak"),
     [
-        # 100 + 70 + 2 x (5 + 1) + 6 + 4; backward 4 + 1.
+        # 100 + 70 + 2 x (5 + 1) + 10; backward 4 + 1.
         (("selective", 0), 5, 192),
-        # 100 + 70 + 2 x (2 + 1) + 9 + 4; backward 4 + 2.
+        # 100 + 70 + 2 x (2 + 1) + 13; backward 4 + 2.
         (("full", 1), 6, 189),
         (("full", 2), 6, 189),
     ],
@@ -107,13 +109,13 @@ def test_memory_of_the_even_split() -> None:
 def test_recompute_on_rank_0(recompute: Recompute, backward: int, peak: int) -> None:
     ranks = stage_costs(LEAF, Completion((0, 1, 2), (recompute, NONE)))
     assert ranks[0].chunks[0].backward_ns == backward
-    assert peaks(LEAF, ranks) == (peak, 204)
+    assert peaks(LEAF, ranks) == (peak, 200)
 
 
 def test_full_recompute_of_the_first_of_two_layers() -> None:
     """Both layers on rank 0, the first recomputed: backward 2 x 4 + 2; activations 2 + 8 + 1.
 
-    Peak: 100 + 120 + 2 x 11 + max(9, 3) + 4 = 255. Rank 1 keeps the head only: 100 + 30 + 7 + 5.
+    Peak: 100 + 120 + 2 x 11 + max(13, 7) = 255. Rank 1 keeps the head only: 100 + 30 + 7 + 5.
     """
     ranks = stage_costs(LEAF, Completion((0, 2, 2), (("full", 1), NONE)))
     assert ranks[0].chunks[0].backward_ns == 10
@@ -139,3 +141,24 @@ def test_interleaved_partitions() -> None:
     assert list(interleaved_bounds(replace(leaf, uneven=False))) == []
     even = replace(leaf, uneven=False, sequence=(0,) * 8)
     assert list(interleaved_bounds(even)) == [(0, 2, 4, 6, 8)]
+
+
+def test_new_gradients_are_there_once_a_microbatch_is_done() -> None:
+    """One rank, two layers making 9 each and the head 4: 22, and 30 for the update of the head.
+
+    Static 100 + 150, live 2 x 8 + 1 + 7 and the loss's 5, or the layer's 7 - 7: 29. With two
+    microbatches 250 + 22 + max(29, 30). With one the gradients follow the activations: 250 +
+    max(29, 22 + max(8 + 7, 30)).
+    """
+    layer, head = list(LAYER), list(LEAF.head)
+    layer[Field.NEW_GRADIENTS], head[Field.NEW_GRADIENTS] = 9, 4
+    head[Field.UPDATE_BYTES] = 30
+    leaf = replace(LEAF, pp=1, kinds=(tuple(layer),), head=tuple(head))
+    one = replace(leaf, microbatches=1)
+    whole = Completion((0, 2), (NONE,))
+    assert peaks(leaf, stage_costs(leaf, whole)) == (250 + 22 + 30,)
+    assert peaks(one, stage_costs(one, whole)) == (250 + 22 + 30,)
+    head[Field.UPDATE_BYTES] = 3
+    two, one = (replace(each, head=tuple(head)) for each in (leaf, one))
+    assert peaks(two, stage_costs(two, whole)) == (250 + 22 + 29,)
+    assert peaks(one, stage_costs(one, whole)) == (250 + max(29, 22 + 8 + 7),)

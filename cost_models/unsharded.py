@@ -1,0 +1,54 @@
+"""Short-lived bytes of sharded data parallelism: gathered weights and unreduced gradients.
+
+A unit (a layer, the head, the embedding) is gathered while it runs, and the next layer with it. Its
+backward leaves 16-bit gradients; FSDP2 copies them to a buffer in the dtype of the reduction, and
+keeps the buffer of the unit before until its own is sent (PyTorch,
+``_fsdp_collectives.foreach_reduce`` and ``FSDPParamGroup.post_backward``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.recompute import mode_rows
+from cost_models.state import StateBytes, StateRules
+
+
+def add_unsharded(
+    rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
+    rules: StateRules, policies: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
+
+    ``used`` is the state of the weights that the layer uses, also of those that another one holds;
+    ``lasting`` says where weights stay gathered all step. The layer takes the larger of two
+    moments: its kernels, with one more layer gathered; and its reduction, when its own activations
+    are gone but for the input, the gradient of that, and both gathered over tp. A loss in pieces
+    reduces the head's gradients after each, with those of the piece before still in flight.
+    """
+    end = kind.name in ("embedding", "head")
+    pieces = kind.name == "head" and kind.in_pieces
+    gathered = np.where(lasting > 0, 0, used.gathered)
+    running = gathered if end else 2 * gathered
+    reducing = np.zeros_like(gathered)
+    if rules.layout == "dim0":
+        elements = used.gathered // rules.gather_bytes
+        buffers = 2 if pieces or not end else 1
+        reducing = 2 * gathered + buffers * rules.gradient_bytes * elements + used.gradients
+        if not end:
+            reducing = reducing + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
+        reducing = np.where(used.gathered > 0, reducing, 0)
+    for modes in mode_rows(policies).values():
+        kept = 0 if pieces else rows[modes.kept]
+        rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
+
+
+def made_each_step(held: StateBytes, *, new_gradients: bool) -> Int64:
+    """Gradients that are not there before the step's first backward."""
+    return held.gradients if new_gradients else np.zeros_like(held.gradients)
+
+
+def update_bytes(held: StateBytes, *, copies: int, moments: int) -> Int64:
+    """``copies`` fp32 copies of the local parameters, each as large as one moment."""
+    return copies * held.optimizer // moments
