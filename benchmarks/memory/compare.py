@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from planner.pipeline import EvaluatedLayout
 from planner.plan import StagePrediction
+from planner.studies.communication import Communication
 
 NOT_TRACED = frozenset({
     "context", "communicators", "workspace", "fragmentation", "reserve", "margin", "graphs",
@@ -52,6 +55,38 @@ def compare(id_: str, trace: Mapping[str, Any], stage: StagePrediction) -> Compa
         id_, trace["case"]["stage"], (predicted, peak["Total"]), (state, traced_state),
         (predicted - state, peak["Total"] - traced_state),
     )  # fmt: skip
+
+
+Totals = Counter[tuple[str, str, int, str]]
+"""Calls and bytes by pass, kind and ranks."""
+
+
+def collectives(
+    trace: Mapping[str, Any], result: EvaluatedLayout, predicted: Communication
+) -> tuple[Totals, Totals]:
+    """Predicted and traced collectives of a step of the trace's rank.
+
+    Under a pipeline passes are not told apart. The norm of all gradients is the trainer's, which a
+    trace does not run.
+    """
+    pipelined = result.layout.pp > 1
+    expected: Totals = Counter()
+    for call in predicted.stages[trace["case"]["stage"]]:
+        if call.group == "world":
+            continue
+        share = 1
+        if call.phase != "step" and not pipelined:
+            share = result.layout.num_microbatches // trace["case"]["microbatches"]
+        when = "forward" if call.phase == "forward" else "backward"
+        key = ("pipeline" if pipelined else when, call.kind, call.ranks)
+        expected[*key, "calls"] += call.count // share
+        expected[*key, "bytes"] += call.bytes // share
+    counted: Totals = Counter()
+    for row in trace["collectives"]:
+        key = (row["phase"], row["kind"], row["group_size"])
+        counted[*key, "calls"] += row["count"]
+        counted[*key, "bytes"] += row["bytes"]
+    return expected, counted
 
 
 def summary(rows: list[Comparison]) -> dict[str, float]:

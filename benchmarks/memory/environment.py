@@ -25,6 +25,6 @@ def python_of(folder: Path = DEFAULT) -> Path:
     lines = [line for line in REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
     # torch first and alone: resolved together with the rest, a newer CUDA build may win.
     for wave in (lines[:1], lines):
-        subprocess.run([python, "-m", "pip", "install", "-q", *wave], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", *wave], check=True)
     stamp.write_text(wanted)
     return python

@@ -5,7 +5,8 @@
     python benchmarks/memory/run.py trace --plan PLAN.json [--depth 4]
     python benchmarks/memory/run.py score FILE [--median 0.02 --worst 0.06]
 
-Exit code 5 when the errors are above the thresholds.
+Exit code 5 when the errors are above the thresholds, a trace differs from the one in --against, or
+its collectives from those predicted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 
 import environment
 from cases import Study, cases_of, read_studies, study_of, study_of_plan
-from compare import Comparison, compare, summary, table
+from compare import Comparison, collectives, compare, summary, table
 
 from planner.errors import PlannerError
+from planner.studies.communication import communication
 
 HERE = Path(__file__).parent
 TRACER = HERE / "tracer" / "trace.py"
@@ -53,11 +55,11 @@ def _arguments() -> argparse.Namespace:
     trace.add_argument("--only", nargs="*", help="ids of studies")
     trace.add_argument("--depth", type=int, nargs="*", help="layers of each run of equal layers")
     trace.add_argument("--out", type=Path, help="JSON file of traces to add to")
+    trace.add_argument("--against", type=Path, help="traces that these must equal")
     _thresholds(trace)
     trace.set_defaults(run=_trace)
     score = commands.add_parser("score", help="compare traces made before")
     score.add_argument("traces", type=Path)
-    score.add_argument("--markdown", action="store_true", help="the results page")
     _thresholds(score)
     score.set_defaults(run=_score)
     return parser.parse_args()
@@ -78,16 +80,36 @@ def _trace(arguments: argparse.Namespace) -> int:
 
         studies, entries = [study_of_plan(read_plan(arguments.plan), arguments.depth)], {}
     python = environment.python_of(arguments.venv)
+    before = _by_key(arguments.against) if arguments.against else {}
     rows: list[Comparison] = []
+    same = True
     for study in studies:
         result = study.evaluated()
+        predicted = communication(study.request, result)
         for case in cases_of(study, result.layout):
             trace = run_case(python, case)
+            expected, counted = collectives(trace, result, predicted)
+            same &= _equal(f"{study.id} {case['stage']}: collectives", counted, expected)
+            if (study.id, case["stage"]) in before:
+                old = before[study.id, case["stage"]]
+                for name in ("peak_bytes", "between_steps_bytes", "collectives"):
+                    same &= _equal(f"{study.id} {case['stage']}: {name}", trace[name], old[name])
             rows.append(compare(study.id, trace, result.prediction.stages[case["stage"]]))
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
             if arguments.out:
                 _add(arguments.out, {"study": entries.get(study.id), **trace})
-    return _report(rows, arguments)
+    return _report(rows, arguments) if same else 5
+
+
+def _equal(what: str, new: Any, old: Any) -> bool:
+    if new != old:
+        print(f"{what} differ:\n  now {new}\n  expected {old}", file=sys.stderr)
+    return bool(new == old)
+
+
+def _by_key(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    traces = json.loads(path.read_text())["traces"]
+    return {(t["study"]["id"], t["case"]["stage"]): t for t in traces}
 
 
 def run_case(python: Path, case: dict[str, Any]) -> dict[str, Any]:

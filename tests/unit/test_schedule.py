@@ -46,6 +46,28 @@ def _actions(slots: list[str], microbatches: int) -> list[str]:
     return actions
 
 
+@pytest.mark.parametrize(
+    ("schedule", "table"),
+    [("gpipe", "GPipe"), ("1f1b", "1F1B"), ("interleaved", "Interleaved1F1B")],
+)
+def test_live_microbatches_equal_pytorch(schedule: Schedule, table: str) -> None:
+    """What a rank holds, walked along PyTorch's own tables: every vector of microbatches per chunk
+    is under one that is listed, and every listed one occurs."""
+    theirs = TABLES[table]
+    pp, vpp, m = theirs["pp"], theirs["vpp"], theirs["microbatches"]
+    for rank in range(pp):
+        live, seen = [0] * vpp, set()
+        for action in _actions(theirs["order"][str(rank)], m):
+            stage, forward, _ = action.partition("F")
+            chunk = int(stage if forward else action.partition("B")[0]) // pp
+            live[chunk] += 1 if forward else -1
+            seen.add(tuple(live))
+        listed = set(live_peaks(schedule, pp, vpp, m, rank))
+        assert listed <= seen
+        for vector in seen:
+            assert any(all(a >= b for a, b in zip(most, vector, strict=True)) for most in listed)
+
+
 def test_warmup() -> None:
     # 1F1B: the ranks after this one; interleaved: twice those, and pp for each earlier chunk.
     assert [warmup_forwards("1f1b", 4, 1, 8, rank) for rank in range(4)] == [3, 2, 1, 0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ TRACES = json.loads((ROOT / "tests/validation/data/torchtitan_traces.json").read
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "memory"))
 from cases import cases_of, study_of  # noqa: E402
-from compare import NOT_TRACED, compare, summary  # noqa: E402
+from compare import NOT_TRACED, collectives, compare, summary  # noqa: E402
 
 sys.path.pop(0)
 
 traced = pytest.mark.parametrize(
     "trace", TRACES, ids=lambda trace: f"{trace['study']['id']}-{trace['case']['stage']}"
 )
-Totals = Counter[tuple[str, str, int, str]]
 
 
 @traced
@@ -48,24 +46,7 @@ def test_collectives_are_the_counted_ones(trace: dict[str, Any]) -> None:
     what recomputation calls again."""
     study = study_of(trace["study"])
     result = study.evaluated()
-    pipelined = result.layout.pp > 1
-    stage = communication(study.request, result).stages[trace["case"]["stage"]]
-    expected: Totals = Counter()
-    for call in stage:
-        if call.group == "world":  # the norm of the gradients is the trainer's, not the step's
-            continue
-        share = 1
-        if call.phase != "step" and not pipelined:
-            share = result.layout.num_microbatches // trace["case"]["microbatches"]
-        phase = "forward" if call.phase == "forward" else "backward"
-        key = ("pipeline" if pipelined else phase, call.kind, call.ranks)
-        expected[*key, "calls"] += call.count // share
-        expected[*key, "bytes"] += call.bytes // share
-    counted: Totals = Counter()
-    for row in trace["collectives"]:
-        key = (row["phase"], row["kind"], row["group_size"])
-        counted[*key, "calls"] += row["count"]
-        counted[*key, "bytes"] += row["bytes"]
+    expected, counted = collectives(trace, result, communication(study.request, result))
     assert counted == expected
 
 
