@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from planner.plan import Layout, Plan
 
 TARGET = "megatron-core"
+STACKS = (TARGET, "megatron-core-deepep")
+"""Stacks that are this software, with other flags."""
 
 _CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a"}
 _PRECISION: dict[str, tuple[Flag, ...]] = {
@@ -40,7 +42,7 @@ def export(plan: Plan) -> Launch:
     Raises :class:`InputError` for a plan made for another stack, and :class:`UnsupportedError`
     when a part of it has no flag.
     """
-    if plan.target.stack != TARGET:
+    if plan.target.stack not in STACKS:
         raise InputError(
             f"the plan is for {plan.target.stack}, not for {TARGET}",
             hint=f"planner plan ... --stack {TARGET}",

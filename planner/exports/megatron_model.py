@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 
 _GELU = {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh"}
 _SILU = {"silu", "swish"}
+_DISPATCHER: dict[str, tuple[Flag, ...]] = {
+    "alltoall": (("--moe-token-dispatcher-type", "alltoall"),),
+    "allgather": (("--moe-token-dispatcher-type", "allgather"),),
+    # DeepEP takes routing probabilities in fp32 only.
+    "deepep": (
+        ("--moe-token-dispatcher-type", "flex"),
+        ("--moe-enable-deepep",),
+        ("--moe-router-dtype", "fp32"),
+    ),
+}
 
 
 def model_flags(
@@ -31,7 +41,7 @@ def model_flags(
         ("--num-layers", str(model.layer_count)),
         ("--hidden-size", str(model.hidden)),
         *_mixer_flags(model, mixers[0]),
-        *_feed_forward_flags(model, dense, moe),
+        *_feed_forward_flags(model, stack, dense, moe),
         *_vocabulary_flags(model, job, stack),
         *_norm_and_bias_flags(model, mixers[0], dense, moe),
     ]
@@ -76,7 +86,9 @@ def _mixer_flags(model: ModelSpec, mixer: object) -> list[Flag]:
     return flags
 
 
-def _feed_forward_flags(model: ModelSpec, dense: object, moe: object) -> list[Flag]:
+def _feed_forward_flags(
+    model: ModelSpec, stack: StackSpec, dense: object, moe: object
+) -> list[Flag]:
     flags: list[Flag] = []
     if isinstance(dense, MlpSpec):
         flags.append(("--ffn-hidden-size", str(dense.intermediate)))
@@ -95,8 +107,13 @@ def _feed_forward_flags(model: ModelSpec, dense: object, moe: object) -> list[Fl
         ("--moe-router-topk", str(moe.top_k)),
         ("--moe-ffn-hidden-size", str(moe.intermediate)),
         ("--moe-grouped-gemm",),
-        ("--moe-token-dispatcher-type", "alltoall"),
+        *_DISPATCHER[stack.moe_dispatcher["default"]],
     ]
+    if moe.routing_groups > 1:
+        flags += [
+            ("--moe-router-num-groups", str(moe.routing_groups)),
+            ("--moe-router-group-topk", str(moe.routing_group_limit)),
+        ]
     if moe.shared_intermediate:
         flags.append(("--moe-shared-expert-intermediate-size", str(moe.shared_intermediate)))
     if moe.shared_gate:

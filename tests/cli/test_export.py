@@ -97,6 +97,24 @@ def test_latent_attention_experts_and_prediction_module() -> None:
     assert "--sequence-parallel" not in flags
 
 
+def test_dispatcher_and_routing_groups() -> None:
+    plan = sample.moe_plan()
+    assert flags_of(plan)["--moe-token-dispatcher-type"] == "alltoall"
+    blocks = plan.inputs.model.document["blocks"]
+    moe = blocks["moe"]["feed_forward"] | {"routing_groups": 8, "routing_group_limit": 4}
+    plan = with_model(plan, blocks=blocks | {"moe": blocks["moe"] | {"feed_forward": moe}})
+    target = plan.target.model_copy(update={"stack": "megatron-core-deepep"})
+    flags = flags_of(plan.model_copy(update={"target": target}))
+    expected = {
+        "--moe-token-dispatcher-type": "flex",
+        "--moe-enable-deepep": None,
+        "--moe-router-dtype": "fp32",
+        "--moe-router-num-groups": "8",
+        "--moe-router-group-topk": "4",
+    }
+    assert {name: flags[name] for name in expected} == expected
+
+
 def test_learned_positions_biases_and_tied_embeddings() -> None:
     flags = flags_of(sample.single_device_plan())
     assert flags["--position-embedding-type"] == "learned_absolute"
