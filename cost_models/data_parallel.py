@@ -24,6 +24,7 @@ from cost_models.data_traffic import (
     DataParallel,
     Mesh,
     calls,
+    frozen_bytes,
     gathered_pieces,
     gathers_again,
     meshes,
@@ -32,6 +33,7 @@ from cost_models.data_traffic import (
 from cost_models.fabric import Fabric
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
+from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
 from cost_models.recompute import row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.step import Field, LayerTimes, Machine, to_ns
@@ -71,7 +73,8 @@ def price_kind(
         (local.expert, expert_mesh, True),
     ):
         pieces = gathered_pieces(kind, stack.layers, experts=experts)
-        reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces)
+        frozen = frozen_bytes(kind, shard, rules, vocab_divisor, experts=experts)
+        reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces, frozen)
         reduce_s += reduced
         gather_s += gathered
     sums_s = _seconds(
@@ -109,15 +112,17 @@ def price_kind(
         np.where(fsdp, 0.0, gradient) + np.where(data.pp == 1, 0.0, sums_s)
     )
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
-    rows[Field.OPTIMIZER] = to_ns(_optimizer_seconds(dense, local.expert, attention_mesh,
-                                                     expert_mesh, data, machine))  # fmt: skip
+    update = _optimizer_seconds(dense, local.expert, attention_mesh, expert_mesh, data, machine)
+    if rules.optimizer.orthogonalises:
+        update = update + _orthogonalise_seconds(kind, shard, data, machine, vocab_divisor)
+    rows[Field.OPTIMIZER] = to_ns(update)
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
     made = unsharded.made_each_step(held, new_gradients=stack.new_gradients)
     rows[Field.NEW_GRADIENTS] = made
     rows[Field.STATIC] -= made
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
-        held, copies=stack.optimizer_step_copies, moments=state.OPTIMIZER_MOMENTS[machine.optimizer]
+        held, copies=stack.optimizer_step_copies, moments=max(1, rules.optimizer.moment_bytes // 4)
     )
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
@@ -128,7 +133,7 @@ def price_kind(
         rows, kind, shard, used, lasting=lasting, rules=rules,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
-    rows[Field.PARAMETERS] = dense + local.expert
+    rows[Field.PARAMETERS] = local.total
     rows[Field.WEIGHT_BYTES] = held.weights + lasting
     rows[Field.GRADIENT_BYTES] = held.gradients
     rows[Field.OPTIMIZER_BYTES] = held.optimizer
@@ -174,11 +179,11 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
 
 
 def _data_parallel_times(
-    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int
+    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int, frozen: Int64
 ) -> tuple[Real, Real]:
     """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights, in
     so many collectives."""
-    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces)
+    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, frozen)
     gradient, parameter = (
         _seconds((c for c in found if c.role == role), len(elements), machine)
         for role in ("gradient", "parameter")
@@ -204,14 +209,48 @@ def _optimizer_seconds(
     machine: Machine,
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
-    moments = state.OPTIMIZER_MOMENTS[machine.optimizer]
-    per_element = 8 + 8 + 8 * moments + machine.rules.gather_bytes
+    rule = machine.rules.optimizer
+    per_element = 8 + 8 + rule.step_bytes + machine.rules.gather_bytes
     sharded = data.zero_stage >= 1
     elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)
     host, node = machine.stack.offload, machine.cluster.groups[0].node
     if machine.offload.optimizer and host is not None:
+        moments = round(rule.step_bytes / 8)
         return offload.update_seconds(elements.astype(np.float64), moments, node, host)
     time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
     result: Real = np.where(elements > 0, time, 0.0)
     return result
+
+
+def _orthogonalise_seconds(
+    kind: LayerKind, shard: Shard, data: DataParallel, machine: Machine, vocab_divisor: int
+) -> Real:
+    """Newton-Schulz iterations of a layer's matrices: whole matrices dealt out to the ranks that
+    shard the state, their gradients gathered first where a rank holds a part of each.
+
+    Dealt out as evenly as elements: a rank may hold one matrix more. A stack that splits parameters
+    itself (``dim0``, ``per_parameter``) brings each matrix together in 16 bits first; one that
+    gives whole parameters to ranks reduces the gradient to its owner, which is no more traffic.
+    """
+    rules, device = machine.rules, machine.device
+    total = np.zeros(len(shard.tp))
+    for mesh, expert in zip(meshes(shard, data), (False, True), strict=True):
+        matrices = [
+            (weight, state.local_tensor(weight, shard, vocab_divisor))
+            for weight in kind.weights
+            if state.is_expert(weight) == expert and not weight.frozen and is_hidden_matrix(weight)
+        ]
+        if not matrices:
+            continue
+        ways = np.where(data.zero_stage >= 1, mesh.ways, 1)
+        flops = newton_schulz_flops(matrices) / ways
+        dtype = machine.dtype(low_precision=False)
+        total += compute.roofline_time_s(device, dtype, flops, np.zeros_like(flops))
+        if rules.layout in ("dim0", "per_parameter"):
+            size = 2.0 * np.sum([tensor.total for _, tensor in matrices], axis=0)
+            gather = interconnect.collective_time_s(
+                machine.fabric, "all_gather", size, size=mesh.ways, stride=mesh.stride
+            )
+            total += np.where((data.zero_stage >= 1) & (mesh.ways > 1), gather, 0.0)
+    return total

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.interconnect import CollectiveKind
-from cost_models.state import StateRules, is_expert
+from cost_models.state import (
+    StateRules,
+    frozen_per_64,
+    is_expert,
+    local_tensor,
+    weights_sharded,
+)
 from hardware_profiles.schema import LayersSpec
 
 Payload: TypeAlias = NDArray[np.floating[Any]]
@@ -85,9 +91,12 @@ def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:
 
 
 def calls(
-    elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int
-) -> tuple[DataCall, ...]:
+    elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int,
+    frozen_bytes: Int64,
+) -> tuple[DataCall, ...]:  # fmt: skip
     """Reductions and gathers of ``elements`` parameters held on a device before sharding.
+
+    ``frozen_bytes`` of weights that are not trained are gathered where weights are sharded.
 
     Unsharded: one all-reduce of gradients. Sharded: reduce-scatter of gradients in their dtype
     over the shards, all-reduce of the shard over replicas, all-gather of weights in
@@ -108,6 +117,10 @@ def calls(
         DataCall(
             "parameter", "all_gather", weights / pieces, mesh.ways, mesh.stride, sharded & some,
             pieces,
+        ),
+        DataCall(
+            "parameter", "all_gather", frozen_bytes.astype(np.float64), mesh.ways, mesh.stride,
+            weights_sharded(zero_stage, rules) & (frozen_bytes > 0),
         ),
     )  # fmt: skip
 
@@ -132,5 +145,17 @@ def tensor_parallel_sums(
             shard.sequence_parallel | weight.name.startswith("attention."), weight.count,
         )
         for weight in kind.weights
-        if weight.sharding == "replicated"
+        if weight.sharding == "replicated" and not weight.frozen
     )  # fmt: skip
+
+
+def frozen_bytes(
+    kind: LayerKind, shard: Shard, rules: StateRules, vocab_divisor: int, *, experts: bool
+) -> Int64:
+    """Bytes of the weights of a layer, or of its experts, that are not trained."""
+    total = np.zeros_like(shard.tp)
+    for weight in kind.weights:
+        if weight.frozen and is_expert(weight) == experts:
+            size = local_tensor(weight, shard, vocab_divisor).total
+            total = total + -(-size * frozen_per_64(weight, rules) // 64)
+    return total

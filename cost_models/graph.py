@@ -46,6 +46,10 @@ class Weight:
     sharding: WeightSharding = "replicated"
     count: int = 1
     kv_heads: int = 0
+    frozen: bool = False
+    """Whether it is not trained."""
+    bytes_per_64: int = 0
+    """Bytes of 64 elements where a frozen weight is stored in few bits; 0: as weights are."""
 
     @property
     def elements(self) -> int:

@@ -45,6 +45,8 @@ class MatMul:
     modules: tuple[str, ...] = ()
     parts: tuple[Ints, ...] = (1,)
     """Relative widths of the products of separate weights that this one stands for."""
+    frozen: bool = False
+    """Whether its weight is not trained: the backward has no weight gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class GroupedMatMul:
     k: Ints
     low_precision: bool = True
     modules: tuple[str, ...] = ()
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,20 +24,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
 from cost_models.offload import Offload
+from cost_models.optimizers import OPTIMIZERS, LocalTensor, OptimizerRule
 from hardware_profiles.holdings import OffloadSpec, Precision, StateSpec
 
 StateLayout = Literal["contiguous", "flat", "per_parameter", "dim0"]
 
 ON_DEVICE = Offload()
-
-OPTIMIZER_MOMENTS = {"adamw": 2, "sgd": 1}
-"""fp32 moments per parameter (SGD with momentum)."""
 
 START_ALIGNMENT = 64
 """Elements to which a parameter's start is aligned in Megatron-Core's buffer."""
@@ -48,21 +47,6 @@ BUCKET_ALIGNMENT = 128
 def ceil_div(numerator: Int64, denominator: Int64) -> Int64:
     """Integer division rounded up."""
     return -(-numerator // denominator)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalTensor:
-    """One of the equal tensors that a :class:`Weight` is on one device."""
-
-    elements: Int64
-    rows: Int64
-    """Its first dimension."""
-    count: Int64
-
-    @property
-    def total(self) -> Int64:
-        """Elements of all of them."""
-        return self.elements * self.count
 
 
 def local_tensor(weight: Weight, shard: Shard, vocab_divisor: int) -> LocalTensor:
@@ -91,6 +75,14 @@ class LocalParameters:
 
     dense: Int64
     expert: Int64
+    frozen_dense: Int64
+    """Not trained, beside those of ``dense``."""
+    frozen_expert: Int64
+
+    @property
+    def total(self) -> Int64:
+        """All of them."""
+        return self.dense + self.expert + self.frozen_dense + self.frozen_expert
 
 
 def is_expert(weight: Weight) -> bool:
@@ -102,15 +94,12 @@ def local_parameters(
     kind: LayerKind, shard: Shard, vocab_divisor: int, *, drop_tied: Bools | None = None
 ) -> LocalParameters:
     """Parameters of one layer of ``kind`` on one device, before data-parallel sharding."""
-    dense = np.zeros_like(shard.tp)
-    expert = np.zeros_like(shard.tp)
+    totals = {key: np.zeros_like(shard.tp) for key in product((False, True), repeat=2)}
     for weight in kind.weights:
         elements = _kept(weight, local_tensor(weight, shard, vocab_divisor).total, drop_tied)
-        if is_expert(weight):
-            expert = expert + elements
-        else:
-            dense = dense + elements
-    return LocalParameters(dense, expert)
+        key = weight.frozen, is_expert(weight)
+        totals[key] = totals[key] + elements
+    return LocalParameters(*totals.values())
 
 
 def _kept(weight: Weight, elements: Int64, drop_tied: Bools | None) -> Int64:
@@ -128,6 +117,7 @@ class StateRules:
     gradient_bytes: int
     """Of the gradients that are reduced."""
     optimizer_bytes: int
+    """Of every tensor; some optimizers keep more of some (``optimizer.extra_bytes``)."""
     gather_bytes: int
     """Bytes per element of a gathered (unsharded) weight in ZeRO stages 2 and 3."""
     layout: StateLayout = "flat"
@@ -142,6 +132,7 @@ class StateRules:
     dummy_wgrad: bool = False
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
+    optimizer: OptimizerRule = OPTIMIZERS["adamw"]
 
     def least_bucket(self, ways: Int64) -> Int64:
         """Least elements of a bucket of the contiguous buffer; as good as all without one."""
@@ -162,6 +153,8 @@ class StateBytes:
     """Flat buffers of the optimizer step."""
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
+    gathered_frozen: Int64
+    """Of them, those of weights that are not trained."""
 
     def __add__(self, other: StateBytes) -> StateBytes:
         return StateBytes(
@@ -170,6 +163,7 @@ class StateBytes:
             self.optimizer + other.optimizer,
             self.step + other.step,
             self.gathered + other.gathered,
+            self.gathered_frozen + other.gathered_frozen,
         )
 
 
@@ -199,10 +193,16 @@ def state_bytes(
     (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
     """
     stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
-    whole, split, copied = zero, zero, zero
+    whole, split, copied, extra = zero, zero, zero, zero
+    frozen = FrozenBytes(zero, zero)
     for weight in weights:
         local = local_tensor(weight, shard, vocab_divisor)
         held, shared = _sizes(weight, local, sharding, rules.layout)
+        if weight.frozen:
+            frozen = frozen.plus(weight, held, shared, rules, drop_tied)
+            continue
+        if rules.optimizer.extra_bytes is not None:
+            extra = extra + _kept(weight, rules.optimizer.extra_bytes(weight, local), drop_tied)
         whole = whole + _kept(weight, held, drop_tied)
         split = split + _kept(weight, shared, drop_tied)
         if rules.quantised_bytes_per_64 and is_quantised(weight):
@@ -212,18 +212,55 @@ def state_bytes(
     if rules.layout in ("contiguous", "flat"):
         split = ceil_div(whole, sharding.ways)
     fsdp = rules.weight_bytes > rules.gather_bytes
-    weights_sharded = (stage >= 3) | ((stage >= 2) & fsdp)
+    apart = weights_sharded(stage, rules)
     gradients_sharded = (stage >= 2) & ~(fsdp & sharding.pipelined)
     shards = np.where(stage >= 1, split, whole)
+    if rules.optimizer.extra_bytes is not None:
+        extra = np.where(stage >= 1, ceil_div(extra, sharding.ways), extra)
     return StateBytes(
-        weights=np.where(weights_sharded, split, whole) * rules.weight_bytes
+        weights=np.where(apart, split, whole) * rules.weight_bytes
+        + np.where(apart, frozen.split, frozen.whole)
         + ceil_div(copied * rules.quantised_bytes_per_64, np.array(64)),
         gradients=np.where(gradients_sharded, split, whole) * rules.held_gradient_bytes
         + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
-        optimizer=shards * rules.optimizer_bytes,
+        optimizer=shards * rules.optimizer_bytes + extra,
         step=shards * rules.step_bytes,
-        gathered=np.where(weights_sharded, whole * rules.gather_bytes, 0),
+        gathered=np.where(apart, whole * rules.gather_bytes + frozen.whole, 0),
+        gathered_frozen=np.where(apart, frozen.whole, 0),
     )
+
+
+def weights_sharded(zero_stage: Int64, rules: StateRules) -> Bools:
+    """Whether weights are split over data parallelism: in stage 3, and in stage 2 where the stack
+    holds fp32 shards."""
+    fsdp = rules.weight_bytes > rules.gather_bytes
+    result: Bools = (zero_stage >= 3) | ((zero_stage >= 2) & fsdp)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenBytes:
+    """Bytes of weights that are not trained: no gradient, no optimizer state, no master copy."""
+
+    whole: Int64
+    split: Int64
+
+    def plus(
+        self, weight: Weight, held: Int64, shared: Int64, rules: StateRules,
+        drop_tied: Bools | None,
+    ) -> FrozenBytes:  # fmt: skip
+        """With one more weight, ``held`` elements whole and ``shared`` on each rank."""
+        whole, split = (
+            self_bytes
+            + ceil_div(_kept(weight, size, drop_tied) * frozen_per_64(weight, rules), np.array(64))
+            for self_bytes, size in ((self.whole, held), (self.split, shared))
+        )
+        return FrozenBytes(whole, split)
+
+
+def frozen_per_64(weight: Weight, rules: StateRules) -> int:
+    """Bytes of 64 elements of a weight that is not trained."""
+    return weight.bytes_per_64 or 64 * rules.gather_bytes
 
 
 def _sizes(
@@ -326,7 +363,8 @@ def state_rules(
     gradient_dtype: str, offload: Offload = ON_DEVICE, host: OffloadSpec | None = None,
 ) -> StateRules:  # fmt: skip
     """The rules for one stack and job; see the module docstring."""
-    moments = 4 * OPTIMIZER_MOMENTS[optimizer]
+    rule = OPTIMIZERS[optimizer]
+    moments = rule.moment_bytes
     if precision == "fp32":
         weight, reduced, state, gathered = 4, 4, moments, 4
     elif master_weights:
@@ -351,4 +389,5 @@ def state_rules(
         dummy_wgrad=spec.dummy_wgrad,
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,
+        optimizer=rule,
     )

@@ -267,7 +267,8 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             fprop = time(op.m, op.n, op.k, "fprop")
             none = np.zeros_like(fprop)
             dgrad = time(op.m, op.k, op.n, "dgrad") if op.backward else none
-            wgrad = time(op.k, op.n, op.m, "wgrad") if op.backward else none
+            trained = op.backward and not op.frozen
+            wgrad = time(op.k, op.n, op.m, "wgrad") if trained else none
             acc.add("matmul", fprop, dgrad + wgrad)
             if dtype in compute.QUANTISATION_BYTES:
                 tokens = np.asarray(op.m) * op.batch
@@ -280,7 +281,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 f"{op.name}:fprop": lambda parts: time(-(-op.m // parts), op.n, op.k, "fprop"),
                 f"{op.name}:dgrad": lambda parts: time(-(-op.m // parts), op.k, op.n, "dgrad"),
             }
-            _launch(acc, machine, 1, 2 if op.backward else 0)
+            _launch(acc, machine, 1, op.backward + trained)
         case GroupedMatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
             args = (op.groups, op.rows, op.n, op.k)
@@ -288,9 +289,11 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             dgrad = compute.grouped_matmul_time_s(
                 device, dtype, op.groups, op.rows, op.k, op.n, stage="dgrad"
             )
-            wgrad = compute.grouped_matmul_time_s(
-                device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
-            )
+            wgrad = np.zeros_like(fprop)
+            if not op.frozen:
+                wgrad = compute.grouped_matmul_time_s(
+                    device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
+                )
             acc.add("matmul", fprop, dgrad + wgrad)
             if dtype in compute.QUANTISATION_BYTES:
                 rows = op.rows * np.asarray(op.groups)
@@ -328,16 +331,13 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             )
             _launch(acc, machine, op.forward_launches, op.backward_launches)
         case Roofline():
-            dtype = machine.dtype(low_precision=False)
-            latency = device.kernels.memory_bound_latency.si
-            forward, backward = (
-                compute.roofline_time_s(device, dtype, flops, moved) + latency * launches
-                for flops, moved, launches in (
-                    (op.forward_flops, op.forward_bytes, op.forward_launches),
-                    (op.backward_flops, op.backward_bytes, op.backward_launches),
-                )
-            )
-            acc.add("matmul", forward, backward)
+            dtype, latency = machine.dtype(low_precision=False), _elementwise(machine, 0.0, 1, 0.0)
+            forward = compute.roofline_time_s(device, dtype, op.forward_flops, op.forward_bytes)
+            backward = compute.roofline_time_s(device, dtype, op.backward_flops, op.backward_bytes)
+            acc.add(
+                "matmul",
+                forward + latency * op.forward_launches, backward + latency * op.backward_launches,
+            )  # fmt: skip
             _launch(acc, machine, op.forward_launches, op.backward_launches)
 
 

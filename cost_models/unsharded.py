@@ -33,7 +33,7 @@ def add_unsharded(
     running = gathered if end else 2 * gathered
     reducing = np.zeros_like(gathered)
     if rules.layout == "dim0":
-        elements = used.gathered // rules.gather_bytes
+        elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
         buffers = 2 if pieces or not end else 1
         reducing = 2 * gathered + buffers * rules.gradient_bytes * elements + used.gradients
         if not end:

@@ -139,6 +139,8 @@ class StackSpec(Profile):
     """Accumulation and reduction dtype of gradients."""
     master_weights: bool
     """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
+    optimizers: tuple[str, ...] = ("adamw", "sgd")
+    """Optimizers that it runs, by their names in ``cost_models.optimizers``."""
     dropout: bool = False
     vocab_divisor: int = 1
     """The vocabulary is padded to a multiple of this times tp (1: no padding)."""

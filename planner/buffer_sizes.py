@@ -21,6 +21,8 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
     rules, layout = priced.tables.machine.rules, priced.layout
     if rules.layout != "contiguous" or layout.zero_stage not in (1, 2):
         return None
+    if rules.optimizer.extra_bytes is not None or _has_frozen(priced):
+        return None
     workload, machine = priced.tables.workload, priced.tables.machine
     shard = shard_of(workload, priced.tables.configs)
     ranks = layout.dp_shard * layout.cp
@@ -55,6 +57,12 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
         "gradients": gradients * rules.held_gradient_bytes + whole * rules.backward_gradient_bytes,
         "optimizer": split * rules.optimizer_bytes,
     }
+
+
+def _has_frozen(priced: Priced) -> bool:
+    workload = priced.tables.workload
+    kinds = (*workload.kinds.values(), workload.embedding, workload.head)
+    return any(weight.frozen for kind in kinds for weight in kind.weights)
 
 
 def _modules(priced: Priced, stage: int) -> Iterator[LayerKind]:

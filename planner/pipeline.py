@@ -96,6 +96,12 @@ def _check(request: Request) -> None:
             hint=f"--seq-len {longest}",
         )
     _check_images(request)
+    if request.job.optimizer not in request.stack.optimizers:
+        raise InputError(
+            f"{request.stack.name} {request.stack.version} has no optimizer "
+            f"{request.job.optimizer} (it has {', '.join(request.stack.optimizers)})",
+            hint=_stacks_with(request.job.optimizer),
+        )
     reason = request.unsupported
     if reason is not None and request.foreign_kinds:
         raise InputError(reason, hint=_stacks_for(request))
@@ -127,6 +133,15 @@ def _check_images(request: Request) -> None:
             f"than a sample of {sequence}",
             hint=f"--seq-len {shown}, or fewer images",
         )
+
+
+def _stacks_with(optimizer: str) -> str:
+    """Stacks that run an optimizer."""
+    from hardware_profiles.loader import catalog_names, load_stack
+
+    stacks = (load_stack(name) for name in catalog_names("stack"))
+    able = [stack.name for stack in stacks if optimizer in stack.optimizers]
+    return "--stack " + " or --stack ".join(able) if able else "no stack that ships runs it"
 
 
 def _stacks_for(request: Request) -> str:

@@ -161,9 +161,9 @@ def _weights(kind: LayerKindSpec) -> tuple[Weight, ...]:
                 split = "column" if op.split == "column" else "replicated"
                 result.append(Weight(f"op{index}.bias", op.n, 1, split, op.times))  # type: ignore[arg-type]
         elif isinstance(op, ConvOp):
-            result.append(Weight(f"op{index}", op.weights, 1, "replicated", op.times))
+            made = op.channels[1]
+            result.append(Weight(f"op{index}", made, op.weights // made, "replicated", op.times))
             if op.bias:
-                made = op.channels[1]
                 result.append(Weight(f"op{index}.bias", made, 1, "replicated", op.times))
         elif isinstance(op, WorkOp | MemoryOp) and op.parameters:
             result.append(Weight(f"op{index}", op.parameters, 1))

@@ -85,7 +85,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         latency = work + 2 * (meshes.pp - 1) * hop
         relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
-    parameters = model_sum(priced, (Field.PARAMETERS,))[where]
+    parameters = _trained(priced)[where]
     held = _least_state(request, parameters, meshes)
     held += least_kept(priced)[where]
     room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes[where])
@@ -99,6 +99,16 @@ def least_kept(priced: PricedConfigs) -> Real:
     for count, table in zip(layer_counts(priced), priced.kinds, strict=True):
         total += count * np.min(table[kept], axis=0).astype(np.float64)
     return total
+
+
+def _trained(priced: PricedConfigs) -> Real:
+    """Trained parameters of the whole model on one rank; all of them where none is frozen. Where
+    some are, none are counted: what is left out of a bound on memory only widens it."""
+    workload = priced.workload
+    kinds = (*workload.kinds.values(), workload.embedding, workload.head)
+    if any(weight.frozen for kind in kinds for weight in kind.weights):
+        return np.zeros(len(priced.configs))
+    return model_sum(priced, (Field.PARAMETERS,))
 
 
 def _least_state(request: Request, parameters: Real, meshes: Meshes) -> Real:

@@ -56,7 +56,12 @@ GlobalBatchTokens = Annotated[
 Precision = Annotated[
     str | None, typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32, fp8 or nvfp4.")
 ]
-Optimizer = Annotated[str | None, typer.Option("--optimizer", metavar="NAME", help="adamw or sgd.")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer", metavar="NAME", help="adamw, sgd, lion, adam8bit, adafactor or muon."
+    ),
+]
 Stack = Annotated[
     str | None, typer.Option("--stack", metavar="NAME", help="Software that runs the plan.")
 ]
