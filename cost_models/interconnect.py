@@ -322,7 +322,8 @@ def _ring_and_tree(fabric: Fabric, collective: str, placement: Placement) -> Law
         if outer.in_network_s_per_byte is not None:
             whole = members == fabric.devices_per_node
             wire = port_slope(fabric, placement, outer.in_network_s_per_byte) / members
-            latencies.append(LAUNCH_SIMPLE_S + 2 * far + chain * inner.simple_latency_s)
+            reduced_s = LAUNCH_SIMPLE_S + 2 * far + chain * inner.simple_latency_s
+            latencies.append(np.where(whole, reduced_s, latencies[1]))
             reduced = np.maximum(wire, _in_node(fabric, collective, members, placement.stride)
                                  .s_per_byte[-1])  # fmt: skip
             slopes.append(np.where(whole, reduced, slope))
