@@ -77,7 +77,7 @@ def reserve_bytes(
             "live_parameters": np.where(degrees.zero_stage >= 3, live, 0),
             "fragmentation": int(spec.fragmentation.si) * ones,
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
-            "reduction_buffers": _reduction_bytes(machine, degrees) * ones,
+            "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
             "context": int(spec.context.si) * ones,
             "communicators": communicator_bytes(machine, shard, degrees),
             "overlap_buffers": overlapped,
@@ -96,12 +96,25 @@ def reserve_bytes(
     )
 
 
-def _reduction_bytes(machine: Machine, degrees: Degrees) -> Int64:
-    """Flat copies of gradients, where there is anybody to reduce them with."""
-    rules = machine.rules
+def _reduction_bytes(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Int64:
+    """The flat copy of gradients that is reduced, where there is anybody to reduce it with.
+
+    It is filled with whole tensors, so it holds the largest one, the embedding's.
+    """
+    rules, elements = machine.rules, machine.stack.state.reduction_elements
+    if not elements:
+        return np.zeros_like(shard.tp)
+    largest = np.max(
+        [
+            state.local_tensor(weight, shard, workload.vocab_divisor).elements
+            for weight in workload.embedding.weights
+        ],
+        axis=0, initial=elements,
+    )  # fmt: skip
     each = max(rules.held_gradient_bytes, rules.gradient_bytes)
-    size = machine.stack.state.reduction_elements * each
-    return np.where(degrees.dp_replicate * degrees.dp_shard > 1, size, 0)
+    return np.where(degrees.dp_replicate * degrees.dp_shard > 1, largest * each, 0)
 
 
 def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int64:

@@ -20,6 +20,8 @@ class Measured:
     step_time_s: float | None = None
     basis: str | None = None
     peak_gib: float | None = None
+    formula_gib: float | None = None
+    """A peak that the source computed by a formula of its own."""
     scored: bool = True
     """False where the figure is not of a full training step, or not a measurement."""
 
@@ -37,8 +39,8 @@ def measured(run: Run, request: Request | None = None) -> Measured:
         pattern(rule["match"]).search(run.text(column).lower()) for column in rule["columns"]
     )
     if partial:
-        return Measured(time, basis, None, scored=False)
-    return Measured(time, basis, _peak_gib(run))
+        return Measured(time, basis, scored=False)
+    return Measured(time, basis, _peak_gib(run, "reading"), _peak_gib(run, "formula"))
 
 
 def _step_time(run: Run, request: Request | None) -> tuple[float | None, str | None]:
@@ -77,9 +79,9 @@ def flops_per_token(request: Request, *, full_attention: bool) -> float:
     return graph.model_flops_per_token
 
 
-def _peak_gib(run: Run) -> float | None:
+def _peak_gib(run: Run, meaning: str) -> float | None:
     stated = run.number("mem_gib")
     rule = convention("memory", run.text("source"))
-    if stated is None or rule["meaning"] != "reading":
+    if stated is None or rule["meaning"] != meaning:
         return None
     return stated * _UNITS[rule["unit"]] / GIB

@@ -79,6 +79,7 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
         "band_s": None,
         "predicted_peak_gib": None,
         "measured_peak_gib": None,
+        "formula_peak_gib": None,
         "fits": None,
         "scored": False,
         "warnings": [],
@@ -112,6 +113,7 @@ def row_of(run: Run, changes: Mapping[str, Cell] | None = None) -> dict[str, Any
         "measured_basis": found.basis,
         "measured_step_time_s": found.step_time_s,
         "measured_peak_gib": found.peak_gib,
+        "formula_peak_gib": found.formula_gib,
         "scored": row["status"] == "priced" and found.scored and possible,
     }
     return row

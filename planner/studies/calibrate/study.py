@@ -27,7 +27,7 @@ from planner.studies.calibrate.nccl import Log, NetworkPricer, NodePricer, const
 from planner.studies.calibrate.parameters import Parameter, Target
 from planner.studies.calibrate.profiles import profile, profiles_of
 from planner.studies.runs import MAX_BYTES, read_runs
-from planner.studies.summary import statistics
+from planner.studies.statistics import statistics
 
 FOLDS = 5
 LEAST_MEASUREMENTS = 3
