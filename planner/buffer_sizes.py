@@ -1,7 +1,8 @@
 """Exact persistent state of a rank under Megatron-Core's contiguous buffers.
 
 A layer's bytes carry an upper bound of what bucket ends may add (``cost_models.state``). Here the
-buffers of a rank's model chunks are laid out parameter by parameter, as the software does.
+buffers of a rank's model chunks are laid out parameter by parameter, as the software does; experts
+are stored as Transformer Engine's grouped layers store them, all first products before the second.
 """
 
 from __future__ import annotations
@@ -80,11 +81,28 @@ def _tensor_sizes(
     kind: LayerKind, shard: Shard, vocab_divisor: int, *, expert: bool, tied: bool
 ) -> Iterator[int]:
     """Elements of each parameter as it is stored: q, k and v in one, gate and up in one."""
+    stored: list[tuple[str, int, int]] = []
+    for name, parts in _stored_tensors(kind, expert=expert, tied=tied).items():
+        locals_ = [state.local_tensor(part, shard, vocab_divisor) for part in parts]
+        size = sum(int(local.elements[0]) for local in locals_)
+        stored.append((name, size, int(locals_[0].count[0])))
+    # As the modules of a layer stand: norm, output and input projection, then the second norm.
+    norms = [size for name, size, count in stored if name == "norm" for _ in range(count)]
+    mixer = [each for each in stored if each[0].startswith("attention")]
+    mixer.sort(key=lambda each: each[0] != "attention.out")
+    yield from norms[:1]
+    for _, size, count in mixer:
+        yield from [size] * count
+    yield from norms[1:]
+    for name, size, count in stored:
+        if name != "norm" and not name.startswith("attention"):
+            yield from [size] * count
+
+
+def _stored_tensors(kind: LayerKind, *, expert: bool, tied: bool) -> dict[str, list[Weight]]:
+    """Weights by the tensor that holds them."""
     merged: dict[str, list[Weight]] = {}
     for weight in kind.weights:
         if state.is_expert(weight) == expert and not (tied and weight.name == "head.tied"):
             merged.setdefault(state.fused_name(weight), []).append(weight)
-    for parts in merged.values():
-        locals_ = [state.local_tensor(part, shard, vocab_divisor) for part in parts]
-        size = sum(int(local.elements[0]) for local in locals_)
-        yield from [size] * int(locals_[0].count[0])
+    return merged
