@@ -19,7 +19,7 @@ from hardware_profiles.schema import ClusterSpec
 from planner.studies.calibrate.cases import Case, RunPricer
 from planner.studies.calibrate.fit import Problem, fit
 from planner.studies.calibrate.parameters import Parameter
-from planner.studies.summary import statistics
+from planner.studies.statistics import statistics
 
 
 @dataclass(frozen=True)

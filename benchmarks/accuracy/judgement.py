@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.accuracy import RunClass, path_of
 from planner.studies.ranking import layout_of, ranking, sweep_of
-from planner.studies.summary import statistics
+from planner.studies.statistics import statistics
 
 TIERS = ("simumax-b200", "nvidia-dgxc", "llm-foundry", "torchtitan")
 """The most trusted sources (data/README.md, tiers 1 and 2)."""

@@ -43,9 +43,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=case["rank"], world_size=case["world"]
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=case["rank"], world_size=case["world"])
     ps.initialize_model_parallel(
         tensor_model_parallel_size=case["tp"],
         pipeline_model_parallel_size=case["pp"],
