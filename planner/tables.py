@@ -56,15 +56,19 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     interleaved 1F1B (and GPipe), with as many virtual stages as there are layers. Memory: what no
     sharding removes, averaged over stages, with one microbatch's boundaries alive.
     """
-    # Meshes are many and their shards few: price the shards, on one data-parallel rank each.
+    # Meshes are many and their shards few: price the shards, on one data-parallel rank each. A
+    # layer may cost less in a pipeline, of any length: what is summed per step, or merged.
     columns, where = unique_rows(
-        [meshes.microbatch, meshes.tp, meshes.cp, meshes.cp_kind, meshes.ep, meshes.etp, meshes.sp]
-    )
-    microbatch, tp, cp, cp_kind, ep, etp, sp = columns
+        [
+            meshes.microbatch, meshes.tp, meshes.cp, meshes.cp_kind, meshes.ep, meshes.etp,
+            meshes.sp, np.minimum(meshes.pp, 2),
+        ]
+    )  # fmt: skip
+    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = columns
     one = np.ones_like(tp)
     priced = price_configs(
         request.workload, request.machine,
-        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, one, one * 0),
+        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))[where]

@@ -25,8 +25,8 @@ def weights(spec: MoeSpec, hidden: int) -> list[Weight]:
     result = [
         *linear("moe.router", spec.experts, hidden, "replicated", bias=spec.router_bias),
         *feed_forward(
-            "moe.experts", spec.latent or hidden, spec.intermediate, gated=spec.gated, bias=spec.expert_bias,
-            shardings=("expert_column", "expert_row"), count=spec.experts,
+            "moe.experts", spec.latent or hidden, spec.intermediate, gated=spec.gated,
+            bias=spec.expert_bias, shardings=("expert_column", "expert_row"), count=spec.experts,
         ),
     ]  # fmt: skip
     if spec.latent is not None:
