@@ -77,7 +77,7 @@ def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> in
 def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:
     """Whether a layer's weights are gathered for its backward too: not the head's, which starts
     where its forward ends (torchtitan 0.3.0 keeps them: ``apply_fsdp_to_decoder``)."""
-    return (zero_stage >= 3) & (kind.name != "head")
+    return (zero_stage >= 3) & (kind.name != "head" and kind.backward)
 
 
 def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:

@@ -107,6 +107,8 @@ class LayerKind:
     """Largest short-lived buffers of one layer's backward, beyond the saved tensors."""
     element_bytes: int = 2
     """Bytes per activation element."""
+    backward: bool = True
+    """Whether a gradient flows through it: not below the first trained weight."""
     in_pieces: bool = False
     """Whether the backward runs piece by piece, and reduces gradients after each."""
     buffer_bytes: Callable[[Shard], Int64] = no_bytes

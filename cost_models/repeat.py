@@ -144,3 +144,16 @@ def _sum(works: Iterable[Work], start: Work) -> Work:
     for work in works:
         start = start + work
     return start
+
+
+Table: TypeAlias = dict[str, dict[str, Real]]
+
+
+def forward_only(terms: Table, wire: Table) -> tuple[Table, Table, Repeats]:
+    """Times of a layer without a backward: nothing flows back, and nothing runs again for it."""
+    terms, wire = (
+        {name: {**by_phase, "backward": 0.0 * by_phase["backward"]} for name, by_phase in t.items()}
+        for t in (terms, wire)
+    )
+    zero = 0.0 * next(iter(terms.values()))["forward"]
+    return terms, wire, Repeats(Work(zero, zero), {}, {}, zero, zero, 0.0)

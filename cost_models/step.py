@@ -40,7 +40,7 @@ from cost_models.ops import (
     Repeat,
     Roofline,
 )
-from cost_models.repeat import ForwardLog, Real, Repeats, Work
+from cost_models.repeat import ForwardLog, Real, Repeats, Work, forward_only
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
 
@@ -213,6 +213,8 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
         acc.host["backward"] - acc.busy["backward"], machine.stack.expert_sync.si,
     )  # fmt: skip
     _wait_for_host(acc, repeats)
+    if not kind.backward:
+        return LayerTimes(*forward_only(acc.terms, acc.wire))
     return LayerTimes(acc.terms, acc.wire, repeats, merged)
 
 

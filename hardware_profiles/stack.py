@@ -141,6 +141,8 @@ class StackSpec(Profile):
     """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
     optimizers: tuple[str, ...] = ("adamw", "sgd")
     """Optimizers that it runs, by their names in ``cost_models.optimizers``."""
+    fine_tuning: tuple[Literal["lora", "qlora", "freeze"], ...] = ()
+    """Ways in which it trains a part of a model only."""
     dropout: bool = False
     vocab_divisor: int = 1
     """The vocabulary is padded to a multiple of this times tp (1: no padding)."""

@@ -11,6 +11,15 @@ from planner.specs import JobSpec
 
 def lower(model: Model, job: JobSpec, stack: StackSpec, device: DeviceSpec) -> WorkloadGraph:
     """The workload graph of ``model`` under ``job``, for ``stack`` on ``device``."""
+    graph = _whole(model, job, stack, device)
+    if job.finetune is None:
+        return graph
+    from planner.finetune import adapt
+
+    return adapt(graph, job.finetune)
+
+
+def _whole(model: Model, job: JobSpec, stack: StackSpec, device: DeviceSpec) -> WorkloadGraph:
     if isinstance(model, LayerSequenceSpec):
         from planner import sequence_workload
 

@@ -100,7 +100,14 @@ def _check(request: Request) -> None:
         raise InputError(
             f"{request.stack.name} {request.stack.version} has no optimizer "
             f"{request.job.optimizer} (it has {', '.join(request.stack.optimizers)})",
-            hint=_stacks_with(request.job.optimizer),
+            hint=_stacks_with("optimizers", request.job.optimizer),
+        )
+    tune = request.job.finetune
+    if tune is not None and tune.method not in request.stack.fine_tuning:
+        raise InputError(
+            f"{request.stack.name} {request.stack.version} does not do {tune.method} "
+            f"(fine-tuning it does: {', '.join(request.stack.fine_tuning) or 'none'})",
+            hint=_stacks_with("fine_tuning", tune.method),
         )
     reason = request.unsupported
     if reason is not None and request.foreign_kinds:
@@ -135,12 +142,12 @@ def _check_images(request: Request) -> None:
         )
 
 
-def _stacks_with(optimizer: str) -> str:
-    """Stacks that run an optimizer."""
+def _stacks_with(field: str, value: str) -> str:
+    """Stacks that have ``value`` in a list of what they run."""
     from hardware_profiles.loader import catalog_names, load_stack
 
     stacks = (load_stack(name) for name in catalog_names("stack"))
-    able = [stack.name for stack in stacks if optimizer in stack.optimizers]
+    able = [stack.name for stack in stacks if value in getattr(stack, field)]
     return "--stack " + " or --stack ".join(able) if able else "no stack that ships runs it"
 
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from planner.models.spec import Positive, Spec
 
@@ -30,6 +30,37 @@ class ConstraintSpec(Spec):
     """Allow this mode only: ``none``, ``selective``, ``full`` or modules of the stack joined by
     ``+``."""
     sequence_parallel: bool | None = None
+
+
+class FineTuneSpec(Spec):
+    """Training of a part of the model; the rest has no gradient and no optimizer state."""
+
+    lora_rank: Positive | None = None
+    """Rank of adapters beside the linear layers of blocks; all other weights are then frozen."""
+    lora_targets: tuple[str, ...] = ()
+    """Products that get adapters (``qkv``, ``proj``, ``fc1``, ``fc2`` ...); default: all of dense
+    sub-blocks. Routers and routed experts get none."""
+    base_bits: Literal[16, 4] = 16
+    """4: frozen linear layers are stored in 4 bits (NF4) and dequantised where they run (QLoRA)."""
+    freeze_layers: Annotated[int, Field(ge=0)] = 0
+    """The embedding and so many first layers are not trained and have no backward."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.lora_rank is None and not self.freeze_layers:
+            raise ValueError("give lora_rank, or freeze_layers")
+        if self.lora_rank is not None and self.freeze_layers:
+            raise ValueError("lora_rank freezes all layers already: leave freeze_layers out")
+        if self.lora_rank is None and (self.base_bits != 16 or self.lora_targets):
+            raise ValueError("base_bits and lora_targets belong to lora_rank")
+        return self
+
+    @property
+    def method(self) -> str:
+        """What a stack must be able to do."""
+        if self.lora_rank is None:
+            return "freeze"
+        return "qlora" if self.base_bits == 4 else "lora"
 
 
 class JobSpec(Spec):
@@ -74,6 +105,8 @@ class JobSpec(Spec):
     """Whether head and loss take the sequence whole or, where the stack can, in pieces."""
     mtp: bool = True
     """Whether multi-token-prediction modules are trained, where the model has them."""
+    finetune: FineTuneSpec | None = None
+    """Train a part of the model only; default: all of it."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

@@ -11,7 +11,7 @@ from planner.errors import InfeasibleError
 from planner.models.sequence import LayerSequenceSpec
 from planner.pipeline import plan
 from planner.request import Request, fill_defaults
-from planner.specs import JobSpec
+from planner.specs import FineTuneSpec, JobSpec
 from tests.oracle.brute import brute_force
 
 SLOW = {"value": 1, "unit": "GB/s", "kind": "assumed", "source": "test"}
@@ -62,11 +62,13 @@ def draw(seed: int) -> Request:
     cluster = cluster.model_copy(update={"groups": (group.model_copy(update={"node": node}),)})
     stack = load_stack(rng.choice(("torch-pipelining", "torchgpipe")))
     model = draw_network(rng)
+    frozen = stack.name == "torch-pipelining" and model.layer_count > 2 and rng.random() < 0.4
     job = fill_defaults(
         JobSpec(
             stack=stack.name,
             tolerance=0.0,
             memory_margin=0.0,
+            finetune=FineTuneSpec(freeze_layers=1) if frozen else None,
             optimizer=rng.choice(("adamw", "sgd")),
         ),
         model,

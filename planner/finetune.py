@@ -1,0 +1,265 @@
+"""A workload of which a part is trained: LoRA, QLoRA, frozen first layers.
+
+A transformation of the graph, whatever it was lowered from. Frozen weights keep their products and
+data gradients and lose weight gradient, gradient and optimizer state (Hu et al., arXiv 2106.09685);
+in QLoRA they are stored in NF4 and dequantised before each use (Dettmers et al., arXiv 2305.14314).
+Layers below the first trained weight have no backward at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph
+from cost_models.ops import (
+    Collective,
+    CollectiveKind,
+    Elementwise,
+    GroupedMatMul,
+    MatMul,
+    Op,
+    Repeat,
+    Roofline,
+    SavedTensor,
+)
+from cost_models.state import is_quantised, local_tensor
+from planner.errors import InputError, did_you_mean
+from planner.specs import FineTuneSpec
+
+NF4_BYTES_PER_64 = 33
+"""64 weights of 4 bits, and 0.127 bits each for doubly quantised scales (arXiv 2305.14314, 3)."""
+
+PRODUCTS = {
+    "qkv": ("attention.q", "attention.k", "attention.v"),
+    "proj": ("attention.out",),
+    "q_down": ("attention.q_down",),
+    "q_up": ("attention.q_up",),
+    "kv_down": ("attention.kv_down",),
+    "kv_up": ("attention.kv_up",),
+    "fc1": ("mlp.gate", "mlp.up"),
+    "fc2": ("mlp.down",),
+    "shared_fc1": ("moe.shared.gate", "moe.shared.up"),
+    "shared_fc2": ("moe.shared.down",),
+}
+"""Weights of each product that may have an adapter; weights of one product share theirs."""
+
+
+def adapt(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
+    """``graph`` with what ``spec`` does not train frozen; raises :class:`InputError`."""
+    return _frozen_front(graph, spec) if spec.lora_rank is None else _lora(graph, spec)
+
+
+def _frozen_front(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
+    """The embedding and the first layers without a backward."""
+    count = spec.freeze_layers
+    if count >= len(graph.layers):
+        raise InputError(
+            f"freeze_layers = {count}, and {graph.name} has {len(graph.layers)} layers",
+            hint=f"at most {len(graph.layers) - 1}",
+        )
+    front = tuple(f"{name}.frozen" for name in graph.layers[:count])
+    kinds = {name: kind for name, kind in graph.kinds.items() if name in graph.layers[count:]}
+    kinds |= {name: _silent(graph.kinds[name.removesuffix(".frozen")], name) for name in front}
+    trained = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers[count:])
+    everything = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers)
+    share = 1.0 - (everything - trained) / max(graph.model_flops_per_token, everything)
+    return replace(
+        graph,
+        layers=(*front, *graph.layers[count:]),
+        kinds=kinds,
+        embedding=_silent(graph.embedding, graph.embedding.name),
+        tied_embeddings=False,
+        model_flops_per_token=graph.model_flops_per_token * share,
+        assumptions=(
+            *graph.assumptions,
+            f"the embedding and {count} layers are frozen: no backward, nothing kept for one",
+            "a head that shares the embedding's table is trained apart from it",
+        ),
+    )  # fmt: skip
+
+
+def _silent(kind: LayerKind, name: str) -> LayerKind:
+    return replace(
+        kind, name=name, weights=_freeze(kind.weights, bits=16), saved=lambda _: (), backward=False
+    )
+
+
+def _gradient_flops(kind: LayerKind) -> float:
+    """FLOPs per token of the backward of a layer's products with weights."""
+    return sum(2 * _flops(op) for op in kind.ops(_ONE) if isinstance(op, (MatMul, GroupedMatMul)))
+
+
+_LENGTH = 1024
+_UNIT = np.ones(1, dtype=np.int64)
+_ONE = Shard(_LENGTH, _UNIT, _UNIT, _UNIT, _UNIT, _UNIT, _UNIT.astype(bool) & False, _UNIT * 0)
+
+
+def _flops(op: MatMul | GroupedMatMul) -> float:
+    """Forward FLOPs per token of a product with a weight."""
+    if isinstance(op, GroupedMatMul):
+        size = 2.0 * np.asarray(op.groups) * op.rows * op.n * op.k
+    else:
+        size = 2.0 * np.asarray(op.m) * op.n * op.k * op.batch * op.weight
+    return float(np.broadcast_to(size, 1)[0]) / _LENGTH
+
+
+def _lora(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
+    _check_targets(graph, spec)
+    kinds = {name: _with_adapters(kind, graph, spec) for name, kind in graph.kinds.items()}
+    saved = sum(_weight_gradients(graph.kinds[name]) for name in graph.layers)
+    saved += _weight_gradients(graph.head)
+    added = sum(_weight_gradients(kinds[name], frozen=False) for name in graph.layers)
+    notes = [
+        f"LoRA of rank {spec.lora_rank}: weights of one product share an adapter; routed experts "
+        "have none; what frozen layers keep is counted as if they were trained",
+    ]
+    if spec.base_bits == 4:
+        notes.append(
+            "frozen linear layers in NF4, dequantised before each use, in the backward too"
+        )
+    return replace(
+        graph,
+        kinds=kinds,
+        embedding=_silent(graph.embedding, graph.embedding.name),
+        head=replace(
+            graph.head, weights=_freeze(graph.head.weights, bits=16), ops=_frozen_ops(graph.head)
+        ),
+        tied_embeddings=False,
+        model_flops_per_token=graph.model_flops_per_token - saved + 3 * added,
+        assumptions=(*graph.assumptions, *notes),
+    )
+
+
+def _weight_gradients(kind: LayerKind, *, frozen: bool | None = None) -> float:
+    """FLOPs per token of the weight gradients of a layer's products; of those that are frozen, or
+    not, only."""
+    return sum(
+        _flops(op)
+        for op in kind.ops(_ONE)
+        if isinstance(op, (MatMul, GroupedMatMul)) and frozen in (None, op.frozen)
+    )
+
+
+def _check_targets(graph: WorkloadGraph, spec: FineTuneSpec) -> None:
+    names = {op.name for kind in graph.kinds.values() for op in kind.ops(_ONE)} & PRODUCTS.keys()
+    if not names:
+        raise InputError(f"{graph.name} has no product that an adapter fits")
+    for target in spec.lora_targets:
+        if target not in names:
+            raise InputError(
+                f"lora_targets: {graph.name} has no product {target!r}",
+                hint=did_you_mean(target, sorted(names)),
+            )
+
+
+def _freeze(weights: tuple[Weight, ...], *, bits: int) -> tuple[Weight, ...]:
+    return tuple(
+        replace(
+            weight, frozen=True,
+            bytes_per_64=NF4_BYTES_PER_64 if bits == 4 and is_quantised(weight) else 0,
+        )
+        for weight in weights
+    )  # fmt: skip
+
+
+def _frozen_ops(kind: LayerKind) -> Callable[[Shard], tuple[Op, ...]]:
+    return lambda shard: tuple(_frozen(op) for op in kind.ops(shard))
+
+
+def _frozen(op: Op) -> Op:
+    """``op`` without the gradient of its weight."""
+    match op:
+        case MatMul() if op.weight:
+            return replace(op, frozen=True)
+        case GroupedMatMul():
+            return replace(op, frozen=True)
+        case Roofline():
+            half = 0.5 * np.asarray(op.backward_flops)
+            return replace(op, backward_flops=half, backward_launches=1)
+        case Repeat():
+            return replace(op, ops=tuple(_frozen(inner) for inner in op.ops))
+    return op
+
+
+def _with_adapters(kind: LayerKind, graph: WorkloadGraph, spec: FineTuneSpec) -> LayerKind:
+    """A layer with frozen weights, its adapters, and what 4-bit storage costs."""
+    assert spec.lora_rank is not None
+    rank, four = spec.lora_rank, spec.base_bits == 4
+    groups = {
+        name: [weight for weight in kind.weights if weight.name in PRODUCTS[name]]
+        for name in (spec.lora_targets or PRODUCTS)
+    }
+    groups = {name: weights for name, weights in groups.items() if weights}
+    adapters = tuple(w for name, weights in groups.items() for w in _pair(name, weights, rank))
+    base = _freeze(kind.weights, bits=spec.base_bits)
+
+    def ops(shard: Shard) -> tuple[Op, ...]:
+        result: list[Op] = []
+        for op in kind.ops(shard):
+            if four and isinstance(op, (MatMul, GroupedMatMul)):
+                result += _dequantise(op, kind)
+            result.append(_frozen(op))
+            if isinstance(op, MatMul) and op.name in groups:
+                row = groups[op.name][0].sharding == "row"
+                result += _adapter_ops(op, rank, kind.element_bytes, row=row)
+        return tuple(result)
+
+    def saved(shard: Shard) -> tuple[SavedTensor, ...]:
+        inner = shard.tokens * (len(groups) * rank * kind.element_bytes)
+        return (*kind.saved(shard), SavedTensor("lora", inner))
+
+    def working(shard: Shard) -> Int64:
+        own = kind.working_bytes(shard)
+        if not four:
+            return own
+        sizes = [
+            local_tensor(weight, shard, graph.vocab_divisor).total
+            for weight in base
+            if weight.bytes_per_64
+        ]
+        largest: Int64 = np.max([np.zeros_like(shard.tp), *sizes], axis=0)
+        return own + largest * kind.element_bytes
+
+    return replace(kind, weights=(*base, *adapters), ops=ops, saved=saved, working_bytes=working)
+
+
+def _pair(name: str, weights: list[Weight], rank: int) -> tuple[Weight, Weight]:
+    """The two matrices of an adapter: the one on the side that tp splits is split."""
+    rows, cols = sum(weight.rows for weight in weights), weights[0].cols
+    by_row, by_column = weights[0].sharding == "row", weights[0].sharding == "column"
+    return (
+        Weight(f"lora.{name}.a", rank, cols, "row" if by_row else "replicated"),
+        Weight(f"lora.{name}.b", rows, rank, "column" if by_column else "replicated"),
+    )
+
+
+def _adapter_ops(op: MatMul, rank: int, element: int, *, row: bool) -> list[Op]:
+    """Down, up, scale and add; over tp the narrow tensor is summed, once."""
+    m, n, k = np.asarray(op.m), op.n, op.k
+    narrow = m * rank * element
+    kind: CollectiveKind = "all_reduce"
+    forward, backward = (kind, None) if row else (None, kind)
+    return [
+        MatMul(f"{op.name}.lora_a", m, rank, k, low_precision=False, modules=op.modules),
+        Collective(
+            f"{op.name}.lora_sum", "tp", forward, narrow, backward, narrow, modules=op.modules
+        ),
+        MatMul(f"{op.name}.lora_b", m, n, rank, low_precision=False, modules=op.modules),
+        Elementwise(
+            f"{op.name}.lora_add", 3.0 * m * n * element, 3.0 * m * k * element,
+            modules=op.modules,
+        ),
+    ]  # fmt: skip
+
+
+def _dequantise(op: MatMul | GroupedMatMul, kind: LayerKind) -> list[Op]:
+    """Reading 4 bits and writing 16 of a product's weight, in the forward and in the backward."""
+    if isinstance(op, MatMul) and (not op.weight or op.name not in PRODUCTS):
+        return []
+    groups = op.groups if isinstance(op, GroupedMatMul) else 1
+    elements = 1.0 * np.asarray(groups) * op.n * op.k
+    moved = elements * (NF4_BYTES_PER_64 / 64 + kind.element_bytes)
+    return [Elementwise(f"{op.name}.dequantise", moved, moved, modules=op.modules)]
