@@ -15,6 +15,7 @@ in the backward pass and frees the tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -195,6 +196,15 @@ class Repeat:
 
 Kernel: TypeAlias = MatMul | GroupedMatMul | Attention | Elementwise | Roofline
 Op: TypeAlias = Kernel | Collective | Repeat
+
+
+def collectives(ops: tuple[Op, ...], times: int = 1) -> Iterator[tuple[Collective, int]]:
+    """The collectives among ``ops`` and how often each happens."""
+    for op in ops:
+        if isinstance(op, Collective):
+            yield op, times
+        elif isinstance(op, Repeat):
+            yield from collectives(op.ops, times * op.count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,9 @@ class _Accumulator:
         for phase in PHASES:
             self.host[phase] += count * other.host[phase]
             self.busy[phase] += count * other.busy[phase]
+        for place, phases in other.wire.items():
+            for phase, time in phases.items():
+                self.wire[place][phase] += count * time
 
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:

@@ -19,7 +19,7 @@ from cost_models.communication import group_of, routed
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
-from cost_models.ops import Collective, Reals
+from cost_models.ops import Collective, Reals, collectives
 from cost_models.step import Machine
 
 Pass = Literal["forward", "backward", "recompute", "step"]
@@ -62,9 +62,8 @@ def total(calls: Iterable[Calls]) -> tuple[Calls, ...]:
 def layer_calls(kind: LayerKind, shard: Shard, machine: Machine) -> tuple[Calls, ...]:
     """Collectives inside one layer, one microbatch; ``shard`` holds one configuration."""
     return tuple(
-        call
-        for op in kind.ops(shard)
-        if isinstance(op, Collective)
+        replace(call, count=times * call.count, bytes=times * call.bytes)
+        for op, times in collectives(kind.ops(shard))
         for call in _op_calls(op, shard, machine)
     )
 

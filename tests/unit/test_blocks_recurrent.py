@@ -12,6 +12,7 @@ from cost_models.graph import Shard
 from cost_models.memory import activation_bytes
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, Repeat
 from cost_models.step import Machine, price_layer
+from cost_models.traffic import layer_calls
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.blocks import gated_delta_net, mamba, mamba2, sparse_attention
 from planner.blocks.context import BlockContext
@@ -208,3 +209,16 @@ def test_collectives_of_recurrent_layers_have_their_adjoint() -> None:
             if name in kinds:
                 forward, backward = kinds[name]
                 assert adjoint[str(forward)] == backward
+
+
+def test_the_collectives_of_a_tower_are_counted_once_per_block() -> None:
+    cluster = load_cluster("dgx-h100")
+    machine = Machine(cluster, load_stack("megatron-core"), "bf16", "adamw")
+    job = JobSpec(sequence_length=4096, global_batch=8, images_per_sample=2, image_tokens=256)
+    workload = build_workload(read_model("qwen3-vl-8b"), job, machine.stack, machine.device)
+    calls = layer_calls(workload.embedding, shard(4096, 1, tp=2), machine)
+    reduced = {call.name: call for call in calls if call.phase == "forward"}
+    # 27 blocks, each with one all-reduce after attention and one after the MLP, of 2 x 1024
+    # patches of 1152 numbers of 2 bytes.
+    assert reduced["proj.reduce"].count == reduced["fc2.reduce"].count == 27
+    assert reduced["proj.reduce"].bytes == 27 * 2 * 1024 * 1152 * 2
