@@ -193,15 +193,13 @@ class _Accumulator:
 
     def repeat(self, other: _Accumulator, count: int) -> None:
         """Add ``count`` runs of ``other``."""
-        for category, phases in other.terms.items():
-            for phase, time in phases.items():
-                self.terms[category][phase] += count * time
+        for own, theirs in ((self.terms, other.terms), (self.wire, other.wire)):
+            for key, phases in theirs.items():
+                for phase, time in phases.items():
+                    own[key][phase] += count * time
         for phase in PHASES:
             self.host[phase] += count * other.host[phase]
             self.busy[phase] += count * other.busy[phase]
-        for place, phases in other.wire.items():
-            for phase, time in phases.items():
-                self.wire[place][phase] += count * time
 
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
