@@ -390,11 +390,6 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
     for phase, busy in zip(PHASES, seen.wire, strict=True):
         acc.wire["across"][phase] += np.where(seen.spans_nodes, busy, 0.0)
         acc.wire["inside"][phase] += np.where(seen.spans_nodes, 0.0, busy)
-    counts = (
-        np.where(seen.active, count if kind else 0, 0)
-        for kind, count in (
-            (op.forward_kind, op.forward_count),
-            (op.backward_kind, op.backward_count),
-        )
-    )
+    passes = ((op.forward_kind, op.forward_count), (op.backward_kind, op.backward_count))
+    counts = (np.where(seen.active, count if kind else 0, 0) for kind, count in passes)
     _launch(acc, machine, *counts)
