@@ -17,6 +17,8 @@ from typing import Any
 
 from hardware_profiles.documents import read_document
 
+HOST_BOUND = (0.05, 0.3)
+"""Shares of the step spent waiting for the host from which a run is partly, and wholly, bound."""
 FILE = Path(__file__).parent / "accuracy_bands.yaml"
 
 
@@ -30,6 +32,8 @@ class RunClass:
     moe: bool
     context_parallel: bool
     devices: int
+    launch_share: float
+    """Share of the predicted step for which the device waits for the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ def path_of(run: RunClass, families: Mapping[str, Mapping[str, list[str]]]) -> t
         (f"up to {limit} devices" for limit in (8, 128, 1024) if run.devices <= limit),
         "over 1024 devices",
     )
+    if run.launch_share > HOST_BOUND[0]:
+        size += ", host-bound" if run.launch_share > HOST_BOUND[1] else ", partly host-bound"
     device, stack = _family(run.device, families["devices"]), _family(run.stack, families["stacks"])
     return device, bits, kind, stack, size
 

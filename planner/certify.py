@@ -208,7 +208,7 @@ def _check_alternatives(plan: Plan, request: Request) -> Iterator[str]:
             yield f"alternatives[{index}].step_time_s is not what the cost model says"
         if peak != other.max_peak_bytes or priced.fits != other.fits:
             yield f"alternatives[{index}]: memory is not what the cost model says"
-        low, high, _ = band(other.step_time_s, run_class(request, other.layout))
+        low, high, _ = band(other.step_time_s, run_class(priced, request))
         stated = other.step_time_band_s
         if any(abs(a - b) > SLACK * b for a, b in zip(stated, (low, high), strict=True)):
             yield f"alternatives[{index}].step_time_band_s is not what the measurements earned"

@@ -215,7 +215,7 @@ def _alternative(
     priced = price_candidate(other, request)
     slower = other.time_ns / best.time_ns - 1
     memory = other.peak_bytes / best.peak_bytes - 1
-    low, high, _ = band(other.time_ns / 1e9, run_class(request, priced.layout))
+    low, high, _ = band(other.time_ns / 1e9, run_class(priced, request))
     return Alternative(
         reason=(
             f"{100 * slower:+.1f} % time, {100 * memory:+.0f} % memory: {_difference(other, best)}"

@@ -68,7 +68,8 @@ def predict(priced: Priced, request: Request) -> Prediction:
     tokens = request.tokens_per_step
     peak_flops = _peak_flops(request)
     mfu = request.workload.model_flops_per_token * tokens / step_s / request.devices / peak_flops
-    low, high, source = band(step_s, run_class(request, priced.layout))
+    time = _time_terms(priced, request)
+    low, high, source = band(step_s, run_class(priced, request, time))
     if request.kernel_basis != "measured":
         source += f"; kernel efficiencies of {request.machine.device.name} are not its own"
     stages = tuple(stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks))
@@ -92,7 +93,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
         memory_margin_source=request.memory_margin[1],
         usable_bytes=priced.leaf.capacity_bytes,
         fits=priced.fits,
-        time=_time_terms(priced, request),
+        time=time,
         stages=stages,
         assumptions=_assumptions(request),
         host=_host(priced, request),
@@ -100,15 +101,18 @@ def predict(priced: Priced, request: Request) -> Prediction:
     )
 
 
-def run_class(request: Request, layout: Layout) -> RunClass:
-    """What decides how well the layout's step time is known."""
+def run_class(priced: Priced, request: Request, time: tuple[Term, ...] | None = None) -> RunClass:
+    """What decides how well the layout's step time is known; ``time`` is its breakdown, if made."""
+    terms = _time_terms(priced, request) if time is None else time
+    waiting_s = sum(term.seconds or 0.0 for term in terms if term.name == "launch")
     return RunClass(
         device=request.machine.device.name,
         precision=request.job.precision,
         stack=request.stack.name,
         moe=any(isinstance(b.feed_forward, MoeSpec) for b in request.model.blocks.values()),
-        context_parallel=layout.cp > 1,
+        context_parallel=priced.layout.cp > 1,
         devices=request.devices,
+        launch_share=waiting_s * SECOND / priced.step.total_ns,
     )
 
 

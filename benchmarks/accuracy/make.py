@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bands
@@ -24,10 +25,10 @@ import yaml
 
 from planner import accuracy
 from planner.accuracy import RunClass
-from planner.predict import run_class
+from planner.predict import price, run_class
 from planner.studies.calibrate.cases import Case, RunPricer, cases_of
 from planner.studies.calibrate.fit import values_at
-from planner.studies.calibrate.parameters import read_parameters
+from planner.studies.calibrate.parameters import Overlay, Parameter, read_parameters
 from planner.studies.calibrate.study import described, judged
 from planner.studies.runs import read_runs
 
@@ -51,7 +52,7 @@ def main() -> None:
     outcome = judged(pricer, refine=arguments.refine, progress=_say)
     values = values_at(parameters, outcome.fitted.x)
     RESULTS.mkdir(exist_ok=True)
-    classes = [run_class(case.request, case.layout) for case in cases]
+    classes = classes_of(cases, parameters, outcome.left_out.values)
     _write_rows(cases, classes, outcome.fitted.residuals, outcome.left_out.residuals)
     fit = described("published runs", pricer, outcome)
     _dump(RESULTS / "fit.yaml", "Made by make.py.", fit)
@@ -72,6 +73,23 @@ def main() -> None:
                 _say(f"wrote {parameter.name} into {path.name}")
 
 
+def classes_of(
+    cases: Sequence[Case],
+    parameters: Sequence[Parameter],
+    values: Mapping[str, Mapping[str, float]],
+) -> list[RunClass]:
+    """The class of every run, as its left-out prediction saw it."""
+    overlays = {family: Overlay(parameters, own) for family, own in values.items()}
+    classes = []
+    for case in cases:
+        overlay, request = overlays[case.family], case.request
+        seen = replace(
+            request, cluster=overlay.cluster(request.cluster), stack=overlay.stack(request.stack)
+        )
+        classes.append(run_class(price(case.layout, seen), seen))
+    return classes
+
+
 def zero_shot(cases: Sequence[Case]) -> list[bool]:
     """Whether no other family runs on the case's stack: it was priced as documented."""
     families: dict[str, set[str]] = {}
@@ -87,14 +105,15 @@ def _write_rows(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ("id", "source", "family", "stack", "device", "precision", "moe", "cp", "devices",
-             "zero_shot", "measured_s", "fitted_s", "left_out_s")
+             "launch_share", "zero_shot", "measured_s", "fitted_s", "left_out_s")
         )  # fmt: skip
         columns = zip(cases, classes, zero_shot(cases), fitted, left_out, strict=True)
         for case, run, alone, own, other in columns:
             times = (case.measured_s * float(np.exp(r)) for r in (0.0, own, other))
             writer.writerow(
                 (case.id, case.source, case.family, run.stack, run.device, run.precision,
-                 int(run.moe), int(run.context_parallel), run.devices, int(alone),
+                 int(run.moe), int(run.context_parallel), run.devices, f"{run.launch_share:.3f}",
+                 int(alone),
                  *(f"{time:.6g}" for time in times))
             )  # fmt: skip
 

@@ -8,7 +8,8 @@ import pytest
 
 from planner.accuracy import RunClass, band, band_of, path_of, table
 
-H100 = RunClass("h100-sxm-80gb", "bf16", "nemo", moe=False, context_parallel=False, devices=64)
+H100 = RunClass("h100-sxm-80gb", "bf16", "nemo", moe=False, context_parallel=False, devices=64,
+                launch_share=0.0)  # fmt: skip
 
 
 def test_a_class_narrows_from_the_device_to_the_size() -> None:
@@ -20,6 +21,8 @@ def test_a_class_narrows_from_the_device_to_the_size() -> None:
     assert path_of(sparse, families) == (
         "Hopper", "8-bit", "MoE with context parallelism", "Megatron-Core", "over 1024 devices",
     )  # fmt: skip
+    assert path_of(replace(H100, launch_share=0.2), families)[-1].endswith(", partly host-bound")
+    assert path_of(replace(H100, launch_share=0.5), families)[-1].endswith(", host-bound")
 
 
 def test_a_profile_of_the_users_own_is_in_its_parents_family() -> None:

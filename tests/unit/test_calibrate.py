@@ -12,6 +12,7 @@ import pytest
 from cost_models.compute import matmul_law
 from hardware_profiles.loader import load_cluster, load_device, load_node, load_stack
 from planner.errors import InputError
+from planner.predict import price
 from planner.studies.calibrate.cases import RunPricer, cases_of
 from planner.studies.calibrate.fit import Problem, family_weights, fit, linear_optimum
 from planner.studies.calibrate.folds import leave_one_out
@@ -241,3 +242,10 @@ def test_runs_of_one_source_are_judged_by_parts_and_profiles_load(tmp_path: Path
         (tmp_path / name).write_text(text)
     node = load_cluster(f"{tmp_path}/dgx-a100-calibrated.yaml:2").groups[0].node
     assert node.device.kernels.matmul["bf16"].sustained == pytest.approx(0.77, rel=0.01)
+
+
+def test_runs_priced_together_cost_what_each_costs_alone() -> None:
+    cases = cases_of(read_runs(runs_text()))
+    times = 99 * np.exp(RunPricer(cases, []).residuals({}))
+    alone = [price(case.layout, case.request).step.total_ns / 1e9 for case in cases]
+    assert times == pytest.approx(alone, rel=1e-9)

@@ -12,6 +12,7 @@ import pytest
 
 from planner.errors import InputError
 from planner.studies.measured import measured
+from planner.studies.ranking import ranking
 from planner.studies.runs import REQUIRED, Run, read_runs
 from planner.studies.validate import validate
 
@@ -282,3 +283,19 @@ class TestReading:
         first, second = read_runs(file)
         assert first.text("id") == "one"
         assert dict(second.cells) == {"id": "lonely"}
+
+
+def test_a_sweep_is_ranked_and_its_regret_measured() -> None:
+    # Three layouts of one model: predicted order 1, 2, 3 against measured 2, 1, 3 s.
+    runs = [(("s", "m"), (str(i),), float(i + 1), (2.0, 1.0, 3.0)[i]) for i in range(3)]
+    found = ranking(runs)["s"]
+    # Two of three pairs agree: tau = (2 - 1) / 3. The first is taken: 2 s against 1 s.
+    assert found["tau"] == pytest.approx(1 / 3)
+    assert found["worst_regret"] == pytest.approx(1.0)
+    assert (found["sweeps"], found["layouts"]) == (1, 3)
+
+
+def test_repeats_of_one_layout_are_one_entry() -> None:
+    repeats = [(("s",), ("a",), 1.0, measured) for measured in (1.0, 5.0, 2.0)]
+    assert ranking(repeats) == {}
+    assert ranking([*repeats, (("s",), ("b",), 2.0, 3.0)])["s"]["mean_regret"] == 0

@@ -12,6 +12,7 @@ from cost_models.configs import Configs, price_configs
 from cost_models.leaf import simulate_step, stage_costs
 from planner.layouts import completion_of, configs_of
 from planner.plan import Layout
+from planner.predict import with_policies
 from planner.request import Request
 from planner.studies.calibrate.parameters import Overlay, Parameter, reaches
 from planner.studies.policy import Cell
@@ -111,12 +112,16 @@ class RunPricer:
         request = replace(
             first, cluster=overlay.cluster(first.cluster), stack=overlay.stack(first.stack)
         )
+        request = request.offloading(self.cases[members[0]].layout)
+        layouts = [self.cases[index].layout for index in members]
+        completions = [completion_of(layout, request) for layout in layouts]
+        modes = tuple(mode for each in completions for mode in each.recompute)
         tables = price_configs(
-            request.workload, request.machine, configs, reserve_bytes=request.reserve_bytes
-        )
+            with_policies(request, replace(completions[0], recompute=modes)),
+            request.machine, configs, reserve_bytes=request.reserve_bytes,
+        )  # fmt: skip
         times = np.empty(len(members))
-        for place, index in enumerate(members):
-            layout = self.cases[index].layout
+        for place, (layout, completion) in enumerate(zip(layouts, completions, strict=True)):
             leaf = tables.leaf(
                 place,
                 schedule=layout.schedule,
@@ -124,8 +129,7 @@ class RunPricer:
                 microbatches=layout.num_microbatches,
                 uneven=True,
             )
-            ranks = stage_costs(leaf, completion_of(layout, request))
-            times[place] = simulate_step(leaf, ranks).total_ns / SECOND
+            times[place] = simulate_step(leaf, stage_costs(leaf, completion)).total_ns / SECOND
         return times
 
 
