@@ -76,12 +76,14 @@ def matmul_time_s(
     *,
     stage: MatmulStage = "fprop",
     batch: npt.ArrayLike = 1,
+    accumulate: bool = True,
 ) -> FloatArray:
     """Seconds of one kernel that makes ``batch`` products (m, k) x (k, n) of operands in ``dtype``.
 
     The dimensions are the product's own: for a linear layer with t tokens, ``fprop`` is
-    (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` adds to an fp32
-    gradient (8 bytes per element read and written); other stages write 16 bits (fp32: 32).
+    (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` with ``accumulate``
+    adds to an fp32 gradient (8 bytes per element read and written); other stages write 16 bits
+    (fp32: 32).
     ``fp32`` means fp32 multiplication: tf32 is off; ``fp8`` and ``nvfp4`` operands are quantised
     already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
     weights, tokens are not: only features need alignment. Training kernels of the three stages
@@ -91,7 +93,8 @@ def matmul_time_s(
     """
     _check("stage", stage, ("fprop", "dgrad", "wgrad"))
     constants = matmul_constants(device, dtype)
-    output_bytes = _ACCUMULATE_BYTES if stage == "wgrad" else _OUTPUT_BYTES[dtype]
+    adds = accumulate and stage == "wgrad"
+    output_bytes = _ACCUMULATE_BYTES if adds else _OUTPUT_BYTES[dtype]
     features = (m, n) if stage == "wgrad" else (n, k)
     return matmul_law(
         constants,
@@ -105,7 +108,7 @@ def matmul_time_s(
         operand_bytes=OPERAND_BYTES[dtype],
         output_bytes=output_bytes,
         aligned=_aligned(dtype, *features),
-        apart=constants.accumulate_share if stage == "wgrad" else 0.0,
+        apart=constants.accumulate_share if adds else 0.0,
     )
 
 
@@ -119,6 +122,7 @@ def grouped_matmul_time_s(
     *,
     stage: MatmulStage = "fprop",
     single_launch: bool = False,
+    accumulate: bool = True,
 ) -> FloatArray:
     """Seconds of ``groups`` expert products, each with ``rows_per_group`` tokens.
 
@@ -132,9 +136,10 @@ def grouped_matmul_time_s(
     """
     dims = (n, k, rows_per_group) if stage == "wgrad" else (rows_per_group, n, k)
     if single_launch:
-        return matmul_time_s(device, dtype, *dims, stage=stage, batch=groups)
+        return matmul_time_s(device, dtype, *dims, stage=stage, batch=groups, accumulate=accumulate)
     count = np.maximum(_array(groups), 1.0)
-    return np.asarray(count * matmul_time_s(device, dtype, *dims, stage=stage))
+    one = matmul_time_s(device, dtype, *dims, stage=stage, accumulate=accumulate)
+    return np.asarray(count * one)
 
 
 def attention_time_s(

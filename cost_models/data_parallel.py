@@ -31,6 +31,7 @@ from cost_models.data_traffic import (
     tensor_parallel_sums,
 )
 from cost_models.fabric import Fabric
+from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
@@ -81,19 +82,24 @@ def price_kind(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
     )
     fsdp = data.per_microbatch
+    again = gathers_again(kind, data.zero_stage)
+    copies = copy_seconds(dense + local.expert, times, machine, sharded=fsdp, again=again)
     contention = stack.overlap_contention.si
     per_microbatch = {
-        "forward": to_ns(np.where(fsdp, expose(gather_s, forward, contention), 0.0)),
+        "forward": to_ns(
+            np.where(fsdp, expose(gather_s, forward, contention), 0.0) + copies["forward"]
+        ),
         "backward": to_ns(
             np.where(
                 fsdp,
                 expose(
-                    reduce_s + np.where(gathers_again(kind, data.zero_stage), gather_s, 0.0),
+                    reduce_s + np.where(again, gather_s, 0.0),
                     backward, contention,
                 ),
                 0.0,
             )
             + np.where(data.pp == 1, sums_s, 0.0)
+            + copies["backward"]
         ),
     }  # fmt: skip
     gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s

@@ -118,6 +118,11 @@ class Machine:
             host=self.stack.offload,
         )
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether products add their weight gradient to the one that is kept."""
+        return "wgrad_accumulation" in self.stack.fused
+
     def dtype(self, *, low_precision: bool) -> str:
         """Arithmetic of a matrix product."""
         if self.precision in compute.QUANTISATION_BYTES and not low_precision:
@@ -265,7 +270,10 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             dtype = machine.dtype(low_precision=op.low_precision)
 
             def time(m: Reals, n: Reals, k: Reals, stage: compute.MatmulStage) -> Real:
-                return compute.matmul_time_s(device, dtype, m, n, k, stage=stage, batch=op.batch)
+                return compute.matmul_time_s(
+                    device, dtype, m, n, k, stage=stage, batch=op.batch,
+                    accumulate=op.weight and machine.accumulates,
+                )  # fmt: skip
 
             fprop = time(op.m, op.n, op.k, "fprop")
             none = np.zeros_like(fprop)
@@ -295,8 +303,9 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             wgrad = np.zeros_like(fprop)
             if not op.frozen:
                 wgrad = compute.grouped_matmul_time_s(
-                    device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad"
-                )
+                    device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad",
+                    accumulate=machine.accumulates,
+                )  # fmt: skip
             acc.add("matmul", fprop, dgrad + wgrad)
             if dtype in compute.QUANTISATION_BYTES:
                 rows = op.rows * np.asarray(op.groups)

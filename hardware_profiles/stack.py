@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
-from hardware_profiles.holdings import OffloadSpec, ReserveSpec, StateSpec
+from hardware_profiles.holdings import ByPrecision, OffloadSpec, ReserveSpec, StateSpec
 from hardware_profiles.sourced import Profile, Sourced
 
 Value = TypeVar("Value")
@@ -166,6 +166,14 @@ class StackSpec(Profile):
     family of models."""
     optimizer_scalar_bytes: Annotated[int, Field(ge=0)] = 0
     """What the optimizer keeps per parameter tensor beside its moments: the count of steps."""
+    accumulation_bytes: ByPrecision = Field(default_factory=dict)
+    """Bytes moved per parameter in each backward to add the 16-bit gradient that a product wrote to
+    the one that is kept; none where the product adds it itself (``wgrad_accumulation``)."""
+    unsharded_copy_bytes: dict[Literal["gather", "reduce"], Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict
+    )
+    """Bytes copied per parameter at each gathering and reduction of a microbatch, between the
+    collectives' buffers and the tensors that the layer uses."""
     gradient_bucket_bytes: Sourced
     """Size of the buckets in which gradients are reduced; the last one is never hidden."""
     state: StateSpec

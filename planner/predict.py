@@ -245,6 +245,6 @@ _DETAILS = {
     "tp_comm": "tensor-parallel collectives, exposed",
     "cp_comm": "context-parallel exchange, exposed",
     "ep_comm": "expert all-to-all, exposed",
-    "dp_comm": "parameter gathers and gradient reductions per microbatch, exposed",
+    "dp_comm": "parameter gathers, gradient reductions and their copies per microbatch, exposed",
     "recompute": "forward work repeated in the backward",
 }
