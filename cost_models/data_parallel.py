@@ -83,7 +83,10 @@ def price_kind(
     )
     fsdp = data.per_microbatch
     again = gathers_again(kind, data.zero_stage)
-    copies = copy_seconds(dense + local.expert, times, machine, sharded=fsdp, again=again)
+    copies = copy_seconds(
+        dense + local.expert, times, machine, frozen=local.frozen_dense + local.frozen_expert,
+        sharded=fsdp, again=again,
+    )  # fmt: skip
     contention = stack.overlap_contention.si
     per_microbatch = {
         "forward": to_ns(

@@ -24,26 +24,32 @@ Real = NDArray[np.float64]
 
 
 def copy_seconds(
-    elements: Int64, times: LayerTimes, machine: Machine, *, sharded: Bools, again: Bools
+    elements: Int64,
+    times: LayerTimes,
+    machine: Machine,
+    *,
+    frozen: Int64,
+    sharded: Bools,
+    again: Bools,
 ) -> dict[str, Real]:
-    """Seconds per microbatch, ``{"forward": ..., "backward": ...}``, for ``elements`` parameters
-    held (or gathered) on a device.
+    """Seconds per microbatch, ``{"forward": ..., "backward": ...}``, for ``elements`` trained and
+    ``frozen`` parameters held (or gathered) on a device.
 
     ``sharded`` marks configurations that gather and reduce with every microbatch, ``again`` those
     whose backward gathers once more.
     """
     stack = machine.stack
-    gather = stack.unsharded_copy_bytes.get("gather", 0)
-    reduce = stack.unsharded_copy_bytes.get("reduce", 0)
-    accumulate = stack.accumulation_bytes.get(machine.precision, 0)
-    bytes_each = {
-        "forward": np.where(sharded, gather, 0),
-        "backward": accumulate
-        + np.where(sharded, reduce, 0)
-        + np.where(sharded & again, gather, 0),
+    gathered = stack.unsharded_copy_bytes.get("gather", 0) * (elements + frozen)
+    reduced = stack.unsharded_copy_bytes.get("reduce", 0) * elements
+    accumulated = stack.accumulation_bytes.get(machine.precision, 0) * elements
+    moved = {
+        "forward": np.where(sharded, gathered, 0),
+        "backward": accumulated
+        + np.where(sharded, reduced, 0)
+        + np.where(sharded & again, gathered, 0),
     }
     bandwidth = compute.memory_bound_bandwidth_bytes_per_s(machine.device)
     return {
-        phase: np.maximum(each * elements / bandwidth - times.terms["launch"][phase], 0.0)
-        for phase, each in bytes_each.items()
+        phase: np.maximum(each / bandwidth - times.terms["launch"][phase], 0.0)
+        for phase, each in moved.items()
     }

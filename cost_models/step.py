@@ -3,12 +3,7 @@
 The result for one layer kind is a table of integers (nanoseconds and bytes), one column per
 configuration. Integers make everything above exact: a stage's time is the sum of its layers'.
 
-The host queues kernels ahead of the device, over many layers: a layer takes the longer of its host
-time and its device time, forward, recomputation and backward *together*. The exact floor is that
-of a whole chunk, the maximum of two sums; this one is the sum of the maxima, never below it and
-equal to it for layers of one kind (and linear in the layers, as measured steps of small models
-are). Where the forward waits for a count from the device (experts' rows), the queue is empty there,
-so each pass has its own floor.
+How far the host runs ahead of the device is in ``cost_models.host``.
 
 What a layer communicates, and what of it stays visible, is ``cost_models.communication``.
 Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_models.data_parallel``.
@@ -25,6 +20,7 @@ from cost_models import compute, state
 from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.host import wait_for_host
 from cost_models.layout import RecomputePolicy
 from cost_models.offload import Offload
 from cost_models.ops import (
@@ -218,7 +214,7 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
         acc.log.outputs, acc.host["forward"] - acc.busy["forward"],
         acc.host["backward"] - acc.busy["backward"], machine.stack.expert_sync.si,
     )  # fmt: skip
-    _wait_for_host(acc, repeats)
+    wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:
         return LayerTimes(*forward_only(acc.terms, acc.wire))
     return LayerTimes(acc.terms, acc.wire, repeats, merged)
@@ -242,25 +238,6 @@ def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumula
         )
         acc.log.add(op, work)
     return acc
-
-
-def _wait_for_host(acc: _Accumulator, repeats: Repeats) -> None:
-    """Add the time for which the device waits; the module's docstring says how far ahead it runs.
-
-    Where the passes share a floor, each gets its part of the wait by its own shortfall;
-    recomputation gets what it adds to the wait (``cost_models.repeat``).
-    """
-    forward = np.maximum(repeats.forward_ahead, 0.0)
-    backward = np.maximum(repeats.backward_ahead, 0.0)
-    wait = acc.terms["launch"]
-    if acc.drains:
-        wait["forward"] += forward + repeats.sync_s
-        wait["backward"] += backward
-        return
-    shared = np.maximum(repeats.forward_ahead + repeats.backward_ahead, 0.0)
-    apart = forward + backward
-    wait["forward"] += np.divide(shared * forward, apart, out=np.zeros_like(apart), where=apart > 0)
-    wait["backward"] += shared - wait["forward"]
 
 
 def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:

@@ -16,7 +16,9 @@ ONE_BYTE_S = 1e9 / (2039e9 * 0.752)
 """One byte of a billion parameters on an A100."""
 
 
-def copies(stack: str, precision: str = "bf16", wait_s: float = 0.0) -> dict[str, list[float]]:
+def copies(
+    stack: str, precision: str = "bf16", wait_s: float = 0.0, frozen: int = 0
+) -> dict[str, list[float]]:
     machine = Machine(
         cluster=load_cluster("dgx-a100"), stack=load_stack(stack), precision=precision,  # type: ignore[arg-type]
         optimizer="adamw",
@@ -24,7 +26,9 @@ def copies(stack: str, precision: str = "bf16", wait_s: float = 0.0) -> dict[str
     terms = {c: {p: np.zeros(3) for p in PHASES} for c in CATEGORIES}
     terms["launch"]["backward"] += wait_s
     times = LayerTimes(terms, {}, None)  # type: ignore[arg-type]
-    found = copy_seconds(PARAMETERS, times, machine, sharded=SHARDED, again=AGAIN)
+    found = copy_seconds(
+        PARAMETERS, times, machine, frozen=frozen * PARAMETERS, sharded=SHARDED, again=AGAIN
+    )
     return {
         phase: (np.broadcast_to(each, 3) / ONE_BYTE_S).tolist() for phase, each in found.items()
     }
@@ -53,3 +57,11 @@ def test_bytes_per_parameter(
 
 def test_a_device_that_waits_for_the_host_copies_meanwhile() -> None:
     assert copies("torchtitan", wait_s=7 * ONE_BYTE_S)["backward"] == pytest.approx([0, 0, 3])
+
+
+def test_frozen_weights_are_gathered_and_have_no_gradient() -> None:
+    found = copies("torchtitan", frozen=2)
+    assert found == {
+        "forward": pytest.approx([0, 12, 12]),
+        "backward": pytest.approx([0, 6, 18]),
+    }
