@@ -77,6 +77,8 @@ class PricedConfigs:
     sync_ns: Int64
     reserve: Reserve
     fixed_bytes: Int64
+    receive_bytes: Int64
+    """One receive buffer of a pipeline stage; 0 where the stack keeps none."""
     """The reserve's terms, and what the user keeps free."""
     capacity_bytes: int
     late: tuple[tuple[Int64, Int64], ...] = ()
@@ -106,6 +108,7 @@ class PricedConfigs:
             tied_sync_ns=int(self.tied_sync_ns[index]),
             sync_ns=int(self.sync_ns[index]),
             fixed_bytes=int(self.fixed_bytes[index]),
+            receive_bytes=int(self.receive_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             late=tuple((int(on[index]), int(back[index])) for on, back in self.late),
@@ -180,6 +183,7 @@ def price_configs(
         ),
         reserve=reserve,
         fixed_bytes=reserve.total + reserve_bytes,
+        receive_bytes=_receive_bytes(workload, machine, configs),
         capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
         late=_late(workload, machine, configs),
     )  # fmt: skip
@@ -189,6 +193,15 @@ def hop_ns(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64
     """Transfer of one microbatch's boundary to the next pipeline stage; of the least one, where
     cuts differ."""
     return _transfer_ns(workload, machine, configs, workload.boundary_bytes_per_token)
+
+
+def _receive_bytes(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64:
+    """A buffer for one boundary, the largest where cuts differ."""
+    if not machine.stack.pipeline_buffers:
+        return np.zeros_like(configs.tp)
+    sizes = (workload.boundary_bytes_per_token, *(max(cut) for cut in workload.boundaries))
+    each = shard_of(workload, configs).residual_tokens * max(sizes)
+    return np.where(configs.pp > 1, each, 0)
 
 
 def _late(

@@ -135,11 +135,16 @@ def price_kind(
     )
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
+    if stack.pipeline_buffers:
+        unsharded.add_output(
+            rows, kind, shard, pipelined=data.pp > 1, policies=tuple(p.name for p in policies)
+        )
     used = held
     if drop_tied is not None:
         used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
     unsharded.add_unsharded(
-        rows, kind, shard, used, lasting=lasting, rules=rules,
+        rows, kind, shard, used, lasting=lasting, pipelined=(data.pp > 1) & (lasting > 0),
+        rules=rules,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
     rows[Field.PARAMETERS] = local.total

@@ -113,6 +113,8 @@ class LayerKind:
     """Whether the backward runs piece by piece, and reduces gradients after each."""
     buffer_bytes: Callable[[Shard], Int64] = no_bytes
     """Tensors that stay on the device and are no parameters."""
+    output_bytes: Callable[[Shard], Int64] = no_bytes
+    """Logits, which a pipeline's schedule may hold beside their loss."""
 
 
 @dataclass(frozen=True)

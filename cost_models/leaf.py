@@ -60,6 +60,15 @@ class Leaf:
     policies: tuple[RecomputeMode, ...] = ()
     """Recomputation that ``kinds`` has prices of."""
 
+    receive_bytes: int = 0
+    """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
+
+    def received_bytes(self, rank: int) -> int:
+        """Receive buffers of a rank: activations but on the first virtual stage, gradients but on
+        the last."""
+        neighbours = 2 * self.vpp - (rank == 0) - (rank == self.pp - 1)
+        return self.receive_bytes * self.microbatches * neighbours
+
     @property
     def stages(self) -> int:
         """Virtual stages."""
@@ -229,7 +238,8 @@ def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
     step is one microbatch, the last backward with all gradients; the optimizer step. With more
     microbatches the gradients of the first are there when the last are in flight.
     """
-    static = leaf.fixed_bytes + sum([chunk.static_bytes for chunk in chunks])
+    static = leaf.fixed_bytes + leaf.received_bytes(rank)
+    static += sum([chunk.static_bytes for chunk in chunks])
     return static + max([moment.total for moment in moments(leaf, rank, chunks)])
 
 

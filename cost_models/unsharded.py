@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.recompute import mode_rows
 from cost_models.state import StateBytes, StateRules
 
 
 def add_unsharded(
     rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
-    rules: StateRules, policies: tuple[str, ...],
+    pipelined: Bools, rules: StateRules, policies: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
 
+    Under a pipeline gradients are reduced once per step, layer by layer, where fewer microbatches
+    are in flight than at the peak; each layer's sum is gone when its shard is there.
     ``used`` is the state of the weights that the layer uses, also of those that another one holds;
     ``lasting`` says where weights stay gathered all step. The layer takes the larger of two
     moments: its kernels, with one more layer gathered; and its reduction, when its own activations
@@ -38,10 +40,19 @@ def add_unsharded(
         reducing = 2 * gathered + buffers * rules.gradient_bytes * elements + used.gradients
         if not end:
             reducing = reducing + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
-        reducing = np.where(used.gathered > 0, reducing, 0)
+        reducing = np.where((used.gathered > 0) & ~pipelined, reducing, 0)
     for modes in mode_rows(policies).values():
         kept = 0 if pieces else rows[modes.kept]
         rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
+
+
+def add_output(
+    rows: Int64, kind: LayerKind, shard: Shard, *, pipelined: Bools, policies: tuple[str, ...]
+) -> None:
+    """Add the output that a schedule still holds while the loss of its microbatch works."""
+    output = np.where(pipelined, kind.output_bytes(shard), 0)
+    for modes in mode_rows(policies).values():
+        rows[modes.working] += output
 
 
 def made_each_step(held: StateBytes, *, new_gradients: bool) -> Int64:

@@ -152,6 +152,11 @@ class StackSpec(Profile):
     """Short-lived bytes per logit at the peak of the loss."""
     logit_working_bytes_split: Sourced | None = None
     """The same where the vocabulary is split over tp, if it differs."""
+    pipeline_buffers: bool = False
+    """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
+    one holds the logits beside their loss: PyTorch's stages."""
+    expert_buffer_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes per expert that a layer of experts keeps beside its weights (counts, routing bias)."""
     loss_chunks: Annotated[int, Field(ge=1)] = 1
     """Pieces of the sequence of a chunked loss; 1: the stack has none."""
     new_gradients: bool = False

@@ -167,7 +167,8 @@ class _Table:
                 peak = made[:, rank] + np.maximum(lively, step[:, rank])
             else:
                 peak = np.maximum(lively, made[:, rank] + np.maximum(last, step)[:, rank])
-            ok &= leaf.fixed_bytes + static[:, rank] + peak <= leaf.capacity_bytes
+            fixed = leaf.fixed_bytes + leaf.received_bytes(rank)
+            ok &= fixed + static[:, rank] + peak <= leaf.capacity_bytes
         return ok
 
     def _largest(self, counts: Ints, *fields: int) -> Ints:

@@ -56,7 +56,7 @@ class Ranges:
             peak = made + np.maximum(lively, step)
         else:
             peak = np.maximum(lively, made + np.maximum(draining, step))
-        peak = leaf.fixed_bytes + static + peak
+        peak = leaf.fixed_bytes + leaf.received_bytes(rank) + static + peak
         layers, pp = len(leaf.sequence), leaf.pp
         edges: Ints = np.arange(layers + 1)
         first, last = edges[:, None], edges[None, :]

@@ -48,6 +48,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     held = dict(exact or held)
     held["gradients"] -= made - moment.gradients
     held["buffers"] = sums[Field.BUFFER_BYTES]
+    held["receive_buffers"] = leaf.received_bytes(rank)
     step = sums[Field.STEP_BYTES]
     peak = peak_bytes(leaf, rank, costs.chunks)
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])

@@ -55,6 +55,7 @@ def build_workload(
             if stack.logit_working_bytes_split is None
             else stack.logit_working_bytes_split.value
         ),
+        expert_buffer_bytes=stack.expert_buffer_bytes,
         rotary_cache_bytes=stack.rotary_cache_bytes.get(
             model.family, stack.rotary_cache_bytes["default"]
         ),
@@ -147,6 +148,7 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
             ctx.residual_bytes, lambda shard: ends.head_working(ctx, shard), ctx.element_bytes,
             in_pieces=ctx.loss_chunks > 1,
             buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
+            output_bytes=lambda shard: ends.head_output(ctx, shard),
         )  # fmt: skip
     wide = replace(ctx, hidden=2 * ctx.hidden)
 
@@ -182,6 +184,7 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
         ctx.element_bytes,
         in_pieces=ctx.loss_chunks > 1,
         buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
+        output_bytes=lambda shard: ends.head_output(ctx, shard),
     )
 
 

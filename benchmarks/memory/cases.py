@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hardware_profiles.loader import load_stack
 from planner import pipeline
 from planner.certify import request_of
 from planner.errors import InputError, UnsupportedError
@@ -25,17 +26,18 @@ MICROBATCHES_WITHOUT_PIPELINE = 2
 """Microbatches traced without a pipeline: the second meets the gradients of the first, and every
 later one is like it."""
 
-STACK = "torchtitan"
+TARGET = "torchtitan"
+STACK = "torchtitan-decomposed"
+"""What is traced is predicted as: a CPU has no fused norm, so PyTorch runs it op by op."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """One layout of one model; ``loss`` is ``plain`` or ``chunked``."""
+    """One layout of one model."""
 
     id: str
     request: Request
     layout: dict[str, Any]
-    loss: str = "plain"
     ranks: tuple[int, ...] | None = None
     """Pipeline ranks to trace; None: all."""
 
@@ -54,24 +56,25 @@ def study_of(entry: Mapping[str, Any]) -> Study:
     job = {"stack": STACK, **entry["job"]}
     request = pipeline.read_request(entry["model"], entry["cluster"], None, job)
     ranks = tuple(entry["ranks"]) if "ranks" in entry else None
-    return Study(
-        entry["id"], truncated(request, entry.get("depth")), dict(entry["layout"]),
-        entry.get("loss", "plain"), ranks,
-    )  # fmt: skip
+    return Study(entry["id"], truncated(request, entry.get("depth")), dict(entry["layout"]), ranks)
 
 
 def study_of_plan(plan: Plan, depth: Sequence[int] | None) -> Study:
     """The study of a plan for torchtitan; a truncated model is split over its stages evenly."""
-    if plan.target.stack != STACK:
+    if plan.target.stack != TARGET:
         raise UnsupportedError(
-            f"the plan is for {plan.target.stack}; traces are made with {STACK}",
-            hint=f"plan with --stack {STACK}",
+            f"the plan is for {plan.target.stack}; traces are made with {TARGET}",
+            hint=f"plan with --stack {TARGET}",
         )
     layout = plan.layout.model_dump(mode="json")
     if depth is not None:
         modes = {part.mode for stage in plan.layout.stages for part in stage.recompute}
         layout |= {"stages": (), "recompute": modes.pop() if len(modes) == 1 else "none"}
-    return Study("plan", truncated(request_of(plan), depth), layout)
+    asked = request_of(plan)
+    request = replace(
+        asked, job=asked.job.model_copy(update={"stack": STACK}), stack=load_stack(STACK)
+    )
+    return Study("plan", truncated(request, depth), layout)
 
 
 def truncated(request: Request, depth: Sequence[int] | None) -> Request:
@@ -121,7 +124,7 @@ def cases_of(study: Study, layout: Layout) -> list[dict[str, Any]]:
             "microbatches": microbatches,
             "recompute": modes.pop() if modes else "none",
             "reshard": "default" if whole or layout.pp > 1 else "never",
-            "loss": study.loss,
+            "loss": "plain" if request.job.loss == "whole" else request.job.loss,
             "optimizer": "foreach",
         }
         for rank, modes in [(rank, set(modes)) for rank in range(layout.pp)]

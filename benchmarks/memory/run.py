@@ -20,12 +20,13 @@ from typing import Any
 
 import environment
 from cases import Study, cases_of, read_studies, study_of, study_of_plan
-from compare import Comparison, collectives, compare, summary, table
+from compare import Comparison, collectives, compare, results_page, summary, table
 
 from planner.errors import PlannerError
 from planner.studies.communication import communication
 
 HERE = Path(__file__).parent
+SHIPPED = HERE.parents[1] / "tests" / "validation" / "data" / "torchtitan_traces.json"
 TRACER = HERE / "tracer" / "trace.py"
 
 
@@ -62,7 +63,15 @@ def _arguments() -> argparse.Namespace:
     score.add_argument("traces", type=Path)
     _thresholds(score)
     score.set_defaults(run=_score)
+    page = commands.add_parser("page", help="the results page, of the traces that ship")
+    page.add_argument("traces", type=Path, nargs="?", default=SHIPPED)
+    page.set_defaults(run=_page)
     return parser.parse_args()
+
+
+def _page(arguments: argparse.Namespace) -> int:
+    print(results_page(score(json.loads(arguments.traces.read_text())["traces"])), end="")
+    return 0
 
 
 def _thresholds(parser: argparse.ArgumentParser) -> None:

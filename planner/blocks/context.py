@@ -41,6 +41,7 @@ class BlockContext:
     optimizer_scalar_bytes: int = 0
     """Bytes that the optimizer keeps per parameter tensor."""
     rotary_cache_bytes: int = 0
+    expert_buffer_bytes: int = 0
     """Bytes per position and head dimension of the rotary factors that each layer holds."""
     loss_chunks: int = 1
     """Pieces of the sequence that go through head and loss one after the other."""

@@ -74,6 +74,11 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     )
 
 
+def head_output(ctx: BlockContext, shard: Shard) -> Int64:
+    """Logits of one microbatch on one device."""
+    return shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) * ctx.element_bytes
+
+
 def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
     """The gradient of the head's input that a loss in pieces sums in fp32, and its 16-bit copy:
     both stay until the next step makes its own."""

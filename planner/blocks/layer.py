@@ -59,8 +59,10 @@ def layer_working(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
 
 
 def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
-    """Rotary factors of every position, where each layer holds its own."""
+    """Rotary factors of every position, where each layer holds its own, and routing counts."""
     mixer, none = block.mixer, np.zeros_like(shard.tp)
+    if isinstance(block.feed_forward, MoeSpec):
+        none = none + block.feed_forward.experts * ctx.expert_buffer_bytes
     if not ctx.rotary or not ctx.rotary_cache_bytes or mixer is None:
         return none
     if isinstance(mixer, LatentAttentionSpec):

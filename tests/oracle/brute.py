@@ -60,6 +60,7 @@ class Prices:
     tied_sync: int
     sync: int
     fixed: int
+    receive: int
     capacity: int
     policies: tuple[str, ...]
     """Recomputation in the order of its rows: kept, working, extra time of each."""
@@ -70,7 +71,7 @@ class Prices:
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
-                self.sync, self.fixed, self.capacity, self.late)  # fmt: skip
+                self.sync, self.fixed, self.receive, self.capacity, self.late)  # fmt: skip
 
 
 @dataclass
@@ -136,6 +137,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         tied_sync=int(tables.tied_sync_ns[index]),
         sync=int(tables.sync_ns[index]),
         fixed=int(tables.fixed_bytes[index]),
+        receive=int(tables.receive_bytes[index]),
         capacity=tables.capacity_bytes,
         policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
@@ -209,6 +211,8 @@ def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]
     """Peak bytes of a device of ``rank``."""
     live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, [c.activation for c in own])
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
+    for j in range(rank, x.pp * x.vpp, x.pp):
+        static += m * prices.receive * ((j > 0) + (j < x.pp * x.vpp - 1))
     moments = [live + max(c.working for c in own) + (made if m > 1 else 0)]
     moments.append(made + sum(c.step for c in own))
     if m == 1:

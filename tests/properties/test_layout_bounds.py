@@ -67,6 +67,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         sync_ns=one(leaf.sync_ns),
         reserve=Reserve({}, {}),
         fixed_bytes=one(leaf.fixed_bytes),
+        receive_bytes=one(leaf.receive_bytes),
         capacity_bytes=leaf.capacity_bytes,
     )
 

@@ -16,13 +16,20 @@ TRACES = json.loads((ROOT / "tests/validation/data/torchtitan_traces.json").read
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "memory"))
 from cases import cases_of, study_of  # noqa: E402
-from compare import NOT_TRACED, collectives, compare, summary  # noqa: E402
+from compare import NOT_TRACED, Comparison, collectives, compare, results_page, summary  # noqa: E402
 
 sys.path.pop(0)
 
 traced = pytest.mark.parametrize(
     "trace", TRACES, ids=lambda trace: f"{trace['study']['id']}-{trace['case']['stage']}"
 )
+
+
+def compared(trace: dict[str, Any]) -> Comparison:
+    """The trace beside the prediction for its rank."""
+    study = study_of(trace["study"])
+    stage = study.evaluated().prediction.stages[trace["case"]["stage"]]
+    return compare(study.id, trace, stage)
 
 
 @traced
@@ -52,20 +59,17 @@ def test_collectives_are_the_counted_ones(trace: dict[str, Any]) -> None:
 
 @traced
 def test_persistent_state_to_the_byte(trace: dict[str, Any]) -> None:
-    """fp32 weights and two moments of the rank's shard; AdamW adds a 4-byte step per tensor."""
-    study = study_of(trace["study"])
-    stage = study.evaluated().prediction.stages[trace["case"]["stage"]]
-    terms = {term.name: term.bytes or 0 for term in stage.memory}
-    between = trace["between_steps_bytes"]
-    assert terms["optimizer"] == 2 * between["Sharded Param"]
-    steps = between["OptState"] - terms["optimizer"]
-    assert steps % 4 == 0
-    assert 0 < steps // 4 < 30 * study.request.model.layer_count + 10
+    """Weights, optimizer and buffers of the rank between steps."""
+    found = compared(trace)
+    assert found.state[0] == found.state[1]
 
 
 def test_every_term_is_traced_or_said_not_to_be() -> None:
     """A new term of a prediction must be put on one side."""
-    known = {"weights", "gradients", "optimizer", "activations", "working"}
+    known = {
+        "weights", "gradients", "optimizer", "buffers", "activations", "working",
+        "optimizer_update", "receive_buffers",
+    }  # fmt: skip
     names = {
         term.name
         for trace in TRACES
@@ -74,13 +78,31 @@ def test_every_term_is_traced_or_said_not_to_be() -> None:
     assert names <= known | NOT_TRACED
 
 
-def test_peaks_are_near_the_traced_ones() -> None:
-    """Loose: the activations of this stack are not exact yet."""
-    rows = []
-    for trace in TRACES:
-        study = study_of(trace["study"])
-        stage = study.evaluated().prediction.stages[trace["case"]["stage"]]
-        rows.append(compare(study.id, trace, stage))
-    figures = summary(rows)
-    assert figures["median_error"] <= 0.15
-    assert figures["worst_error"] <= 0.50
+OUTSIDE = {
+    "deepseek-v3-ep32-full": 0.15,
+    "deepseek-v3-tp4-ep16-selective": 0.28,
+    "llama-405b-tp8-selective": 0.13,
+    "qwen3-30b-a3b-ep8-pp2": 0.10,
+}
+"""Largest errors of the peak where the limit is not met: reductions of large layers and of experts
+in a backward with little else alive."""
+MEDIAN, WORST = 0.02, 0.06
+
+
+@traced
+def test_each_peak_is_within_the_limit(trace: dict[str, Any]) -> None:
+    """6 % of the traced peak, or what is stated."""
+    found = compared(trace)
+    assert abs(found.error) <= OUTSIDE.get(found.id, WORST)
+
+
+def test_the_median_peak_is_within_the_limit() -> None:
+    figures = summary([compared(trace) for trace in TRACES])
+    assert figures["median_error"] <= MEDIAN
+    assert figures["median_live_error"] <= MEDIAN
+
+
+def test_the_results_page_is_current() -> None:
+    """``benchmarks/results/memory.md`` is what ``run.py page`` writes."""
+    page = (ROOT / "benchmarks" / "results" / "memory.md").read_text()
+    assert page == results_page([compared(trace) for trace in TRACES])
