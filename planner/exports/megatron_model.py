@@ -47,11 +47,11 @@ def model_flags(
     ]
     if mtp_layers:
         flags.append(("--mtp-num-layers", str(mtp_layers)))
-    if not model.dropout:
+    if not (model.dropout if job.dropout is None else job.dropout):
         flags += [("--attention-dropout", "0.0"), ("--hidden-dropout", "0.0")]
     if "cross_entropy" in stack.fused:
         flags.append(("--cross-entropy-loss-fusion",))
-    return flags, [], _notes(model, mixers[0], dense)
+    return flags, [], _notes(model, job, mixers[0], dense)
 
 
 def _only(specs: object) -> object | None:
@@ -227,8 +227,13 @@ def _block_problems(block: BlockSpec) -> list[str]:
     return problems
 
 
-def _notes(model: ModelSpec, mixer: object, dense: object) -> list[str]:
+def _notes(model: ModelSpec, job: JobSpec, mixer: object, dense: object) -> list[str]:
     notes = ["tokenizer, data, learning rate, checkpoints and train-iters are the script's"]
+    if job.document_length is not None:
+        notes.append(
+            "the plan counts on packed documents that attend to themselves only: the data loader "
+            "must pass their boundaries (packed sequence parameters)"
+        )
     if model.position_embeddings == 0:
         notes.append("rotary base and scaling do not change the plan: add --rotary-base and such")
     if isinstance(mixer, LatentAttentionSpec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -262,3 +263,17 @@ def test_lines_and_json_say_the_same() -> None:
     assert shlex.split(lines.out) == document["argv"]
     assert document["devices"] == 2048
     assert document["target"] == "megatron-core"
+
+
+def test_a_job_with_packed_documents_and_no_dropout_says_so(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "sequence_length: 1024\nglobal_batch: 8\ndocument_length: 256\ndropout: false\n"
+        "constraints: {fix: {microbatch_size: 1, tp: 1, pp: 1, cp: 1}}\n"
+    )
+    plan = planner("plan", "gpt2-xl", "dgx-h100", str(job))
+    assert plan.code == 0
+    exported = planner("export", "megatron-core", "-", stdin=plan.out)
+    assert exported.code == 0
+    assert "--attention-dropout 0.0" in exported.out
+    assert "packed documents" in exported.out + exported.err
