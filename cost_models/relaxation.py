@@ -155,11 +155,15 @@ class Relaxation:
     ) -> Real:
         """Fields of the ``count`` layers of the model in which they are least."""
         work = np.stack([sum(self.column(t, field) for field in fields) for t in self.tables.kinds])
-        order = np.argsort(work, axis=0)
+        return self._least_sum(count, work)
+
+    def _least_sum(self, count: Int64, values: Real) -> Real:
+        """Sum of ``values`` (kinds, layouts) over the ``count`` layers in which they are least."""
+        order = np.argsort(values, axis=0)
         available = np.array(self.kind_counts)[order]
-        sorted_work = np.take_along_axis(work, order, axis=0)
+        ascending = np.take_along_axis(values, order, axis=0)
         left, total = count.astype(np.int64), np.zeros(len(count))
-        for layers, each in zip(available, sorted_work, strict=True):
+        for layers, each in zip(available, ascending, strict=True):
             taken = np.minimum(left, layers)
             total += taken * each
             left = left - taken
@@ -287,7 +291,7 @@ class Relaxation:
             values: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
             return values
 
-        static = np.min([self._static(t, index) for t in tables], axis=0)
+        static = np.stack([self._static(t, index) for t in tables])
         front, rest = least(front_field), least(rest_field)
         short_lived = self._short_lived(config, tables, work_field)
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
@@ -297,7 +301,8 @@ class Relaxation:
             lighter = ((pp - 1 == rank) | (rank == 0)).astype(np.int64)
             in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
             alive = np.maximum(in_flight - lighter * m, 0)
-            need = (vpp - lighter) * height * static + alive * per_chunk
+            held = self._least_sum((vpp - lighter) * height, static)
+            need = held + alive * per_chunk
             ok &= (need <= left) | (rank >= pp)
         return ok
 

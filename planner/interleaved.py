@@ -29,8 +29,8 @@ def interleaved_candidates(
     """Completions of an interleaved leaf that fit, with their surrogates in ns, best first.
 
     The last item, with no completion, is the bound on everything that was left out for being at or
-    above ``cutoff()``. For one partition only the fewest fully recomputed layers that fit are
-    listed: more of them add time and nothing else.
+    above ``cutoff()``. For one partition an option is left out where another fits that adds no
+    more time to any kind of layer, or fewer fully recomputed layers do.
     """
     key = (len(leaf.sequence), leaf.stages, leaf.uneven)
     partitions = _PARTITIONS.get(key)
@@ -44,10 +44,15 @@ def interleaved_candidates(
     found: list[tuple[int, tuple[int, ...], Recompute]] = []
     plain = table.surrogates(np.arange(len(partitions)), ("none", 0))
     skipped = int(plain[plain >= limit].min(initial=UNLIMITED))
-    open_ = np.flatnonzero(plain < limit)
-    for option in options:
+    least = np.flatnonzero(plain < limit)
+    fitted: list[tuple[tuple[int, ...], NDArray[np.bool_]]] = []
+    for option, extra in _by_time(leaf, options):
+        open_ = least
+        for other, settled in fitted:
+            if all(a <= b for a, b in zip(other, extra, strict=True)):
+                open_ = open_[~settled[open_]]
         if not len(open_):
-            break
+            continue
         times = table.surrogates(open_, option)
         slow = times >= limit
         skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
@@ -56,7 +61,11 @@ def interleaved_candidates(
         for index, time in zip(fast[holds], times[holds], strict=True):
             found.append((int(time), tuple(partitions[index].tolist()), option))
         if option[0] == "full":
-            open_ = fast[~holds]
+            least = fast[~holds]
+        elif holds.any():
+            settled = np.zeros(len(partitions), dtype=bool)
+            settled[fast[holds]] = True
+            fitted.append((extra, settled))
     for time, bounds, option in sorted(found):
         if time >= cutoff():
             skipped = min(skipped, time)
@@ -64,6 +73,22 @@ def interleaved_candidates(
         yield time, Completion(bounds, (option,) * leaf.stages)
     if skipped < UNLIMITED:
         yield skipped, None
+
+
+def _by_time(leaf: Leaf, options: Iterable[Recompute]) -> list[tuple[Recompute, tuple[int, ...]]]:
+    """Options with the time that each adds per kind of layer, the least first.
+
+    Numbers of fully recomputed layers come last, in their order; of a part of the layers all that
+    is known is that it takes as long as no other option.
+    """
+    partial, full = [], []
+    for option in options:
+        extra = tuple([kind[leaf.modes[option[0]].extra] for kind in leaf.kinds])
+        if option[0] == "full":
+            full.append((option, extra if option[1] >= len(leaf.sequence) else (0,) * len(extra)))
+        else:
+            partial.append((option, extra))
+    return sorted(partial, key=lambda item: (sum(item[1]), item[0])) + full
 
 
 @lru_cache(maxsize=16384)
