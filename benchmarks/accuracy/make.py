@@ -1,7 +1,7 @@
 """Make the fitted constants and the error bands that ship, and judge them on left-out families.
 
     python benchmarks/accuracy/make.py            # fit, judge, write results/ and the bands
-    python benchmarks/accuracy/make.py --write    # and put the constants into the profiles
+    python benchmarks/accuracy/make.py --write    # put the constants of results/ into the profiles
 
 The fit is that of ``planner calibrate``, with the constants of ``parameters.yaml`` and the runs of
 ``data/runs.csv``. ``results/left_out.csv`` has every run's prediction by constants fitted without
@@ -35,29 +35,37 @@ from planner.studies.runs import read_runs
 HERE = Path(__file__).parent
 RUNS = HERE / "data" / "runs.csv"
 RESULTS = HERE / "results"
+SWEEP = "vtrain-single"
+THIN = 6
 SOURCE = "benchmarks/accuracy, fitted to published training runs"
 
 
 def main() -> None:
     """Fit, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the constants into the profiles")
+    parser.add_argument(
+        "--write", action="store_true", help="only put results/fit.yaml into the profiles"
+    )
     parser.add_argument(
         "--refine", type=int, default=0, help="steps by true evaluation of each fold's own runs"
     )
     arguments = parser.parse_args()
     parameters = read_parameters(HERE / "parameters.yaml")
+    if arguments.write:
+        write(parameters)
+        return
     cases = cases_of(read_runs(RUNS))
-    pricer = RunPricer(cases, parameters)
+    pricer = RunPricer(thinned(cases), parameters)
     outcome = judged(pricer, refine=arguments.refine, progress=_say)
     values = values_at(parameters, outcome.fitted.x)
     RESULTS.mkdir(exist_ok=True)
     classes = classes_of(cases, parameters, outcome.left_out.values)
-    _write_rows(cases, classes, outcome.fitted.residuals, outcome.left_out.residuals)
+    fitted, left_out = predictions(RunPricer(cases, parameters), values, outcome.left_out.values)
+    _write_rows(cases, classes, fitted, left_out)
     fit = described("published runs", pricer, outcome)
     _dump(RESULTS / "fit.yaml", "Made by make.py.", fit)
     made = bands.make(
-        classes, outcome.left_out.residuals, [case.family for case in cases],
+        classes, left_out, [case.family for case in cases],
         [case.source for case in cases],
     )  # fmt: skip
     _dump(accuracy.FILE, "Made by benchmarks/accuracy/make.py from left-out runs.", made)
@@ -67,10 +75,43 @@ def main() -> None:
         "b200_without_own_kernels": grounds.without_own_kernels(cases, parameters, blind),
     }
     _dump(RESULTS / "grounds.yaml", "Made by make.py.", peers)
-    if arguments.write:
-        for parameter in parameters:
-            for path in in_place.write(parameter, values[parameter.name], SOURCE):
-                _say(f"wrote {parameter.name} into {path.name}")
+
+
+def write(parameters: Sequence[Parameter]) -> None:
+    """Put the constants of ``results/fit.yaml`` into the profiles that ship."""
+    document = yaml.safe_load((RESULTS / "fit.yaml").read_text(encoding="utf-8"))
+    values = {row["name"]: row["after"] for row in document["constants"]}
+    for parameter in parameters:
+        for path in in_place.write(parameter, values[parameter.name], SOURCE):
+            _say(f"wrote {parameter.name} into {path.name}")
+
+
+def thinned(cases: Sequence[Case]) -> list[Case]:
+    """The cases that are fitted: a sixth of the largest sweep, by model, and all others. A family
+    weighs the same with fewer of its runs; all are judged."""
+    models = sorted({case.request.model.model_dump_json() for case in cases if _is_sweep(case)})
+    kept = set(models[::THIN])
+    return [
+        case
+        for case in cases
+        if not _is_sweep(case) or case.request.model.model_dump_json() in kept
+    ]
+
+
+def _is_sweep(case: Case) -> bool:
+    return case.source == SWEEP
+
+
+def predictions(
+    pricer: RunPricer, values: Mapping[str, float], left_out: Mapping[str, Mapping[str, float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals of every run under the fit to all, and under the fit without its family."""
+    families = np.array(pricer.families)
+    apart = np.full(len(families), np.nan)
+    for family, own in left_out.items():
+        mine = families == family
+        apart[mine] = pricer.residuals(own, mine)[mine]
+    return pricer.residuals(values), apart
 
 
 def classes_of(

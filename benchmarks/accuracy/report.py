@@ -9,19 +9,19 @@ the page is ``planner validate`` on ``data/runs.csv`` with the constants that sh
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import judgement
+import numpy as np
 import yaml
 
+from planner.studies.calibrate.cases import RunPricer, cases_of
 from planner.studies.policy import Cell
+from planner.studies.runs import read_runs
 from planner.studies.statistics import statistics
-from planner.studies.summary import error_of
 from planner.studies.validate import validate
 
 HERE = Path(__file__).parent
@@ -176,40 +176,36 @@ def _shipped(summary: Mapping[str, Any]) -> str:
 
 def alternatives(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows (source, column, value, n, median, bias) for the runs silent on each column."""
-    with RUNS.open(newline="", encoding="utf-8-sig") as file:
-        header, *lines = list(csv.reader(file))
+    runs = read_runs(RUNS)
     result: list[tuple[str, ...]] = []
     for column, values in ALTERNATIVES.items():
         silent = [
-            index
+            runs[index]
             for index, row in enumerate(document["rows"])
             if column in row["policy_filled"]
             and row["scored"]
-            # The sweep of one machine would be most of every pass; one in six tells the same.
-            and (row["source"] != "vtrain-single" or index % 6 == 0)
+            # The sweep of one machine would be most of every pass; one in ten tells the same.
+            and (row["source"] != "vtrain-single" or index % 10 == 0)
         ]
-        if not silent:
-            continue
-        text = io.StringIO()
-        csv.writer(text).writerows([header, *(lines[index] for index in silent)])
-        for value in values:
-            rows = validate(text.getvalue(), changes={column: value})["rows"]
-            result += _by_source(rows, column, value)
+        for value in values if silent else ():
+            cases = cases_of(silent, changes={column: value})
+            errors = np.expm1(RunPricer(cases, []).residuals({})).tolist()
+            result += _by_source([case.source for case in cases], errors, column, value)
     return sorted(result, key=lambda row: row[:2])
 
 
 def _by_source(
-    rows: Sequence[Mapping[str, Any]], column: str, value: Cell
+    sources: Sequence[str], errors: Sequence[float], column: str, value: Cell
 ) -> list[tuple[str, ...]]:
-    groups: dict[str, list[float | None]] = {}
-    for row in rows:
-        groups.setdefault(str(row["source"]), []).append(error_of(dict(row)))
+    groups: dict[str, list[float]] = {}
+    for source, error in zip(sources, errors, strict=True):
+        groups.setdefault(source, []).append(error)
     result = []
-    for source, errors in groups.items():
-        found = statistics(errors)
-        if found is not None:
-            shown = (_percent(found["median"]), _percent(found["bias"], sign=True))
-            result.append((source, column, str(value), str(found["n"]), *shown))
+    for source, own in groups.items():
+        found = statistics(own)
+        assert found is not None
+        shown = (_percent(found["median"]), _percent(found["bias"], sign=True))
+        result.append((source, column, str(value), str(found["n"]), *shown))
     return result
 
 
