@@ -2,6 +2,7 @@
 
     python benchmarks/kernels/fit.py            # prints the left-out errors
     python benchmarks/kernels/fit.py --write    # and rewrites the `kernels:` section of each device
+                                                # and benchmarks/results/kernels.md
 
 How each device comes by its constants (own tables, a relative's, an assumption) is written here;
 the fits themselves are in ``fits.py``.
@@ -15,6 +16,7 @@ from typing import Any
 from attention_fits import fit_attention, fit_attention_train, fit_flash
 from borrow import follow_lenders, rewrite
 from fits import Errors, fit_matmul, fit_sustained, judge_training, machine, rounded
+from page import PAGE, as_page, as_text
 
 from hardware_profiles.loader import load_device
 from hardware_profiles.schema import (
@@ -302,21 +304,18 @@ def borrowed(profile: KernelProfile, name: str) -> KernelProfile:
 def main() -> None:
     """Fit, print the errors, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="rewrite the device files")
+    parser.add_argument(
+        "--write", action="store_true", help="rewrite the device files and results/kernels.md"
+    )
     arguments = parser.parse_args()
     report: list[Errors] = []
     profiles = make_profiles(report)
-    print("relative error on left-out shapes, median / P90 (shapes)")
-    for errors in report:
-        cells = (
-            f"{what} {100 * median:.1f} / {100 * p90:.1f} % ({count})"
-            for what, (median, p90, count) in errors.groups.items()
-        )
-        print(f"{errors.label:45s} {';  '.join(cells)}")
+    print(as_text(report))
     if arguments.write:
         follow_lenders(profiles)
         for name, profile in profiles.items():
             rewrite(name, profile)
+        PAGE.write_text(as_page(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
