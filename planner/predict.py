@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from cost_models.configs import price_configs, shard_of
-from cost_models.graph import WorkloadGraph
+from cost_models.graph import LayerKind, WorkloadGraph
 from cost_models.leaf import (
     Completion,
     simulate_step,
@@ -190,9 +190,11 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     totals = dict.fromkeys((*CATEGORIES, "recompute"), 0)
     names = priced.tables.kind_names
     pp = priced.tables.configs.pp
-    times = {
-        name: price_layer(workload.kinds[name], shard, machine).in_pipeline(pp) for name in names
-    }
+
+    def priced_alone(kind: LayerKind) -> LayerTimes:
+        return price_layer(kind, shard, machine).in_pipeline(pp)
+
+    times = {name: priced_alone(workload.kinds[name]) for name in names}
     parts: list[tuple[LayerTimes, int, tuple[int, ...]]] = []
     for j in range(rank, leaf.stages, leaf.pp):
         first, last = completion.bounds[j], completion.bounds[j + 1]
@@ -201,9 +203,9 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
             if count:
                 parts.append((times[name], count, leaf.kinds[index]))
         if j == 0:
-            parts.append((price_layer(workload.embedding, shard, machine), 1, leaf.embedding))
+            parts.append((priced_alone(workload.embedding), 1, leaf.embedding))
         if j == leaf.stages - 1:
-            parts.append((price_layer(workload.head, shard, machine), 1, leaf.head))
+            parts.append((priced_alone(workload.head), 1, leaf.head))
     work = 0
     for layer, count, row in parts:
         own = 0

@@ -29,6 +29,16 @@ def test_a_published_step_is_within_a_forward_pass(run: dict[str, Any]) -> None:
     assert 2 / 3 < ratio < 1.2
 
 
+def test_no_part_of_a_step_is_less_than_nothing() -> None:
+    # Routed experts in the head (MTP) merge the passes of two microbatches, as those of layers do.
+    job = {"sequence_length": 4096, "global_batch": 1024, "stack": "megatron-bridge"}
+    request = read_request("deepseek-v3", "dgx-h100:64", None, job)
+    layout = {"pp": 8, "dp_shard": 64, "ep": 64, "microbatch_size": 1, "zero_stage": 1}
+    parts = evaluate(request, layout).prediction.time
+    assert all(part.seconds is not None and part.seconds >= 0 for part in parts)
+    assert "dp_comm" not in [part.name for part in parts]
+
+
 @pytest.mark.parametrize(
     ("tokens_per_s", "tflops", "sequence"),
     [(14719, 328, 8192), (14507, 323, 8192), (14890, 331, 8192)],
