@@ -141,6 +141,10 @@ class StackSpec(Profile):
     """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
     optimizers: tuple[str, ...] = ("adamw", "sgd")
     """Optimizers that it runs, by their names in ``cost_models.optimizers``."""
+    precisions: tuple[Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"], ...] = (
+        "fp32", "bf16", "fp16", "fp8", "nvfp4",
+    )  # fmt: skip
+    """Arithmetic that it trains in; the device may have less."""
     fine_tuning: tuple[Literal["lora", "qlora", "freeze"], ...] = ()
     """Ways in which it trains a part of a model only."""
     dropout: bool = False

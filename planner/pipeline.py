@@ -102,6 +102,12 @@ def _check(request: Request) -> None:
             f"{request.job.optimizer} (it has {', '.join(request.stack.optimizers)})",
             hint=_stacks_with("optimizers", request.job.optimizer),
         )
+    if request.job.precision not in request.stack.precisions:
+        raise InputError(
+            f"{request.stack.name} {request.stack.version} does not train in "
+            f"{request.job.precision} (it does in {', '.join(request.stack.precisions)})",
+            hint=_stacks_with("precisions", request.job.precision),
+        )
     tune = request.job.finetune
     if tune is not None and tune.method not in request.stack.fine_tuning:
         raise InputError(

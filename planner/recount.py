@@ -128,6 +128,10 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "the stack has no sequence parallelism"
     if stack.tensor_parallel_max is not None and mesh.tp > stack.tensor_parallel_max:
         return f"the stack splits tensors at most {stack.tensor_parallel_max} ways"
+    if mesh.pp > 1 and "no_pipeline" in stack.rules:
+        return "the stack has no pipeline"
+    if mesh.ep > 1 and "no_expert_parallelism" in stack.rules:
+        return "the stack has no expert parallelism"
     if mesh.pp > model.layer_count + (2 if stack.uneven_stages else 0):
         return "more stages than layers"
     if request.global_batch % (mesh.dp * mesh.mbs):

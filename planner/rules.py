@@ -123,6 +123,7 @@ def _concerns(rule: str, request: Request) -> bool:
     return request.workload.expert_count > 0 or rule not in {
         "moe_with_tp_needs_sequence_parallel",
         "no_experts",
+        "no_expert_parallelism",
     }
 
 
@@ -132,6 +133,8 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
         lambda m: (m.tp > 1) & (m.sp == 0),
     ),
     "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
+    "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
+    "no_pipeline": ("no pipeline parallelism", lambda m: m.pp > 1),
 }
 """Rules on meshes by the name that a stack's YAML uses."""
 

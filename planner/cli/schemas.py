@@ -19,7 +19,7 @@ _CLASSES = {
     "prediction": ("planner.plan", "Prediction"),
     "job": ("planner.specs", "JobSpec"),
     "model": ("planner.models.spec", "ModelSpec"),
-    "layers": ("planner.models.sequence", "LayerSequenceSpec"),
+    "network": ("planner.models.sequence", "LayerSequenceSpec"),
     "cluster": ("hardware_profiles.cluster_documents", "ClusterRequest"),
     "cluster-resolved": ("hardware_profiles.schema", "ClusterSpec"),
     "node": ("hardware_profiles.schema", "NodeSpec"),

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from cost_models.optimizers import OPTIMIZERS
 from hardware_profiles import loader, plausibility, provenance
 from hardware_profiles.documents import DocumentError
 from hardware_profiles.schema import Kind
+from planner.blocks.registry import KIND_NAMES
+from planner.errors import InputError
 from planner.pipeline import plan, read_request
+from planner.rules import STACK_RULES
 from planner.studies.profile_check import check_profile, kind_of
 from tests.cli.process import planner
 
@@ -222,3 +226,55 @@ def test_the_command(tmp_path: Path) -> None:
     assert broken.code == 2
     assert "compute_units" in broken.err
     assert planner("catalog", "check").code == 2
+
+
+@pytest.mark.parametrize("name", loader.catalog_names("stack"))
+def test_a_stack_names_what_exists(name: str) -> None:
+    stack = loader.load_stack(name)
+    layout_rules = {
+        "interleaved_needs_multiple_of_pp", "zero_0_is_replicate_only", "no_zero_3_with_pipeline",
+    }  # fmt: skip
+    assert set(stack.rules) <= {*STACK_RULES, *layout_rules}
+    assert set(stack.optimizers) <= set(OPTIMIZERS)
+    assert "adamw" in stack.optimizers
+    assert set(stack.layer_kinds) <= {"attention", *KIND_NAMES}
+    assert stack.source.strip()
+    assert stack.version.strip()
+
+
+def test_the_stacks_that_people_use_ship() -> None:
+    wanted = {
+        "megatron-core", "megatron-core-local", "torchtitan", "deepspeed", "megatron-deepspeed",
+        "fsdp1", "fsdp2", "maxtext-gpu", "maxtext-tpu", "nemo-automodel", "megatron-lm-2021",
+        "llm-foundry", "internevo", "neuron", "mindformers",
+    }  # fmt: skip
+    assert wanted <= {*loader.catalog_names("stack"), *loader.catalog_aliases("stack")}
+
+
+@pytest.mark.parametrize(
+    ("stack", "model", "cluster", "banned"),
+    [
+        ("deepspeed", "llama-3.2-1b", "dgx-h100", {"pp", "tp"}),
+        ("deepspeed", "qwen3-30b-a3b", "dgx-h100:2", {"pp", "tp", "ep"}),
+        ("fsdp1", "llama-3.2-1b", "dgx-a100", {"pp", "tp", "cp"}),
+        ("megatron-core-local", "llama-3.2-1b", "dgx-a100", {"cp"}),
+        ("neuron", "llama-3.1-8b", "aws-trn1:4", set()),
+        ("neuron", "llama-3.1-8b", "aws-trn2", set()),
+        ("mindformers", "llama-3.1-8b", "atlas-910b:2", {"cp"}),
+        ("maxtext-tpu", "llama-3.1-8b", "v5p-64", set()),
+        ("internevo", "llama-2-7b", "hgx-a800:2", {"cp"}),
+    ],
+)
+def test_a_plan_is_within_what_the_stack_runs(
+    stack: str, model: str, cluster: str, banned: set[str]
+) -> None:
+    found = plan(read_request(model, cluster, None, {"stack": stack, "sequence_length": 2048}))
+    assert found.certificate.status == "optimal"
+    assert all(getattr(found.layout, degree) == 1 for degree in banned)
+    others = found.alternatives
+    assert all(getattr(other.layout, degree) == 1 for other in others for degree in banned)
+
+
+def test_a_precision_that_the_stack_has_not() -> None:
+    with pytest.raises(InputError, match="does not train in fp8"):
+        read_request("gpt2", "dgx-h100", None, {"stack": "fsdp1", "precision": "fp8"})
