@@ -12,10 +12,10 @@ PAGE = Path(__file__).parents[1] / "results" / "kernels.md"
 HEAD = """# Kernel times against measured ones
 
 Made by `python benchmarks/kernels/fit.py --write`; the sources are in
-[`benchmarks/kernels/data`](../kernels/data/README.md). Errors are relative, on shapes that were left
-out of the fit: one in three, by a hash of the shape that knows nothing of the device. They are of the
-law with its constants, without tables of residuals. Lines marked "not fitted" judge constants that
-were made from other kernels.
+[`benchmarks/kernels/data`](../kernels/data/README.md). Errors are relative, on shapes that were
+left out of the fit: one in three, by a hash of the shape that knows nothing of the device. They are
+of the law with its constants, without tables of residuals. Lines marked "not fitted" judge
+constants that were made from other kernels.
 
 Aims, median / P90: bf16 products bound by compute 5 / 14 %, of all sizes 9 / 35 %; attention above
 200 us 9 % at the median. A line that misses its aim says so.
