@@ -159,8 +159,11 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("dispatched", hot * h * e),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner),
         SavedTensor("expert_activation", inner, modules=("moe_act",)),
-        SavedTensor("combined", shard.residual_tokens * spec.top_k * h * e),
+        # torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, combine).
+        SavedTensor("combined", shard.residual_tokens * spec.top_k * h * (4 if ctx.dtensor else e)),
     ]
+    if spec.gated and "swiglu" not in ctx.fused:
+        result.append(SavedTensor("expert_gate_activation", inner, modules=("moe_act",)))
     if spec.latent is not None:
         result.append(SavedTensor("latent_tokens", 2 * shard.residual_tokens * h * e))
     if spec.shared_intermediate:
