@@ -3,10 +3,10 @@
     python benchmarks/memory/margins.py RUNS.csv > planner/memory_margin.yaml
 
 ``RUNS.csv`` has the columns that ``planner validate`` reads. No constant of the memory model is
-fitted to these runs. The margin of a group of stacks is the least that covers 95 % of its runs; a
-group needs two families of measurements and twenty runs, else its stacks take the pooled margin.
-Beside each stands the share of a family's runs that the margin from the other families covers: what
-the claim is worth on runs it has not seen.
+fitted to these runs, and runs whose source does not say what was read are left out. The margin of a
+group of stacks is the least that covers 95 % of its runs; a group needs two families of runs and
+twenty runs, else its stacks take the pooled margin. Beside each stands the share of a family's
+runs that the margin from the other families covers: what the claim is worth on runs not seen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from hardware_profiles.loader import catalog_names, load_stack
 from planner.memory_margin import CONFIDENCE
+from planner.studies.policy import convention
 from planner.studies.validate import validate
 
 LEAST_RUNS, LEAST_FAMILIES = 20, 2
@@ -37,7 +38,9 @@ def main() -> int:
 
 
 def _judged(row: Mapping[str, Any]) -> bool:
-    return bool(row["predicted_peak_gib"] and row["measured_peak_gib"])
+    """Whether a row has both peaks, and its source says what it read."""
+    stated = not convention("memory", row["source"]).get("assumed", False)
+    return bool(stated and row["predicted_peak_gib"] and row["measured_peak_gib"])
 
 
 def document(rows: Sequence[Mapping[str, Any]]) -> list[str]:
