@@ -145,3 +145,22 @@ def test_gated_or_not_may_be_stated() -> None:
     three, two = read(hidden_act="gelu", mlp_gated=True), read(hidden_act="gelu", mlp_gated=False)
     difference = parameter_counts(three).total - parameter_counts(two).total
     assert difference == 4 * 64 * 160
+
+
+UNSEEN = json.loads(
+    (Path(__file__).parents[1] / "validation" / "data" / "unseen_architectures.json").read_text()
+)["models"]
+
+
+@pytest.mark.parametrize("name", sorted(UNSEEN))
+def test_an_architecture_without_a_reader_has_the_size_of_the_built_model(name: str) -> None:
+    model = model_from_document(UNSEEN[name]["config"], where=name)
+    assert isinstance(model, ModelSpec)
+    assert "unknown architecture" in model.notes[0]
+    assert parameter_counts(model).total == pytest.approx(UNSEEN[name]["total"], rel=1e-4)
+
+
+def test_a_squared_relu_says_nothing_about_the_number_of_matrices() -> None:
+    # BitNet gates it, Nemotron does not.
+    with pytest.raises(UnknownModelError, match="two or three matrices"):
+        read(hidden_act="relu2")

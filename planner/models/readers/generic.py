@@ -51,8 +51,8 @@ NAMES = {
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 GATED = ("silu", "swish", "swiglu", "geglu")
 """Activations that stand for three matrices wherever they are used in published decoders."""
-PLAIN = ("relu", "relu2", "gelu_new", "gelu_fast", "squared_relu")
-"""Activations that stand for two."""
+PLAIN = ("relu", "gelu_new", "gelu_fast")
+"""Activations that stand for two. Squared ReLU does in most, but BitNet gates it."""
 
 HARMLESS = re.compile(
     r"""
