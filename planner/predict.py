@@ -23,7 +23,7 @@ from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.hosting import host_bytes_per_node, host_capacity
 from planner.layouts import completion_of, configs_of
-from planner.models.spec import MoeSpec
+from planner.models.spec import ModelSpec, MoeSpec
 from planner.plan import HostPrediction, Layout, Prediction, Term
 from planner.priced import Priced
 from planner.recompute import named_policy
@@ -106,13 +106,32 @@ def run_class(priced: Priced, request: Request, time: tuple[Term, ...] | None = 
     terms = _time_terms(priced, request) if time is None else time
     waiting_s = sum(term.seconds or 0.0 for term in terms if term.name == "launch")
     return RunClass(
-        device=request.machine.device.name,
+        device=request.machine.device.name if _is_familiar(request) else UNFAMILIAR,
         precision=request.job.precision,
         stack=request.stack.name,
         moe=any(isinstance(b.feed_forward, MoeSpec) for b in request.model.blocks.values()),
         context_parallel=priced.layout.cp > 1,
         devices=request.devices,
         launch_share=waiting_s * SECOND / priced.step.total_ns,
+    )
+
+
+UNFAMILIAR = "unfamiliar"
+"""Stands for the device of a run of which nothing like it was ever measured."""
+
+
+def _is_familiar(request: Request) -> bool:
+    """Whether bands earned on published runs say anything of this one: whole decoders, on devices
+    whose kernels are those that ship or were measured on them."""
+    if not isinstance(request.model, ModelSpec) or request.job.finetune is not None:
+        return False
+    from hardware_profiles.loader import catalog_names, load_device
+
+    device = request.machine.device
+    if request.kernel_basis == "measured":
+        return True
+    return device.name in catalog_names("device") and (
+        load_device(device.name).kernels == device.kernels
     )
 
 

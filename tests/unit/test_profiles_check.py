@@ -14,6 +14,7 @@ from hardware_profiles.schema import Kind
 from planner.blocks.registry import KIND_NAMES
 from planner.errors import InputError
 from planner.pipeline import plan, read_request
+from planner.plan import Prediction
 from planner.rules import STACK_RULES
 from planner.studies.profile_check import check_profile, kind_of
 from tests.cli.process import planner
@@ -134,6 +135,22 @@ def test_a_chip_that_nobody_measured_can_be_planned_for(tmp_path: Path) -> None:
     assert found.prediction.fits
     assert any("my-chip" in note for note in found.prediction.assumptions)
     assert "kernel efficiencies of my-chip are not its own" in found.prediction.band_source
+    shipped = plan(read_request("llama-3.2-1b", "dgx-h100:2")).prediction
+    assert width(found.prediction) > 1.5 * width(shipped)
+
+
+def width(prediction: Prediction) -> float:
+    """Of the band, relative to the step."""
+    low, high = prediction.step_time_band_s
+    return (high - low) / prediction.step_time_s
+
+
+def test_a_changed_device_has_not_its_parent_s_band(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEN_LINES)
+    changed = plan(read_request("llama-3.2-1b", str(path))).prediction
+    kept = plan(read_request("llama-3.2-1b", "dgx-h100:4")).prediction
+    assert width(changed) > 1.5 * width(kept)
 
 
 def test_basis_is_the_weakest_of_what_a_job_uses() -> None:
