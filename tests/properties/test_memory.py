@@ -1,0 +1,111 @@
+"""Memory grows with the work, recomputation never keeps more, sharding never holds more state."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_models.graph import Shard
+from cost_models.memory import activation_bytes
+from cost_models.recompute import mode_rows
+from hardware_profiles.loader import load_cluster, load_stack
+from planner.models.reader import read_model
+from planner.models.spec import ModelSpec
+from planner.pipeline import evaluate
+from planner.plan import StagePrediction
+from planner.recompute import named_policy
+from planner.request import Request
+from planner.specs import JobSpec
+
+MODELS = {name: read_model(name) for name in ("llama-3.2-1b", "mixtral-8x7b", "deepseek-v2-lite")}
+STACKS = ("megatron-core", "torchtitan", "torchtitan-decomposed")
+STATE = ("weights", "gradients", "optimizer", "buffers")
+
+
+def stage(
+    model: ModelSpec, stack: str, layout: dict[str, int | str], sequence: int, samples: int
+) -> StagePrediction:
+    """The only stage of a step of one microbatch of ``samples`` on 8 devices."""
+    dp = 8 // int(layout["tp"])
+    job = JobSpec(sequence_length=sequence, global_batch=dp * samples, stack=stack)
+    request = Request(model, load_cluster("dgx-h100:1"), job, load_stack(stack))
+    chosen = layout | {"microbatch_size": samples, "sequence_parallel": int(layout["tp"]) > 1}
+    return evaluate(request, chosen).prediction.stages[0]
+
+
+def layers(model: ModelSpec, more: int) -> ModelSpec:
+    last = model.layers[-1]
+    runs = (*model.layers[:-1], last.model_copy(update={"count": last.count + more}))
+    return model.model_copy(update={"layers": runs})
+
+
+places = st.tuples(
+    st.sampled_from(sorted(MODELS)), st.sampled_from(STACKS), st.sampled_from((1, 2, 4)),
+    st.sampled_from(("none", "selective", "full")), st.sampled_from((512, 1024, 2048)),
+)  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(places, st.sampled_from(("samples", "sequence", "layers")))
+def test_more_work_takes_more_memory(place: tuple[str, str, int, str, int], more: str) -> None:
+    name, stack, tp, recompute, sequence = place
+    model, layout = MODELS[name], {"tp": tp, "recompute": recompute}
+    small = stage(model, stack, layout, sequence, 1)
+    large = stage(
+        layers(model, 1) if more == "layers" else model, stack, layout,
+        2 * sequence if more == "sequence" else sequence, 2 if more == "samples" else 1,
+    )  # fmt: skip
+    assert large.peak_bytes >= small.peak_bytes
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(places, st.data())
+def test_recomputation_never_keeps_more(
+    place: tuple[str, str, int, str, int], data: st.DataObject
+) -> None:
+    """Nor does one more module, for any of the modules that the stack may combine."""
+    name, stack_name, tp, _, sequence = place
+    model, stack = MODELS[name], load_stack(stack_name)
+    job = JobSpec(sequence_length=sequence, global_batch=8, stack=stack_name)
+    request = Request(model, load_cluster("dgx-h100:1"), job, stack)
+    one = np.ones(1, dtype=np.int64)
+    place_on = Shard(sequence, one, tp * one, one, one, one, np.array([tp > 1]), 0 * one)
+    modes = [named_policy(n, stack) for n in stack.recompute if n != "none"]
+    if stack.recompute_modules:
+        some = data.draw(st.sets(st.sampled_from(stack.recompute_modules), min_size=2))
+        fewer = some - {sorted(some)[0]}
+        modes = [named_policy("+".join(some), stack), named_policy("+".join(fewer), stack)]
+    for kind in request.workload.kinds.values():
+        everything = activation_bytes(kind, place_on, None)[0]
+        kept = [activation_bytes(kind, place_on, mode)[0] for mode in modes]
+        assert all(size <= everything for size in kept)
+        if stack.recompute_modules:
+            assert kept[0] <= kept[1]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(places, st.sampled_from((0, 1, 2, 3)))
+def test_sharding_never_holds_more_state(
+    place: tuple[str, str, int, str, int], stage_of_zero: int
+) -> None:
+    """Of one ZeRO stage to the next, where the stack has both."""
+    name, stack, tp, recompute, sequence = place
+    stages = sorted(load_stack(stack).zero_stages)
+    if stage_of_zero not in stages[1:] or (stage_of_zero == 2 and stack != "megatron-core"):
+        return  # FSDP2's stage 2 holds gathered weights beside the shards.
+    below = stages[stages.index(stage_of_zero) - 1] if stage_of_zero != 3 else 0
+    if below == 0 and tp > 1 and stack != "megatron-core":
+        return  # replication alone does not combine there
+    held = []
+    for zero in (below, stage_of_zero):
+        layout = {"tp": tp, "recompute": recompute, "zero_stage": zero}
+        found = stage(MODELS[name], stack, layout, sequence, 1)
+        held.append(sum(term.bytes or 0 for term in found.memory if term.name in STATE))
+    assert held[1] <= held[0]
+
+
+def test_every_mode_has_rows_of_its_own() -> None:
+    rows = mode_rows(("selective", "full"))
+    places_of = [place for mode in rows.values() for place in mode]
+    assert len(places_of) == len(set(places_of)) == 9
