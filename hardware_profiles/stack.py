@@ -163,6 +163,9 @@ class StackSpec(Profile):
     """Bytes per expert that a layer of experts keeps beside its weights (counts, routing bias)."""
     loss_chunks: Annotated[int, Field(ge=1)] = 1
     """Pieces of the sequence of a chunked loss; 1: the stack has none."""
+    saved_input_bytes_per_64: ByPrecision = Field(default_factory=dict)
+    """Bytes of 64 elements of a linear layer's input between forward and backward, scales included,
+    by precision of the job; what is not named keeps its 16 bits."""
     new_gradients: bool = False
     """Whether each step makes its gradients anew (set to None between steps) instead of
     accumulating in buffers that stay."""

@@ -59,6 +59,7 @@ def build_workload(
         rotary_cache_bytes=stack.rotary_cache_bytes.get(
             model.family, stack.rotary_cache_bytes["default"]
         ),
+        saved_input_bytes_per_64=stack.saved_input_bytes_per_64.get(job.precision),
         optimizer_scalar_bytes=stack.optimizer_scalar_bytes,
         loss_chunks=stack.loss_chunks if job.loss == "chunked" else 1,
         rotary=model.position_embeddings == 0,

@@ -202,6 +202,7 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
     result = [
         SavedTensor("qkv", ((2 if spec.output_gate else 1) * heads + 2 * kv) * hd * x * e),
         SavedTensor("attention_output", heads * hd * x * e),
+        *output_copy(heads * hd * x * e, ctx),
     ]
     if spec.qk_norm != "none":
         rows = (heads + kv) * x if spec.qk_norm == "per_head" else 2 * x
@@ -210,6 +211,27 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
         result.append(SavedTensor("gated_output", heads * hd * x * e))
     result += core_saved(ctx, shard, heads)
     return tuple(result)
+
+
+def output_copy(size: Int64, ctx: BlockContext) -> tuple[SavedTensor, ...]:
+    """What the output projection keeps of its input beside the core, which keeps it in 16 bits."""
+    if ctx.saved_input_bytes_per_64 is None:
+        return ()
+    return (SavedTensor("projection_input", ctx.saved_input(size)),)
+
+
+def exchange_working(kv_bytes: Int64, shard: Shard) -> Int64:
+    """Buffers of context parallelism beside the tensors of this rank.
+
+    ``p2p`` receives the keys and values of the next block, and their gradients, while it sends
+    those at hand; ``all_gather`` holds all of them, and their gradients before they are scattered.
+    """
+    codes = [CP_KINDS.index(name) for name in ("p2p", "a2a_p2p")]
+    ring = np.where(np.isin(shard.cp_kind, codes), 4 * kv_bytes, 0)
+    gathered = np.where(
+        shard.cp_kind == CP_KINDS.index("all_gather"), 2 * kv_bytes * shard.cp, ring
+    )
+    return np.where(shard.cp > 1, gathered, 0)
 
 
 def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTensor]:
@@ -229,4 +251,5 @@ def working(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     heads = spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     gradients = (2 * heads + 2 * kv) * spec.head_dim * shard.tokens * ctx.element_bytes
-    return gradients + ctx.gathered_bytes(shard)
+    kv_bytes = 2 * kv * spec.head_dim * shard.tokens * ctx.element_bytes
+    return gradients + ctx.gathered_bytes(shard) + exchange_working(kv_bytes, shard)

@@ -38,6 +38,9 @@ class BlockContext:
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
+    saved_input_bytes_per_64: int | None = None
+    """Bytes of 64 elements of a low-precision product's input while it waits for the backward;
+    None: as any other activation."""
     optimizer_scalar_bytes: int = 0
     """Bytes that the optimizer keeps per parameter tensor."""
     rotary_cache_bytes: int = 0
@@ -52,6 +55,12 @@ class BlockContext:
         """Tokens within which tokens see each other: the sample, a document, or a chunk."""
         lengths = (shard.sequence, self.document, limit)
         return min(length for length in lengths if length is not None)
+
+    def saved_input(self, size: Int64) -> Int64:
+        """Bytes kept of the ``size`` bytes that go into a low-precision product."""
+        if self.saved_input_bytes_per_64 is None:
+            return size
+        return -(-size // self.element_bytes * self.saved_input_bytes_per_64 // 64)
 
     def residual_bytes(self, shard: Shard) -> Int64:
         """Bytes of the residual stream of one microbatch on one device."""
@@ -131,16 +140,20 @@ def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
 
 
 def residual_saved(
-    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...]
+    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...], *, products: int = 1
 ) -> tuple[SavedTensor, ...]:
     """The norm's input and output, and the dropout mask after the sub-block.
 
-    ``modules`` are those that run the norm.
+    ``modules`` are those that run the norm. Each of ``products`` that read the output keeps a
+    low-precision copy of its own; with 0 the output itself is kept.
     """
     size = ctx.residual_bytes(shard)
+    inputs = product_input_bytes(ctx, shard)
+    if products and ctx.saved_input_bytes_per_64 is not None:
+        inputs = products * ctx.saved_input(inputs)
     saved = [
         *norm_saved(f"{name}.norm", size // ctx.element_bytes, shard.residual_tokens, ctx, modules),
-        SavedTensor(f"{name}.input", product_input_bytes(ctx, shard), modules=modules),
+        SavedTensor(f"{name}.input", inputs, modules=modules),
     ]
     if ctx.dropout:
         saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))

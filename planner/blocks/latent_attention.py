@@ -9,7 +9,14 @@ from __future__ import annotations
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Elementwise, MatMul, Op, SavedTensor
 from planner.blocks import splits as split
-from planner.blocks.attention import context_parallel, core_saved, packed, unfused_core
+from planner.blocks.attention import (
+    context_parallel,
+    core_saved,
+    exchange_working,
+    output_copy,
+    packed,
+    unfused_core,
+)
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -121,10 +128,11 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
     return (
         SavedTensor("latent", (latent + spec.qk_rope_head_dim) * r * e),
         *within("mla_up_proj", (
-            SavedTensor("latent_normed", latent * r * e),
+            SavedTensor("latent_normed", ctx.saved_input(latent * r * e)),
             SavedTensor("qkv", heads * (2 * qk + v) * x * e),
         )),
         SavedTensor("attention_output", heads * v * x * e),
+        *output_copy(heads * v * x * e, ctx),
         *core_saved(ctx, shard, heads),
     )  # fmt: skip
 
@@ -132,5 +140,6 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
 def working(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Gradients of q, k, v and the output, and the gathered input."""
     heads = spec.heads // shard.tp
-    width = 2 * _qk_dim(spec) + 2 * spec.v_head_dim
-    return heads * width * shard.tokens * ctx.element_bytes + ctx.gathered_bytes(shard)
+    each = heads * shard.tokens * ctx.element_bytes
+    kv_bytes = each * (_qk_dim(spec) + spec.v_head_dim)
+    return 2 * kv_bytes + ctx.gathered_bytes(shard) + exchange_working(kv_bytes, shard)

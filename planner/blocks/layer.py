@@ -22,6 +22,9 @@ from planner.models.spec import (
     SparseLatentAttentionSpec,
 )
 
+_READERS = {LatentAttentionSpec: 2, SparseLatentAttentionSpec: 2, MoeSpec: 0}
+"""Low-precision products of the normalised input: two down-projections; a router is none."""
+
 UNFUSED_NORMS = (LatentAttentionSpec, SparseLatentAttentionSpec, MoeSpec)
 """Parts that start with more than one product of the normalised input."""
 
@@ -43,7 +46,13 @@ def layer_saved(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Save
     result: list[SavedTensor] = []
     for index, part in enumerate(parts(block)):
         if not (_one_norm(block) and index):
-            result += residual_saved(f"sub{index}", ctx, shard, _norm_modules(part, ctx))
+            result += residual_saved(
+                f"sub{index}",
+                ctx,
+                shard,
+                _norm_modules(part, ctx),
+                products=_READERS.get(type(part), 1),
+            )
         result += kind_of(part).saved(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):
         result.append(SavedTensor(f"post_norm{index}", ctx.residual_bytes(shard)))

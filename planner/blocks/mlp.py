@@ -92,7 +92,7 @@ def inner_saved(
     element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
     result = [
         SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element),
-        SavedTensor(f"{prefix}activation", element),
+        SavedTensor(f"{prefix}activation", ctx.saved_input(element)),
     ]
     if gated and "swiglu" not in ctx.fused:
         # The activated gate, a factor of the product that follows.

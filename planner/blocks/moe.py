@@ -156,9 +156,9 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
     inner = hot * (spec.intermediate // shard.etp) * e
     result = [
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
-        SavedTensor("dispatched", hot * h * e),
+        SavedTensor("dispatched", ctx.saved_input(hot * h * e)),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner),
-        SavedTensor("expert_activation", inner, modules=("moe_act",)),
+        SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),
         # torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, combine).
         SavedTensor("combined", shard.residual_tokens * spec.top_k * h * (4 if ctx.dtensor else e)),
     ]

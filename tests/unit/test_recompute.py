@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.graph import LayerKind, Shard
+from cost_models.graph import CP_KINDS, LayerKind, Shard
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.memory import activation_bytes
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
@@ -84,6 +84,44 @@ def test_every_second_product_counts_q_k_and_v_one_by_one() -> None:
     )[0]  # fmt: skip
     assert int(kept[0]) == 10 + 192 + 96 + 256
     assert sizes(keeping("odd_matmul"), tp=1)[0] == 230
+
+
+def saved_of(precision: str, cp_kind: str = "p2p", cp: int = 1) -> tuple[dict[str, int], int]:
+    """Tensors of a Llama layer with 64 tokens per rank by name, and its working bytes."""
+    request = read_request("llama-3.1-8b", "dgx-h100:1", overrides={"precision": precision})
+    (kind,) = request.workload.kinds.values()
+    one = np.ones(1, dtype=np.int64)
+    place = Shard(
+        64 * cp, one, one, cp * one, one, one, one.astype(bool), CP_KINDS.index(cp_kind) * one
+    )
+    tensors = {tensor.name: int(np.asarray(tensor.bytes)[0]) for tensor in kind.saved(place)}
+    return tensors, int(np.asarray(kind.working_bytes(place))[0])
+
+
+def test_eight_bit_products_keep_eight_bit_inputs() -> None:
+    """64 tokens of 4096: the norm's output, and the activation of 14336, are half as large; the
+    attention's output stays in 16 bits for its own backward, with a copy for the projection."""
+    (wide, _), (narrow, _) = saved_of("bf16"), saved_of("fp8")
+    assert (wide["sub0.input"], narrow["sub0.input"]) == (64 * 4096 * 2, 64 * 4096)
+    assert (wide["activation"], narrow["activation"]) == (64 * 14336 * 2, 64 * 14336)
+    assert wide["attention_output"] == narrow["attention_output"] == 64 * 4096 * 2
+    assert narrow["projection_input"] == 64 * 4096
+    assert "projection_input" not in wide
+    assert wide["fc1_output"] == narrow["fc1_output"] == 2 * 64 * 14336 * 2
+
+
+def test_context_parallelism_holds_blocks_of_keys_and_values() -> None:
+    """K and V of 64 tokens and 8 heads of 128: 256 KiB. The ring holds the next ones and the
+    gradients of both; gathered over 4 ranks, all of them and their gradients."""
+    kv = 2 * 8 * 128 * 64 * 2
+    alone = saved_of("bf16")[1]
+    assert saved_of("bf16", "p2p", 4)[1] - alone == max(0, attention_working(4 * kv) - alone)
+    assert saved_of("bf16", "all_gather", 4)[1] - alone == max(0, attention_working(8 * kv) - alone)
+
+
+def attention_working(buffers: int) -> int:
+    """Gradients of 32 + 32 + 8 + 8 heads, the gathered input, and buffers."""
+    return 80 * 128 * 64 * 2 + 64 * 4096 * 2 + buffers
 
 
 def times() -> LayerTimes:
