@@ -198,6 +198,18 @@ def test_evaluate_answers_line_by_line_in_order() -> None:
     assert records[3]["prediction"]["step_time_s"] > 0
 
 
+def test_evaluate_tells_the_collectives_when_asked() -> None:
+    flags = ("--tp", "2", "--zero-stage", "1")
+    body = json.loads(planner("evaluate", *REQUEST, *BATCH, *flags, "--comm").out)
+    (stage,) = body["communication"]["stages"]
+    kinds = {(call["group"], call["kind"]) for call in stage["calls"]}
+    assert {("tp", "all_gather"), ("tp", "reduce_scatter"), ("world", "all_reduce")} <= kinds
+    line = planner("evaluate", *REQUEST, *BATCH, "--layouts", "-", "--comm", stdin='{"tp": 2}')
+    assert json.loads(line.out)["communication"]["layers"]["embedding"]
+    table = planner("evaluate", *REQUEST, *BATCH, *flags, "--comm", "--format", "table")
+    assert "Communication of a step" in table.out
+
+
 def test_evaluate_of_lines_that_are_not_json_is_2() -> None:
     stdin = '{"tp": 8}\nnot json\n[1]\n{"tp": 4}\n'
     result = planner("evaluate", *REQUEST, *BATCH, "--layouts", "-", stdin=stdin)
