@@ -58,7 +58,7 @@ def test_no_arguments_print_the_help_and_exit_2() -> None:
         (["evaluat", "x", "y"], "no such command 'evaluat'", "did you mean 'evaluate' or"),
         (["plan", "a", "b", "--fixx", "tp=8"], "No such option: --fixx", "did you mean --fix?"),
         (["plan"], "Missing argument 'MODEL'", "planner plan --help lists the flags"),
-        (["schema", "laoyut"], "no schema for 'laoyut'", "did you mean 'layout' or 'layers'?"),
+        (["schema", "laoyut"], "no schema for 'laoyut'", "did you mean 'layout'"),
         (["catalog", "modle"], "no catalogue of 'modle'", "'model'"),
         (["export", "megatron"], "no exporter for 'megatron'", "'megatron-core'"),
     ],
