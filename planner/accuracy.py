@@ -17,6 +17,8 @@ from typing import Any
 
 from hardware_profiles.documents import read_document
 
+SHORT_LAYER_S = 0.006
+"""Twice what an eager stack's host needs for the ops of a layer, forward and backward."""
 HOST_BOUND = (0.05, 0.3)
 """Shares of the step spent waiting for the host from which a run is partly, and wholly, bound."""
 FILE = Path(__file__).parent / "accuracy_bands.yaml"
@@ -34,6 +36,8 @@ class RunClass:
     devices: int
     launch_share: float
     """Share of the predicted step for which the device waits for the host."""
+    layer_s: float
+    """Work of the busiest rank per layer and microbatch: short layers are near the host's pace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ def path_of(run: RunClass, families: Mapping[str, Mapping[str, list[str]]]) -> t
     )
     if run.launch_share > HOST_BOUND[0]:
         size += ", host-bound" if run.launch_share > HOST_BOUND[1] else ", partly host-bound"
+    elif run.layer_s < SHORT_LAYER_S:
+        size += ", short layers"
     device, stack = _family(run.device, families["devices"]), _family(run.stack, families["stacks"])
     return device, bits, kind, stack, size
 

@@ -113,6 +113,7 @@ def run_class(priced: Priced, request: Request, time: tuple[Term, ...] | None = 
         context_parallel=priced.layout.cp > 1,
         devices=request.devices,
         launch_share=waiting_s * SECOND / priced.step.total_ns,
+        layer_s=max(_layer_ns(priced, rank) for rank in range(priced.leaf.pp)) / SECOND,
     )
 
 
@@ -153,6 +154,14 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
         capacity_bytes_per_node=host_capacity(request),
         link_bytes_per_step=crossing,
     )
+
+
+def _layer_ns(priced: Priced, rank: int) -> float:
+    """Work of a rank per layer and microbatch."""
+    bounds = priced.completion.bounds
+    owned = range(rank, priced.leaf.stages, priced.leaf.pp)
+    layers = sum(bounds[j + 1] - bounds[j] for j in owned)
+    return priced.ranks[rank].work_ns / max(1, layers)
 
 
 def _beyond_measured(request: Request, slowest_mfu: float) -> bool:

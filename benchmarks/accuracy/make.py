@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy/make.py            # fit, judge, write results/ and the bands
     python benchmarks/accuracy/make.py --write    # put the constants of results/ into the profiles
+    python benchmarks/accuracy/make.py --bands    # and then the runs into their final classes
 
 The fit is that of ``planner calibrate``, with the constants of ``parameters.yaml`` and the runs of
 ``data/runs.csv``. ``results/left_out.csv`` has every run's prediction by constants fitted without
@@ -14,7 +15,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import bands
@@ -28,7 +28,7 @@ from planner.accuracy import RunClass
 from planner.predict import price, run_class
 from planner.studies.calibrate.cases import Case, RunPricer, cases_of
 from planner.studies.calibrate.fit import values_at
-from planner.studies.calibrate.parameters import Overlay, Parameter, read_parameters
+from planner.studies.calibrate.parameters import Parameter, read_parameters
 from planner.studies.calibrate.study import described, judged
 from planner.studies.runs import read_runs
 
@@ -47,6 +47,9 @@ def main() -> None:
         "--write", action="store_true", help="only put results/fit.yaml into the profiles"
     )
     parser.add_argument(
+        "--bands", action="store_true", help="only make the bands of results/left_out.csv again"
+    )
+    parser.add_argument(
         "--refine", type=int, default=0, help="steps by true evaluation of each fold's own runs"
     )
     arguments = parser.parse_args()
@@ -55,20 +58,17 @@ def main() -> None:
         write(parameters)
         return
     cases = cases_of(read_runs(RUNS))
+    if arguments.bands:
+        judge_again(cases)
+        return
     pricer = RunPricer(thinned(cases), parameters)
     outcome = judged(pricer, refine=arguments.refine, progress=_say)
     values = values_at(parameters, outcome.fitted.x)
     RESULTS.mkdir(exist_ok=True)
-    classes = classes_of(cases, parameters, outcome.left_out.values)
     fitted, left_out = predictions(RunPricer(cases, parameters), values, outcome.left_out.values)
-    _write_rows(cases, classes, fitted, left_out)
+    _judge(cases, fitted, left_out)
     fit = described("published runs", pricer, outcome)
     _dump(RESULTS / "fit.yaml", "Made by make.py.", fit)
-    made = bands.make(
-        classes, left_out, [case.family for case in cases],
-        [case.source for case in cases],
-    )  # fmt: skip
-    _dump(accuracy.FILE, "Made by benchmarks/accuracy/make.py from left-out runs.", made)
     blind = outcome.left_out.values["simumax-b200"]
     peers = {
         "own_constants": grounds.own_constants(cases, parameters),
@@ -114,21 +114,27 @@ def predictions(
     return pricer.residuals(values), apart
 
 
-def classes_of(
-    cases: Sequence[Case],
-    parameters: Sequence[Parameter],
-    values: Mapping[str, Mapping[str, float]],
-) -> list[RunClass]:
-    """The class of every run, as its left-out prediction saw it."""
-    overlays = {family: Overlay(parameters, own) for family, own in values.items()}
-    classes = []
-    for case in cases:
-        overlay, request = overlays[case.family], case.request
-        seen = replace(
-            request, cluster=overlay.cluster(request.cluster), stack=overlay.stack(request.stack)
-        )
-        classes.append(run_class(price(case.layout, seen), seen))
-    return classes
+def _judge(cases: Sequence[Case], fitted: np.ndarray, left_out: np.ndarray) -> None:
+    """Write every run's predictions, and the bands of the classes that predictions will ask for:
+    those that the shipped constants put a run in."""
+    classes = [run_class(price(case.layout, case.request), case.request) for case in cases]
+    _write_rows(cases, classes, fitted, left_out)
+    made = bands.make(
+        classes, left_out, [case.family for case in cases], [case.source for case in cases]
+    )
+    _dump(accuracy.FILE, "Made by benchmarks/accuracy/make.py from left-out runs.", made)
+
+
+def judge_again(cases: Sequence[Case]) -> None:
+    """The bands again from ``results/left_out.csv``, after the constants were shipped."""
+    with (RESULTS / "left_out.csv").open(newline="", encoding="utf-8") as file:
+        known = {line["id"]: line for line in csv.DictReader(file)}
+    kept = [case for case in cases if case.id in known]
+    columns = [
+        np.log([float(known[case.id][name]) / case.measured_s for case in kept])
+        for name in ("fitted_s", "left_out_s")
+    ]
+    _judge(kept, *columns)
 
 
 def zero_shot(cases: Sequence[Case]) -> list[bool]:
@@ -146,14 +152,15 @@ def _write_rows(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ("id", "source", "family", "stack", "device", "precision", "moe", "cp", "devices",
-             "launch_share", "zero_shot", "measured_s", "fitted_s", "left_out_s")
+             "launch_share", "layer_s", "zero_shot", "measured_s", "fitted_s", "left_out_s")
         )  # fmt: skip
         columns = zip(cases, classes, zero_shot(cases), fitted, left_out, strict=True)
         for case, run, alone, own, other in columns:
             times = (case.measured_s * float(np.exp(r)) for r in (0.0, own, other))
             writer.writerow(
                 (case.id, case.source, case.family, run.stack, run.device, run.precision,
-                 int(run.moe), int(run.context_parallel), run.devices, f"{run.launch_share:.3f}",
+                 int(run.moe), int(run.context_parallel), run.devices,
+                 f"{run.launch_share:.3f}", f"{run.layer_s:.3g}",
                  int(alone),
                  *(f"{time:.6g}" for time in times))
             )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from planner.accuracy import RunClass, band, band_of, path_of, table
 
 H100 = RunClass("h100-sxm-80gb", "bf16", "nemo", moe=False, context_parallel=False, devices=64,
-                launch_share=0.0)  # fmt: skip
+                launch_share=0.0, layer_s=0.01)  # fmt: skip
 
 
 def test_a_class_narrows_from_the_device_to_the_size() -> None:
@@ -22,6 +22,7 @@ def test_a_class_narrows_from_the_device_to_the_size() -> None:
         "Hopper", "8-bit", "MoE with context parallelism", "Megatron-Core", "over 1024 devices",
     )  # fmt: skip
     assert path_of(replace(H100, launch_share=0.2), families)[-1].endswith(", partly host-bound")
+    assert path_of(replace(H100, layer_s=0.001), families)[-1].endswith(", short layers")
     assert path_of(replace(H100, launch_share=0.5), families)[-1].endswith(", host-bound")
 
 
