@@ -37,6 +37,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         raise InputError(
             f"schedule {schedule} with vpp = {vpp}: interleaving is what vpp > 1 means"
         )
+    _require_whole_groups(schedule, degree)
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
         base.setdefault(key, constant)
@@ -58,6 +59,18 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
+
+
+def _require_whole_groups(schedule: str, degree: Mapping[str, int]) -> None:
+    """Interleaved 1F1B takes turns between chunks after every ``pp`` microbatches: a last group of
+    fewer waits for forwards that come later in its own order."""
+    pp, microbatches = degree["pp"], degree["num_microbatches"]
+    if schedule == "interleaved" and microbatches % pp:
+        raise InputError(
+            f"interleaved 1F1B needs a multiple of pp = {pp} microbatches; {microbatches} = "
+            f"{microbatches // pp} x {pp} + {microbatches % pp}",
+            hint="vpp 1, another microbatch_size, or another dp",
+        )
 
 
 def _validated(base: Mapping[str, Any]) -> Layout:

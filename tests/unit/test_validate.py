@@ -88,6 +88,19 @@ def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
     assert "62 samples is not a multiple of dp 4" in row["reason"]
 
 
+def test_interleaving_a_partial_group_of_microbatches_names_the_numbers() -> None:
+    # 60 samples over dp 4 are 15 microbatches: 7 turns of pp 2 and one left over. A policy that
+    # interleaves what did not run interleaved meets such runs.
+    stated = row_of(gbs="60", vpp="2")
+    assumed = validate(text_of({**RUN, "gbs": "60", "vpp": ""}), changes={"vpp": 2})["rows"][0]
+    for row in (stated, assumed):
+        assert row["status"] == "skipped"
+        assert "interleaved 1F1B needs a multiple of pp = 2 microbatches; 15 = 7 x 2 + 1" in (
+            row["reason"]
+        )
+    assert row_of(vpp="2")["status"] == "priced"
+
+
 @pytest.mark.parametrize(
     "column", ["recompute", "zero_stage", "sp", "tied_embeddings", "precision"]
 )
