@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cost_models.layout import Schedule
 
 
@@ -38,29 +41,34 @@ def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, ra
     return min(2 * (pp - rank - 1) + (vpp - 1) * pp, total)
 
 
-@lru_cache(maxsize=4096)
 def rank_order(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
 ) -> tuple[Action, ...]:
     """The actions of ``rank`` in order; interleaving needs ``microbatches % pp == 0``."""
+    actions = []
+    for code in _order(schedule, pp, vpp, microbatches, rank):
+        stage, microbatch = divmod(code if code >= 0 else ~code, microbatches)
+        actions.append(Action(code >= 0, stage // pp, microbatch))
+    return tuple(actions)
+
+
+@lru_cache(maxsize=4096)
+def _order(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> tuple[int, ...]:
+    """A rank's order in numbers: ``virtual stage * microbatches + microbatch`` of a forward, the
+    complement of that of a backward."""
     total = microbatches * vpp
-    if schedule == "gpipe" or (schedule == "1f1b" and vpp == 1):
-        forwards = [Action(True, 0, i) for i in range(microbatches)]
-        backwards = [Action(False, 0, i) for i in range(microbatches)]
+    group, position = np.divmod(np.arange(total), pp * vpp)
+    chunk, offset = np.divmod(position, pp)
+    if vpp == 1:
+        chunk, microbatch = np.zeros_like(chunk), np.arange(total)
     else:
-        forwards, backwards = [], []
-        for index in range(total):
-            group, position = divmod(index, pp * vpp)
-            chunk, offset = divmod(position, pp)
-            microbatch = group * pp + offset
-            forwards.append(Action(True, chunk, microbatch))
-            backwards.append(Action(False, vpp - 1 - chunk, microbatch))
+        microbatch = group * pp + offset
+    forwards = (chunk * pp + rank) * microbatches + microbatch
+    backwards = ~(((vpp - 1 - chunk) * pp + rank) * microbatches + microbatch)
     warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
-    order = forwards[:warmup]
-    for index in range(warmup, total):
-        order += (forwards[index], backwards[index - warmup])
-    order += backwards[total - warmup :]
-    return tuple(order)
+    steady = np.stack([forwards[warmup:], backwards[: total - warmup]], axis=1).ravel()
+    order = np.concatenate([forwards[:warmup], steady, backwards[total - warmup :]])
+    return tuple(order.tolist())
 
 
 @lru_cache(maxsize=65536)
@@ -76,24 +84,25 @@ def live_peaks(
         return ((microbatches,),)
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
-    # Live microbatches grow during the warm-up and then stay at their most: one more forward
-    # follows each backward. The pattern repeats every pp microbatches of every chunk.
-    shortened = min(microbatches, (vpp + 4) * pp // vpp // pp * pp + 4 * pp)
-    live = [0] * vpp
-    seen: dict[tuple[int, ...], None] = {}
-    for action in rank_order(schedule, pp, vpp, shortened, rank):
-        live[action.chunk] += 1 if action.forward else -1
-        if action.forward:
-            seen[tuple(live)] = None
-    most = max(sum(vector) for vector in seen)
-    full = [vector for vector in seen if sum(vector) == most]
-    others = [v for v in seen if sum(v) < most and not any(_dominates(o, v) for o in full)]
-    kept = [v for v in others if not any(_dominates(o, v) for o in others)]
-    return tuple(sorted(full + kept))
+    # Each forward after the warm-up follows a backward: the number alive stays at its most, the
+    # warm-up's vectors are below the first of these, and the pattern repeats every pp microbatches
+    # of every chunk.
+    total, period = microbatches * vpp, pp * vpp
+    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
+    if warmup == total:
+        return ((microbatches,) * vpp,)
+    backwards = np.arange(min(total - warmup, period))
+    begun = _per_chunk(backwards + warmup + 1, pp, vpp)
+    live = begun - _per_chunk(backwards, pp, vpp)[:, ::-1]
+    return tuple(sorted(set(map(tuple, live.tolist()))))
 
 
-def _dominates(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+def _per_chunk(actions: NDArray[np.int64], pp: int, vpp: int) -> NDArray[np.int64]:
+    """How many of a rank's first actions of one direction are of each chunk, in their order."""
+    periods, position = np.divmod(actions, pp * vpp)
+    begun: NDArray[np.int64] = np.clip(position[:, None] - pp * np.arange(vpp), 0, pp)
+    begun += pp * periods[:, None]
+    return begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +111,6 @@ class Timeline:
 
     finish_ns: tuple[int, ...]
     busy_ns: tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def _slots(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int
-) -> tuple[tuple[tuple[bool, int], ...], ...]:
-    """Each rank's order as (forward?, virtual stage * microbatches + microbatch)."""
-    return tuple(
-        tuple(
-            (action.forward, (action.chunk * pp + rank) * microbatches + action.microbatch)
-            for action in rank_order(schedule, pp, vpp, microbatches, rank)
-        )
-        for rank in range(pp)
-    )
 
 
 def simulate(
@@ -140,10 +135,10 @@ def simulate(
     unknown = -1
     forward_end = [unknown] * (stages * count)
     backward_end = [unknown] * (stages * count)
-    orders = _slots(schedule, pp, vpp, microbatches)
+    orders = [_order(schedule, pp, vpp, count, rank) for rank in range(pp)]
     position = [0] * pp
     clock = [0] * pp
-    remaining = sum(len(order) for order in orders)
+    remaining = 2 * stages * count
     last = (stages - 1) * count
     while remaining:
         before = remaining
@@ -151,30 +146,33 @@ def simulate(
             order, index, now = orders[rank], position[rank], clock[rank]
             length = len(order)
             while index < length:
-                is_forward, slot = order[index]
-                if is_forward:
-                    if slot >= count:
+                slot = order[index]
+                if slot >= 0:
+                    stage = slot // count
+                    if stage:
                         ready = forward_end[slot - count]
                         if ready < 0:
                             break
-                        ready += arrives[slot // count]
+                        ready += arrives[stage]
                         if ready > now:
                             now = ready
-                    now += forward_ns[slot // count]
+                    now += forward_ns[stage]
                     forward_end[slot] = now
                 else:
+                    slot = ~slot
+                    stage = slot // count
                     if slot < last:
                         ready = backward_end[slot + count]
                         if ready < 0:
                             break
-                        ready += returns[slot // count]
+                        ready += returns[stage]
                     else:
                         ready = forward_end[slot]
                         if ready < 0:
                             break
                     if ready > now:
                         now = ready
-                    now += backward_ns[slot // count]
+                    now += backward_ns[stage]
                     backward_end[slot] = now
                 index += 1
             remaining -= index - position[rank]

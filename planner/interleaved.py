@@ -6,7 +6,7 @@ listed, priced as arrays, and the ones that may win handed out one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -42,18 +42,25 @@ def interleaved_candidates(
     table = _Table(leaf, partitions)
     limit = cutoff()
     found: list[tuple[int, tuple[int, ...], Recompute]] = []
-    plain = table.surrogates(np.arange(len(partitions)), ("none", 0))
+    plain = table.uniform_surrogates([("none", 0)])[0]
     skipped = int(plain[plain >= limit].min(initial=UNLIMITED))
     least = np.flatnonzero(plain < limit)
+    if not len(least):
+        yield skipped, None
+        return
+    ordered = _by_time(leaf, options)
+    uniform = [option for option, _ in ordered if option[0] != "full"]
+    uniform_times = dict(zip(uniform, table.uniform_surrogates(uniform), strict=True))
     fitted: list[tuple[tuple[int, ...], NDArray[np.bool_]]] = []
-    for option, extra in _by_time(leaf, options):
+    for option, extra in ordered:
         open_ = least
         for other, settled in fitted:
             if all(a <= b for a, b in zip(other, extra, strict=True)):
                 open_ = open_[~settled[open_]]
         if not len(open_):
             continue
-        times = table.surrogates(open_, option)
+        known = uniform_times.get(option)
+        times = table.surrogates(open_, option) if known is None else known[open_]
         slow = times >= limit
         skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
         fast, times = open_[~slow], times[~slow]
@@ -106,28 +113,40 @@ class _Table:
         self.first, self.last = partitions[:, :-1], partitions[:, 1:]
         self.counts = np.array(leaf.counts, dtype=np.int64)
         self.kinds = np.array(leaf.kinds, dtype=np.int64)
-
-    def surrogates(self, rows: Ints, option: Recompute) -> Ints:
-        """Surrogate in ns of each partition in ``rows`` under ``option``."""
-        leaf = self.leaf
-        held, front = self._layers(rows, option)
-        forward = self._sum(held, Field.FORWARD)
-        backward = self._sum(held, Field.BACKWARD)
-        backward = backward + front @ self.kinds[:, leaf.modes[option[0]].extra]
-        gradient = self._sum(held, Field.GRADIENT)
+        self.held = self.counts[self.last] - self.counts[self.first]
+        """Layers per partition, virtual stage and kind."""
+        self.forward = self._sum(self.held, Field.FORWARD)
+        self.backward = self._sum(self.held, Field.BACKWARD)
+        gradient = self._sum(self.held, Field.GRADIENT)
         if leaf.pp > 1:
             gradient[:, 0] += leaf.tied_sync_ns
             gradient[:, -1] += leaf.tied_sync_ns
-        update = self._sum(held, Field.OPTIMIZER) + self._sum(held, Field.PARAMETER)
-        return self._surrogate(*map(self._by_rank, (forward, backward, gradient, update)))
+        self.reduction = leaf.bucket_ns + self._by_rank(gradient).sum(axis=1)
+        update = self._sum(self.held, Field.OPTIMIZER) + self._sum(self.held, Field.PARAMETER)
+        self.update = self._by_rank(update).sum(axis=1).max(axis=1)
+
+    def uniform_surrogates(self, options: Sequence[Recompute]) -> Ints:
+        """Surrogates in ns under options that treat all layers alike; (options, partitions)."""
+        modes, count = self.leaf.modes, len(self.held)
+        extra = self.held @ self.kinds[:, [modes[mode].extra for mode, _ in options]]
+        backward = self.backward + np.moveaxis(extra, -1, 0)
+        rows = np.tile(np.arange(count), len(options))
+        return self._surrogate(rows, backward.reshape(-1, self.leaf.stages)).reshape(-1, count)
+
+    def surrogates(self, rows: Ints, option: Recompute) -> Ints:
+        """Surrogate in ns of each partition in ``rows`` under ``option``."""
+        _, front = self._layers(rows, option)
+        backward = self.backward[rows] + front @ self.kinds[:, self.leaf.modes[option[0]].extra]
+        return self._surrogate(rows, backward)
 
     def _layers(self, rows: Ints, option: Recompute) -> tuple[Ints, Ints]:
         """Layers per partition, virtual stage and kind: all, and those in the option's mode."""
         mode, limit = option
+        held = self.held[rows]
+        if mode != "full":
+            return held, held
         first, last = self.first[rows], self.last[rows]
-        split = np.minimum(last, first + limit) if mode == "full" else last
-        counts = self.counts
-        return counts[last] - counts[first], counts[split] - counts[first]
+        return held, self.counts[np.minimum(last, first + limit)] - self.counts[first]
 
     def _sum(self, held: Ints, field: Field) -> Ints:
         """A field per virtual stage, ends included; shape (partitions, stages)."""
@@ -140,21 +159,20 @@ class _Table:
         """Shape (partitions, chunks, ranks)."""
         return values.reshape(len(values), self.leaf.vpp, self.leaf.pp)
 
-    def _surrogate(self, forward: Ints, backward: Ints, gradient: Ints, update: Ints) -> Ints:
+    def _surrogate(self, rows: Ints, backward: Ints) -> Ints:
+        """Surrogates of partitions ``rows`` with the given backward times per virtual stage."""
         leaf = self.leaf
-        work = (forward + backward).sum(axis=1)
-        reduction = leaf.bucket_ns + gradient.sum(axis=1)
-        nested = ends = np.zeros(len(work), dtype=np.int64)
-        for rank in reversed(range(leaf.pp)):
-            inner, after = nested, ends
-            nested = leaf.microbatches * work[:, rank]
-            ends = np.zeros_like(nested)
-            if rank < leaf.pp - 1:
-                one = forward[:, 0, rank] + backward[:, 0, rank]
-                nested = np.maximum(nested, one + 2 * leaf.hop_ns + inner)
-                ends = forward[:, 0, rank] + leaf.hop_ns + after
-            ends = np.maximum(ends, nested + reduction[:, rank])
-        result: Ints = ends + update.sum(axis=1).max(axis=1) + leaf.sync_ns
+        forward, backward = self._by_rank(self.forward[rows]), self._by_rank(backward)
+        reduction = self.reduction[rows].T
+        work = leaf.microbatches * (forward + backward).sum(axis=1).T
+        out = forward[:, 0].T + leaf.hop_ns
+        both = out + backward[:, 0].T + leaf.hop_ns
+        nested = work[-1]
+        ends = nested + reduction[-1]
+        for rank in reversed(range(leaf.pp - 1)):
+            nested = np.maximum(work[rank], both[rank] + nested)
+            ends = np.maximum(out[rank] + ends, nested + reduction[rank])
+        result: Ints = ends + self.update[rows] + leaf.sync_ns
         return result
 
     def fits(self, rows: Ints, option: Recompute) -> NDArray[np.bool_]:

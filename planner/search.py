@@ -201,9 +201,12 @@ class Search:
         # A fair completion of each will do: what is within this of it is not listed.
         self.incumbent.tolerance = ALTERNATIVE_TOLERANCE
         spares = sorted(self.spares.items(), key=lambda item: (item[1][0], item[0]))
-        for key, (_, index, priced) in spares[: 4 * count]:
+        for key, (bound, index, priced) in spares[: 4 * count]:
             if key in chosen or key == _mesh_key(winner.degrees):
                 continue
+            listed = sorted(chosen.values(), key=Candidate.key)[:count]
+            if len(listed) == count and bound >= listed[-1].time_ns:
+                break
             self.incumbent.best, before = None, len(self.incumbent.kept)
             try:
                 self._open(priced, index, 0, Counter(), thorough=False)
