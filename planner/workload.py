@@ -64,6 +64,7 @@ def build_workload(
         loss_chunks=stack.loss_chunks if job.loss == "chunked" else 1,
         rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,
+        moe_dispatcher=stack.dispatcher(device.name),
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
         separate=frozenset(stack.layers.separate_projections),

@@ -32,6 +32,8 @@ class BlockContext:
     rotary: bool = True
     """Whether queries and keys are rotated; not with a learned position table."""
     expert_imbalance: float = 0.0
+    moe_dispatcher: str = "alltoall"
+    """Who sends tokens to their experts (``hardware_profiles.schema.Dispatcher``)."""
     dtensor: bool = False
     """Whether tensor parallelism is DTensor's rather than Megatron's asynchronous layers."""
     separate: frozenset[str] = frozenset()

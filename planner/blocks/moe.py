@@ -84,13 +84,31 @@ def rows(spec: MoeSpec, shard: Shard) -> Int64:
     return shard.residual_tokens * spec.top_k * shard.etp
 
 
-def sort(name: str, size: Int64, local: Int64) -> Elementwise:
-    """Rows arrive by rank; experts want them by expert (Megatron-Core's ``sort_chunks_by_idxs``).
+def reorderings(
+    ctx: BlockContext, own: Int64, gathered: Int64, local: Int64
+) -> tuple[tuple[Elementwise, ...], ...]:
+    """Kernels that reorder rows before the dispatch, after it, before the combine and after it.
 
-    One kernel each way, where a rank has more than one expert.
+    A plain exchange wants the rows of the ``own`` tokens by rank, and the experts want what arrives
+    (``gathered`` bytes) by expert, where a rank has more than one (Megatron-Core's ``permute`` and
+    ``sort_chunks_by_idxs``). DeepEP sends tokens as they lie, so that only what arrives is copied
+    and sorted; HybridEP reorders inside its own kernels (Megatron-Core, core/transformer/moe/
+    token_dispatcher.py: ``_DeepepManager``, ``_HybridEPManager``), taken to run at ep 1 as well.
     """
-    moved = np.where(local > 1, 2.0 * size, 0.0)
-    return Elementwise(name, moved, moved)
+    if ctx.moe_dispatcher == "hybridep":
+        return (), (), (), ()
+    if ctx.moe_dispatcher == "deepep":
+        size = 2.0 * gathered
+        return (), (Elementwise("permute", size, size, 2, 2),), (
+            Elementwise("unpermute", size, size, 2, 2),
+        ), ()  # fmt: skip
+    moved = np.where(local > 1, 2.0 * gathered, 0.0)
+    return (
+        (Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),),
+        (Elementwise("sort_rows", moved, moved),),
+        (Elementwise("unsort_rows", moved, moved),),
+        (Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),),
+    )
 
 
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
@@ -109,25 +127,26 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         tokens=r, row_bytes=h * e, experts=spec.experts, top_k=spec.top_k,
         groups=spec.routing_groups, group_limit=spec.routing_group_limit,
     )  # fmt: skip
+    before, arrived, leaving, after = reorderings(ctx, own, gathered, local)
     result: list[Op] = [
         MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         *_latent("latent_down", spec, r, h, ctx.hidden),
-        Elementwise("permute", 2.0 * own, 2.0 * own, 2, 2),
+        *before,
         *_count_exchange(spec, ctx),
         Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
         Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
-        sort("sort_rows", gathered, local),
+        *arrived,
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),
-        sort("unsort_rows", gathered, local),
+        *leaving,
         Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
         Collective(
             "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
         ),
-        Elementwise("unpermute", 2.0 * own, 2.0 * own, 2, 2),
+        *after,
         *_latent("latent_up", spec, r, ctx.hidden, h),
     ]  # fmt: skip
     if spec.shared_intermediate:
