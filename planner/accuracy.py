@@ -21,6 +21,8 @@ SHORT_LAYER_S = 0.006
 """Twice what an eager stack's host needs for the ops of a layer, forward and backward."""
 HOST_BOUND = (0.05, 0.3)
 """Shares of the step spent waiting for the host from which a run is partly, and wholly, bound."""
+FEW = 12
+"""Runs below which a class's band is not its own: the wider class's is mixed in."""
 FILE = Path(__file__).parent / "accuracy_bands.yaml"
 
 
@@ -108,7 +110,7 @@ def _family(name: str, families: Mapping[str, list[str]]) -> str:
 
 
 def _source(found: Mapping[str, Any], path: tuple[str, ...]) -> str:
-    return (
-        f"80 % of {found['runs']} left-out runs from {found['sources']} "
-        f"source{'s' if found['sources'] > 1 else ''}: {', '.join(path)}"
-    )
+    sources = f"{found['sources']} source{'s' if found['sources'] > 1 else ''}"
+    few = ", and of their wider class" if found["runs"] < FEW else ""
+    kind = ", ".join(path)
+    return f"80 % of left-out runs like it ({found['runs']} from {sources}{few}): {kind}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.accuracy import RunClass, path_of
+from planner.accuracy import FEW, RunClass, path_of
 
 SHARE = 0.8
 MIXED = 4
@@ -62,7 +62,11 @@ def make(
         weights = np.ones(len(found)) if narrow else even(names[inside])
         own, wider = quantiles(found, weights), limits[prefix[:-1]]
         share = len(found) / (len(found) + MIXED)
-        limits[prefix] = tuple(share * a + (1 - share) * b for a, b in zip(own, wider, strict=True))  # type: ignore[assignment]
+        low, high = (share * a + (1 - share) * b for a, b in zip(own, wider, strict=True))
+        if len(found) < FEW and len(set(names[inside])) == 1:
+            # Few runs of one team share what the team had: they can warn, not reassure.
+            low, high = min(low, wider[0]), max(high, wider[1])
+        limits[prefix] = low, high
         made[" / ".join(prefix)] = entry(limits[prefix], found, labels[inside])
     made["first encounters"] = entry(
         quantiles(residuals[first], even(names[first])), residuals[first], labels[first]
