@@ -157,7 +157,7 @@ def attention_time_s(
     causal: bool,
     stage: AttentionStage = "forward",
 ) -> FloatArray:
-    """Seconds of one fused attention kernel (``flash2``, ``flash3``, ``flash4``), 16-bit operands.
+    """Seconds of one fused attention kernel (``flash3``, ``cudnn``), 16-bit operands.
 
     ``causal`` aligns the mask to the last key (the last query sees every key), so that
     ``q_len < kv_len`` is a chunk at the end of the sequence. Only visited pairs are counted. The

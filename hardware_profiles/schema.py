@@ -86,8 +86,9 @@ class KernelProfile(Profile):
     """Measured or borrowed kernel efficiencies of a device.
 
     ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``, ``nvfp4``); ``attention``
-    by kernel generation (``flash1`` is its Triton kernel, ``flash2``, ``flash3``, ``flash4``) then
-    dtype. ``fp8`` and ``nvfp4`` products take operands that are quantised already.
+    by kernel generation (``flash1`` is its Triton kernel, ``flash2``, ``flash3``, ``flash4``; or
+    ``cudnn``, what PyTorch and Transformer Engine run on Blackwell) then dtype. ``fp8`` and
+    ``nvfp4`` products take operands that are quantised already.
     """
 
     matmul: dict[str, MatmulConstants]

@@ -78,7 +78,7 @@ def without_own_kernels(
 def _blind(cluster: ClusterSpec) -> ClusterSpec:
     b200 = load_device("b200-sxm-180gb")
     kernels = b200.kernels
-    flash = kernels.attention["flash4"]["bf16"]
+    flash = kernels.attention["cudnn"]["bf16"]
     backward = WITHOUT_TRAINING_KERNELS["e_backward"] * flash.e_forward
     changed = flash.model_copy(update={"e_backward": backward, "half_length_backward": None})
     streaming = kernels.memory_bound_efficiency.model_copy(
@@ -88,7 +88,7 @@ def _blind(cluster: ClusterSpec) -> ClusterSpec:
         update={
             "kernels": kernels.model_copy(
                 update={
-                    "attention": {**kernels.attention, "flash4": {"bf16": changed}},
+                    "attention": {**kernels.attention, "cudnn": {"bf16": changed}},
                     "memory_bound_efficiency": streaming,
                 }
             )

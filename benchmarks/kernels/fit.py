@@ -234,7 +234,7 @@ def make_attention(report: list[Errors]) -> dict[str, dict[str, AttentionConstan
         A100_PCIE: {"flash1": first_generation(pcie), "flash2": pcie},
         H100: {"flash1": first_generation(flash2), "flash2": flash2, "flash3": flash3[H100]},
         H200: {"flash2": lend(flash2, H100), "flash3": flash3[H200]},
-        B200: {"flash4": b200},
+        B200: {"cudnn": b200, "flash4": load_device(B200).kernels.attention["flash4"]["bf16"]},
         GB200: {
             kernel: found["bf16"] for kernel, found in load_device(GB200).kernels.attention.items()
         },

@@ -143,7 +143,7 @@ def test_training_attention_agrees_with_the_training_table(name: str, stage: Any
     # Below 150 us halving the heads does not shorten the kernel: the host was timed.
     rows = [row for row in rows if float(row["us"]) >= 150]
     assert len(rows) > 5
-    kernel = "flash4" if name.startswith("b200") else "flash2"
+    kernel = "cudnn" if name.startswith("b200") else "flash2"
     length = _column(rows, "seq_len")
     found = compute.attention_time_s(
         DEVICES[name],
