@@ -118,10 +118,10 @@ def memory_words(prediction: Prediction) -> tuple[Text, str]:
     )
     return (
         Text(format_bytes(peak), style=style),
-        f"of {format_bytes(capacity)} ({share}) on the fullest device{verdict}; "
-        f"{format_bytes(prediction.allocated_bytes)} of it in tensors, "
-        f"{format_bytes(prediction.reserved_bytes)} held by the allocator; "
-        f"{prediction.memory_margin:.1%} more must be there",
+        f"of {format_bytes(capacity)} ({share}) on the fullest device{verdict}: "
+        f"{format_bytes(prediction.allocated_bytes)} in tensors, "
+        f"{format_bytes(prediction.reserved_bytes)} with the allocator's cache; "
+        f"a margin of {prediction.memory_margin * 100:.1f} % is kept free",
     )
 
 

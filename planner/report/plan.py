@@ -115,10 +115,10 @@ def _layers(layout: Layout, first: int, last: int) -> str:
     """``8 each (7-118)``, with what sits beside the layers."""
     stages = layout.stages[first:last]
     per_chunk = [chunk.layers[1] - chunk.layers[0] for chunk in stages[0].chunks]
-    if len(per_chunk) > 1 and len(set(per_chunk)) == 1:
-        text = f"{len(per_chunk)} x {per_chunk[0]}"
-    else:
-        text = " + ".join(str(count) for count in per_chunk)
+    text = " + ".join(
+        f"{end - start} x {per_chunk[start]}" if end - start > 1 else str(per_chunk[start])
+        for start, end in words.equal_runs(per_chunk)
+    )
     text += " each" if last - first > 1 else ""
     low, high = stages[0].chunks[0].layers[0], stages[-1].chunks[0].layers[1]
     if len(per_chunk) == 1 and high > low:

@@ -70,10 +70,13 @@ def recompute(layout: Layout) -> str:
 
 
 def stage_recompute(stage: Stage) -> str:
-    """Recompute of one stage: ``full 2`` or ``-``."""
+    """Recompute of one stage: ``full 2``, ``all`` where one mode covers every layer, or ``-``."""
     totals: dict[str, int] = {}
     for item in stage.recompute:
         totals[item.mode] = totals.get(item.mode, 0) + item.layers
+    layers = sum(chunk.layers[1] - chunk.layers[0] for chunk in stage.chunks)
+    if list(totals.values()) == [layers]:
+        return "all"
     return ", ".join(f"{mode} {count}" for mode, count in sorted(totals.items())) or "-"
 
 
