@@ -70,6 +70,8 @@ class StackSpec(Profile):
     version: str
     aliases: tuple[str, ...] = ()
     source: str
+    runs_on: dict[str, str] = Field(default_factory=dict)
+    """Vendors whose devices it runs on, each with where that is said; empty: any device."""
     launchable: bool = True
     """Whether people start new runs on it; past stacks ship to price published measurements."""
     schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]

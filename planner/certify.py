@@ -67,7 +67,7 @@ def request_of(plan: Plan) -> Request:
         model = model_of(inputs.model.document, where="inputs.model")
         cluster = validate(ClusterSpec, inputs.cluster.document, where="inputs.cluster")
         job = validate(JobSpec, inputs.job.document, where="inputs.job")
-        stack = load_stack(job.stack)
+        stack = load_stack(job.stack or "")
     except DocumentError as error:
         raise RefutedError(f"the plan's inputs cannot be read: {error.message}") from error
     if (stack.name, stack.version) != (plan.target.stack, plan.target.version):

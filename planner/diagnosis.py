@@ -21,6 +21,7 @@ from planner.predict import predict, price
 from planner.request import Request, fill_defaults
 from planner.search import OUT_OF_MEMORY, Search, SearchResult
 from planner.specs import ConstraintSpec
+from planner.stacks import fault
 
 LARGEST_GROWTH = 4096
 """Beyond this many times the device's memory no closest layout is looked for."""
@@ -134,7 +135,7 @@ def _ways_out(request: Request) -> Iterator[WayOut]:
             changed = attempt()
         except PlannerError:
             continue
-        if changed is None or changed.unsupported is not None:
+        if changed is None or fault(changed) is not None:
             continue
         best = _search(changed)
         if best is None:

@@ -24,8 +24,9 @@ from planner.plan import (
 )
 from planner.predict import predict, price, run_class
 from planner.priced import Priced
-from planner.request import Request, fill_defaults
+from planner.request import Request
 from planner.search import Search
+from planner.stacks import fault, request_with_stack
 
 __all__ = ["EvaluatedLayout", "Request", "evaluate", "plan", "read_request"]
 
@@ -47,7 +48,7 @@ def read_request(
     ``overrides`` are the job's fields that the user set beside the job file; constraints merge.
     Raises :class:`InputError` or, for what this version cannot plan, :class:`UnsupportedError`.
     """
-    from hardware_profiles.loader import load_cluster, load_stack
+    from hardware_profiles.loader import load_cluster
     from planner.jobs import read_job
     from planner.models.reader import read_model
 
@@ -69,8 +70,7 @@ def read_request(
             hint="leave link_matrix out and describe the network as tiers",
         )
     job = read_job(job_ref, overrides or {}, stdin=stdin)
-    stack = load_stack(job.stack)
-    request = Request(model, cluster, fill_defaults(job, model, cluster.devices), stack)
+    request = request_with_stack(model, cluster, job)
     _check(request)
     return request
 
@@ -96,31 +96,9 @@ def _check(request: Request) -> None:
             hint=f"--seq-len {longest}",
         )
     _check_images(request)
-    if request.job.optimizer not in request.stack.optimizers:
-        raise InputError(
-            f"{request.stack.name} {request.stack.version} has no optimizer "
-            f"{request.job.optimizer} (it has {', '.join(request.stack.optimizers)})",
-            hint=_stacks_with("optimizers", request.job.optimizer),
-        )
-    if request.job.precision not in request.stack.precisions:
-        raise InputError(
-            f"{request.stack.name} {request.stack.version} does not train in "
-            f"{request.job.precision} (it does in {', '.join(request.stack.precisions)})",
-            hint=_stacks_with("precisions", request.job.precision),
-        )
-    tune = request.job.finetune
-    if tune is not None and tune.method not in request.stack.fine_tuning:
-        raise InputError(
-            f"{request.stack.name} {request.stack.version} does not do {tune.method} "
-            f"(fine-tuning it does: {', '.join(request.stack.fine_tuning) or 'none'})",
-            hint=_stacks_with("fine_tuning", tune.method),
-        )
-    reason = request.unsupported
-    if reason is not None and request.foreign_kinds:
-        raise InputError(reason, hint=_stacks_for(request))
+    reason = fault(request)
     if reason is not None:
-        known = sorted({"bf16", "fp16", "fp32"} & set(request.machine.device.peak_flops))
-        raise InputError(reason, hint=" or ".join(f"--precision {name}" for name in known))
+        raise reason
 
 
 def _check_images(request: Request) -> None:
@@ -146,25 +124,6 @@ def _check_images(request: Request) -> None:
             f"than a sample of {sequence}",
             hint=f"--seq-len {shown}, or fewer images",
         )
-
-
-def _stacks_with(field: str, value: str) -> str:
-    """Stacks that have ``value`` in a list of what they run."""
-    from hardware_profiles.loader import catalog_names, load_stack
-
-    stacks = (load_stack(name) for name in catalog_names("stack"))
-    able = [stack.name for stack in stacks if value in getattr(stack, field)]
-    return "--stack " + " or --stack ".join(able) if able else "no stack that ships runs it"
-
-
-def _stacks_for(request: Request) -> str:
-    """Stacks that train all kinds of layer that the model has."""
-    from hardware_profiles.loader import catalog_names, load_stack
-
-    stacks = (load_stack(name) for name in catalog_names("stack"))
-    kinds = set(request.foreign_kinds)
-    able = [stack.name for stack in stacks if kinds <= set(stack.layer_kinds)]
-    return "--stack " + " or --stack ".join(able) if able else "no stack that ships can train it"
 
 
 def plan(

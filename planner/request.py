@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from cost_models.offload import Offload
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
-from planner.blocks.registry import KIND_NAMES, model_kinds
+from planner.blocks.registry import model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.kinds import Model
@@ -31,6 +31,8 @@ class Request:
     stack: StackSpec
     capacity_bytes: int | None = None
     """What-if: device memory in bytes instead of the device's own."""
+    remark: str = field(default="", compare=False)
+    """Why the stack is not the usual default; empty where it is, or was named."""
 
     @property
     def sequence(self) -> int:
@@ -87,10 +89,7 @@ class Request:
 
     @property
     def unsupported(self) -> str | None:
-        """Why this model, job, stack and device do not go together, or None."""
-        if self.foreign_kinds:
-            names = ", ".join(KIND_NAMES.get(kind, kind) for kind in self.foreign_kinds)
-            return f"{self.stack.name} {self.stack.version} has no {names}: {self.model.name} does"
+        """Why the device cannot run this job's precision under this stack, or None."""
         device, precision = self.machine.device, self.job.precision
         if precision not in device.peak_flops:
             return (

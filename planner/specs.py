@@ -75,7 +75,9 @@ class JobSpec(Spec):
     """Tokens per step, an alternative to ``global_batch``; default about 4 M."""
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"
-    stack: str = "megatron-core"
+    stack: str | None = None
+    """Software that runs the plan; default: megatron-core, or, where that cannot run the job on
+    these devices, the first stack that can (``planner.stacks.DEFAULTS``)."""
     allow_recompute: bool = True
     optimizer_offload: bool = False
     """Whether the host holds and updates the optimizer state."""

@@ -77,6 +77,13 @@ def render(table: Callable[[], RenderableType], output: Path | None = None) -> N
     write(to_text(table(), stream=None if output is not None else sys.stdout), output)
 
 
+def remark(text: str) -> None:
+    """A note on standard error; nothing where there is nothing to say."""
+    if text and sys.stderr is not None:
+        sys.stderr.write(f"note: {text}\n")
+        sys.stderr.flush()
+
+
 class Progress:
     """Lines on stderr for work that takes longer than a second; one line on a terminal."""
 

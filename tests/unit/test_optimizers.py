@@ -111,6 +111,6 @@ def test_planned_and_proved(name: str) -> None:
 
 def test_a_stack_without_it_says_so() -> None:
     with pytest.raises(InputError, match=r"megatron-core .* has no optimizer lion") as caught:
-        read_request("gpt2", "dgx-a100", None, {"optimizer": "lion"})
+        read_request("gpt2", "dgx-a100", None, {"optimizer": "lion", "stack": "megatron-core"})
     assert "--stack deepspeed-hf" in str(caught.value.hint)
     assert read_model("gpt2").name == "gpt2"

@@ -133,7 +133,7 @@ def test_tp_only_where_declared() -> None:
 
 def test_a_stack_for_decoders_refuses() -> None:
     with pytest.raises(InputError, match="has no sequences of layers of its own") as caught:
-        read_request("unet-2015", "dgx-a100")
+        read_request("unet-2015", "dgx-a100", None, {"stack": "megatron-core"})
     assert "--stack torch-pipelining" in str(caught.value.hint)
     with pytest.raises(InputError, match="samples of unet-2015 are of one size"):
         read_request(

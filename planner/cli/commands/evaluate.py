@@ -103,6 +103,7 @@ def evaluate(
     from planner import pipeline
 
     request = pipeline.read_request(model, cluster, job, flags, stdin=read_stdin)
+    output.remark(request.remark)
     if layouts is None:
         _evaluate_one(request, layout, format_, comm=comm)
     else:

@@ -47,6 +47,8 @@ def plan(
     chosen = output.chosen(format_, output_file)
     progress = output.Progress(quiet=quiet)
     request = pipeline.read_request(model, cluster, job, flags | limits, stdin=read_stdin)
+    if not quiet:
+        output.remark(request.remark)
     try:
         result = pipeline.plan(request, time_limit_s=time_limit, progress=progress)
     except InfeasibleError as error:

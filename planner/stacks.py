@@ -1,0 +1,109 @@
+"""Which software runs a plan: what a stack cannot do of a request, and which one is the default.
+
+What a stack can do is data in its YAML; here it meets the model, the job and the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hardware_profiles.loader import catalog_names, load_stack
+from hardware_profiles.schema import ClusterSpec, StackSpec
+from planner.blocks.registry import KIND_NAMES
+from planner.errors import InputError
+from planner.models.kinds import Model
+from planner.request import Request, fill_defaults
+from planner.specs import JobSpec
+
+DEFAULTS = (
+    "megatron-core", "megatron-bridge", "megatron-core-muon", "nemo-automodel", "maxtext-tpu",
+    "neuron", "mindformers", "deepspeed-hf", "torch-pipelining",
+)  # fmt: skip
+"""Stacks that are tried, in this order, where a job names none: the first that can run it."""
+
+
+def request_with_stack(model: Model, cluster: ClusterSpec, job: JobSpec) -> Request:
+    """The request with defaults filled and its stack: the one that the job names, else the first
+    of :data:`DEFAULTS` that can run it.
+
+    A default other than the first is told in ``Request.remark``. Raises ``DocumentError`` for a
+    name that is no stack.
+    """
+    filled = fill_defaults(job, model, cluster.devices)
+    if job.stack is not None:
+        return Request(model, cluster, filled, load_stack(job.stack))
+    first: Request | None = None
+    why = ""
+    for name in DEFAULTS:
+        named = filled.model_copy(update={"stack": name})
+        remark = why and f"planned for {name}: {why}"
+        request = Request(model, cluster, named, load_stack(name), remark=remark)
+        reason = _fault(request)
+        if reason is None:
+            return request
+        first, why = first or request, why or reason.message
+    assert first is not None
+    return first
+
+
+def fault(request: Request) -> InputError | None:
+    """What keeps this stack from running the request, with the stacks that can as the hint."""
+    reason = _fault(request)
+    if reason is not None and reason.hint is None:
+        reason.hint = _able(request)
+    return reason
+
+
+def _fault(request: Request) -> InputError | None:
+    return next(_faults(request), None)
+
+
+def _faults(request: Request) -> Iterator[InputError]:
+    """The first thing of each kind that the stack, or the device under it, cannot do."""
+    stack, job, device = request.stack, request.job, request.machine.device
+    name = f"{stack.name} {stack.version}"
+    if not _runs_on(stack, device.vendor):
+        places = ", ".join(stack.runs_on)
+        yield InputError(f"{name} does not run on {device.name} (it runs on devices of {places})")
+    if request.foreign_kinds:
+        kinds = ", ".join(KIND_NAMES.get(kind, kind) for kind in request.foreign_kinds)
+        yield InputError(f"{name} has no {kinds}, and {request.model.name} is made of them")
+    if job.optimizer not in stack.optimizers:
+        known = ", ".join(stack.optimizers)
+        yield InputError(f"{name} has no optimizer {job.optimizer} (it has {known})")
+    if job.precision not in stack.precisions:
+        known = ", ".join(stack.precisions)
+        yield InputError(f"{name} does not train in {job.precision} (it does in {known})")
+    tune = job.finetune
+    if tune is not None and tune.method not in stack.fine_tuning:
+        known = ", ".join(stack.fine_tuning) or "none"
+        yield InputError(f"{name} does not do {tune.method} (fine-tuning it does: {known})")
+    reason = request.unsupported
+    if reason is not None:
+        others = sorted({"bf16", "fp16", "fp32"} & set(device.peak_flops))
+        yield InputError(reason, hint=" or ".join(f"--precision {other}" for other in others))
+
+
+def _runs_on(stack: StackSpec, vendor: str) -> bool:
+    """Whether the stack runs on a vendor's devices; nothing is known of a vendor that no stack
+    names, nor of a stack that names none."""
+    if not stack.runs_on or vendor in stack.runs_on:
+        return True
+    return all(vendor not in other.runs_on for other in _shipped())
+
+
+def _able(request: Request) -> str:
+    """The stacks that ship and can run the request, those that people start new runs on first."""
+    able = []
+    for stack in _shipped():
+        job = request.job.model_copy(update={"stack": stack.name})
+        if _fault(Request(request.model, request.cluster, job, stack)) is None:
+            able.append(stack.name)
+    ordered = sorted(able, key=lambda name: name not in DEFAULTS)
+    if not ordered:
+        return "no stack that ships can run it"
+    return "--stack " + " or --stack ".join(ordered)
+
+
+def _shipped() -> Iterator[StackSpec]:
+    return (load_stack(name) for name in catalog_names("stack"))
