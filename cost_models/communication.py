@@ -3,7 +3,8 @@
 What hides behind what:
 
 * tensor-parallel collectives of a column-parallel layer's backward hide behind the weight- or
-  data-gradient product they are named with (Megatron's asynchronous linear layer);
+  data-gradient product they are named with (Megatron's asynchronous linear layer), unless the stack
+  overlaps nothing;
 * where the stack pipelines (``tensor_parallel_overlap``), a gather before a product and a scatter
   after it run in tp chunks with the product's own chunks: the first (last) chunk's product is
   alone, each of the others shares its time with the transfer of one chunk. A chunk is a product
@@ -84,6 +85,8 @@ def visible(
         wire.append(np.where(active, time, 0.0))
         hidden, product = side.hidden, side.product
         contention = stack.overlap_contention.si
+        if op.group == "tp" and stack.tensor_parallel_overlap == "none":
+            hidden = None
         hidden = hidden or (_shared_expert(op, back=back) if _hides_shared(op, stack) else None)
         if hidden is not None and hidden in windows.seconds:
             time = expose(time, windows.seconds[hidden], contention)

@@ -124,9 +124,10 @@ class StackSpec(Profile):
     overlap_dp_parameters: bool
     overlap_pipeline: bool
     """Whether stage transfers hide behind compute in the interleaved schedule."""
-    tensor_parallel_overlap: Literal["none", "pipelined"] = "none"
-    """``pipelined``: gathers and scatters of sequence parallelism run in tp chunks with the chunks
-    of the product they belong to (user buffers, asynchronous tensor parallelism)."""
+    tensor_parallel_overlap: Literal["none", "asynchronous", "pipelined"] = "asynchronous"
+    """``asynchronous``: the backward of a column-parallel layer communicates beside its products.
+    ``pipelined``: moreover, gathers and scatters of sequence parallelism run in tp chunks with the
+    chunks of the product they belong to (user buffers, asynchronous tensor parallelism)."""
     moe_dispatcher: dict[str, Dispatcher] = Field(default_factory=_plain_dispatcher)
     """Per device name prefix, as ``attention_kernels``."""
     moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2

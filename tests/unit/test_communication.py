@@ -89,6 +89,22 @@ def test_cutting_costs_what_the_chunks_lose() -> None:
     assert seen(4, "pipelined", kernels) == pytest.approx(gather(4) - 0.7 * whole)
 
 
+def test_the_backward_of_an_asynchronous_layer_hides_behind_its_product() -> None:
+    op = Collective("fc1.scatter", "tp", None, 0, "reduce_scatter", BYTES,
+                    backward_hidden="fc1:fprop")  # fmt: skip
+    kernels = windows(100.0, lambda parts: 100.0 / parts)
+    found = {}
+    for overlap in ("none", "asynchronous"):
+        result = visible(op, shard(4), FABRIC, stack(overlap), "h100", kernels)
+        assert result is not None
+        found[overlap] = float(result.backward[0])
+    scatter = collective_time_s(
+        FABRIC, "reduce_scatter", BYTES, size=np.array([4]), stride=np.array([1])
+    )
+    assert found["none"] == pytest.approx(float(scatter[0]))
+    assert found["asynchronous"] == 0.0
+
+
 def test_across_nodes_nothing_is_pipelined() -> None:
     kernels = windows(100.0, lambda parts: 100.0 / parts)
     assert seen(16, "pipelined", kernels) == pytest.approx(gather(16))
