@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from cost_models.leaf import Completion
 from hardware_profiles.loader import load_stack
 from planner.hosting import cannot_offload
+from planner.layouts import completion_of
+from planner.layouts import layout_of as rebuilt
 from planner.models.spec import (
     AttentionSpec,
     BlockSpec,
@@ -21,6 +24,7 @@ from planner.models.spec import (
     ModelSpec,
     MoeSpec,
 )
+from planner.plan import Layout
 from planner.request import Request
 from planner.specs import JobSpec
 from planner.studies.machines import MachineColumns, cluster_of, machine_columns
@@ -72,7 +76,7 @@ def request_of(reading: Reading) -> Request:
     dims = dimensions_of(reading, tp=reading.size("tp"))
     return _request(
         dims, machine, reading.stack, run.required("seq"), run.required("gbs"), precision,
-        _offload(reading),
+        _offload(reading), reading.assume.get("vocab_divisor"),
     )  # fmt: skip
 
 
@@ -85,7 +89,11 @@ def _request(
     batch: int,
     precision: str,
     offload: frozenset[str],
+    vocab_divisor: int | None,
 ) -> Request:
+    software = load_stack(stack)
+    if vocab_divisor is not None:
+        software = software.model_copy(update={"vocab_divisor": vocab_divisor})
     job = JobSpec.model_validate(
         {
             "sequence_length": sequence, "global_batch": batch, "precision": precision,
@@ -94,7 +102,7 @@ def _request(
             "parameter_offload": "param_cpu" in offload,
         }
     )  # fmt: skip
-    request = Request(model_of(dims), cluster_of(machine), job, load_stack(stack))
+    request = Request(model_of(dims), cluster_of(machine), job, software)
     reason = cannot_offload(request)
     if reason is not None:
         raise SkippedError(reason)
@@ -288,6 +296,28 @@ def _schedule(reading: Reading, pp: int, warnings: list[str]) -> tuple[str, int]
     if "interleaved" in text:
         warnings.append("interleaving is stated with one chunk per rank: priced as 1F1B")
     return "1f1b", 1
+
+
+def stages_of(reading: Reading, layout: Layout, request: Request) -> Layout:
+    """The layout with its layers where the run's schedule puts them: as they are, or moved so that
+    the stage with the most FLOPs has the fewest."""
+    moved = pattern(table("frameworks")["balanced_stages"]["match"])
+    if layout.pp == 1 or layout.vpp > 1 or not moved.search(reading.text("schedule")):
+        return layout
+    model, length = request.model, request.sequence
+    assert isinstance(model, ModelSpec), "published runs are read as decoders"
+    layers, width = model.layer_count, model.hidden
+    # Forward FLOPs per token over 2: a layer's matrices and scores, the projection to logits.
+    layer, logits = 12 * width**2 + 2 * length * width, width * model.vocab
+    last = min(
+        range(layers - layout.pp + 2),
+        key=lambda n: max(-(-(layers - n) // (layout.pp - 1)) * layer, n * layer + logits),
+    )
+    base, more = divmod(layers - last, layout.pp - 1)
+    sizes = [base + (rank < more) for rank in range(layout.pp - 1)] + [last]
+    bounds = tuple(sum(sizes[:rank]) for rank in range(layout.pp + 1))
+    completion = Completion(bounds, completion_of(layout, request).recompute)
+    return rebuilt(layout.model_dump(), completion, request)
 
 
 def _recompute(reading: Reading, request: Request, stages: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from planner.request import Request
 from planner.studies.machines import cluster_of, machine_columns
 from planner.studies.measured import GIB, flops_per_token, has_metric, measured
 from planner.studies.policy import Cell, Reading, convention, family_of, reading_of
-from planner.studies.published import layout_of, request_of
+from planner.studies.published import layout_of, request_of, stages_of
 from planner.studies.ranking import ranking, ranking_rows
 from planner.studies.runs import Run, SkippedError, read_runs
 from planner.studies.summary import summarise
@@ -142,6 +142,7 @@ def prepared_of(reading: Reading, request: Request) -> Prepared:
         layout = complete_layout(partial, request)
     except (InputError, ValueError) as error:
         raise SkippedError(f"layout not defined: {error}") from None
+    layout = stages_of(reading, layout, request)
     return Prepared(request, layout, family_of(reading.run.text("source")), warnings)
 
 

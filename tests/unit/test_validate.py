@@ -14,7 +14,7 @@ from planner.errors import InputError
 from planner.studies.measured import measured
 from planner.studies.ranking import ranking
 from planner.studies.runs import REQUIRED, Run, read_runs
-from planner.studies.validate import validate
+from planner.studies.validate import prepare, validate
 
 RUN = {
     "id": "one", "source": "somewhere", "model": "a model", "notes": "a note", "year": "2025",
@@ -86,6 +86,32 @@ def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
     row = row_of(gbs="62")
     assert row["status"] == "skipped"
     assert "62 samples is not a multiple of dp 4" in row["reason"]
+
+
+def test_redistribution_moves_layers_off_the_stage_with_the_logits() -> None:
+    # hidden 2048, sequence 2048: a layer is 12 h^2 + 2 s h = 58.7 M, logits over 64,000 are 131 M,
+    # 2.2 layers. 8 layers over 2 stages: (5, 3) is max(294, 307), (6, 2) is max(352, 249), and
+    # (4, 4) is max(235, 366): five layers go first.
+    plain = row_of(vocab="64000", schedule="1F1B")
+    moved = row_of(vocab="64000", schedule="1F1B (redis)")
+    assert moved["predicted_step_time_s"] < plain["predicted_step_time_s"]
+    run = read_runs(text_of({**RUN, "vocab": "64000", "schedule": "1F1B (redis)"}))[0]
+    stages = prepare(run).layout.stages
+    assert [stage.chunks[0].layers for stage in stages] == [(0, 5), (5, 8)]
+
+
+def test_a_vocabulary_cut_to_what_tp_divides_is_not_padded() -> None:
+    # One rank computes 50,257 logits, an odd number that tensor cores run at half their rate; two
+    # compute 25,128 each. Other years pad both to multiples of 128.
+    changes = {"framework": "Megatron-DeepSpeed", "vocab": "", "pp": "1", "gated_mlp": "0"}
+    alone, split = (
+        prepare(read_runs(text_of({**RUN, **changes, "year": "2023", "tp": tp, "dp": dp}))[0])
+        for tp, dp in (("1", "16"), ("2", "8"))
+    )
+    assert [each.request.model.vocab for each in (alone, split)] == [50257, 50256]
+    assert alone.request.stack.vocab_divisor == 1
+    padded = prepare(read_runs(text_of({**RUN, **changes, "year": "2022"}))[0])
+    assert padded.request.stack.vocab_divisor == 128
 
 
 def test_interleaving_a_partial_group_of_microbatches_names_the_numbers() -> None:

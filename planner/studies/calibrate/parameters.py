@@ -92,7 +92,7 @@ class Overlay:
 
     def __init__(self, parameters: Sequence[Parameter], values: Mapping[str, float]) -> None:
         self._changes = [(p, values[p.name]) for p in parameters if p.name in values]
-        self._made: dict[tuple[Kind, str], BaseModel] = {}
+        self._made: dict[int, tuple[BaseModel, Any]] = {}
         self._clusters: dict[int, tuple[ClusterSpec, ClusterSpec]] = {}
 
     def stack(self, stack: StackSpec) -> StackSpec:
@@ -122,10 +122,11 @@ class Overlay:
         return self._changed("node", node.model_copy(update=parts))
 
     def _profile(self, kind: Kind, spec: Any) -> Any:
-        key = (kind, spec.name)
-        if key not in self._made:
-            self._made[key] = self._changed(kind, spec)
-        return self._made[key]
+        # Not by name: a run may have changed its profile. The original is kept with its id.
+        known = self._made.get(id(spec))
+        if known is None:
+            known = self._made[id(spec)] = (spec, self._changed(kind, spec))
+        return known[1]
 
     def _changed(self, kind: Kind, spec: Any) -> Any:
         for parameter, value in self._changes:
