@@ -127,9 +127,9 @@ def price_kind(
     rows[Field.OPTIMIZER] = to_ns(update)
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
-    made = unsharded.made_each_step(held, new_gradients=stack.new_gradients)
+    made = unsharded.made_each_step(held, data.zero_stage, stack=stack)
     rows[Field.NEW_GRADIENTS] = made
-    rows[Field.STATIC] -= made
+    rows[Field.STATIC] += unsharded.reduced_apart(held, data, stack=stack, rules=rules) - made
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
         held, copies=stack.optimizer_step_copies, moments=max(1, rules.optimizer.moment_bytes // 4)
     )

@@ -18,9 +18,9 @@ from cost_models import state
 from cost_models.graph import Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
-INSIDE = ("workspace", "dummy_gradients", "live_parameters")
+INSIDE = ("workspace", "dummy_gradients", "live_parameters", "reduction_buffers")
 """Terms that the caching allocator counts as allocated."""
-CACHED = ("fragmentation", "graph_pool", "reduction_buffers")
+CACHED = ("fragmentation", "graph_pool", "gather_buffers", "idle_logits")
 """Terms that it holds beyond that."""
 OUTSIDE = ("context", "communicators", "overlap_buffers")
 """Terms that only the driver sees."""
@@ -78,6 +78,8 @@ def reserve_bytes(
             "fragmentation": int(spec.fragmentation.si) * ones,
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
             "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
+            "gather_buffers": _gather_bytes(workload, machine, shard, degrees),
+            "idle_logits": _idle_logits(workload, machine, shard, degrees),
             "context": int(spec.context.si) * ones,
             "communicators": communicator_bytes(machine, shard, degrees),
             "overlap_buffers": overlapped,
@@ -89,6 +91,8 @@ def reserve_bytes(
             "fragmentation": spec.fragmentation.source,
             "graph_pool": graphs.source if graphs else "",
             "reduction_buffers": "flat copies in which gradients are reduced",
+            "gather_buffers": "flat buffers of gathered weights, on a stream of their own",
+            "idle_logits": "16-bit logits, whose block no fp32 copy fits into",
             "context": spec.context.source,
             "communicators": f"{spec.communicator.source}; {spec.exchange_peer.source}",
             "overlap_buffers": f"{spec.overlap_buffers} user buffers of a gathered activation",
@@ -101,7 +105,9 @@ def _reduction_bytes(
 ) -> Int64:
     """The flat copy of gradients that is reduced, where there is anybody to reduce it with.
 
-    It is filled with whole tensors, so it holds the largest one, the embedding's.
+    It is filled with whole tensors, so it holds the largest one, the embedding's. Gradients that
+    are held in a wider type than they travel in have a copy in the latter beside it (DeepSpeed,
+    ``DeepSpeedEngine.allreduce_bucket``).
     """
     rules, elements = machine.rules, machine.stack.state.reduction_elements
     if not elements:
@@ -113,8 +119,43 @@ def _reduction_bytes(
         ],
         axis=0, initial=elements,
     )  # fmt: skip
-    each = max(rules.held_gradient_bytes, rules.gradient_bytes)
+    held, sent = rules.held_gradient_bytes, rules.gradient_bytes
+    each = held + sent if held > sent else sent
+    each = each * machine.stack.state.reduction_copies
     return np.where(degrees.dp_replicate * degrees.dp_shard > 1, largest * each, 0)
+
+
+def _gather_bytes(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Int64:
+    """What all-gathers write into before each weight is copied out, on a stream of their own.
+
+    A buffer lives until the next unit's is there: two layers, or one of the ends (PyTorch,
+    ``FSDPParamGroup.wait_for_unshard`` and ``_fsdp_collectives.foreach_all_gather``).
+    """
+    if not machine.stack.stream_pools:
+        return np.zeros_like(shard.tp)
+    units = [(kind, 2) for kind in workload.kinds.values()]
+    units += [(workload.embedding, 1), (workload.head, 1)]
+    largest = np.zeros_like(shard.tp)
+    for kind, count in units:
+        elements = [
+            state.local_tensor(weight, shard, workload.vocab_divisor).total
+            for weight in kind.weights
+        ]
+        held = np.sum(elements, axis=0, initial=0, dtype=np.int64) * count
+        largest = np.maximum(largest, held)
+    gathered = (degrees.zero_stage >= 2) & (degrees.dp_shard * shard.cp > 1)
+    return np.where(gathered, largest * machine.rules.gather_bytes, 0)
+
+
+def _idle_logits(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Int64:
+    """The 16-bit logits of a loss in one piece. In a pipeline they are held and counted anyway."""
+    if not machine.stack.idle_logits or workload.head.in_pieces:
+        return np.zeros_like(shard.tp)
+    return np.where(degrees.pp > 1, 0, workload.head.output_bytes(shard))
 
 
 def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int64:

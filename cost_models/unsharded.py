@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.recompute import mode_rows
 from cost_models.state import StateBytes, StateRules
+from hardware_profiles.schema import StackSpec
 
 
 def add_unsharded(
@@ -55,9 +57,26 @@ def add_output(
         rows[modes.working] += output
 
 
-def made_each_step(held: StateBytes, *, new_gradients: bool) -> Int64:
-    """Gradients that are not there before the step's first backward."""
-    return held.gradients if new_gradients else np.zeros_like(held.gradients)
+def made_each_step(held: StateBytes, zero_stage: Int64, *, stack: StackSpec) -> Int64:
+    """Gradients whose memory serves other tensors before the step's first backward.
+
+    Reduced gradients that are allocated on a stream of their own keep their blocks all along.
+    """
+    if not stack.new_gradients:
+        return np.zeros_like(held.gradients)
+    own_blocks = (zero_stage >= 2) & stack.stream_pools
+    return np.where(own_blocks, 0, held.gradients)
+
+
+def reduced_apart(
+    held: StateBytes, data: DataParallel, *, stack: StackSpec, rules: StateRules
+) -> Int64:
+    """Shards of reduced gradients on a stream of their own, where a pipeline accumulates whole ones
+    all step: those give their memory back to another stream."""
+    if not (stack.new_gradients and stack.stream_pools and rules.weight_bytes):
+        return np.zeros_like(held.gradients)
+    shards = held.weights // rules.weight_bytes * rules.gradient_bytes
+    return np.where((data.pp > 1) & (data.zero_stage >= 2), shards, 0)
 
 
 def update_bytes(held: StateBytes, *, copies: int, moments: int) -> Int64:

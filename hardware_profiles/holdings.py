@@ -37,6 +37,8 @@ class StateSpec(Profile):
     between microbatches."""
     reduction_elements: Annotated[int, Field(ge=0)] = 0
     """Elements of the flat copy in which held gradients are reduced."""
+    reduction_copies: Annotated[int, Field(ge=1)] = 1
+    """How many of those exist at once."""
     live_elements: Annotated[int, Field(ge=0)] = 0
     """Gathered parameters that ZeRO stage 3 keeps before it releases the first."""
     dummy_wgrad: bool = False

@@ -162,6 +162,12 @@ class StackSpec(Profile):
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""
+    stream_pools: bool = False
+    """Whether gathered weights and reduced gradients are allocated on streams of their own: the
+    allocator keeps free blocks per stream, so what they leave serves nothing else."""
+    idle_logits: bool = False
+    """Whether the block of the 16-bit logits lies idle under a loss that works on fp32 copies: none
+    of those fits into it."""
     expert_buffer_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes per expert that a layer of experts keeps beside its weights (counts, routing bias)."""
     loss_chunks: Annotated[int, Field(ge=1)] = 1

@@ -3,12 +3,24 @@
 *Allocated* is what is in tensors, *reserved* what the caching allocator holds for them, *device*
 what the driver shows. They are taken at their own peaks: flat buffers of the optimizer step are not
 alive with the activations, but the blocks that activations leave behind cannot serve them, so the
-allocator holds both.
+allocator holds both. Neither do blocks serve another stream than the one that they were allocated
+on: where reduced gradients have a stream of their own, the allocator holds them beside the largest
+of everything else (PyTorch documentation, CUDA semantics, memory management).
 """
 
 from __future__ import annotations
 
-from cost_models.leaf import RankCosts, live_activations, moments, peak_bytes
+from dataclasses import replace
+
+from cost_models.leaf import (
+    Leaf,
+    RankCosts,
+    Row,
+    live_activations,
+    moments,
+    peak_bytes,
+    stage_costs,
+)  # fmt: skip
 from cost_models.reserve import CACHED, INSIDE, OUTSIDE
 from cost_models.step import Field
 from planner.buffer_sizes import exact_state
@@ -29,15 +41,21 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     leaf = priced.leaf
     sums = _sums(priced, rank)
     _, live = live_activations(leaf, rank, costs.chunks)
-    moment = max(moments(leaf, rank, costs.chunks), key=lambda each: each.total)
+    chunks, made = costs.chunks, sums[Field.NEW_GRADIENTS]
+    own_blocks = _own_blocks(priced)
+    if own_blocks:
+        made = sums[Field.GRADIENT_BYTES]
+        leaf = _in_one_pool(leaf)
+        chunks = stage_costs(leaf, priced.completion)[rank].chunks
+    moment = max(moments(leaf, rank, chunks), key=lambda each: each.total)
     in_flight = "+".join(str(n) for n in live)
     activations, working = moment.activations, moment.working
-    made = sums[Field.NEW_GRADIENTS]
     reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
-    # A part of the layers' static bytes that is none of the sums: the head's own placeholder.
-    reserve["dummy_gradients"] += sums[Field.STATIC] + made - sum(
-        sums[field] for field in _SUMMED[:5]
-    )  # fmt: skip
+    apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS]
+    apart -= sum(sums[field] for field in _SUMMED[:5])
+    if not own_blocks:
+        # Static bytes that are none of the sums: the head's own placeholder.
+        reserve["dummy_gradients"] += apart
     exact = exact_state(priced, rank)
     held = {
         "weights": sums[Field.WEIGHT_BYTES],
@@ -50,13 +68,16 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     held["buffers"] = sums[Field.BUFFER_BYTES]
     held["receive_buffers"] = leaf.received_bytes(rank)
     step = sums[Field.STEP_BYTES]
-    peak = peak_bytes(leaf, rank, costs.chunks)
+    peak = peak_bytes(priced.leaf, rank, costs.chunks)
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
     inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)
     short_lived = activations + working + moment.step
     allocated = inside + max(short_lived, step)
     reserved = inside + short_lived + step + alignment
     reserved += sum(reserve[name] for name in CACHED)
+    outside = sum(reserve[name] for name in OUTSIDE)
+    streams = peak - kept_free - outside - reserved if own_blocks else 0
+    reserved += streams
     terms = [
         *(Term(name=name, bytes=size) for name, size in held.items()),
         Term(name="activations", bytes=activations,
@@ -66,6 +87,8 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         Term(name="optimizer_update", bytes=moment.step, detail="copies made by the update"),
         Term(name="optimizer_step", bytes=step, detail="flat buffers of the optimizer step"),
         Term(name="alignment", bytes=alignment, detail="most that bucket ends may still add"),
+        Term(name="stream_blocks", bytes=streams,
+             detail="reduced gradients, on a stream of their own, beside the peak of the others"),
     ]  # fmt: skip
     for name in (*INSIDE, *CACHED, *OUTSIDE):
         detail = priced.tables.reserve.details[name]
@@ -84,6 +107,28 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         ),
         parameters=sums[Field.PARAMETERS],
     )
+
+
+def _own_blocks(priced: Priced) -> bool:
+    """Whether reduced gradients keep blocks of their own (``cost_models.unsharded``)."""
+    stack = priced.tables.machine.stack
+    return stack.new_gradients and stack.stream_pools and priced.layout.zero_stage >= 2
+
+
+def _in_one_pool(leaf: Leaf) -> Leaf:
+    """The leaf's tensors themselves: reduced gradients are there once the backward made them."""
+
+    def row(costs: Row) -> Row:
+        values = list(costs)
+        values[Field.STATIC] = sum(costs[field] for field in _SUMMED[:5])
+        values[Field.STATIC] -= costs[Field.GRADIENT_BYTES]
+        values[Field.NEW_GRADIENTS] = costs[Field.GRADIENT_BYTES]
+        return tuple(values)
+
+    return replace(
+        leaf, kinds=tuple(row(kind) for kind in leaf.kinds), embedding=row(leaf.embedding),
+        head=row(leaf.head),
+    )  # fmt: skip
 
 
 def _sums(priced: Priced, rank: int) -> dict[Field, int]:
