@@ -129,7 +129,9 @@ def catalog_aliases(kind: Kind) -> dict[str, str]:
 
 
 def _catalog_path(kind: Kind, ref: str) -> Path | None:
+    """The file of a name or alias, written as vendors do too: ``ND H100 v5``, ``Standard_ND96``."""
     catalog = _catalog(kind)
+    ref = "-".join(ref.lower().replace("_", " ").split())
     if ref in catalog:
         return catalog[ref]
     name = catalog_aliases(kind).get(ref)

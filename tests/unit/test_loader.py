@@ -234,3 +234,31 @@ def test_links_refuse_what_is_not_physical() -> None:
 def test_empty_cluster_is_refused() -> None:
     with pytest.raises(ValidationError):
         ClusterSpec(name="none", groups=())
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("p4d", "aws-p4d"),
+        ("p5", "aws-p5"),
+        ("p5.48xlarge", "aws-p5"),
+        ("trn2", "aws-trn2"),
+        ("a3-mega", "gcp-a3-mega"),
+        ("a3-megagpu-8g", "gcp-a3-mega"),
+        ("ND H100 v5", "azure-nd-h100-v5"),
+        ("Standard_ND96isr_H100_v5", "azure-nd-h100-v5"),
+        ("BM.GPU.H100.8", "oci-bm-gpu-h100-8"),
+    ],
+)
+def test_cloud_instances_go_by_the_names_that_people_use(ref: str, name: str) -> None:
+    assert loader.load_node(ref).name == name
+    assert loader.load_cluster(f"{ref}:2").groups[0].node.name == name
+
+
+def test_every_cloud_instance_has_its_name_without_the_cloud() -> None:
+    clouds = [
+        name for name in loader.catalog_names("node") if name.startswith(("aws-", "azure-", "gcp-"))
+    ]
+    assert len(clouds) >= 30
+    for name in clouds:
+        assert loader.load_node(name.split("-", 1)[1]).name == name
