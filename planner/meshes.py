@@ -7,7 +7,10 @@ and the number of virtual stages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from cost_models.graph import Bools, Int64
 from cost_models.layout import Schedule
@@ -37,6 +40,12 @@ class Meshes:
     def take(self, index: Int64 | Bools) -> Meshes:
         """The meshes at ``index``."""
         return Meshes(**{name: getattr(self, name)[index] for name in (*COLUMNS, "weight")})
+
+
+def joined(tables: Sequence[Meshes]) -> Meshes:
+    """Meshes of several tables in one."""
+    names = (*COLUMNS, "weight")
+    return Meshes(**{name: np.concatenate([getattr(t, name) for t in tables]) for name in names})
 
 
 @dataclass(frozen=True)

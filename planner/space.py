@@ -21,7 +21,7 @@ from cost_models.configs import cp_kind_code
 from cost_models.graph import CP_KINDS, Bools, Int64
 from cost_models.layout import RecomputeMode, Schedule
 from planner import rules
-from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
+from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes, joined
 from planner.request import Request
 from planner.rules import LayoutRule, Rule
 
@@ -74,18 +74,18 @@ def data_parallel_options(request: Request, dp: int) -> tuple[tuple[int, int, in
     return tuple(options)
 
 
-def enumerate_meshes(request: Request) -> Meshes:
-    """All meshes of the space, before any rule."""
+def enumerate_meshes(request: Request) -> Iterator[Meshes]:
+    """All meshes of the space, before any rule, in tables of a size that fits a cache."""
     devices, stack = request.devices, request.stack
     experts = request.workload.expert_count
     sp_options = {"optional": (0, 1), "always": (1,), "never": (0,)}[stack.sequence_parallel]
     kinds = [cp_kind_code(kind) for kind in stack.cp_kinds] or [cp_kind_code("p2p")]
     weights: dict[tuple[int, int], int] = {}
-    blocks: list[Int64] = []
     eps = divisors(experts) if experts else (1,)
     for tp in divisors(devices):
         etps = divisors(tp) if experts and stack.expert_tensor_parallel else (1,)
         for cp in divisors(devices // tp):
+            blocks: list[Int64] = []
             for pp in divisors(devices // tp // cp):
                 dp = devices // (tp * cp * pp)
                 key = (dp, pp)
@@ -102,8 +102,7 @@ def enumerate_meshes(request: Request) -> Meshes:
                         (weights[key],),
                     )
                 )  # fmt: skip
-    table = np.concatenate(blocks)
-    return Meshes(*(np.ascontiguousarray(table[:, i]) for i in range(table.shape[1])))
+            yield Meshes(*np.ascontiguousarray(np.concatenate(blocks).T))
 
 
 def _product(*axes: Sequence[int]) -> Int64:
@@ -114,14 +113,18 @@ def _product(*axes: Sequence[int]) -> Int64:
 
 def build_space(request: Request) -> Space:
     """Enumerate, apply every rule of the request, and count what each removes."""
-    meshes = enumerate_meshes(request)
-    space = Space(meshes, int(meshes.weight.sum()))
-    for reason, broken in mesh_rules(request):
-        bad = broken(space.meshes)
-        if bad.any():
-            space.removed[reason] += int(space.meshes.weight[bad].sum())
-            space.meshes = space.meshes.take(~bad)
-    return space
+    rules_, size = list(mesh_rules(request)), 0
+    removed: Counter[str] = Counter({reason: 0 for reason, _ in rules_})
+    kept: list[Meshes] = []
+    for meshes in enumerate_meshes(request):
+        size += int(meshes.weight.sum())
+        for reason, broken in rules_:
+            bad = broken(meshes)
+            if bad.any():
+                removed[reason] += int(meshes.weight[bad].sum())
+                meshes = meshes.take(~bad)
+        kept.append(meshes)
+    return Space(joined(kept), size, +removed)
 
 
 def mesh_rules(request: Request) -> Iterator[Rule]:

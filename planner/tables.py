@@ -27,6 +27,9 @@ from planner.space import recompute_modes
 
 QUANTUM = "1 ns per layer and category, 1 byte"
 
+SHARDS = 16_384
+"""Shards priced at once: what a processor's cache holds."""
+
 Real = NDArray[np.float64]
 
 
@@ -64,15 +67,13 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
             meshes.sp, np.minimum(meshes.pp, 2),
         ]
     )  # fmt: skip
-    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = columns
-    one = np.ones_like(tp)
-    priced = price_configs(
-        request.workload, request.machine,
-        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0),
-        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
-    )  # fmt: skip
-    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))[where]
-    layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)[where]
+    parts = [
+        _shard_costs(request, [column[start : start + SHARDS] for column in columns])
+        for start in range(0, len(columns[0]), SHARDS)
+    ]
+    work, layer, parameters, kept, fixed = (
+        np.concatenate(column)[where] for column in zip(*parts, strict=True)
+    )
     hop = hop_ns(
         request.workload, request.machine,
         configs_of_meshes(meshes, meshes.dp, np.ones_like(meshes.dp), np.zeros_like(meshes.dp)),
@@ -89,11 +90,24 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         latency = work + 2 * (meshes.pp - 1) * hop
         relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
-    parameters = _trained(priced)[where]
-    held = _least_state(request, parameters, meshes)
-    held += least_kept(priced)[where]
-    room = meshes.pp.astype(np.float64) * (priced.capacity_bytes - priced.fixed_bytes[where])
+    held = _least_state(request, parameters, meshes) + kept
+    room = meshes.pp.astype(np.float64) * (request.usable_bytes - fixed)
     return np.where(held > room, np.inf, least)
+
+
+def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, ...]:
+    """Of shards (a row each) on one data-parallel rank: work of the model and of its cheapest
+    layer in ns, trained parameters, bytes kept at least, fixed bytes."""
+    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = columns
+    one = np.ones_like(tp)
+    priced = price_configs(
+        request.workload, request.machine,
+        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0),
+        reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
+    )  # fmt: skip
+    layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
+    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))
+    return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
 
 
 def least_kept(priced: PricedConfigs) -> Real:
