@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import RenderableType
@@ -12,8 +13,9 @@ from planner.report.console import to_text
 from planner.report.evaluation import evaluation_table
 from planner.report.infeasibility import infeasibility_table
 from planner.report.plan import plan_table
-from planner.report.validation import step_time_errors, validation_table
+from planner.report.validation import validation_table
 from planner.report.words import changes, equal_runs, extent, seconds, span
+from planner.studies.summary import summarise
 from tests.cli import sample
 
 WIDTHS = [60, 80, 100, 160]
@@ -94,28 +96,45 @@ def test_many_unlike_stages_are_cut_and_said(monkeypatch) -> None:
     assert "24 more stages: see --format json" in text_of(plan_table(plan), monkeypatch)
 
 
-def test_validation_errors_are_predicted_over_measured() -> None:
-    rows = [
-        {"id": "a", "status": "priced", "predicted_step_time_s": 11.0, "measured_step_time_s": 10},
-        {"id": "b", "status": "priced", "predicted_step_time_s": 1.0, "measured_step_time_s": None},
-        {"id": "c", "status": "skipped", "reason": "fp8 on a device without it"},
-    ]
-    [(name, error)] = step_time_errors({"rows": rows})
-    assert name == "a"
-    assert error == pytest.approx(0.1)
+def validated(count: int) -> dict[str, Any]:
+    """A validation of ``count`` runs of two sources, 10 % fast and 20 % slow, and three skipped."""
+    rows: list[dict[str, Any]] = []
+    for index in range(count):
+        source, predicted = ("ours", 9.0) if index % 2 == 0 else ("theirs", 12.0)
+        rows.append(
+            {
+                "id": f"run-{index}", "source": source, "family": source, "stack": "megatron-core",
+                "status": "priced", "scored": True, "reason": None, "policy_filled": ["sp"],
+                "predicted_step_time_s": predicted, "measured_step_time_s": 10.0,
+                "band_s": [0.9 * predicted, 1.15 * predicted], "predicted_peak_gib": 40.0,
+                "measured_peak_gib": 42.0, "formula_peak_gib": None, "fits": True,
+            }
+        )  # fmt: skip
+    for index in range(3):
+        rows.append({**rows[0], "id": f"s{index}", "status": "skipped", "reason": "no layers"})
+    return {"rows": rows, "summary": summarise(rows, denominator=[True] * len(rows))}
 
 
-def test_validation_table_counts_what_was_skipped(monkeypatch) -> None:
-    row = {
-        "id": "run-1", "status": "priced", "predicted_step_time_s": 9.0,
-        "measured_step_time_s": 10.0, "band_s": [8.0, 10.5], "predicted_peak_gib": 40.0,
-        "measured_peak_gib": 42.0,
-    }  # fmt: skip
-    skipped = [{"id": f"s{i}", "status": "skipped", "reason": "no layers"} for i in range(3)]
-    document = {"rows": [row, *skipped], "summary": {"priced": 1, "median": 0.1}}
-    text = " ".join(text_of(validation_table(document), monkeypatch, 100).split())
-    assert "run-1 10.0 s 9.00 s -10.0 % yes 40.0 / 42.0" in text
-    assert "3 no layers" in text
+def test_validation_says_first_what_all_rows_say(monkeypatch) -> None:
+    text = text_of(validation_table(validated(40)), monkeypatch, 100)
+    assert text.index("40 of 43 rows priced; 93.0 %") < text.index("Worst rows")
+    flat = " ".join(text.split())
+    assert "Filled by policy: sp in 40" in flat
+    # 9 s x 1.15 = 10.35 s holds the measured 10 s; 12 s x 0.9 = 10.8 s does not.
+    assert "ours 20 10.0 % 10.0 % 10.0 % -10.0 % 10.0 % 100.0 %" in flat
+    assert "theirs 20 20.0 % 20.0 % 20.0 % +20.0 % 20.0 % 0.0 %" in flat
+    assert "all rows 40 15.0 % 15.0 % 20.0 % +5.0 % 20.0 % 50.0 %" in flat
+    assert "3 no layers" in flat
+    assert flat.count("run-") == 10
+    assert "run-0 " not in flat
+
+
+def test_validation_shows_rows_that_are_few_or_asked_for(monkeypatch) -> None:
+    few = " ".join(text_of(validation_table(validated(2)), monkeypatch, 100).split())
+    assert "run-0 10.0 s 9.00 s -10.0 % yes 40.0 / 42.0" in few
+    assert "run-1 10.0 s 12.0 s +20.0 % no 40.0 / 42.0" in few
+    every = text_of(validation_table(validated(40), every_row=True), monkeypatch, 100)
+    assert every.count("run-") == 40
 
 
 @pytest.mark.parametrize(
