@@ -3,7 +3,7 @@
 A device that extends another one and changes its silicon (peaks, memory, units) keeps the lender's
 fractions of peak as an assumption; one that is described without kernels takes those of
 :data:`DEFAULT_LENDER`. What is borrowed carries no error of its own: the lender's errors were
-measured on the lender.
+measured on the lender. A link of another bandwidth than the one it extends does the same.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 from hardware_profiles.schema import (
     AttentionConstants,
+    CollectiveConstants,
     DeviceSpec,
     KernelProfile,
     Kind,
+    LinkSpec,
     MatmulConstants,
     Sourced,
 )
@@ -58,6 +60,29 @@ def lend(lender: DeviceSpec, peaks: Mapping[str, Any]) -> KernelProfile:
         memory_bound_efficiency=_assumed(kernels.memory_bound_efficiency, owner),
         memory_bound_latency=_assumed(kernels.memory_bound_latency, owner),
     )
+
+
+def lend_link(lender: LinkSpec, bandwidth: float) -> dict[str, Any]:
+    """What a link of another ``bandwidth`` (bytes/s) takes from ``lender``: its shares, and the
+    laws of its collectives with their rates in proportion. All of it is borrowed."""
+    ratio = bandwidth / lender.bandwidth.si
+    return {
+        "efficiency": _assumed(lender.efficiency, lender.name),
+        "efficiencies": {
+            pattern: _assumed(share, lender.name) for pattern, share in lender.efficiencies.items()
+        },
+        "collectives": tuple(_scaled(row, ratio, lender.name) for row in lender.collectives),
+    }
+
+
+def _scaled(row: CollectiveConstants, ratio: float, owner: str) -> CollectiveConstants:
+    update = {
+        "ll_bandwidth": row.ll_bandwidth * ratio,
+        "bandwidth": row.bandwidth * ratio,
+        "kind": Kind.ASSUMED,
+        "borrowed_from": row.borrowed_from or owner,
+    }
+    return row.model_copy(update=update)
 
 
 def _borrowed(constants: MatmulConstants, owner: str) -> MatmulConstants:

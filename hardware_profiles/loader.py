@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from hardware_profiles.borrowing import DEFAULT_LENDER, EARNED, SILICON, lend
+from hardware_profiles.borrowing import DEFAULT_LENDER, EARNED, SILICON, lend, lend_link
 from hardware_profiles.cluster_documents import ClusterRequest, split_short_form
 from hardware_profiles.documents import (
     MAX_BYTES,
@@ -31,6 +31,7 @@ from hardware_profiles.documents import (
     validate,
 )
 from hardware_profiles.schema import (
+    DIMENSIONS,
     ClusterSpec,
     DeviceSpec,
     LinkSpec,
@@ -39,7 +40,7 @@ from hardware_profiles.schema import (
     Sourced,
     StackSpec,
 )
-from hardware_profiles.units import UnitError
+from hardware_profiles.units import UnitError, dimension
 
 Kind = Literal["device", "link", "node", "stack", "cluster"]
 
@@ -58,6 +59,19 @@ _REFERENCES: dict[type[BaseModel], dict[str, tuple[Kind, type[BaseModel]]]] = {
         "scale_out": ("link", LinkSpec),
     }
 }
+_EXAMPLES: dict[type[BaseModel], tuple[Kind, str]] = {
+    DeviceSpec: ("device", "h100-sxm-80gb"),
+    LinkSpec: ("link", "infiniband-ndr"),
+    NodeSpec: ("node", "dgx-h100"),
+    StackSpec: ("stack", "megatron-core"),
+}
+"""An entry to start from, by type of document."""
+_NODE_KEYS = NodeSpec.model_fields.keys() - {"name", "title", "aliases", "source"} | {"extends"}
+_CLUSTER_KEYS = ClusterRequest.model_fields.keys() - {"name"}
+_SPOKEN = {
+    "B/s": "bytes per second (GB/s, Gb/s)", "B": "bytes (GB, GiB)", "s": "seconds (us)",
+    "FLOP/s": "FLOP per second (TFLOP/s)", "W": "watts (W)", "USD/h": "USD per hour (USD/h)",
+}  # fmt: skip
 _QUANTITY = re.compile(r"^\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*(\S*)\s*$")
 
 
@@ -169,14 +183,19 @@ def _shipped_cluster(name: str) -> ClusterSpec:
 def _build(model: type[_M], data: object, *, where: str, folder: Path) -> _M:
     if isinstance(data, Mapping):
         data = _expand(model, data, where=where, folder=folder)
-    spec = validate(model, data, where=where)
+    try:
+        spec = validate(model, data, where=where)
+    except DocumentError as error:
+        example = _EXAMPLES.get(model)
+        if example is None or error.hint is not None or " is missing" not in error.message:
+            raise
+        hint = (
+            f"start from one that ships ('extends: {example[1]}'), or see how one is written: "
+            f"planner catalog {' '.join(example)}"
+        )
+        raise DocumentError(error.message, hint=hint) from None
     for place, number in _numbers(spec, ""):
-        try:
-            good = math.isfinite(number.si) and number.si >= 0
-        except UnitError as error:
-            raise DocumentError(f"{where}: {place}: {error}") from None
-        if not good:
-            raise DocumentError(f"{where}: {place}: must be finite and >= 0, got {number.value!r}")
+        _check_number(number, f"{where}: {place}", place.split("."))
     return spec
 
 
@@ -243,7 +262,23 @@ def _inherit(base: BaseModel, fields: dict[str, Any], *, where: str) -> dict[str
             merged["kernels"] = lend(base, merged["peak_flops"])
     elif isinstance(base, DeviceSpec) and "price_per_hour" not in fields:
         merged["price_per_hour"] = base.price_per_hour
+    if isinstance(base, LinkSpec) and "bandwidth" in fields:
+        merged |= _lent(base, fields, where=where)
     return merged
+
+
+def _lent(base: LinkSpec, fields: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """What a link with a bandwidth of its own takes from ``base``, beside what it states itself."""
+    written = fields["bandwidth"]
+    if isinstance(written, Mapping):
+        bandwidth = validate(Sourced, written, where=f"{where}: bandwidth")
+    else:
+        bandwidth = _quantity(written, where=where, name="bandwidth")
+    try:
+        rate = bandwidth.si
+    except UnitError as error:
+        raise DocumentError(f"{where}: bandwidth: {error}") from None
+    return {k: v for k, v in lend_link(base, rate).items() if k not in fields}
 
 
 def _is_numbers(values: Mapping[str, Any]) -> bool:
@@ -280,6 +315,21 @@ def _quantity(value: str | float, *, where: str, name: str) -> Sourced:
     )
 
 
+def _check_number(number: Sourced, place: str, names: list[str]) -> None:
+    """Raise :class:`DocumentError` unless it is finite, not negative, and of its field's unit."""
+    try:
+        good, measures = math.isfinite(number.si) and number.si >= 0, dimension(number.unit)
+    except UnitError as error:
+        raise DocumentError(f"{place}: {error}") from None
+    if not good:
+        raise DocumentError(f"{place}: must be finite and >= 0, got {number.value!r}")
+    wanted = next((DIMENSIONS[name] for name in reversed(names) if name in DIMENSIONS), measures)
+    if measures != wanted:
+        written = f"{number.value:g} {number.unit}".strip()
+        needs = f"a number of {_SPOKEN[wanted]}" if wanted else "a plain number"
+        raise DocumentError(f"{place}: must be {needs}, got {written!r}")
+
+
 def _numbers(value: object, place: str) -> Iterator[tuple[str, Sourced]]:
     if isinstance(value, Sourced):
         yield place, value
@@ -300,6 +350,9 @@ def _single(name: str, node: NodeSpec, nodes: int) -> ClusterSpec:
 
 
 def _cluster(data: object, *, where: str, folder: Path) -> ClusterSpec:
+    if isinstance(data, Mapping) and _NODE_KEYS & data.keys() and not _CLUSTER_KEYS & data.keys():
+        single = _build(NodeSpec, data, where=where, folder=folder)
+        return _single(f"{single.name}:1", single, 1)
     request = validate(ClusterRequest, data, where=where)
     groups: list[NodeGroup] = []
     for member in request.members():

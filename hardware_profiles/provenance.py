@@ -61,7 +61,7 @@ def link_efficiencies(link: LinkSpec) -> Iterator[Efficiency]:
             link.name,
             f"{row.collective.replace('_', '-')} of {row.devices}",
             row.bandwidth / link.bandwidth.si,
-            _basis(row.kind, row.borrowed_from),
+            "borrowed" if row.borrowed_from is not None else _basis(row.kind, None),
             row.borrowed_from,
             row.source,
         )

@@ -97,6 +97,17 @@ class KernelProfile(Profile):
     memory_bound_latency: Sourced
 
 
+DIMENSIONS = {
+    "bandwidth": "B/s", "memory_bandwidth": "B/s", "host_memory_bandwidth": "B/s",
+    "host_link": "B/s", "link_bandwidth": "B/s", "memory_capacity": "B", "l2_capacity": "B",
+    "host_memory": "B", "latency": "s", "simple_latency": "s", "memory_bound_latency": "s",
+    "peak_flops": "FLOP/s", "best_matmul_flops": "FLOP/s", "power": "W", "price_per_hour": "USD/h",
+    "compute_units": "", "efficiency": "", "efficiencies": "", "memory_bound_efficiency": "",
+    "best_run_mfu": "",
+}  # fmt: skip
+"""What the unit of a field measures (``hardware_profiles.units.dimension``), by name."""
+
+
 class DeviceSpec(Profile):
     """One accelerator as the software sees it."""
 

@@ -33,6 +33,19 @@ def factor(unit: str) -> float:
     return scale / 8 if base == "b" else scale
 
 
+def dimension(unit: str) -> str:
+    """What ``unit`` measures, as its SI base: ``B``, ``B/s``, ``FLOP``, ``FLOP/s``, ``s``, ``W``,
+    ``USD/h``, or nothing for a plain number. Raises :class:`UnitError` for an unknown unit."""
+    if unit in _TIME:
+        return "s"
+    if unit in _PLAIN:
+        return {"W": "W", "kW": "W", "USD/h": "USD/h"}.get(unit, "")
+    match = _RATE.match(unit)
+    if match is None:
+        return str(factor(unit))
+    return ("FLOP" if match[2] == "FLOP" else "B") + (match[3] or "")
+
+
 def to_si(value: float, unit: str) -> float:
     """``value`` in ``unit`` as SI base units."""
     return value * factor(unit)

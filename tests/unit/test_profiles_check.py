@@ -42,6 +42,13 @@ compute_units: 100
 """
 
 
+TOO_FAST = (
+    "collectives: [{collective: all_reduce, devices: 8, latency_s: 1.0e-5, ll_bandwidth: 1.0e+11, "
+    "simple_latency_s: 1.0e-5, bandwidth: 9.0e+11, kind: assumed, source: none}]\n"
+)
+"""900 GB/s over links of 450."""
+
+
 @pytest.mark.parametrize("kind", ["device", "link", "node", "cluster", "stack"])
 def test_nothing_that_ships_contradicts_itself(kind: str) -> None:
     names = loader.catalog_names(kind)  # type: ignore[arg-type]
@@ -199,7 +206,7 @@ def test_implausible_devices(tmp_path: Path, change: dict[str, str], says: str) 
             "node: dgx-h100\nnodes: 4\nnetwork: {leaf_nodes: 9}\n",
             "joins 9 nodes, the cluster has 4",
         ),
-        ("extends: nvlink4\nbandwidth: 100 GB/s\n", "exceeds the wire"),
+        ("extends: nvlink4\n" + TOO_FAST, "exceeds the wire"),
         ("extends: infiniband-ndr\nlatency: 7 s\n", "latency of 7e+06 us"),
     ],
 )
