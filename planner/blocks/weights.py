@@ -20,6 +20,9 @@ from planner.models.kinds import Model
 from planner.models.sequence import LayerSequenceSpec
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec, VisionSpec
 
+PARTS = ("total", "embedding", "active", "mtp", "vision")
+"""The counts that people are shown; ``mtp`` is outside the total."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
@@ -37,6 +40,8 @@ class ParameterCounts:
     """Multi-token-prediction modules, without the embedding and head that they share."""
     routed_experts: int
     """Matrices and biases of the routed experts."""
+    vision: int
+    """The vision tower, part of ``total``; 0 where the model has none."""
 
 
 def block_weights(model: ModelSpec, block: BlockSpec) -> tuple[Weight, ...]:
@@ -136,6 +141,7 @@ def parameter_counts(model: ModelSpec) -> ParameterCounts:
         active=total - unseen,
         mtp=elements(mtp_weights(model)),
         routed_experts=routed,
+        vision=elements(vision_weights(model.vision)) if model.vision is not None else 0,
     )
 
 
@@ -145,8 +151,8 @@ def elements(weights: Iterable[Weight]) -> int:
 
 
 def parameters_of(model: Model) -> dict[str, int]:
-    """Parameters by part: total, embedding, active per token, multi-token prediction."""
+    """Parameters by part: total, embedding, active per token, multi-token prediction, vision."""
     if isinstance(model, LayerSequenceSpec):
-        return {"total": model.parameters, "embedding": 0, "active": model.parameters, "mtp": 0}
+        return {**dict.fromkeys(PARTS, 0), "total": model.parameters, "active": model.parameters}
     counts = parameter_counts(model)
-    return {name: int(getattr(counts, name)) for name in ("total", "embedding", "active", "mtp")}
+    return {name: int(getattr(counts, name)) for name in PARTS}

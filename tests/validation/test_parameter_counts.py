@@ -27,6 +27,10 @@ NOT_AS_PUBLISHED = {"meta-llama--Llama-4-Maverick-17B-128E-Instruct"}
 """Reference configs without the vision tower of the published model, which the catalogue has."""
 
 
+PROJECTOR_APART = {"meta-llama--Llama-4-Maverick-17B-128E-Instruct": 7680 * 5120}
+"""Projections into the decoder that the built model holds outside its tower."""
+
+
 def test_every_reference_model_is_there() -> None:
     assert len(DATA) == 47
 
@@ -40,6 +44,34 @@ def test_counts_equal_the_built_model(name: str) -> None:
     assert counts.head == expected["lm_head"]
     assert counts.active == expected["active"]
     assert counts.routed_experts == expected["routed_experts"]
+    assert counts.vision == expected["vision"] + PROJECTOR_APART.get(name, 0)
+
+
+def test_the_towers_are_counted() -> None:
+    assert sum(entry["vision"] > 0 for entry in DATA.values()) >= 7
+
+
+MTP = {
+    "deepseek-v3": 7168 * (2 * 7168 + 3) + 11_507_286_016,
+    "deepseek-v2-lite": 0,
+    "minimax-m2": 0,
+}
+"""DeepSeek-V3's module (arXiv 2412.19437, section 2.2): a projection of 2 x 7168 to 7168, three
+norms and one layer of the mixture, counted below. MiniMax ships none of the modules it names."""
+
+
+def test_mtp_is_counted_apart() -> None:
+    # One layer: latent attention, 256 routed experts and a shared one, a router.
+    hidden, heads = 7168, 128
+    attention = (
+        hidden * 1536 + 1536 + 1536 * heads * 192 + hidden * (512 + 64) + 512
+        + 512 * heads * (128 + 128) + heads * 128 * hidden
+    )  # fmt: skip
+    experts = 257 * 3 * hidden * 2048 + 256 * hidden
+    layer = attention + experts + 2 * hidden
+    assert MTP["deepseek-v3"] == hidden * (2 * hidden + 3) + layer
+    for name, expected in MTP.items():
+        assert parameter_counts(read_decoder(name)).mtp == expected
 
 
 @pytest.mark.parametrize("name", sorted(set(READ) - NOT_AS_PUBLISHED))
