@@ -56,12 +56,15 @@ def calibrate(
     from planner.studies.calibrate.study import calibrate as study
 
     chosen = read_parameters(parameters) if parameters else None
+    if profiles is not None:
+        _make(profiles)
     document = study(
         files, device=device, cluster=cluster, parameters=chosen,
         progress=(lambda _: None) if quiet else _say,
     )  # fmt: skip
     if profiles is not None:
-        _write(profiles, document["profiles"])
+        for name, text in document["profiles"].items():
+            output.write(text, profiles / name)
     if output.chosen(format_, output_file) is output.Format.JSON:
         output.write(json.dumps(round_floats(document), indent=2) + "\n", output_file)
     else:
@@ -75,10 +78,9 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _write(folder: Path, texts: dict[str, str]) -> None:
+def _make(folder: Path) -> None:
+    """Before the fit, which takes its time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
-    for name, text in texts.items():
-        output.write(text, folder / name)

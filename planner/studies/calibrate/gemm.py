@@ -62,15 +62,28 @@ def read_products(path: Path, rows: Sequence[Mapping[str, str]]) -> list[Product
             raise InputError(
                 f"{path}: line {line}: stage {stage!r}", hint=did_you_mean(stage, list(STAGES))
             )
-        try:
-            m, n, k = (int(row[name]) for name in ("m", "n", "k"))
-            batch, time_s = int(row.get("batch") or 1), float(row[column]) * TIMES[column]
-        except ValueError as error:
-            raise InputError(f"{path}: line {line}: {error}") from None
+        where = f"{path}: line {line}"
+        m, n, k = (_whole(row[name], name, where) for name in ("m", "n", "k"))
+        batch = _whole(row.get("batch") or "1", "batch", where)
+        time_s = _seconds(row[column], column, where)
         if min(m, n, k, batch) < 1 or not time_s > 0:
-            raise InputError(f"{path}: line {line}: sizes and times must be above zero")
+            raise InputError(f"{where}: sizes and times must be above zero")
         products.append(Product(m, n, k, batch, STAGES[stage], row.get("dtype") or "bf16", time_s))
     return products
+
+
+def _whole(text: str, column: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{where}: {column} = {text!r} is not a whole number") from None
+
+
+def _seconds(text: str, column: str, where: str) -> float:
+    try:
+        return float(text) * TIMES[column]
+    except ValueError:
+        raise InputError(f"{where}: {column} = {text!r} is not a number") from None
 
 
 class GemmPricer:

@@ -86,7 +86,7 @@ def judged(pricer: Pricer, *, refine: int = 0, progress: Progress = lambda _: No
         raise InputError(
             f"{len(pricer.families)} measurements that can be priced: "
             f"at least {LEAST_MEASUREMENTS} are needed",
-            hint="`planner validate` says why rows are skipped",
+            hint="of runs, `planner validate` says why rows are skipped",
         )
     problem = Problem(pricer, family_weights(pricer.families))
     before = pricer.residuals(values_at(pricer.parameters, np.zeros(len(pricer.parameters))))
