@@ -114,6 +114,7 @@ def price_kind(
         )
     gathered_bytes = held.gathered
     lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
+    half_open = unsharded.partly_gathered(held, meshes(shard, data)[0].ways, data, stack=stack)
     rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
@@ -127,6 +128,7 @@ def price_kind(
     rows[Field.OPTIMIZER] = to_ns(update)
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
+    rows[Field.STATIC] += half_open
     made = unsharded.made_each_step(held, data.zero_stage, stack=stack)
     rows[Field.NEW_GRADIENTS] = made
     rows[Field.STATIC] += unsharded.reduced_apart(held, data, stack=stack, rules=rules) - made
@@ -144,11 +146,11 @@ def price_kind(
         used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
     unsharded.add_unsharded(
         rows, kind, shard, used, lasting=lasting, pipelined=(data.pp > 1) & (lasting > 0),
-        rules=rules,
+        rules=rules, ahead=stack.prefetched_units,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
     rows[Field.PARAMETERS] = local.total
-    rows[Field.WEIGHT_BYTES] = held.weights + lasting
+    rows[Field.WEIGHT_BYTES] = held.weights + lasting + half_open
     rows[Field.GRADIENT_BYTES] = held.gradients
     rows[Field.OPTIMIZER_BYTES] = held.optimizer
     rows[Field.STEP_BYTES] = held.step

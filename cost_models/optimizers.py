@@ -86,6 +86,7 @@ OPTIMIZERS = {
     rule.name: rule
     for rule in (
         OptimizerRule("adamw", "AdamW", 8, 16.0),
+        OptimizerRule("adamw_bf16", "AdamW with 16-bit moments", 4, 8.0),
         OptimizerRule("sgd", "SGD with momentum", 4, 8.0),
         OptimizerRule("lion", "Lion", 4, 8.0),
         OptimizerRule("adam8bit", "AdamW with 8-bit states", 2, 4.0, _scales),

@@ -130,12 +130,13 @@ def _gather_bytes(
 ) -> Int64:
     """What all-gathers write into before each weight is copied out, on a stream of their own.
 
-    A buffer lives until the next unit's is there: two layers, or one of the ends (PyTorch,
-    ``FSDPParamGroup.wait_for_unshard`` and ``_fsdp_collectives.foreach_all_gather``).
+    A buffer lives until the next unit's is there: that of a layer and of those gathered ahead, or
+    of one of the ends (PyTorch, ``FSDPParamGroup.wait_for_unshard`` and
+    ``_fsdp_collectives.foreach_all_gather``).
     """
     if not machine.stack.stream_pools:
         return np.zeros_like(shard.tp)
-    units = [(kind, 2) for kind in workload.kinds.values()]
+    units = [(kind, 1 + machine.stack.prefetched_units) for kind in workload.kinds.values()]
     units += [(workload.embedding, 1), (workload.head, 1)]
     largest = np.zeros_like(shard.tp)
     for kind, count in units:

@@ -130,6 +130,7 @@ class StateRules:
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
     dummy_wgrad: bool = False
+    unit_gradients: bool = False
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
     optimizer: OptimizerRule = OPTIMIZERS["adamw"]
@@ -368,7 +369,8 @@ def state_rules(
     if precision == "fp32":
         weight, reduced, state, gathered = 4, 4, moments, 4
     elif master_weights:
-        weight, reduced, state, gathered = 2, 4 if gradient_dtype == "fp32" else 2, 4 + moments, 2
+        reduced, state = 4 if gradient_dtype == "fp32" else 2, spec.master_bytes + moments
+        weight, gathered = 2, 2
     else:
         # A stack that keeps fp32 weights accumulates their gradients in fp32 whatever it reduces.
         weight, reduced, state, gathered = 4, 4, moments, 2
@@ -387,6 +389,7 @@ def state_rules(
         step_bytes=step,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
+        unit_gradients=spec.unit_gradients or spec.layout == "dim0",
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,
         optimizer=rule,

@@ -13,13 +13,13 @@ import numpy as np
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.recompute import mode_rows
-from cost_models.state import StateBytes, StateRules
+from cost_models.state import StateBytes, StateRules, ceil_div
 from hardware_profiles.schema import StackSpec
 
 
 def add_unsharded(
     rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
-    pipelined: Bools, rules: StateRules, policies: tuple[str, ...],
+    pipelined: Bools, rules: StateRules, ahead: int, policies: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
 
@@ -27,19 +27,23 @@ def add_unsharded(
     are in flight than at the peak; each layer's sum is gone when its shard is there.
     ``used`` is the state of the weights that the layer uses, also of those that another one holds;
     ``lasting`` says where weights stay gathered all step. The layer takes the larger of two
-    moments: its kernels, with one more layer gathered; and its reduction, when its own activations
-    are gone but for the input, the gradient of that, and both gathered over tp. A loss in pieces
-    reduces the head's gradients after each, with those of the piece before still in flight.
+    moments: its kernels, with ``ahead`` more layers gathered; and its reduction, when its own
+    activations are gone but for the input, the gradient of that, and both gathered over tp. A loss
+    in pieces reduces the head's gradients after each, with those of the piece before in flight.
     """
     end = kind.name in ("embedding", "head")
     pieces = kind.name == "head" and kind.in_pieces
     gathered = np.where(lasting > 0, 0, used.gathered)
-    running = gathered if end else 2 * gathered
+    running = gathered if end else (1 + ahead) * gathered
     reducing = np.zeros_like(gathered)
-    if rules.layout == "dim0":
+    if rules.unit_gradients:
         elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
         buffers = 2 if pieces or not end else 1
-        reducing = 2 * gathered + buffers * rules.gradient_bytes * elements + used.gradients
+        reducing = (
+            (2 if end else 1 + ahead) * gathered
+            + buffers * rules.gradient_bytes * elements
+            + used.gradients
+        )
         if not end:
             reducing = reducing + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
         reducing = np.where((used.gathered > 0) & ~pipelined, reducing, 0)
@@ -66,6 +70,18 @@ def made_each_step(held: StateBytes, zero_stage: Int64, *, stack: StackSpec) -> 
         return np.zeros_like(held.gradients)
     own_blocks = (zero_stage >= 2) & stack.stream_pools
     return np.where(own_blocks, 0, held.gradients)
+
+
+def partly_gathered(
+    held: StateBytes, ways: Int64, data: DataParallel, *, stack: StackSpec
+) -> Int64:
+    """What of the gathered weights stays from forward to backward, split over fewer ranks."""
+    group = stack.reshard_group
+    if group is None:
+        return np.zeros_like(held.gathered)
+    return np.where(
+        (data.zero_stage == 3) & (ways > group), ceil_div(held.gathered, np.array(group)), 0
+    )
 
 
 def reduced_apart(

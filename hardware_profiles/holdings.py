@@ -25,6 +25,12 @@ class StateSpec(Profile):
 
     layout: Literal["contiguous", "flat", "per_parameter", "dim0"]
     source: str
+    master_bytes: Annotated[int, Field(ge=2, le=4)] = 4
+    """Bytes per parameter of the copy of 16-bit weights that the optimizer keeps: fp32, or the
+    lower 16 bits of it."""
+    unit_gradients: bool = False
+    """Whether a sharded unit's gradients are whole until they are reduced, two units' at a time
+    (``dim0`` always is)."""
     held_gradient_bytes: ByPrecision = Field(default_factory=dict)
     """Bytes per gradient held through the step, where it is not the dtype that is reduced."""
     backward_gradient_bytes: ByPrecision = Field(default_factory=dict)

@@ -162,6 +162,11 @@ class StackSpec(Profile):
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""
+    reshard_group: Annotated[int, Field(ge=2)] | None = None
+    """In stage 3, ranks over which weights stay split from forward to backward (FSDP2's
+    ``reshard_after_forward`` as a number); None: over all that share them."""
+    prefetched_units: Annotated[int, Field(ge=0)] = 1
+    """Layers whose weights are gathered ahead of the one that runs, where weights are sharded."""
     stream_pools: bool = False
     """Whether gathered weights and reduced gradients are allocated on streams of their own: the
     allocator keeps free blocks per stream, so what they leave serves nothing else."""

@@ -16,7 +16,7 @@ DEGREES = (
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8", "nvfp4"]
-Optimizer = Literal["adamw", "sgd", "lion", "adam8bit", "adafactor", "muon"]
+Optimizer = Literal["adamw", "adamw_bf16", "sgd", "lion", "adam8bit", "adafactor", "muon"]
 
 
 class ConstraintSpec(Spec):

@@ -59,7 +59,9 @@ Precision = Annotated[
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        "--optimizer", metavar="NAME", help="adamw, sgd, lion, adam8bit, adafactor or muon."
+        "--optimizer",
+        metavar="NAME",
+        help="adamw, adamw_bf16, sgd, lion, adam8bit, adafactor or muon.",
     ),
 ]
 Stack = Annotated[

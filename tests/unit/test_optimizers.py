@@ -33,6 +33,7 @@ def optimizer_bytes(name: str, *weights: Weight, zero: int = 0, ways: int = 1) -
     ("name", "matrix", "vector"),
     [
         ("adamw", 8 * 600_000, 8 * 512),
+        ("adamw_bf16", 4 * 600_000, 4 * 512),
         ("sgd", 4 * 600_000, 4 * 512),
         ("lion", 4 * 600_000, 4 * 512),
         # Two bytes, and two fp32 scales per 256: 2344 blocks, and 2.
@@ -73,7 +74,7 @@ def test_order_of_memory_and_time() -> None:
     """Less state, less memory; Muon's step is longer than AdamW's by its iterations."""
     peak: dict[str, int] = {}
     update: dict[str, float] = {}
-    for name in OPTIMIZERS:
+    for name in load_stack("torch-pipelining").optimizers:
         overrides = {"stack": "torch-pipelining", "optimizer": name, "global_batch": 8}
         request = read_request("unet-2015", "dgx-a100", None, overrides)
         found = evaluate(request, {"dp_replicate": 8, "dp_shard": 1, "zero_stage": 0})
@@ -103,8 +104,10 @@ def test_muon_on_a_decoder() -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_planned_and_proved(name: str) -> None:
-    overrides = {"stack": "torch-pipelining", "optimizer": name}
-    found = plan(read_request("t5-3b", "dgx-a100", None, overrides))
+    aware = name == "adamw_bf16"
+    stack = "megatron-core-precision-aware" if aware else "torch-pipelining"
+    model = "llama-3.2-3b" if aware else "t5-3b"
+    found = plan(read_request(model, "dgx-a100", None, {"stack": stack, "optimizer": name}))
     assert found.prediction.fits
     assert found.certificate.status == "optimal"
 

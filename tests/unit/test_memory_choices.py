@@ -1,0 +1,130 @@
+"""Choices of a stack that change memory: each by how much, against hand-computed bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hardware_profiles.loader import load_cluster, load_stack
+from hardware_profiles.schema import StackSpec
+from planner.models.reader import read_model
+from planner.pipeline import evaluate
+from planner.plan import StagePrediction
+from planner.request import Request
+from planner.specs import JobSpec
+
+MODEL = read_model("llama-3.1-8b")
+PARAMETERS = 8_030_261_248
+LAYER = 218_112_000
+"""4096 x (4096 + 2 x 1024 + 4096) + 3 x 4096 x 14336 weights and two norms of 4096."""
+VOCABULARY = 128_256 * 4096
+"""Embedding or head; the head's unit has the final norm as well."""
+LOGITS = 4096 * 128_256
+GIB = 2**30
+
+
+def stage(stack: StackSpec, **changes: Any) -> StagePrediction:
+    """The stage of 8 devices that take one sample of 4,096 tokens each, ZeRO stage 3."""
+    layout = {"zero_stage": 3, "microbatch_size": 1} | changes.pop("layout", {})
+    job = JobSpec(sequence_length=4096, global_batch=8, stack=stack.name, **changes)
+    request = Request(MODEL, load_cluster("dgx-h100:1"), job, stack)
+    return evaluate(request, layout).prediction.stages[0]
+
+
+def terms(found: StagePrediction) -> dict[str, int]:
+    return {term.name: term.bytes or 0 for term in found.memory}
+
+
+def changed(stack: str, **fields: Any) -> StackSpec:
+    return load_stack(stack).model_copy(update=fields)
+
+
+@pytest.mark.parametrize(
+    "stack", ["torchtitan", "megatron-core", "deepspeed-hf", "internevo", "megatron-fsdp"]
+)
+def test_terms_add_up_to_the_device(stack: str) -> None:
+    zero = max(load_stack(stack).zero_stages)
+    found = stage(load_stack(stack), layout={"zero_stage": zero})
+    assert sum(terms(found).values()) == found.peak_bytes == found.device_bytes
+    assert found.allocated_bytes <= found.reserved_bytes <= found.device_bytes
+
+
+def test_precision_aware_optimizer() -> None:
+    """bf16 main gradients; 2 bytes of master weight and 2 + 2 of moments, over 8 ranks."""
+    found = stage(
+        load_stack("megatron-core-precision-aware"), optimizer="adamw_bf16",
+        layout={"zero_stage": 1},
+    )  # fmt: skip
+    held = terms(found)
+    assert held["gradients"] == pytest.approx(2 * PARAMETERS, rel=1e-5)
+    assert held["optimizer"] == pytest.approx(6 * PARAMETERS / 8, rel=1e-5)
+
+
+def test_8_bit_primary_weights_take_the_bytes_of_the_16_bit_ones() -> None:
+    """One byte by row and one by column; beside 16-bit weights both copies come on top."""
+    layout = {"zero_stage": 1}
+    both = terms(stage(load_stack("megatron-core"), precision="fp8", layout=layout))
+    primary = terms(stage(load_stack("megatron-core-fp8-weights"), precision="fp8", layout=layout))
+    linear = 32 * (LAYER - 2 * 4096)
+    assert primary["weights"] == pytest.approx(2 * PARAMETERS, rel=1e-5)
+    assert both["weights"] - primary["weights"] == pytest.approx(2 * linear, rel=1e-5)
+
+
+def test_megatron_fsdp_splits_weights_gradients_and_state() -> None:
+    """2 + 4 + 12 bytes over 8 ranks, where Megatron-Core's stage 1 splits the 12 only."""
+    held = terms(stage(load_stack("megatron-fsdp")))
+    whole = terms(stage(load_stack("megatron-core"), layout={"zero_stage": 1}))
+    assert sum(held[n] for n in ("weights", "gradients", "optimizer")) == pytest.approx(
+        18 * PARAMETERS / 8, rel=1e-5
+    )
+    assert whole["weights"] + whole["gradients"] == pytest.approx(6 * PARAMETERS, rel=1e-5)
+
+
+def test_a_layer_gathered_ahead_is_a_layer_more() -> None:
+    """Ten layers and eleven at once are more than the loss: 2 bytes of one more layer in the peak
+    of a layer's backward, and in the buffers that gathers write into."""
+    layout = {"recompute": "full"}
+    ten, eleven = (stage(changed("torchtitan", prefetched_units=n), layout=layout) for n in (9, 10))
+    assert terms(eleven)["gather_buffers"] - terms(ten)["gather_buffers"] == 2 * LAYER
+    assert terms(eleven)["working"] - terms(ten)["working"] == 2 * LAYER
+
+
+def test_weights_may_stay_split_over_fewer_ranks() -> None:
+    """16-bit weights over 2 ranks, held from forward to backward: P bytes."""
+    over_all = terms(stage(load_stack("torchtitan")))
+    over_two = terms(stage(changed("torchtitan", reshard_group=2)))
+    assert over_two["weights"] - over_all["weights"] == pytest.approx(PARAMETERS, rel=1e-6)
+    assert terms(stage(changed("torchtitan", reshard_group=8))) == over_all
+
+
+def test_reduced_gradients_keep_blocks_of_their_own() -> None:
+    """fp32 shards over 8 ranks beside the peak at the loss, when none of them is made yet."""
+    own = terms(stage(load_stack("torchtitan")))
+    shared = stage(changed("torchtitan", stream_pools=False))
+    assert own["gradients"] == terms(shared)["gradients"] == 0
+    assert own["stream_blocks"] == pytest.approx(4 * PARAMETERS / 8, rel=1e-6)
+    assert own["gather_buffers"] == 2 * VOCABULARY + 2 * 4096
+    gained = own["stream_blocks"] + own["gather_buffers"]
+    assert stage(load_stack("torchtitan")).peak_bytes - shared.peak_bytes == gained
+
+
+def test_16_bit_logits_leave_a_block() -> None:
+    assert terms(stage(load_stack("torchtitan")))["idle_logits"] == 2 * LOGITS
+    for stack, loss in (("torchtitan", "chunked"), ("torchtitan-compile", "whole")):
+        assert "idle_logits" not in terms(stage(load_stack(stack), loss=loss))
+
+
+def test_gradients_travel_in_copies() -> None:
+    """The largest tensor is the embedding: twice in 16 bits with DeepSpeed ZeRO; with its bf16
+    optimizer the fp32 sum and a 16-bit copy of it (DeepSpeedEngine.allreduce_bucket)."""
+    assert terms(stage(load_stack("deepspeed-hf")))["reduction_buffers"] == 2 * 2 * VOCABULARY
+    held = terms(stage(load_stack("megatron-deepspeed"), layout={"zero_stage": 1}))
+    padded = -(-128_256 // 128) * 128 * 4096
+    assert held["reduction_buffers"] == (4 + 2) * padded
+
+
+def test_unfused_adam_makes_temporaries() -> None:
+    """InternEvo's step: 2 + 4 of gradients, 8 of the second moment's root and denominator."""
+    held = terms(stage(load_stack("internevo"), layout={"zero_stage": 1}))
+    assert held["optimizer_step"] == pytest.approx(14 * PARAMETERS / 8, rel=1e-5)
