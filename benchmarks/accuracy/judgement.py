@@ -47,6 +47,8 @@ class Row:
     left_out_s: float
     sweep: tuple[str, ...]
     layout: tuple[str, ...]
+    page: str
+    """Where the source states the run: another page may be another release of the software."""
 
     @property
     def error(self) -> float:
@@ -78,7 +80,7 @@ def _row(line: Mapping[str, str], cells: Mapping[str, str]) -> Row:
     times = (float(line[name]) for name in ("measured_s", "fitted_s", "left_out_s"))
     return Row(
         line["id"], line["source"], line["family"], line["zero_shot"] == "1", run, *times,
-        sweep_of(cell), layout_of(cell),
+        sweep_of(cell), layout_of(cell), cell("source_where"),
     )  # fmt: skip
 
 
@@ -155,9 +157,14 @@ def worst(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [(row.id, row.run.stack, f"{100 * row.error:+.1f} %") for row in ordered]
 
 
-def ranked(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The ranking of left-out predictions, by source."""
-    return ranking([(row.sweep, row.layout, row.left_out_s, row.measured_s) for row in rows])
+def ranked(rows: Sequence[Row], *, one_page: bool = False) -> dict[str, dict[str, Any]]:
+    """The ranking of left-out predictions, by source; ``one_page``: of sweeps within a page."""
+    return ranking(
+        [
+            ((*row.sweep, row.page if one_page else ""), row.layout, row.left_out_s, row.measured_s)
+            for row in rows
+        ]
+    )
 
 
 def bands(rows: Sequence[Row]) -> dict[str, float]:

@@ -130,16 +130,25 @@ def _ranking(rows: Sequence[judgement.Row]) -> list[str]:
         "over sweeps;",
         "the regret is what taking the best predicted of the measured layouts costs. Left-out "
         "predictions.",
+        "*One page*: only runs that one page of the source states, so of one release of the",
+        "software; where there are none, layouts differ together with the release that ran them.",
         "",
     ]
+    alone = judgement.ranked(rows, one_page=True)
     found = [
         (source, str(each["sweeps"]), str(each["layouts"]),
-         "" if each["tau"] is None else f"{each['tau']:.2f}",
-         _percent(each["mean_regret"]), _percent(each["worst_regret"]))
+         "" if each["tau"] is None else f"{each['tau']:.2f}", *_regrets(each),
+         *((str(alone[source]["sweeps"]), *_regrets(alone[source])) if source in alone
+           else ("0", "", "")))
         for source, each in judgement.ranked(rows).items()
     ]  # fmt: skip
-    header = ("source", "sweeps", "layouts", "tau", "mean regret", "worst regret")
+    header = ("source", "sweeps", "layouts", "tau", "mean regret", "worst regret",
+              "one page: sweeps", "mean regret", "worst regret")  # fmt: skip
     return lines + _table(header, found)
+
+
+def _regrets(each: Mapping[str, Any]) -> tuple[str, str]:
+    return _percent(each["mean_regret"]), _percent(each["worst_regret"])
 
 
 def _grounds(grounds: Mapping[str, Any]) -> list[str]:
