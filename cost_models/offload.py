@@ -38,14 +38,17 @@ def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:
     """Bytes on the host for each parameter of a shard."""
     total = spec.optimizer_bytes if offload.optimizer else 0
     if offload.parameters:
-        assert spec.parameter_bytes is not None, "rules refuse what a stack cannot offload"
-        total += spec.parameter_bytes
+        total += spec.parameter_bytes or 0
     return total
 
 
 def update_seconds(elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec) -> Real:
-    """The optimizer step of ``elements`` parameters of each device on the host."""
-    assert node.host_memory_bandwidth is not None, "rules refuse nodes without one"
+    """The optimizer step of ``elements`` parameters of each device on the host.
+
+    Nothing on a node whose host memory has no stated bandwidth: rules refuse every layout there.
+    """
+    if node.host_memory_bandwidth is None:
+        return np.zeros_like(elements)
     rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
     arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
     link: Real = elements * float(spec.link_bytes) / node.host_link.si
