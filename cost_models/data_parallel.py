@@ -35,7 +35,7 @@ from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
-from cost_models.recompute import row_count, write_modes
+from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.step import Field, LayerTimes, Machine, to_ns
 
@@ -137,6 +137,10 @@ def price_kind(
     )
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
+    full = mode_rows(tuple(policy.name for policy in policies)).get("full")
+    if machine.offload.checkpoints and full is not None:
+        link = machine.cluster.groups[0].node.host_link.si
+        move_checkpoints(rows, rows[Field.FORWARD], rows[Field.BACKWARD], full, link)
     if stack.pipeline_buffers:
         unsharded.add_output(
             rows, kind, shard, pipelined=data.pp > 1, policies=tuple(p.name for p in policies)

@@ -27,11 +27,13 @@ class Offload:
 
     optimizer: bool = False
     parameters: bool = False
+    checkpoints: bool = False
+    """The layer inputs that full recomputation keeps."""
 
     @property
     def anything(self) -> bool:
         """Whether the host holds something."""
-        return self.optimizer or self.parameters
+        return self.optimizer or self.parameters or self.checkpoints
 
 
 def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:

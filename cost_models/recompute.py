@@ -10,6 +10,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.layout import RecomputeMode, RecomputePolicy
 from cost_models.memory import activation_bytes
@@ -52,3 +54,18 @@ def write_modes(
         kept, working, extra = places[policy.name]
         rows[kept], rows[working] = activation_bytes(kind, shard, policy)
         rows[extra] = times.recompute_ns(policy)
+
+
+def move_checkpoints(
+    rows: Int64, forward_ns: Int64, backward_ns: Int64, modes: ModeRows, bytes_per_s: float
+) -> None:
+    """Move what a layer keeps under full recomputation to the host: two of them are on the device
+    while one is on its way, and what of the way is longer than the layer's own pass is waited for.
+    """
+    size = rows[modes.kept].copy()
+    way = np.ceil(size / bytes_per_s * 1e9).astype(np.int64)
+    passes = np.maximum(way - forward_ns, 0)
+    passes += np.maximum(way - backward_ns - rows[modes.extra], 0)
+    rows[modes.kept] = 0
+    rows[modes.working] += 2 * size
+    rows[modes.extra] += passes

@@ -65,6 +65,8 @@ class OffloadSpec(Profile):
     """Whether reduced gradients go to the host during the backward and leave the device."""
     parameter_bytes: Annotated[int, Field(ge=1)] | None = None
     """Host bytes per parameter of a shard of the weights; None: they stay on the device."""
+    checkpoints: bool = False
+    """Whether the host can hold the layer inputs that full recomputation keeps."""
     link_bytes: Annotated[int, Field(ge=1)] = 4
     """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
     adam_efficiency: Sourced

@@ -125,8 +125,9 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
             yield f"stage {rank}: devices {stage.devices} are not its own"
         if len(stage.chunks) != layout.vpp:
             yield f"stage {rank}: {len(stage.chunks)} chunks, but vpp = {layout.vpp}"
-        if stage.activation_offload_layers:
-            yield f"stage {rank}: activation offload is not in the space"
+        full = sum(part.layers for part in stage.recompute if part.mode == "full")
+        if stage.activation_offload_layers != full * request.job.activation_offload:
+            yield f"stage {rank}: activation_offload_layers is not what the job asks"
         for index, chunk in enumerate(stage.chunks):
             chunks[index * layout.pp + rank] = chunk
     position = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from cost_models.graph import Int64
 from hardware_profiles.units import format_bytes
 from planner.request import Request
 
@@ -22,6 +25,17 @@ def host_bytes_per_node(request: Request, replicas: int) -> int:
     return -(-parameters * each * replicas // request.cluster.nodes)
 
 
+def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp: Int64) -> Int64:
+    """Bytes on each node of the inputs of all layers of one microbatch per device; ``sp`` is by how
+    much the residual stream is split. Room for them is needed wherever a job may offload them."""
+    if not request.machine.offload.checkpoints:
+        return np.zeros_like(microbatch)
+    tokens = microbatch * (request.sequence // cp) // sp
+    layers = len(request.workload.layers)
+    devices = request.cluster.groups[0].node.devices_per_node
+    return tokens * request.workload.boundary_bytes_per_token * layers * devices
+
+
 def host_capacity(request: Request) -> int | None:
     """Bytes of a node's host memory."""
     memory = request.cluster.groups[0].node.host_memory
@@ -35,11 +49,13 @@ def cannot_offload(request: Request) -> str | None:
         return None
     if spec is None:
         return f"{request.stack.name} {request.stack.version} keeps nothing on the host"
-    if not job.optimizer_offload:
+    if job.activation_offload and not spec.checkpoints:
+        return f"{request.stack.name} {request.stack.version} keeps activations on the device"
+    if job.parameter_offload and not job.optimizer_offload:
         return "weights leave the device only with the optimizer state"
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
-    if node.host_memory is None or node.host_memory_bandwidth is None:
+    if node.host_memory is None or (job.optimizer_offload and node.host_memory_bandwidth is None):
         return f"{node.name} states no host memory or no bandwidth of it"
     return None
 

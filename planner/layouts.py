@@ -208,11 +208,19 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
             Stage(
                 chunks=tuple(chunks),
                 recompute=recompute,
+                activation_offload_layers=_offloaded(recompute, request),
                 devices=(rank * per_stage, (rank + 1) * per_stage),
             )
         )
     known = {key: value for key, value in base.items() if key in Layout.model_fields}
     return Layout(**{**known, "stages": tuple(stages)})
+
+
+def _offloaded(recompute: tuple[RecomputeLayers, ...], request: Request) -> int:
+    """Layers of a stage whose inputs the host holds: those that are recomputed in full."""
+    if not request.job.activation_offload:
+        return 0
+    return sum(part.layers for part in recompute if part.mode == "full")
 
 
 def completion_of(layout: Layout, request: Request) -> Completion:

@@ -145,8 +145,11 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     replicas = layout.dp_replicate * (1 if layout.zero_stage else layout.dp_shard * layout.cp)
     held = host_bytes_per_node(request, replicas)
     each = host_bytes_per_parameter(request.machine.offload, spec)
-    elements = held * request.cluster.nodes // each // request.devices
+    elements = held * request.cluster.nodes // each // request.devices if each else 0
     crossing = elements * spec.link_bytes
+    moved = _checkpoint_bytes(layout, request)
+    held += moved * request.cluster.groups[0].node.devices_per_node
+    crossing += 2 * moved * layout.num_microbatches
     if layout.parameter_offload:
         crossing += 2 * elements * request.machine.rules.gather_bytes * layout.num_microbatches
     return HostPrediction(
@@ -154,6 +157,14 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
         capacity_bytes_per_node=host_capacity(request),
         link_bytes_per_step=crossing,
     )
+
+
+def _checkpoint_bytes(layout: Layout, request: Request) -> int:
+    """Bytes of the layer inputs of one device and microbatch that the host holds."""
+    tokens = layout.microbatch_size * (request.sequence // layout.cp)
+    tokens //= layout.tp if layout.sequence_parallel else 1
+    layers = sum(stage.activation_offload_layers for stage in layout.stages)
+    return tokens * request.workload.boundary_bytes_per_token * layers
 
 
 def _layer_ns(priced: Priced, rank: int) -> float:

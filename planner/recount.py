@@ -186,14 +186,22 @@ def impossible_layout(
         return "interleaving is what vpp > 1 means"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
-    if request.job.optimizer_offload or request.job.parameter_offload:
+    job = request.job
+    if job.optimizer_offload or job.parameter_offload or job.activation_offload:
         reason = cannot_offload(request)
         if reason:
             return reason
         if request.job.parameter_offload and zero < 3:
             return "weights are offloaded in ZeRO stage 3 only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
-        if host_bytes_per_node(request, 1) * float(copies) > (host_capacity(request) or 0):
+        held = host_bytes_per_node(request, 1) * float(copies)
+        if job.activation_offload:
+            if mesh.pp > 1:
+                return "activations are offloaded without a pipeline only"
+            tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
+            each = tokens * request.workload.boundary_bytes_per_token * layers
+            held += each * request.cluster.groups[0].node.devices_per_node
+        if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"
     if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:
         return "sharding over one rank is ZeRO stage 0"

@@ -60,7 +60,7 @@ class Request:
     def machine(self) -> Machine:
         """What prices depend on besides the layer and the layout."""
         job = self.job
-        held = Offload(job.optimizer_offload, job.parameter_offload)
+        held = Offload(job.optimizer_offload, job.parameter_offload, job.activation_offload)
         return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
 
     @property
@@ -76,6 +76,9 @@ class Request:
         """The request with what a layout keeps on the host."""
         asked = {"optimizer_offload": layout.optimizer_offload,
                  "parameter_offload": layout.parameter_offload}  # fmt: skip
+        if any(part.mode == "full" for stage in layout.stages for part in stage.recompute):
+            moved = any(stage.activation_offload_layers for stage in layout.stages)
+            asked["activation_offload"] = moved
         if all(getattr(self.job, name) == value for name, value in asked.items()):
             return self
         return replace(self, job=self.job.model_copy(update=asked))

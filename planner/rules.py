@@ -15,7 +15,13 @@ from cost_models.graph import Bools, Int64
 from planner.blocks.registry import model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError
-from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity, overfilled
+from planner.hosting import (
+    cannot_offload,
+    checkpoint_bytes_per_node,
+    host_bytes_per_node,
+    host_capacity,
+    overfilled,
+)  # fmt: skip
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.plan import Layout
 from planner.request import Request
@@ -196,11 +202,17 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
         return
     if request.job.parameter_offload:
         yield "weights are offloaded in ZeRO stage 3 only", lambda _, x: x.zero_stage < 3
+    if request.job.activation_offload:
+        yield (
+            "activations are offloaded without a pipeline only",
+            lambda m, x: (m.pp > 1) & (x.vpp > 0),
+        )
     once, capacity = host_bytes_per_node(request, 1), host_capacity(request) or 0
     yield (
         overfilled(request),
         lambda m, x: (
             x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp) * float(once)
+            + checkpoint_bytes_per_node(request, m.microbatch, m.cp, np.where(m.sp == 1, m.tp, 1))
             > capacity
         ),
     )

@@ -83,6 +83,9 @@ class JobSpec(Spec):
     """Whether the host holds and updates the optimizer state."""
     parameter_offload: bool = False
     """Whether the host also holds the weights; needs ``optimizer_offload`` and ZeRO stage 3."""
+    activation_offload: bool = False
+    """Whether the host holds the layer inputs that full recomputation keeps, from forward to
+    backward."""
     memory_reserve_bytes: Annotated[int, Field(ge=0)] | None = None
     """Bytes per device to leave free; default: none."""
     memory_margin: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -40,6 +40,8 @@ def schedule(layout: Layout) -> str:
     parts.append(sharding(layout))
     if layout.optimizer_offload:
         parts.append("optimizer on the host")
+    if any(stage.activation_offload_layers for stage in layout.stages):
+        parts.append("layer inputs on the host")
     return " · ".join(parts)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hardware_profiles.loader import load_cluster, load_stack
+from planner.certify import verify
 from planner.errors import InfeasibleError, InputError
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.reader import read_model
@@ -103,3 +104,66 @@ def test_a_layout_that_does_not_fit_is_priced() -> None:
     assert not found.fits
     assert found.step_time_s > 0
     assert found.max_peak_bytes > 80e9
+
+
+CHECKPOINTS = 32 * 2048 * 4096 * 2
+"""Inputs of 32 layers: 2,048 tokens of 4,096 16-bit numbers."""
+
+
+def test_checkpoints_on_the_host_leave_the_device() -> None:
+    """What stays is twice one layer's input, on its way, beside what the layer works with."""
+    here = predicted(global_batch=8)
+    there = predicted(global_batch=8, activation_offload=True)
+    assert here.host is None
+    assert there.host is not None
+    assert there.host.bytes_per_node == 8 * CHECKPOINTS
+    assert there.host.link_bytes_per_step == 2 * CHECKPOINTS
+    assert term(here, "activations") - term(there, "activations") == CHECKPOINTS
+    assert there.max_peak_bytes < here.max_peak_bytes
+    # 16 MiB cross the link in 0.3 ms, a layer's forward takes longer: nothing is waited for.
+    assert there.step_time_s == here.step_time_s
+
+
+def test_checkpoints_that_take_longer_than_a_layer_are_waited_for() -> None:
+    """Over a thousandth of the link, 32 layers wait twice for what a pass does not hide."""
+    cluster = load_cluster("dgx-h100:1")
+    node = cluster.groups[0].node
+    slow = node.model_copy(update={"host_link": node.host_link.model_copy(update={"value": 0.055})})
+    group = cluster.groups[0].model_copy(update={"node": slow})
+    cluster = cluster.model_copy(update={"groups": (group,)})
+    stack, model = load_stack("deepspeed-hf"), read_model("llama-3.1-8b")
+    steps = []
+    for moved in (False, True):
+        job = JobSpec(
+            sequence_length=2048, stack="deepspeed-hf", global_batch=8, activation_offload=moved
+        )
+        request = Request(model, cluster, job, stack)
+        layout = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
+        steps.append(evaluate(request, layout).prediction.step_time_s)
+    assert 0 < steps[1] - steps[0] < 2 * CHECKPOINTS / 0.055e9
+    assert steps[1] > 2 * CHECKPOINTS / 0.055e9
+
+
+def test_a_plan_with_checkpoints_on_the_host_verifies() -> None:
+    job = {"activation_offload": True, "stack": "deepspeed-hf", "sequence_length": 16384,
+           "global_batch": 8}  # fmt: skip
+    found = plan(read_request("llama-3.1-8b", "dgx-h100:1", None, job))
+    full = {part.mode: part.layers for part in found.layout.stages[0].recompute}.get("full", 0)
+    assert found.layout.stages[0].activation_offload_layers == full
+    assert verify(found) == []
+
+
+def test_megatron_keeps_checkpoints_on_the_device() -> None:
+    job = {"activation_offload": True, "stack": "megatron-core", "global_batch": 8}
+    request = read_request("llama-3.1-8b", "dgx-h100:1", None, job)
+    with pytest.raises(InputError, match="keeps activations on the device"):
+        evaluate(request, {"zero_stage": 1})
+
+
+def test_checkpoints_that_overfill_the_host_are_refused() -> None:
+    """126 layers of 16,384 x 131,072 16-bit numbers on 8 devices are 4.3 TB."""
+    job = {"activation_offload": True, "stack": "deepspeed-hf", "sequence_length": 131072,
+           "global_batch": 64}  # fmt: skip
+    request = read_request("llama-3.1-405b", "dgx-h100:8", None, job)
+    with pytest.raises(InputError, match=r"host memory of .* does not hold what is offloaded"):
+        evaluate(request, {"zero_stage": 3, "recompute": "full", "microbatch_size": 1})
