@@ -67,8 +67,9 @@ def reserve_bytes(
             )
             dummies = np.maximum(dummies, of_kind)
     gathered = shard.tokens * workload.boundary_bytes_per_token
-    overlapped = np.where(shard.tp > 1, spec.overlap_buffers * gathered, 0)
-    graphs = spec.graph_pool
+    count = machine.stack.overlap_buffers
+    overlapped = np.where(shard.tp > 1, count * gathered, 0)
+    graphs = machine.stack.graph_pool
     live = machine.stack.state.live_elements * machine.rules.gather_bytes
     return Reserve(
         terms={
@@ -95,7 +96,7 @@ def reserve_bytes(
             "idle_logits": "16-bit logits, whose block no fp32 copy fits into",
             "context": spec.context.source,
             "communicators": f"{spec.communicator.source}; {spec.exchange_peer.source}",
-            "overlap_buffers": f"{spec.overlap_buffers} user buffers of a gathered activation",
+            "overlap_buffers": f"{count} user buffers of a gathered activation",
         },
     )
 

@@ -89,9 +89,5 @@ class ReserveSpec(Profile):
     """Send and receive buffers for each neighbour in a pipeline."""
     workspace: Sourced
     """Workspaces of the matrix-product libraries, taken from the allocator."""
-    overlap_buffers: Annotated[int, Field(ge=0)] = 0
-    """User buffers of tensor-parallel overlap, each one gathered activation of a microbatch."""
-    graph_pool: Sourced | None = None
-    """Private pool of captured CUDA graphs beyond the buffers that they replay on."""
     fragmentation: Sourced
     """What the caching allocator holds beyond what is allocated at the peak."""

@@ -128,6 +128,10 @@ class StackSpec(Profile):
     """``asynchronous``: the backward of a column-parallel layer communicates beside its products.
     ``pipelined``: moreover, gathers and scatters of sequence parallelism run in tp chunks with the
     chunks of the product they belong to (user buffers, asynchronous tensor parallelism)."""
+    overlap_buffers: Annotated[int, Field(ge=0)] = 0
+    """User buffers of tensor-parallel overlap, each one gathered activation of a microbatch."""
+    graph_pool: Sourced | None = None
+    """Private pool of captured CUDA graphs beyond the buffers that they replay on."""
     moe_dispatcher: dict[str, Dispatcher] = Field(default_factory=_plain_dispatcher)
     """Per device name prefix, as ``attention_kernels``."""
     moe_dispatch_bytes: Annotated[int, Field(ge=1, le=2)] = 2

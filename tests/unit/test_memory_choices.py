@@ -128,3 +128,16 @@ def test_unfused_adam_makes_temporaries() -> None:
     """InternEvo's step: 2 + 4 of gradients, 8 of the second moment's root and denominator."""
     held = terms(stage(load_stack("internevo"), layout={"zero_stage": 1}))
     assert held["optimizer_step"] == pytest.approx(14 * PARAMETERS / 8, rel=1e-5)
+
+
+def test_user_buffers_and_graph_pools() -> None:
+    """Ten gathered activations of 4,096 tokens x 4,096 numbers; a pool as large as stated."""
+    layout = {"tp": 4, "zero_stage": 1}
+    held = terms(stage(load_stack("nemo"), layout=layout))
+    assert held["overlap_buffers"] == 10 * 2 * 4096 * 4096
+    assert "overlap_buffers" not in terms(stage(load_stack("nemo"), layout={"zero_stage": 1}))
+    pool = load_stack("nemo").reserve.fragmentation.model_copy(update={"value": 3.0})
+    graphs = stage(changed("nemo", graph_pool=pool), layout=layout)
+    assert terms(graphs)["graph_pool"] == 3 * GIB
+    plain = stage(load_stack("nemo"), layout=layout)
+    assert graphs.peak_bytes - plain.peak_bytes == 3 * GIB
