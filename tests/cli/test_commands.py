@@ -247,7 +247,7 @@ def test_infeasible_is_3_with_a_diagnosis_on_both_streams() -> None:
 
 def test_catalog_shows_a_model_with_its_parameters() -> None:
     document = json.loads(planner("catalog", "model", "deepseek-v3").out)
-    assert document["parameters"].keys() == {"total", "embedding", "active", "mtp"}
+    assert document["parameters"].keys() == {"total", "embedding", "active", "mtp", "vision"}
     assert document["parameters"]["total"] > document["parameters"]["active"] > 0
 
 
