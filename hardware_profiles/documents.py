@@ -225,6 +225,8 @@ def _describe(
     if kind == "missing":
         return f"{path} is missing", None
     context = problem.get("ctx", {})
+    if kind == "union_tag_not_found":
+        return f"{path}.{str(context['discriminator']).strip(chr(39))} is missing", None
     message = str(context["error"]) if "error" in context else problem["msg"]
     rule = message.replace("Input should be", "must be").removeprefix("Value error, ")
     hint = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hardware_profiles.units import to_si
 
@@ -30,7 +31,7 @@ class Sourced(Profile):
     value: float
     unit: str = ""
     kind: Kind
-    source: str
+    source: Annotated[str, Field(min_length=1)]
     note: str | None = None
 
     @property

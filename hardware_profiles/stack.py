@@ -17,6 +17,19 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 """Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
 
 
+StackRule = Literal[
+    "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
+    "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
+    "zero_0_is_replicate_only",
+]  # fmt: skip
+"""What degrees a stack cannot combine; implemented by name in ``planner.rules``."""
+Fusion = Literal[
+    "bias_gelu", "swiglu", "bias_dropout_add", "rope", "cross_entropy", "wgrad_accumulation",
+    "masked_softmax", "grouped_gemm", "norm", "norm_linear",
+]  # fmt: skip
+RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
+
+
 def _plain_dispatcher() -> dict[str, Dispatcher]:
     return {"default": "alltoall"}
 
@@ -99,17 +112,16 @@ class StackSpec(Profile):
     uneven_stages: bool
     """Whether stages may hold different numbers of layers."""
     tensor_parallel_max: int | None = None
-    rules: tuple[str, ...] = ()
+    rules: tuple[StackRule, ...] = ()
     layer_kinds: tuple[str, ...] = ("attention", "latent_attention", "mlp", "moe")
     """Kinds of sub-block that it can train, and ``vision`` for a vision tower."""
-    rank_order: tuple[str, ...]
+    rank_order: tuple[RankDimension, ...]
     """Innermost dimension first, for the attention mesh."""
     attention_kernels: dict[str, str]
     """Best attention kernel generation per device name prefix; ``default`` is the fallback.
     ``unfused`` means batched matrix products and a masked softmax."""
-    fused: tuple[str, ...] = ()
-    """Fusions on by default: ``bias_gelu``, ``swiglu``, ``bias_dropout_add``, ``rope``,
-    ``cross_entropy``, ``wgrad_accumulation``, ``masked_softmax``, ``grouped_gemm``, ``norm``."""
+    fused: tuple[Fusion, ...] = ()
+    """Fusions on by default."""
     launch_overhead: Sourced
     """Host seconds per op that the cost model counts: dispatch, autograd, hooks, and the views and
     casts around it. It binds where the kernels of a layer are shorter (see ``cost_models.step``);

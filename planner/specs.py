@@ -15,6 +15,10 @@ DEGREES = (
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
 
+Size = Annotated[int, Field(ge=1, le=10**9)]
+"""Samples, or tokens of one; what is larger is a slip."""
+Tokens = Annotated[int, Field(ge=1, le=10**12)]
+
 Precision = Literal["bf16", "fp16", "fp32", "fp8", "nvfp4"]
 Optimizer = Literal["adamw", "adamw_bf16", "sgd", "lion", "adam8bit", "adafactor", "muon"]
 
@@ -66,12 +70,12 @@ class FineTuneSpec(Spec):
 class JobSpec(Spec):
     """One training job. Every field has a default, printed with the plan."""
 
-    sequence_length: Positive | None = None
+    sequence_length: Size | None = None
     """Tokens per sample; default: the model's maximum, at most 4096 (8192 where the maximum is
     larger than 8192)."""
-    global_batch: Positive | None = None
+    global_batch: Size | None = None
     """Samples per step; default: ``global_batch_tokens``."""
-    global_batch_tokens: Positive | None = None
+    global_batch_tokens: Tokens | None = None
     """Tokens per step, an alternative to ``global_batch``; default about 4 M."""
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"

@@ -21,6 +21,9 @@ DEFAULTS = (
 )  # fmt: skip
 """Stacks that are tried, in this order, where a job names none: the first that can run it."""
 
+MOST_NAMED = 6
+"""Stacks that a hint names; the rest is counted."""
+
 
 def request_with_stack(model: Model, cluster: ClusterSpec, job: JobSpec) -> Request:
     """The request with defaults filled and its stack: the one that the job names, else the first
@@ -99,10 +102,11 @@ def _able(request: Request) -> str:
         job = request.job.model_copy(update={"stack": stack.name})
         if _fault(Request(request.model, request.cluster, job, stack)) is None:
             able.append(stack.name)
-    ordered = sorted(able, key=lambda name: name not in DEFAULTS)
+    ordered = sorted(able, key=lambda name: (name not in DEFAULTS, name))
     if not ordered:
         return "no stack that ships can run it"
-    return "--stack " + " or --stack ".join(ordered)
+    rest = f"; {len(ordered) - MOST_NAMED} more can" if len(ordered) > MOST_NAMED else ""
+    return "--stack " + " or --stack ".join(ordered[:MOST_NAMED]) + rest
 
 
 def _shipped() -> Iterator[StackSpec]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from hardware_profiles.documents import DocumentError
 from hardware_profiles.loader import catalog_names, load_device, load_stack
+from hardware_profiles.stack import StackRule
 from planner.errors import InputError
 from planner.pipeline import plan, read_request
-from planner.stacks import DEFAULTS, fault
+from planner.rules import STACK_RULES
+from planner.stacks import DEFAULTS, MOST_NAMED, fault
 
 
 @pytest.mark.parametrize(
@@ -86,3 +90,43 @@ def test_a_plan_says_the_stack_that_was_taken_for_it() -> None:
     request = read_request("llama-3.1-8b", "tpu-v5p-8:4", None, {"constraints": limits})
     found = plan(request)
     assert found.inputs.job.document["stack"] == found.target.stack == "maxtext-tpu"
+
+
+def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> None:
+    implemented = set(STACK_RULES)
+    named = set(get_args(StackRule))
+    assert implemented <= named
+    # The others are read where layouts are made (planner.rules.layout_rules).
+    assert named - implemented == {
+        "interleaved_needs_multiple_of_pp",
+        "no_zero_3_with_pipeline",
+        "zero_0_is_replicate_only",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("rules: [no_such_rule]", "no_such_rule"),
+        ("fused: [grouped_gem]", "grouped_gem"),
+        ("rank_order: [tp, dp]", "dp"),
+    ],
+)
+def test_a_slip_in_a_stack_of_ones_own_is_refused(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "stack.yaml"
+    path.write_text(f"extends: torchtitan\nname: ours\n{line}\n")
+    with pytest.raises(DocumentError, match=says):
+        load_stack(str(path))
+
+
+def test_a_long_hint_is_cut() -> None:
+    with pytest.raises(InputError) as caught:
+        read_request("llama-3.1-8b", "dgx-h100", None, {"stack": "torchgpipe"})
+    assert str(caught.value.hint).count("--stack") == MOST_NAMED
+    assert str(caught.value.hint).endswith(" more can")
+
+
+@pytest.mark.parametrize("field", ["sequence_length", "global_batch", "global_batch_tokens"])
+def test_sizes_without_bounds_are_refused_at_once(field: str) -> None:
+    with pytest.raises(DocumentError, match=f"{field}: must be less than or equal to"):
+        read_request("llama-3.1-8b", "dgx-h100", None, {field: 10**30})
