@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from planner.errors import InputError, UnsupportedError
 MAX_SIZE = 2**31 - 1
 """Largest width, vocabulary or sequence taken for real."""
 MAX_LAYERS = 10_000
+
+SPELT_ALIKE = 0.88
+"""Likeness of two keys (``difflib``) above which one is taken for a slip of the other: no key of
+the public configs that ship comes as near to another that its reader asks for."""
 
 _REQUIRED = object()
 
@@ -41,6 +46,18 @@ class Config:
     def keys_ignored(self) -> tuple[str, ...]:
         """Keys of the config that no reader asked for, sorted."""
         return tuple(sorted(str(key) for key in self._data.keys() - self._used))
+
+    @property
+    def slips(self) -> tuple[str, ...]:
+        """Keys that no reader asked for, each with the absent one that it is nearly spelt like."""
+        absent = sorted(self._used - self._data.keys())
+        found = []
+        for key in self.keys_ignored:
+            near = difflib.get_close_matches(key, absent, n=1, cutoff=SPELT_ALIKE)
+            found += [
+                f"'{key}' is not read and '{name}' took its default: a slip?" for name in near
+            ]
+        return tuple(found)
 
     def size(self, key: str, default: object = _REQUIRED, *, limit: int = MAX_SIZE) -> int:
         """A positive whole number; ``null`` counts as absent."""

@@ -26,6 +26,8 @@ def read_config(data: Mapping[str, Any], *, where: str, name: str, source: str) 
     """
     name, source = _string(data, "name", name), _string(data, "source", source)
     outer = data.get("model_type")
+    if isinstance(outer, (list, Mapping)):
+        raise InputError(f"{where}: model_type = {outer!r}, and must be a string")
     try:
         if outer in TOWERS and isinstance(outer, str):
             return _with_tower(data, outer, where=where, name=name, source=source)
@@ -53,7 +55,7 @@ def _read(config: Config, family: Family) -> ModelSpec:
         update={
             "keys_used": config.keys_used,
             "keys_ignored": config.keys_ignored,
-            "notes": tuple(config.notes),
+            "notes": (*config.notes, *config.slips),
         }
     )
 
@@ -125,7 +127,7 @@ def _tower(
     for key in ("model_type", "architectures"):
         part.get(key)
     tower: VisionSpec = _function("towers", reader)(part, hidden)
-    config.notes += part.notes
+    config.notes += (*part.notes, *part.slips)
     return (
         tower,
         {f"vision_config.{key}" for key in part.keys_used},
