@@ -18,6 +18,10 @@ from planner.blocks.tensors import linear, norm
 from planner.models.spec import AttentionSpec
 
 CORE = ("core_attn",)
+ROTARY = {True: (2.0, 2), False: (10.0, 6)}
+"""Bytes moved per byte of queries and keys, and kernels, by whether a kernel rotates both. Op by op:
+cast to fp32, product with complex factors, cast back (torchtitan, models/llama3/model/model.py,
+``apply_rotary_emb``; two halves times sines and cosines move as much), each for queries and keys."""
 
 
 def weights(spec: AttentionSpec, hidden: int) -> list[Weight]:
@@ -98,7 +102,9 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
     if ctx.rotary and spec.rotary:
-        result.append(Elementwise("rope", 2.0 * rotated, 2.0 * rotated, 2, 2))
+        passes, launches = ROTARY["rope" in ctx.fused]
+        moved = passes * rotated
+        result.append(Elementwise("rope", moved, moved, launches, launches))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
     result += core(spec, ctx, shard, heads, kv)
     if spec.output_gate:
