@@ -169,3 +169,29 @@ def test_a_layout_in_flags_and_in_a_file() -> None:
 
 def test_missing_measurements() -> None:
     refused(planner("validate", "absent.csv"), "absent.csv")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_folder_and_a_file_in_another_encoding(tmp_path: Path, place: int) -> None:
+    for name, said in ((tmp_path, "folder"), (tmp_path / "latin.yaml", "is not UTF-8")):
+        (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+        given: list[str | Path] = [MODEL, CLUSTER]
+        given[place : place + 1] = [name]
+        refused(planner("plan", *given), said)
+
+
+def test_a_batch_that_is_a_slip_is_refused_at_once(tmp_path: Path) -> None:
+    job = written(tmp_path, "job.yaml", f"global_batch: {10**30}\n")
+    refused(planner("plan", MODEL, CLUSTER, job), "global_batch", "1000000000")
+
+
+def test_a_stack_where_it_does_not_run() -> None:
+    result = planner("plan", MODEL, "tpu-v5p-8", "--stack", "megatron-core")
+    refused(result, "does not run on tpu-v5p", hint="--stack maxtext-tpu")
+
+
+def test_the_stack_that_was_taken_is_told(tmp_path: Path) -> None:
+    limits = ["--fix", "microbatch_size=1", "--fix", "pp=1", "-o", tmp_path / "plan.json"]
+    result = planner("plan", "gpt2", "tpu-v5p-8", *limits)
+    assert result.code == 0
+    assert "note: planned for maxtext-tpu: megatron-core 0.13 does not run on" in result.err
