@@ -19,9 +19,11 @@ from planner.models.spec import AttentionSpec
 
 CORE = ("core_attn",)
 ROTARY = {True: (2.0, 2), False: (10.0, 6)}
-"""Bytes moved per byte of queries and keys, and kernels, by whether a kernel rotates both. Op by op:
-cast to fp32, product with complex factors, cast back (torchtitan, models/llama3/model/model.py,
-``apply_rotary_emb``; two halves times sines and cosines move as much), each for queries and keys."""
+"""Bytes moved per byte of queries and keys, and kernels, by whether one kernel rotates both.
+
+Op by op: cast to fp32, product with complex factors, cast back, each for queries and for keys
+(torchtitan, models/llama3/model/model.py, ``apply_rotary_emb``; two halves times sines and cosines
+move as much)."""
 
 
 def weights(spec: AttentionSpec, hidden: int) -> list[Weight]:
