@@ -230,8 +230,8 @@ def _describe(
     message = str(context["error"]) if "error" in context else problem["msg"]
     rule = message.replace("Input should be", "must be").removeprefix("Value error, ")
     hint = None
-    if not path and kind == "value_error":
-        return rule, hint
+    if kind == "value_error" and isinstance(value, (Mapping, list, tuple)):
+        return (f"{path}: {rule}" if path else rule), hint
     if kind == "literal_error" and isinstance(value, str):
         hint = did_you_mean(value, re.findall(r"'([^']*)'", str(context.get("expected", ""))))
     return f"{path or 'document'}: {rule}, got {_show(value)}", hint

@@ -74,7 +74,9 @@ def _nearest(data: Mapping[str, Any]) -> str:
         shared = sum(1 / _RARITY[key] for key in family.keys if key in data)
         overlap = shared / sum(1 / _RARITY[key] for key in family.keys)
         named = difflib.SequenceMatcher(None, model_type, family.model_type).ratio()
-        return overlap + (named if model_type else 0.0)
+        # The decoder of a multimodal model is what few mean whose config does not say so.
+        inner = family.model_type.endswith("_text") and not model_type.endswith("_text")
+        return overlap + (named if model_type else 0.0) - (0.2 if inner else 0.0)
 
     def shared_keys(family: Family) -> int:
         return sum(key in data for key in family.keys)
