@@ -153,6 +153,7 @@ def price_kind(
         rules=rules, ahead=stack.prefetched_units,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
+    rows[Field.IN_FLIGHT] = unsharded.in_flight(used, data.pp, rules=rules)
     rows[Field.PARAMETERS] = local.total
     rows[Field.WEIGHT_BYTES] = held.weights + lasting + half_open
     rows[Field.GRADIENT_BYTES] = held.gradients

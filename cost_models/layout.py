@@ -35,6 +35,9 @@ class RecomputePolicy:
     name: RecomputeMode
     modules: frozenset[str] = frozenset()
     keeps: frozenset[OutputKind] | None = None
+    to_the_end: bool = False
+    """Whether the layer runs again to its last op, its reduced output, while the gradient of that
+    waits all-gathered."""
 
 
 FULL = RecomputePolicy("full", keeps=frozenset())

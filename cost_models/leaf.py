@@ -126,7 +126,8 @@ class ChunkCosts:
     freed_bytes: int
     """Of the activations, those gone by then."""
     draining_bytes: int
-    """Most bytes of a layer's backward when no other has activations left."""
+    """Most bytes of a layer's backward when no other has activations left, less the gradients that
+    this backward is about to make."""
     step_bytes: int
     """Short-lived bytes of the optimizer step."""
     late_on_ns: int = 0
@@ -165,8 +166,9 @@ def _chunk_costs(
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
     forward = backward = gradient = update = static = activation = working = draining = made = 0
-    step = freed = 0
+    step = freed = sent = behind = 0
     kept, short, extra = leaf.modes[mode]
+    layers = sum(held)
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
         if not total:
             continue
@@ -184,7 +186,10 @@ def _chunk_costs(
         ):  # fmt: skip
             if count:
                 working = max(working, kind[work])
-                draining = max(draining, kind[act] + kind[work])
+                draining = max(draining, kind[act] + kind[work] - kind[Field.NEW_GRADIENTS])
+                if layers > 1:
+                    sent = max(sent, kind[Field.IN_FLIGHT] - kind[act])
+                    behind = max(behind, kind[Field.IN_FLIGHT])
     for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
             forward += end[Field.FORWARD]
@@ -195,6 +200,13 @@ def _chunk_costs(
             activation += end[Field.ACT_NONE]
             made += end[Field.NEW_GRADIENTS]
             step += end[Field.UPDATE_BYTES]
+    # What a unit reduces is in flight while the one before it works, without the former's
+    # activations; the head's, before any other.
+    if at_end:
+        sent = max(sent, leaf.head[Field.IN_FLIGHT])
+        behind = behind if layers > 1 else leaf.head[Field.IN_FLIGHT]
+    working += sent
+    draining += behind
     if at_end:
         # The loss works beside all activations, the layers without what the head kept.
         loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE]

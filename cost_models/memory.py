@@ -35,6 +35,8 @@ def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | No
             if name in policy.keeps:
                 kept = kept + size
         kept = np.minimum(kept, everything)
+        if policy.to_the_end:
+            working = np.maximum(working, _output_again(kind, shard))
         return kept, working + everything - kept
     freed: dict[str, Int64] = {}
     for tensor in tensors:
@@ -44,6 +46,18 @@ def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | No
     total = zero + sum(freed.values())
     largest = np.max([zero, *freed.values()], axis=0)
     return everything - total, working + largest
+
+
+def _output_again(kind: LayerKind, shard: Shard) -> Int64:
+    """Where a layer runs again to its last op, with its gradient waiting (torchtitan's ``FullAC``
+    and ``SelectiveAC`` on DTensor, ``early_stop=False``).
+
+    All-gathered over tp: the gradient, the output of the last product, and that output laid out for
+    its reduction (DTensor scatters the first dimension, so it concatenates the chunks of the
+    sequence); and the reduced output.
+    """
+    output = kind.boundary_bytes(shard)
+    return output * (3 * shard.sp + 1)
 
 
 def _outputs(

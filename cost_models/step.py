@@ -83,6 +83,9 @@ class Field(IntEnum):
     """Tensors that stay and are no parameters: rotary factors, gradients of a chunked loss."""
     UPDATE_BYTES = 15
     """Short-lived bytes of the optimizer step, when no activations are left."""
+    IN_FLIGHT = 17
+    """The buffer in which the layer's gradients are reduced: it lives through the backward of the
+    unit before. Zero in a pipeline, which reduces when all backwards are over."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A unit (a layer, the head, the embedding) is gathered while it runs, and the next layer with it. Its
 backward leaves 16-bit gradients; FSDP2 copies them to a buffer in the dtype of the reduction, and
-keeps the buffer of the unit before until its own is sent (PyTorch,
-``_fsdp_collectives.foreach_reduce`` and ``FSDPParamGroup.post_backward``).
+keeps that buffer through the backward of the next unit, until the latter has gradients to send
+(PyTorch, ``_fsdp_collectives.foreach_reduce`` and ``FSDPParamGroup.post_backward``).
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def add_unsharded(
     are in flight than at the peak; each layer's sum is gone when its shard is there.
     ``used`` is the state of the weights that the layer uses, also of those that another one holds;
     ``lasting`` says where weights stay gathered all step. The layer takes the larger of two
-    moments: its kernels, with ``ahead`` more layers gathered; and its reduction, when its own
-    activations are gone but for the input, the gradient of that, and both gathered over tp. A loss
-    in pieces reduces the head's gradients after each, with those of the piece before in flight.
+    moments: its kernels, with ``ahead`` more layers gathered; and the end of its backward, when its
+    16-bit gradients are there and its own activations gone but for the input, the gradient of that,
+    and both gathered over tp. What the unit behind it reduces is beside both
+    (``Field.IN_FLIGHT``). A loss in pieces reduces the head's gradients after each, with those of
+    the piece before in flight.
     """
     end = kind.name in ("embedding", "head")
     pieces = kind.name == "head" and kind.in_pieces
@@ -38,18 +40,27 @@ def add_unsharded(
     reducing = np.zeros_like(gathered)
     if rules.unit_gradients:
         elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
-        buffers = 2 if pieces or not end else 1
-        reducing = (
-            (2 if end else 1 + ahead) * gathered
-            + buffers * rules.gradient_bytes * elements
-            + used.gradients
-        )
-        if not end:
-            reducing = reducing + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
+        if end:
+            buffers = (2 if pieces else 1) * rules.gradient_bytes
+            reducing = 2 * gathered + buffers * elements + used.gradients
+        else:
+            reducing = (
+                (1 + ahead) * gathered
+                + rules.gather_bytes * elements
+                + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
+            )
         reducing = np.where((used.gathered > 0) & ~pipelined, reducing, 0)
     for modes in mode_rows(policies).values():
         kept = 0 if pieces else rows[modes.kept]
         rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
+
+
+def in_flight(used: StateBytes, pp: Int64, *, rules: StateRules) -> Int64:
+    """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
+    if not rules.unit_gradients:
+        return np.zeros_like(pp)
+    elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
+    return np.where(pp == 1, rules.gradient_bytes * elements, 0)
 
 
 def add_output(

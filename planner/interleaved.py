@@ -183,13 +183,24 @@ class _Table:
         kept, short, _ = leaf.modes[option[0]]
         activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
         working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
+        new, reduced = Field.NEW_GRADIENTS, Field.IN_FLIGHT
         draining = np.maximum(
-            self._largest(front, kept, short),
-            self._largest(rest, Field.ACT_NONE, Field.WORK_NONE),
+            self._largest(front, kept, short, less=new),
+            self._largest(rest, Field.ACT_NONE, Field.WORK_NONE, less=new),
         )
+        sent = np.maximum(
+            self._largest(front, reduced, less=kept),
+            self._largest(rest, reduced, less=Field.ACT_NONE),
+        )
+        many = held.sum(axis=2) > 1
+        sent, behind = np.where(many, sent, 0), np.where(many, self._largest(held, reduced), 0)
+        head = leaf.head
+        behind[:, -1] = np.where(many[:, -1], behind[:, -1], head[reduced])
+        sent[:, -1] = np.maximum(sent[:, -1], head[reduced])
+        working, draining = working + sent, draining + behind
         activation[:, 0] += leaf.embedding[Field.ACT_NONE]
         activation[:, -1] += leaf.head[Field.ACT_NONE]
-        head, start = leaf.head, leaf.embedding[Field.WORK_NONE]
+        start = leaf.embedding[Field.WORK_NONE]
         working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE], head[Field.WORK_NONE])
         first = leaf.embedding[Field.ACT_NONE] + start
         draining[:, 0] = np.maximum(draining[:, 0], first)
@@ -214,7 +225,9 @@ class _Table:
             ok &= fixed + static[:, rank] + peak <= leaf.capacity_bytes
         return ok
 
-    def _largest(self, counts: Ints, *fields: int) -> Ints:
+    def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
         values = self.kinds[:, list(fields)].sum(axis=1)
+        if less is not None:
+            values = values - self.kinds[:, less]
         result: Ints = np.where(counts > 0, values, 0).max(axis=2)
         return result

@@ -27,7 +27,9 @@ class Ranges:
         fields = (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
         self.sums = tuple(self.held @ kinds[:, field] for field in fields)
         """Static bytes, new gradients and bytes of the update of every range."""
-        self._known: dict[Recompute, tuple[Ints, Ints, Ints]] = {}
+        self.many: Table = self.held.sum(axis=2) > 1
+        """Whether a layer has another one of the range behind it."""
+        self._known: dict[Recompute, tuple[Ints, Ints, Ints, Ints]] = {}
 
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
         """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``.
@@ -35,7 +37,7 @@ class Ranges:
         The peak of ``cost_models.leaf.peak_bytes``; fewer than ``least`` layers are not allowed.
         """
         leaf = self.leaf
-        activation, working, draining = self._bytes(option)
+        activation, working, draining, sent = self._bytes(option)
         static, made, step = self.sums
         live = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
@@ -46,6 +48,10 @@ class Ranges:
                 activation = activation + end[Field.ACT_NONE]
         if rank == leaf.pp - 1:
             head = leaf.head
+            sent = np.maximum(sent, head[Field.IN_FLIGHT])
+            draining = np.where(self.many, draining, draining + head[Field.IN_FLIGHT])
+        working = working + sent
+        if rank == leaf.pp - 1:
             working = np.maximum(working - head[Field.ACT_NONE], head[Field.WORK_NONE])
         if rank == 0:
             short = leaf.embedding[Field.WORK_NONE]
@@ -66,14 +72,18 @@ class Ranges:
         allowed &= peak <= leaf.capacity_bytes
         return allowed
 
-    def _largest(self, counts: Ints, *fields: int) -> Ints:
-        """The largest sum of ``fields`` of the kinds that a range has any layer of."""
-        values = np.array([sum(kind[f] for f in fields) for kind in self.leaf.kinds], np.int64)
+    def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
+        """The largest sum of ``fields``, less one, of the kinds that a range has any layer of."""
+        kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
+        values = kinds[:, list(fields)].sum(axis=1)
+        if less is not None:
+            values = values - kinds[:, less]
         largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2)
         return largest
 
-    def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints]:
-        """Activations, working bytes, and most of one layer by itself, of every range of layers."""
+    def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints, Ints]:
+        """Activations, working bytes, most of one layer by itself, and what the reduction of one
+        has more than its activations, of every range of layers."""
         known = self._known.get(option)
         if known is None:
             mode, limit = option
@@ -85,13 +95,23 @@ class Ranges:
                 front = self.counts[split] - self.counts[:, None, :]
             rest = held - front
             kept, short, _ = self.leaf.modes[mode]
+            made, sent = Field.NEW_GRADIENTS, Field.IN_FLIGHT
             kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
             known = (
                 front @ kinds[:, kept] + rest @ kinds[:, Field.ACT_NONE],
                 np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE)),
                 np.maximum(
-                    self._largest(front, kept, short),
-                    self._largest(rest, Field.ACT_NONE, Field.WORK_NONE),
+                    self._largest(front, kept, short, less=made),
+                    self._largest(rest, Field.ACT_NONE, Field.WORK_NONE, less=made),
+                )
+                + np.where(self.many, self._largest(held, sent), 0),
+                np.where(
+                    self.many,
+                    np.maximum(
+                        self._largest(front, sent, less=kept),
+                        self._largest(rest, sent, less=Field.ACT_NONE),
+                    ),
+                    0,
                 ),
             )
             self._known[option] = known

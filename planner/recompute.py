@@ -7,6 +7,7 @@ modules in alphabetical order, joined by ``+``.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,7 +25,8 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     if name in ("none", "full", "selective"):
         if name not in stack.recompute:
             raise _unknown(name, name, stack)
-        return {"none": NONE, "full": FULL, "selective": _selective(stack)}[name]
+        full = replace(FULL, to_the_end=_to_the_end(stack))
+        return {"none": NONE, "full": full, "selective": _selective(stack)}[name]
     modules = frozenset(name.split("+"))
     for module in sorted(modules):
         if module not in stack.recompute_modules:
@@ -35,7 +37,13 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
 def _selective(stack: StackSpec) -> RecomputePolicy:
     spec = stack.selective_recompute
     keeps = None if spec.keeps is None else frozenset(spec.keeps)
-    return RecomputePolicy("selective", frozenset(spec.modules), keeps)
+    to_the_end = keeps is not None and _to_the_end(stack)
+    return RecomputePolicy("selective", frozenset(spec.modules), keeps, to_the_end)
+
+
+def _to_the_end(stack: StackSpec) -> bool:
+    """Megatron-style layers gather the gradient of their output when they have run again."""
+    return stack.layers.tensor_parallel == "dtensor"
 
 
 def _of_modules(modules: frozenset[str], stack: StackSpec) -> RecomputePolicy:

@@ -45,13 +45,13 @@ class Comparison:
 
 
 def compare(id_: str, trace: Mapping[str, Any], stage: StagePrediction) -> Comparison:
-    """One rank's prediction against its trace."""
+    """One rank's prediction against its trace, of the step without PyTorch's tracker."""
     terms = {term.name: term.bytes or 0 for term in stage.memory if term.name not in NOT_TRACED}
     predicted = sum(terms.values())
     peak, between = trace["peak_bytes"], trace["between_steps_bytes"]
     state = sum(terms.get(name, 0) for name in STATE) - _lasting(trace, stage)
     traced_state = sum(between[name] for name in ("Sharded Param", "OptState", "Buffer"))
-    total = peak["Total"] - peak["Inputs"]
+    total = trace["untracked_peak_bytes"] - peak["Inputs"]
     return Comparison(
         id_, trace["case"]["stage"], (predicted, total), (state, traced_state),
         (predicted - state, total - traced_state),
@@ -134,8 +134,10 @@ def results_page(rows: list[Comparison]) -> str:
 {len(rows)} traces of one rank of torchtitan 0.3.0 on PyTorch 2.13.0, made without a GPU by
 `benchmarks/memory`; its README says what a trace can and cannot show. Traces of whole dense models
 are of depths and degrees that the memory model was not developed on. What a pipeline adds (receive
-buffers, logits held beside their loss, one reduction per step) was found with the traces below, and
-nothing was fitted. Written by
+buffers, logits held beside their loss, one reduction per step), reductions in flight beside the
+next backward, the weighing of experts' outputs in fp32 and outputs that recomputation makes again
+were found with the traces below, and nothing was fitted. Peaks are those of the step as it is,
+without PyTorch's tracker. Written by
 
     python benchmarks/memory/run.py page > benchmarks/results/memory.md
 

@@ -193,8 +193,18 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
 
 
 def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
-    """Gradients of the dispatched rows and of the experts' inner tensors."""
+    """Gradients of the dispatched rows and of the experts' inner tensors.
+
+    Where torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, ``combine``), its
+    backward holds three such tensors before: the gradient, and it times the weights and times the
+    outputs.
+    """
     hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    hidden = spec.latent or ctx.hidden
     inner = hot * (spec.intermediate // shard.etp)
-    gradients = 2 * hot * (spec.latent or ctx.hidden) + (3 if spec.gated else 2) * inner
-    return gradients * ctx.element_bytes + ctx.gathered_bytes(shard)
+    gradients = (2 * hot * hidden + (3 if spec.gated else 2) * inner) * ctx.element_bytes
+    gathered = ctx.gathered_bytes(shard)
+    if not ctx.dtensor:
+        return gradients + gathered
+    weighing = 3 * 4 * shard.residual_tokens * spec.top_k * hidden
+    return np.maximum(gradients + gathered, weighing)

@@ -154,7 +154,7 @@ def sum_chunk(
         return prices.chunks[key]
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
-    draining = 0
+    draining = sent = behind = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -168,7 +168,10 @@ def sum_chunk(
         static += row[Field.STATIC]
         activation += kept
         working = max(working, short)
-        draining = max(draining, kept + short)
+        draining = max(draining, kept + short - row[Field.NEW_GRADIENTS])
+        if size > 1:
+            sent = max(sent, row[Field.IN_FLIGHT] - kept)
+            behind = max(behind, row[Field.IN_FLIGHT])
         made += row[Field.NEW_GRADIENTS]
         step += row[Field.UPDATE_BYTES]
     for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
@@ -180,6 +183,11 @@ def sum_chunk(
         activation += row[Field.ACT_NONE]
         made += row[Field.NEW_GRADIENTS]
         step += row[Field.UPDATE_BYTES]
+    # The unit behind, a layer or the head, still reduces its gradients; its activations are gone.
+    if end:
+        sent = max(sent, prices.head[Field.IN_FLIGHT])
+        behind = behind if size > 1 else prices.head[Field.IN_FLIGHT]
+    working, draining = working + sent, draining + behind
     # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
     if end:
         working = max(working - prices.head[Field.ACT_NONE], prices.head[Field.WORK_NONE])

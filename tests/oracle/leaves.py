@@ -30,6 +30,7 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
     row[Field.OPTIMIZER] = up_to(scale)
     row[Field.STATIC], row[Field.NEW_GRADIENTS] = 1 + up_to(scale), up_to(scale // 3)
+    row[Field.IN_FLIGHT] = rng.choice((0, up_to(scale)))
     row[Field.UPDATE_BYTES] = rng.choice((0, up_to(scale)))
     row[Field.ACT_NONE], row[Field.WORK_NONE] = none, working
     for name, kept, extra in (("selective", selective, less), ("full", full, more)):

@@ -144,21 +144,42 @@ def test_interleaved_partitions() -> None:
 
 
 def test_new_gradients_are_there_once_a_microbatch_is_done() -> None:
-    """One rank, two layers making 9 each and the head 4: 22, and 30 for the update of the head.
+    """One rank, two layers making 9 each and the head 6: 24, and 30 for the update of the head.
 
     Static 100 + 150, live 2 x 8 + 1 + 7 and the loss's 5, or the layer's 7 - 7: 29. With two
-    microbatches 250 + 22 + max(29, 30). With one the gradients follow the activations: 250 +
-    max(29, 22 + max(8 + 7, 30)).
+    microbatches 250 + 24 + max(29, 30). With one the gradients follow the activations, the last
+    layer's own not yet there: 250 + max(29, 24 + max(8 + 7 - 9, 30)).
     """
     layer, head = list(LAYER), list(LEAF.head)
-    layer[Field.NEW_GRADIENTS], head[Field.NEW_GRADIENTS] = 9, 4
+    layer[Field.NEW_GRADIENTS], head[Field.NEW_GRADIENTS] = 9, 6
     head[Field.UPDATE_BYTES] = 30
     leaf = replace(LEAF, pp=1, kinds=(tuple(layer),), head=tuple(head))
     one = replace(leaf, microbatches=1)
     whole = Completion((0, 2), (NONE,))
-    assert peaks(leaf, stage_costs(leaf, whole)) == (250 + 22 + 30,)
-    assert peaks(one, stage_costs(one, whole)) == (250 + 22 + 30,)
+    assert peaks(leaf, stage_costs(leaf, whole)) == (250 + 24 + 30,)
+    assert peaks(one, stage_costs(one, whole)) == (250 + 24 + 30,)
     head[Field.UPDATE_BYTES] = 3
     two, one = (replace(each, head=tuple(head)) for each in (leaf, one))
-    assert peaks(two, stage_costs(two, whole)) == (250 + 22 + 29,)
-    assert peaks(one, stage_costs(one, whole)) == (250 + max(29, 22 + 8 + 7),)
+    assert peaks(two, stage_costs(two, whole)) == (250 + 24 + 29,)
+    assert peaks(one, stage_costs(one, whole)) == (250 + max(29, 24 + 8 + 7 - 9),)
+
+
+def test_a_reduction_is_in_flight_while_the_unit_before_works() -> None:
+    """One rank, two layers that reduce 20 bytes each and a head that reduces 6.
+
+    Live 2 x 8 + 1 + 7; the head's activations, 7, are gone when a layer works with 7. Beside the
+    last layer are the head's 6; beside the first one the last one's 20, without its 8 of
+    activations: 250 + 24 - 7 + 7 + 12. With a head that reduces 15, 15 count. A layer that has
+    nothing but the head behind it has the head's 6 beside it: 250 + 8 + 1 + 7 - 7 + 7 + 6 - 50.
+    """
+    layer, head = list(LAYER), list(LEAF.head)
+    layer[Field.IN_FLIGHT], head[Field.IN_FLIGHT] = 20, 6
+    leaf = replace(LEAF, pp=1, microbatches=1, kinds=(tuple(layer),), head=tuple(head))
+    whole = Completion((0, 2), (NONE,))
+    assert peaks(leaf, stage_costs(leaf, whole)) == (250 + 24 + 12,)
+    alone = replace(leaf, sequence=(0,))
+    shorter = peaks(alone, stage_costs(alone, Completion((0, 1), (NONE,))))
+    assert shorter == (250 - LAYER[Field.STATIC] + 9 + 7 + 6,)
+    head[Field.IN_FLIGHT] = 15
+    leaf = replace(leaf, head=tuple(head))
+    assert peaks(leaf, stage_costs(leaf, whole)) == (250 + 24 + 15,)

@@ -67,6 +67,12 @@ def test_the_whole_layer_keeps_its_input() -> None:
     assert sizes(FULL, tp=2) == (20, 10 + 210)
 
 
+def test_a_layer_run_to_its_end_has_its_output_beside_its_gradient() -> None:
+    """Gathered over two ranks 40 each: gradient, product, its copy; 20 scattered. More than 10."""
+    assert sizes(replace(FULL, to_the_end=True), tp=2) == (20, 3 * 40 + 20 + 210)
+    assert sizes(replace(FULL, to_the_end=True), tp=1) == (10, 3 * 10 + 10 + 220)
+
+
 def test_a_save_list_keeps_outputs() -> None:
     """The reduce-scatter's output is 256 / 2 on two ranks and nothing happens on one; attention
     keeps 8 rows of 2 heads with 4 values of 2 bytes and one statistic of 4."""
