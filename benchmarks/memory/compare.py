@@ -136,8 +136,9 @@ def results_page(rows: list[Comparison]) -> str:
 are of depths and degrees that the memory model was not developed on. What a pipeline adds (receive
 buffers, logits held beside their loss, one reduction per step), reductions in flight beside the
 next backward, the weighing of experts' outputs in fp32 and outputs that recomputation makes again
-were found with the traces below, and nothing was fitted. Peaks are those of the step as it is,
-without PyTorch's tracker. Written by
+were found with the traces below, and nothing was fitted. The traces named `-deeper` and
+`qwen3-30b-a3b-ep8-full` were made after that: nothing was changed for them. Peaks are those of the
+step as it is, without PyTorch's tracker. Written by
 
     python benchmarks/memory/run.py page > benchmarks/results/memory.md
 
