@@ -229,5 +229,5 @@ class _Table:
         values = self.kinds[:, list(fields)].sum(axis=1)
         if less is not None:
             values = values - self.kinds[:, less]
-        result: Ints = np.where(counts > 0, values, 0).max(axis=2)
+        result: Ints = np.where(counts > 0, values, 0).max(axis=2, initial=0)
         return result

@@ -73,12 +73,12 @@ class Ranges:
         return allowed
 
     def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
-        """The largest sum of ``fields``, less one, of the kinds that a range has any layer of."""
+        """The largest sum of ``fields``, less one, of the kinds in a range; at least 0."""
         kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
         values = kinds[:, list(fields)].sum(axis=1)
         if less is not None:
             values = values - kinds[:, less]
-        largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2)
+        largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2, initial=0)
         return largest
 
     def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints, Ints]:
