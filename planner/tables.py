@@ -90,7 +90,7 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         latency = work + 2 * (meshes.pp - 1) * hop
         relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
-    held = _least_state(request, parameters, meshes) + kept
+    held = _least_state(request, parameters, meshes, m) + kept
     room = meshes.pp.astype(np.float64) * (request.usable_bytes - fixed)
     return np.where(held > room, np.inf, least)
 
@@ -129,15 +129,19 @@ def _trained(priced: PricedConfigs) -> Real:
     return model_sum(priced, (Field.PARAMETERS,))
 
 
-def _least_state(request: Request, parameters: Real, meshes: Meshes) -> Real:
-    """Persistent bytes of a whole pipeline that no allowed sharding removes."""
+def _least_state(request: Request, parameters: Real, meshes: Meshes, microbatches: Int64) -> Real:
+    """Persistent bytes of a whole pipeline that no allowed sharding removes, without gradients
+    that are only made while the activations of the step's one microbatch go."""
     rules, most = request.machine.rules, max(request.stack.zero_stages)
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
     fsdp = rules.weight_bytes > rules.gather_bytes
+    gradients = np.where(
+        request.stack.new_gradients & (microbatches == 1), 0, rules.held_gradient_bytes
+    )
     state = parameters * 0.0
     for bytes_each, sharded_from in (
         (rules.weight_bytes, 2 if fsdp else 3),
-        (rules.held_gradient_bytes, 2),
+        (gradients, 2),
         (rules.optimizer_bytes, 1),
     ):
         state += parameters * bytes_each / (ranks if most >= sharded_from else 1.0)

@@ -84,3 +84,8 @@ def check_bounds(seed: int) -> int:
 @pytest.mark.parametrize("start", range(3000, 3060, 10))
 def test_bounds_are_below_every_completion(start: int) -> None:
     assert sum(check_bounds(seed) for seed in range(start, start + 10)) > 0
+
+
+@pytest.mark.parametrize("seed", [1059])
+def test_gradients_made_in_the_only_microbatch_are_not_beside_its_activations(seed: int) -> None:
+    assert check_bounds(seed) > 0
