@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -170,12 +171,13 @@ def validate(model: type[M], data: object, *, where: str) -> M:
     """``data`` as a ``model``; raises one :class:`DocumentError` that names field, value and rule.
 
     Up to three problems are listed. An unknown key gets a "did you mean" over the fields that the
-    model has there.
+    model has there. True and false are no numbers, although Python takes them for 1 and 0.
     """
     if not isinstance(data, (Mapping, model)):
         raise DocumentError(
             f"{where}: expected a mapping with keys such as {_some(model)}, got {_show(data)}"
         )
+    refuse_flags(model, data, where)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -195,6 +197,53 @@ def validate(model: type[M], data: object, *, where: str) -> M:
             more = f"\n  and {rest} more" if rest > 0 else ""
             message = f"{where}: {len(lines)} problems{shown}{more}"
         raise DocumentError(message, hint=hint) from None
+
+
+def refuse_flags(model: type[BaseModel], data: object, where: str) -> None:
+    """Raise :class:`DocumentError` where ``data`` holds true or false in place of a number."""
+    found = next(_flags((model,), data, ""), None)
+    if found is not None:
+        path, value = found
+        raise DocumentError(f"{where}: {path}: must not be true or false, got {value}")
+
+
+def _flags(expected: tuple[object, ...], value: object, path: str) -> Iterator[tuple[str, bool]]:
+    """Where ``value`` holds true or false and none of the ``expected`` types takes them."""
+    if isinstance(value, bool):
+        if not any(map(_takes_flags, expected)):
+            yield path, value
+    elif isinstance(value, Mapping):
+        models = [e for e in expected if isinstance(e, type) and issubclass(e, BaseModel)]
+        others = tuple(x for e in expected for x in get_args(e)[1:])
+        for key, inner in value.items():
+            fields = tuple(m.model_fields[key].annotation for m in models if key in m.model_fields)
+            types = _alternatives(*fields, *others)
+            if types:
+                yield from _flags(types, inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        types = _alternatives(*(x for e in expected for x in get_args(e) if x is not Ellipsis))
+        for index, inner in enumerate(value):
+            yield from _flags(types, inner, f"{path}[{index}]")
+
+
+def _alternatives(*annotations: object) -> tuple[object, ...]:
+    """The members of unions, without their annotations."""
+    result: list[object] = []
+    for annotation in annotations:
+        origin = get_origin(annotation)
+        if origin in (Union, UnionType):
+            result += _alternatives(*get_args(annotation))
+        elif origin is Annotated:
+            result += _alternatives(get_args(annotation)[0])
+        else:
+            result.append(annotation)
+    return tuple(result)
+
+
+def _takes_flags(annotation: object) -> bool:
+    if get_origin(annotation) is Literal:
+        return any(isinstance(choice, bool) for choice in get_args(annotation))
+    return annotation in (bool, object, Any)
 
 
 def _check_size(size: int, where: str) -> None:

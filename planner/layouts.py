@@ -27,6 +27,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
             raise InputError(
                 f"unknown key {key!r} in layout", hint=did_you_mean(str(key), sorted(known))
             )
+    _require_numbers(raw)
     base = {key: value for key, value in raw.items() if value is not None}
     recompute = str(base.pop("recompute", "none"))
     limit = base.pop("recompute_layers", None)
@@ -51,14 +52,25 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     if request.stack.cp_kinds and "cp_kind" not in base:
         base["cp_kind"] = request.stack.cp_kinds[0]
     base |= degree
-    if base.get("stages"):
-        return _validated(base)
+    layout = _validated(base)
+    if layout.stages:
+        return layout
     recompute = named_policy(recompute, request.stack).name
     count = int(limit) if limit is not None else request.model.layer_count
     mode: Recompute = (recompute, count if recompute == "full" else 0)
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
+
+
+def _require_numbers(raw: Mapping[str, Any]) -> None:
+    """Refuse true, false and fractions where a layout counts something."""
+    from hardware_profiles.documents import refuse_flags
+
+    refuse_flags(Layout, raw, "layout")
+    limit = raw.get("recompute_layers", 0) or 0
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise InputError(f"layout: recompute_layers = {limit!r} is not a whole number")
 
 
 def _require_whole_groups(schedule: str, degree: Mapping[str, int]) -> None:

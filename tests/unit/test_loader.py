@@ -166,7 +166,7 @@ def test_groups_of_unlike_nodes_load() -> None:
         ("node: dgx-h100\nnodes: 0", "nodes: must be greater than or equal to 1, got 0"),
         ("node: dgx-h100\nnodes: -4", "got -4"),
         ("node: dgx-h100\nnodes: two", "got 'two'"),
-        ("node: dgx-h100\nnodes: true", "nodes: must be a valid integer, got True"),
+        ("node: dgx-h100\nnodes: true", "nodes: must not be true or false, got True"),
         ("node: dgx-h100", "'nodes' is missing"),
         ("nodes: 3", "'node' is missing"),
         ("groups: []", "groups"),
