@@ -126,7 +126,9 @@ class StateRules:
     backward_gradient_bytes: int = 0
     """Of what the backward leaves beside them, whole."""
     step_bytes: int = 0
-    """Of flat buffers of the optimizer step, sharded as the optimizer state is."""
+    """Of flat buffers of the optimizer step, sharded as its state is, and below stage 3 of copies
+    for the gradients' norm."""
+    norm_bytes: int = 0
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
     dummy_wgrad: bool = False
@@ -225,7 +227,7 @@ def state_bytes(
         gradients=np.where(gradients_sharded, split, whole) * rules.held_gradient_bytes
         + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
         optimizer=shards * rules.optimizer_bytes + extra,
-        step=shards * rules.step_bytes,
+        step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
         gathered=np.where(apart, whole * rules.gather_bytes + frozen.whole, 0),
         gathered_frozen=np.where(apart, frozen.whole, 0),
     )
@@ -375,8 +377,9 @@ def state_rules(
         # A stack that keeps fp32 weights accumulates their gradients in fp32 whatever it reduces.
         weight, reduced, state, gathered = 4, 4, moments, 2
     held, step = spec.held_gradient_bytes.get(precision, reduced), spec.step_bytes.get(precision, 0)
+    norm = spec.norm_bytes.get(precision, 0)
     if offload.optimizer and host is not None:
-        state = step = 0
+        state = step = norm = 0
         held = 0 if host.gradients else held
     return StateRules(
         weight_bytes=0 if offload.parameters else weight,
@@ -387,6 +390,7 @@ def state_rules(
         held_gradient_bytes=held,
         backward_gradient_bytes=spec.backward_gradient_bytes.get(precision, 0),
         step_bytes=step,
+        norm_bytes=norm,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",

@@ -38,6 +38,10 @@ class StateSpec(Profile):
     step_bytes: ByPrecision = Field(default_factory=dict)
     """Flat buffers of the optimizer step that cached activation blocks cannot serve, sharded as
     the optimizer state is."""
+    norm_bytes: ByPrecision = Field(default_factory=dict)
+    """Wider copies of the gradients, tensor by tensor, that their norm is taken of: flat buffers of
+    the step fit into none of those blocks. In stage 3 the step works by tensor too and takes them
+    over."""
     quantised_bytes_per_64: ByPrecision = Field(default_factory=dict)
     """Low-precision copies of 64 elements of a linear layer's weight, scales included, kept
     between microbatches."""

@@ -111,6 +111,10 @@ class StackSpec(Profile):
     """Whether tp may exceed the KV heads, each then held by several ranks."""
     uneven_stages: bool
     """Whether stages may hold different numbers of layers."""
+    spare_layers: Literal["middle", "last", "filled"] = "middle"
+    """Where the layers go that an even split leaves over, when nobody says: to the middle (the
+    first stage has the embedding, the last the head), to the last stages, or every stage filled
+    until none are left, so that the last one is short."""
     tensor_parallel_max: int | None = None
     rules: tuple[StackRule, ...] = ()
     layer_kinds: tuple[str, ...] = ("attention", "latent_attention", "mlp", "moe")

@@ -153,7 +153,8 @@ def _default_zero(request: Request, degree: Mapping[str, int]) -> int:
 
 
 def even_bounds(request: Request, pp: int, vpp: int) -> tuple[int, ...]:
-    """Layer boundaries of an even split; the ends are lighter where it does not divide."""
+    """Layer boundaries of an even split; ``StackSpec.spare_layers`` says where the layers go that
+    it leaves over."""
     layers, stages = request.model.layer_count, pp * vpp
     if stages > layers + 2:
         raise InputError(f"{stages} virtual stages for {layers} layers")
@@ -169,14 +170,22 @@ def even_bounds(request: Request, pp: int, vpp: int) -> tuple[int, ...]:
                 hint="give the stages explicitly",
             )
         return options[len(options) // 2]
-    base, extra = divmod(layers, stages)
-    # Spare layers go to the middle: the first stage has the embedding, the last the head.
-    start = (stages - extra) // 2
-    sizes = [base + (start <= j < start + extra) for j in range(stages)]
+    sizes = _even_sizes(layers, stages, request.stack.spare_layers)
     bounds = [0]
     for size in sizes:
         bounds.append(bounds[-1] + size)
     return tuple(bounds)
+
+
+def _even_sizes(layers: int, stages: int, spare: str) -> list[int]:
+    base, extra = divmod(layers, stages)
+    if spare == "filled":
+        height = -(-layers // stages)
+        sizes = [min(height, max(0, layers - j * height)) for j in range(stages)]
+        if min(sizes) > 0:
+            return sizes
+    start = stages - extra if spare == "last" else (stages - extra) // 2
+    return [base + (start <= j < start + extra) for j in range(stages)]
 
 
 def _shell(request: Request, pp: int, vpp: int) -> Leaf:

@@ -76,7 +76,7 @@ def request_of(reading: Reading) -> Request:
     dims = dimensions_of(reading, tp=reading.size("tp"))
     return _request(
         dims, machine, reading.stack, run.required("seq"), run.required("gbs"), precision,
-        _offload(reading), reading.assume.get("vocab_divisor"),
+        _offload(reading), _changes(reading),
     )  # fmt: skip
 
 
@@ -89,11 +89,11 @@ def _request(
     batch: int,
     precision: str,
     offload: frozenset[str],
-    vocab_divisor: int | None,
+    changes: tuple[tuple[str, Any], ...],
 ) -> Request:
     software = load_stack(stack)
-    if vocab_divisor is not None:
-        software = software.model_copy(update={"vocab_divisor": vocab_divisor})
+    if changes:
+        software = software.model_copy(update=dict(changes))
     job = JobSpec.model_validate(
         {
             "sequence_length": sequence, "global_batch": batch, "precision": precision,
@@ -107,6 +107,12 @@ def _request(
     if reason is not None:
         raise SkippedError(reason)
     return request
+
+
+def _changes(reading: Reading) -> tuple[tuple[str, Any], ...]:
+    """What a policy says of the stack that ran, where it is not as the stack ships."""
+    names = ("vocab_divisor", "spare_layers")
+    return tuple((name, reading.assume[name]) for name in names if name in reading.assume)
 
 
 def _offload(reading: Reading) -> frozenset[str]:
@@ -314,7 +320,9 @@ def stages_of(reading: Reading, layout: Layout, request: Request) -> Layout:
         key=lambda n: max(-(-(layers - n) // (layout.pp - 1)) * layer, n * layer + logits),
     )
     base, more = divmod(layers - last, layout.pp - 1)
-    sizes = [base + (rank < more) for rank in range(layout.pp - 1)] + [last]
+    # The embedding is on the first stage: spare layers go behind it (peaks of the artifact's tables
+    # are those of its baseline, whose first stage holds layers / pp).
+    sizes = [base + (rank >= layout.pp - 1 - more) for rank in range(layout.pp - 1)] + [last]
     bounds = tuple(sum(sizes[:rank]) for rank in range(layout.pp + 1))
     completion = Completion(bounds, completion_of(layout, request).recompute)
     return rebuilt(layout.model_dump(), completion, request)

@@ -100,6 +100,27 @@ def test_redistribution_moves_layers_off_the_stage_with_the_logits() -> None:
     assert [stage.chunks[0].layers for stage in stages] == [(0, 5), (5, 8)]
 
 
+@pytest.mark.parametrize(
+    ("stack", "changes", "layers"),
+    [
+        # 10 layers on 4 stages: two each and two over.
+        ("InternEvo", {}, [2, 2, 3, 3]),
+        ("Megatron-DeepSpeed", {}, [3, 3, 3, 1]),
+        ("Megatron-DeepSpeed", {"precision": "bf16"}, [2, 3, 3, 2]),
+        ("torchtitan", {}, [2, 3, 3, 2]),
+    ],
+)  # fmt: skip
+def test_layers_that_an_even_split_leaves_over_go_where_the_stack_puts_them(
+    stack: str, changes: dict[str, str], layers: list[int]
+) -> None:
+    text = {"framework": stack, "precision": "fp16", "layers": "10", "pp": "4", "dp": "4"}
+    text |= {"precision": "bf16"} if stack == "torchtitan" else changes
+    run = read_runs(text_of({**RUN, **text, "schedule": "1F1B"}))[0]
+    stages = prepare(run).layout.stages
+    held = [stage.chunks[0].layers for stage in stages]
+    assert [last - first for first, last in held] == layers
+
+
 def test_a_vocabulary_cut_to_what_tp_divides_is_not_padded() -> None:
     # One rank computes 50,257 logits, an odd number that tensor cores run at half their rate; two
     # compute 25,128 each. Other years pad both to multiples of 128.
