@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cost_models import compute, interconnect, offload, state, unsharded
+from cost_models.buffers import dummy_wgrad_bytes
 from cost_models.communication import expose
 from cost_models.data_traffic import (
     DataCall,
@@ -109,7 +110,7 @@ def price_kind(
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     buffers = held.step
     if rules.dummy_wgrad and kind.name == "head":
-        buffers = buffers + state.dummy_wgrad_bytes(
+        buffers = buffers + dummy_wgrad_bytes(
             kind, shard, vocab_divisor, element_bytes=rules.gather_bytes
         )
     gathered_bytes = held.gathered

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from cost_models import state
+from cost_models.buffers import dummy_wgrad_bytes
 from cost_models.graph import Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
@@ -62,7 +63,7 @@ def reserve_bytes(
     if machine.rules.dummy_wgrad:
         # Of the kind of layer with most: measured peaks of stages with several kinds show no more.
         for kind in workload.kinds.values():
-            of_kind = state.dummy_wgrad_bytes(
+            of_kind = dummy_wgrad_bytes(
                 kind, shard, workload.vocab_divisor, element_bytes=machine.rules.gather_bytes
             )
             dummies = np.maximum(dummies, of_kind)

@@ -11,8 +11,8 @@ What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
 * ``contiguous``: Megatron-Core's distributed optimizer lays parameters end to end in one buffer,
   each start aligned to 64 elements, each bucket's end to the least common multiple of the sharding
   ranks and 128 (megatron/core/optimizer/param_layout.py). How many buckets there are depends on the
-  whole stage, so a layer takes an upper bound here and :func:`contiguous_elements` has the exact
-  size. Without sharding nothing is padded.
+  whole stage, so a layer takes an upper bound here and ``cost_models.buffers``
+  has the exact size. Without sharding nothing is padded.
 * ``flat``: DeepSpeed's stages 1 and 2 and FSDP1 flatten many parameters into one tensor and pad
   its end; a layer's share is rounded up.
 * ``per_parameter``: DeepSpeed's stage 3 splits each flattened parameter by itself.
@@ -21,7 +21,6 @@ What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -305,60 +304,6 @@ def is_quantised(weight: Weight) -> bool:
     """Whether low-precision recipes run this weight's products: linear layers, but not the ends,
     the router or the gate."""
     return weight.cols > 1 and not weight.name.startswith(_HIGH_PRECISION)
-
-
-_FUSED = {
-    "attention.q": "attention.qkv", "attention.k": "attention.qkv", "attention.v": "attention.qkv",
-    "mlp.gate": "mlp.fc1", "mlp.up": "mlp.fc1", "moe.shared.gate": "moe.shared.fc1",
-    "moe.shared.up": "moe.shared.fc1", "moe.experts.gate": "moe.experts.fc1",
-    "moe.experts.up": "moe.experts.fc1",
-}  # fmt: skip
-"""Weights that Megatron stores as one tensor."""
-
-
-def fused_name(weight: Weight) -> str:
-    """The tensor that Megatron stores a weight in."""
-    return _FUSED.get(weight.name, weight.name)
-
-
-def dummy_wgrad_bytes(
-    kind: LayerKind, shard: Shard, vocab_divisor: int, *, element_bytes: int
-) -> Int64:
-    """Placeholders for weight gradients: one tensor for each shape among a layer's products.
-
-    Transformer Engine hands autograd a cached tensor of the weight's shape where the gradient went
-    into the main gradient (transformer_engine/pytorch/module/base.py, ``get_dummy_wgrad``).
-    """
-    merged: dict[str, list[Weight]] = {}
-    for weight in kind.weights:
-        if weight.cols > 1 and not weight.name.startswith(("embedding", "moe.router")):
-            merged.setdefault(fused_name(weight), []).append(weight)
-    shapes: dict[tuple[object, ...], Int64] = {}
-    for parts in merged.values():
-        key = tuple((part.rows, part.cols, part.sharding) for part in parts)
-        sizes = [local_tensor(part, shard, vocab_divisor).elements for part in parts]
-        shapes[key] = np.sum(sizes, axis=0)
-    total: Int64 = sum(shapes.values(), np.zeros_like(shard.tp))
-    return total * element_bytes
-
-
-def contiguous_elements(sizes: Iterable[int], ways: int, least_bucket: int | None) -> int:
-    """Elements of Megatron-Core's distributed-optimizer buffer, padding included.
-
-    ``sizes`` are the parameters' elements in the order of the module; the buffer is filled from the
-    last to the first, and a bucket ends with the parameter that reaches ``least_bucket`` (None: one
-    bucket). ``DistributedOptimizer._compute_per_buffer_param_layout``, Megatron-Core 0.19.
-    """
-    divisor = math.lcm(ways, BUCKET_ALIGNMENT)
-    start = end = 0
-    filled = False
-    for size in reversed(list(sizes)):
-        end = -(-end // START_ALIGNMENT) * START_ALIGNMENT + size
-        filled = True
-        if least_bucket is not None and end - start >= least_bucket:
-            start = end = -(-end // divisor) * divisor
-            filled = False
-    return -(-end // divisor) * divisor if filled else end
 
 
 def state_rules(

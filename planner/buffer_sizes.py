@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cost_models import state
+from cost_models import buffers, state
 from cost_models.configs import shard_of
 from cost_models.graph import LayerKind, Shard, Weight
 from planner.priced import Priced
@@ -42,7 +42,7 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
                 )
             ]
             least = int(rules.least_bucket(np.array([ways]))[0]) if bucketed else None
-            elements = state.contiguous_elements(sizes, ways, least)
+            elements = buffers.contiguous_elements(sizes, ways, least)
             whole += elements
             split += elements // ways
         copied += sum(
@@ -104,5 +104,5 @@ def _stored_tensors(kind: LayerKind, *, expert: bool, tied: bool) -> dict[str, l
     merged: dict[str, list[Weight]] = {}
     for weight in kind.weights:
         if state.is_expert(weight) == expert and not (tied and weight.name == "head.tied"):
-            merged.setdefault(state.fused_name(weight), []).append(weight)
+            merged.setdefault(buffers.fused_name(weight), []).append(weight)
     return merged

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cost_models import state
+from cost_models.buffers import contiguous_elements
 from cost_models.graph import Int64, Shard, Weight
-from cost_models.state import Sharding, StateBytes, contiguous_elements, state_bytes
+from cost_models.state import Sharding, StateBytes, state_bytes
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.buffer_sizes import exact_state
 from planner.layouts import complete_layout
