@@ -200,7 +200,10 @@ class Relaxation:
 
     def _memory(self, index: Int64, mode: str, count: Int64) -> tuple[Bools, Real]:
         """Whether layouts may fit, and the most layers that one stage may hold."""
-        limit = count.astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
+        # Longest pipelines first: those that have a rank are then the first ones.
+        order = np.argsort(-self.pp[index], kind="stable")
+        index = index[order]
+        limit = count[order].astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
         chunked = self.schedule[index] == 2
         ok = np.ones(len(index), dtype=bool)
         widest = np.zeros(len(index))
@@ -214,7 +217,8 @@ class Relaxation:
                 held, most = self._chain(part, table, mode, limit[~chunked])
                 ok[~chunked] &= held >= kind
                 widest[~chunked] = np.maximum(widest[~chunked], most)
-        return ok, widest
+        back = np.argsort(order)
+        return ok[back], widest[back]
 
     def _short_lived(self, config: Int64, tables: Sequence[Int64], working: int) -> Real:
         """Short-lived bytes on a stage that holds the least demanding of ``tables``.
@@ -225,20 +229,19 @@ class Relaxation:
         need: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
         return need
 
-    def _room(self, index: Int64, rank: int, short_lived: Real) -> Real:
-        """Bytes of ``rank`` for the state and the activations of its layers.
+    def _rooms(self, index: Int64, short_lived: Real) -> tuple[Real, Real, Real]:
+        """Bytes of a rank for the state and the activations of its layers, and what of them the
+        first and the last rank do not have.
 
         The loss runs beside the activations of all layers, a layer's backward without the head's.
         """
         config, tables = self.config[index], self.tables
         room = (tables.capacity_bytes - tables.fixed_bytes[config]).astype(np.float64)
-        room = room - short_lived
         embedding, head = tables.embedding, tables.head
         first = self._static(embedding, index) + embedding[Field.ACT_NONE][config]
         loss = head[Field.ACT_NONE][config] + head[Field.WORK_NONE][config]
         last = self._static(head, index) + np.maximum(loss - short_lived, 0.0)
-        room = room - np.where(rank == 0, first, 0.0)
-        return room - np.where(rank == self.pp[index] - 1, last, 0.0)
+        return room - short_lived, first, last
 
     def _static(self, table: Int64, index: Int64) -> Real:
         """Static bytes, with the gradients that earlier microbatches have made."""
@@ -258,23 +261,25 @@ class Relaxation:
         front = table[front_field][config].astype(np.float64)
         rest = table[rest_field][config].astype(np.float64)
         static = self._static(table, index)
-        short_lived = self._short_lived(config, [table], work_field)
+        room, first, last = self._rooms(index, self._short_lived(config, [table], work_field))
         total, widest = np.zeros(len(index)), np.ones(len(index))
         for rank in range(int(pp.max(initial=0))):
-            alive = np.where(schedule == 0, m, np.minimum(m, pp - rank))
+            has = slice(int(np.searchsorted(-pp, -rank)))
+            at_end = rank == pp[has] - 1
+            left = room[has] - first[has] if rank == 0 else room[has]
+            left = left - np.where(at_end, last[has], 0.0)
+            alive = np.where(schedule[has] == 0, m[has], np.minimum(m[has], pp[has] - rank))
             live = np.maximum(alive, 1).astype(np.float64)
-            left = self._room(index, rank, short_lived)
-            cost_front, cost_rest = static + live * front, static + live * rest
-            few = np.floor(np.maximum(left, 0.0) / cost_front)
-            with np.errstate(invalid="ignore"):
-                more = limit + np.floor((left - limit * cost_front) / cost_rest)
-            holds = np.where(few <= limit, few, more) if mode == "full" else few
+            cost_front, cost_rest = static[has] + live * front[has], static[has] + live * rest[has]
+            holds = np.floor(np.maximum(left, 0.0) / cost_front)
+            if mode == "full":
+                beyond = limit[has] + np.floor((left - limit[has] * cost_front) / cost_rest)
+                holds = np.where(holds <= limit[has], holds, beyond)
             may_be_empty = len(self.kind_counts) > 1 or rank == 0
-            empty = np.where(may_be_empty | (rank == pp - 1), 0.0, -np.inf)
-            holds = np.where(left < 0, np.where(pp == 1, -np.inf, empty), holds)
-            active = rank < pp
-            total += np.where(active, holds, 0.0)
-            widest = np.maximum(widest, np.where(active, np.minimum(holds, self.layers), 1.0))
+            empty = np.where(may_be_empty | at_end, 0.0, -np.inf)
+            holds = np.where(left < 0, np.where(pp[has] == 1, -np.inf, empty), holds)
+            total[has] += holds
+            widest[has] = np.maximum(widest[has], np.minimum(holds, self.layers))
         return total, widest
 
     def _interleaved(self, index: Int64, mode: str, limit: Real) -> Bools:
@@ -293,17 +298,20 @@ class Relaxation:
 
         static = np.stack([self._static(t, index) for t in tables])
         front, rest = least(front_field), least(rest_field)
-        short_lived = self._short_lived(config, tables, work_field)
+        room, first, last = self._rooms(index, self._short_lived(config, tables, work_field))
+        inner, ends = (self._least_sum(chunks * height, static) for chunks in (vpp, vpp - 1))
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
-            left = self._room(index, rank, short_lived)
-            lighter = ((pp - 1 == rank) | (rank == 0)).astype(np.int64)
-            in_flight = np.minimum(2 * (pp - rank - 1) + (vpp - 1) * pp + 1, m * vpp)
-            alive = np.maximum(in_flight - lighter * m, 0)
-            held = self._least_sum((vpp - lighter) * height, static)
-            need = held + alive * per_chunk
-            ok &= (need <= left) | (rank >= pp)
+            has = slice(int(np.searchsorted(-pp, -rank)))
+            at_end = rank == pp[has] - 1
+            left = room[has] - first[has] if rank == 0 else room[has]
+            left = left - np.where(at_end, last[has], 0.0)
+            lighter = at_end | (rank == 0)
+            in_flight = 2 * (pp[has] - rank - 1) + (vpp[has] - 1) * pp[has] + 1
+            in_flight = np.minimum(in_flight, m[has] * vpp[has]) - lighter * m[has]
+            held = np.where(lighter, ends[has], inner[has])
+            ok[has] &= held + np.maximum(in_flight, 0) * per_chunk[has] <= left
         return ok
 
     def _fields(self, mode: str) -> tuple[int, int, int]:

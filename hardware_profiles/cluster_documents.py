@@ -18,7 +18,7 @@ _INTEGER = re.compile(r"^[+-]?[0-9][0-9_]*$")
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class NetworkRequest(_Request):

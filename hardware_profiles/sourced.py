@@ -22,7 +22,7 @@ class Kind(StrEnum):
 class Profile(BaseModel):
     """Base of every profile: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Sourced(Profile):

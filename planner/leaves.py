@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from cost_models.leaf import Completion, Leaf, Recompute, peaks, simulate_step, stage_costs
 from cost_models.step import Field
@@ -119,6 +121,10 @@ class Opening:
         self.check_deadline = check_deadline
         self.rows = Rows(leaf)
 
+    @cached_property
+    def _alone(self) -> _TimeAlone:
+        return _TimeAlone(self.leaf)
+
     @property
     def cutoff(self) -> int:
         """A completion must have a bound below this to matter."""
@@ -157,16 +163,15 @@ class Opening:
 
     def _chain(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
         """Solve the program for each option (or all at once where ranks may differ)."""
-        leaf = self.leaf
         # Nothing, some modules of every layer, then more and more whole layers.
         groups: list[tuple[Recompute, ...]]
         groups = [options] if per_stage else [(option,) for option in options]
         reached: int | None = None
-        slow = [g for g in groups if _time_alone(leaf, g, self.cutoff) >= self.cutoff]
-        if slow:
+        fast = [g for g in groups if self._alone.bound(g, self.cutoff) < self.cutoff]
+        if len(fast) < len(groups):
             # Above the cutoff whatever the memory; more recomputed layers only add to that.
             reached = self.cutoff
-        fitting = _fitting(self.rows, [g for g in groups if g not in slow])
+        fitting = _fitting(self.rows, fast)
         partial = [group for group in fitting if group[0][0] != "full" or len(group) > 1]
         for group in partial:
             bound = self._solve_group(group)
@@ -185,7 +190,7 @@ class Opening:
         """
         first, last = groups[0][0], groups[-1][0]
         cutoff = self.cutoff
-        if _time_alone(self.leaf, groups[0], cutoff) >= cutoff:
+        if self._alone.bound(groups[0], cutoff) >= cutoff:
             return cutoff
         if len(groups) == 1:
             return self._solve_group(groups[0])
@@ -266,33 +271,48 @@ class _SpentError(Exception):
     """A leaf has had its share of the search."""
 
 
-def _time_alone(leaf: Leaf, group: tuple[Recompute, ...], cutoff_ns: int) -> int:
-    """A bound for ``group`` whatever the memory: its recomputation adds at least this much work.
+class _TimeAlone:
+    """Bounds for options of a leaf whatever the memory: recomputation adds at least this much work.
 
     With ``n`` layers recomputed at the front of each stage and no stage longer than ``most``
     layers (a longer one alone is above the cutoff), ``L n / max(n, most)`` layers are recomputed.
     """
-    if len(group) > 1 or cutoff_ns >= UNLIMITED:
-        return 0
-    mode, count = group[0]
-    kinds = [leaf.kinds[index] for index in leaf.sequence]
-    plain = sorted(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in kinds)
-    tall = -(-len(kinds) // leaf.pp)
-    work, tallest = sum(plain), sum(plain[:tall])
-    for end in (leaf.embedding, leaf.head):
-        work += end[Field.FORWARD] + end[Field.BACKWARD]
-    extra_row = leaf.modes[mode].extra
-    if mode != "full":
-        work += sum(kind[extra_row] for kind in kinds)
-    else:
-        extra = sorted(kind[extra_row] for kind in kinds)
-        most = min(len(kinds), cutoff_ns // max(1, leaf.microbatches * plain[0]))
-        work += sum(extra[: len(kinds) * count // max(1, count, most)])
-        tallest += sum(extra[: min(count, tall)])
-    m, pp = leaf.microbatches, leaf.pp
-    if leaf.schedule == "gpipe":
-        return max(m * work // pp, work + (m - 1) * tallest)
-    return max(m * work // pp, (1 + (m - 1) // pp) * work, work + max(m - pp, 0) * tallest)
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf = leaf
+        self.kinds = [leaf.kinds[index] for index in leaf.sequence]
+        plain = sorted(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in self.kinds)
+        self.tall = -(-len(plain) // leaf.pp)
+        self.cheapest, self.work, self.tallest = plain[0], sum(plain), sum(plain[: self.tall])
+        for end in (leaf.embedding, leaf.head):
+            self.work += end[Field.FORWARD] + end[Field.BACKWARD]
+        self._added: dict[str, list[int]] = {}
+
+    def _least_added(self, mode: str) -> list[int]:
+        """``[n]``: what recomputing some ``n`` layers adds at least."""
+        if mode not in self._added:
+            row = self.leaf.modes[mode].extra
+            extra = sorted(kind[row] for kind in self.kinds)
+            self._added[mode] = list(accumulate(extra, initial=0))
+        return self._added[mode]
+
+    def bound(self, group: tuple[Recompute, ...], cutoff_ns: int) -> int:
+        """Lower bound on the step in ns for ``group``; 0 for several options or no cutoff."""
+        if len(group) > 1 or cutoff_ns >= UNLIMITED:
+            return 0
+        mode, count = group[0]
+        work, tallest, layers = self.work, self.tallest, len(self.kinds)
+        added = self._least_added(mode)
+        m, pp = self.leaf.microbatches, self.leaf.pp
+        if mode != "full":
+            work += added[layers]
+        else:
+            most = min(layers, cutoff_ns // max(1, m * self.cheapest))
+            work += added[layers * count // max(1, count, most)]
+            tallest += added[min(count, self.tall)]
+        if self.leaf.schedule == "gpipe":
+            return max(m * work // pp, work + (m - 1) * tallest)
+        return max(m * work // pp, (1 + (m - 1) // pp) * work, work + max(m - pp, 0) * tallest)
 
 
 def _fitting(rows: Rows, groups: list[tuple[Recompute, ...]]) -> list[tuple[Recompute, ...]]:

@@ -19,7 +19,7 @@ SIGNIFICANT_DIGITS = 9
 class Document(BaseModel):
     """Base of everything in a plan: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Chunk(Document):

@@ -23,13 +23,17 @@ class Ranges:
         self.counts: Ints = np.array(leaf.counts, dtype=np.int64)
         self.held: Ints = self.counts[None, :, :] - self.counts[:, None, :]
         """``[first, last, kind]``: layers of each kind in a range."""
-        kinds: Ints = np.array(leaf.kinds, dtype=np.int64)
+        self.kinds: Ints = np.array(leaf.kinds, dtype=np.int64)
         fields = (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
-        self.sums = tuple(self.held @ kinds[:, field] for field in fields)
+        self.sums = tuple(self.held @ self.kinds[:, field] for field in fields)
         """Static bytes, new gradients and bytes of the update of every range."""
         self.many: Table = self.held.sum(axis=2) > 1
         """Whether a layer has another one of the range behind it."""
+        edges: Ints = np.arange(len(leaf.sequence) + 1)
+        self.layers: Ints = edges[None, :] - edges[:, None]
+        """``[first, last]``: layers in a range."""
         self._known: dict[Recompute, tuple[Ints, Ints, Ints, Ints]] = {}
+        self._most: dict[Recompute, Ints] = {}
 
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
         """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``.
@@ -37,9 +41,28 @@ class Ranges:
         The peak of ``cost_models.leaf.peak_bytes``; fewer than ``least`` layers are not allowed.
         """
         leaf = self.leaf
+        layers, pp = len(leaf.sequence), leaf.pp
+        live = live_peaks(leaf.schedule, pp, leaf.vpp, leaf.microbatches, rank)[0][0]
+        # Of the ranks between the ends only that number differs.
+        most = self._most_alive(rank, option) if rank in (0, pp - 1) else self._between(option)
+        allowed: Table = (most >= live) & (self.layers >= least)
+        if not leaf.uneven:
+            first, last = rank * layers // pp, (rank + 1) * layers // pp
+            alone = np.zeros_like(allowed)
+            alone[first, last] = allowed[first, last]
+            return alone
+        return allowed
+
+    def _between(self, option: Recompute) -> Ints:
+        if option not in self._most:
+            self._most[option] = self._most_alive(1, option)
+        return self._most[option]
+
+    def _most_alive(self, rank: int, option: Recompute) -> Ints:
+        """Most microbatches that ``rank`` has room for with each range; negative without any."""
+        leaf = self.leaf
         activation, working, draining, sent = self._bytes(option)
         static, made, step = self.sums
-        live = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
                 static = static + end[Field.STATIC]
@@ -57,29 +80,15 @@ class Ranges:
             short = leaf.embedding[Field.WORK_NONE]
             draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)
             working = np.maximum(working, short - activation)
-        lively = live * activation + working
+        free = leaf.capacity_bytes - leaf.fixed_bytes - leaf.received_bytes(rank) - static
         if leaf.microbatches > 1:
-            peak = made + np.maximum(lively, step)
+            free, after = free - made, step
         else:
-            peak = np.maximum(lively, made + np.maximum(draining, step))
-        peak = leaf.fixed_bytes + leaf.received_bytes(rank) + static + peak
-        layers, pp = len(leaf.sequence), leaf.pp
-        edges: Ints = np.arange(layers + 1)
-        first, last = edges[:, None], edges[None, :]
-        allowed: Table = last - first >= least
-        if not leaf.uneven:
-            allowed &= (first == rank * layers // pp) & (last == (rank + 1) * layers // pp)
-        allowed &= peak <= leaf.capacity_bytes
-        return allowed
-
-    def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
-        """The largest sum of ``fields``, less one, of the kinds in a range; at least 0."""
-        kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
-        values = kinds[:, list(fields)].sum(axis=1)
-        if less is not None:
-            values = values - kinds[:, less]
-        largest: Ints = np.max(np.where(counts > 0, values, 0), axis=2, initial=0)
-        return largest
+            after = made + np.maximum(draining, step)
+        room = free - working
+        any_number: Ints = np.where(room >= 0, leaf.microbatches, -1)
+        most = np.where(activation > 0, room // np.maximum(activation, 1), any_number)
+        return np.where(after <= free, most, -1)
 
     def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints, Ints]:
         """Activations, working bytes, most of one layer by itself, and what the reduction of one
@@ -95,24 +104,31 @@ class Ranges:
                 front = self.counts[split] - self.counts[:, None, :]
             rest = held - front
             kept, short, _ = self.leaf.modes[mode]
-            made, sent = Field.NEW_GRADIENTS, Field.IN_FLIGHT
-            kinds: Ints = np.array(self.leaf.kinds, dtype=np.int64)
+            made, sent = self.kinds[:, Field.NEW_GRADIENTS], self.kinds[:, Field.IN_FLIGHT]
+            least, most = self.kinds[:, kept], self.kinds[:, Field.ACT_NONE]
+            in_mode, plain = self.kinds[:, short], self.kinds[:, Field.WORK_NONE]
+            any_, changed, other = held > 0, front > 0, rest > 0
             known = (
-                front @ kinds[:, kept] + rest @ kinds[:, Field.ACT_NONE],
-                np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE)),
+                front @ least + rest @ most,
+                np.maximum(_largest(changed, in_mode), _largest(other, plain)),
                 np.maximum(
-                    self._largest(front, kept, short, less=made),
-                    self._largest(rest, Field.ACT_NONE, Field.WORK_NONE, less=made),
+                    _largest(changed, least + in_mode - made), _largest(other, most + plain - made)
                 )
-                + np.where(self.many, self._largest(held, sent), 0),
+                + np.where(self.many, _largest(any_, sent), 0),
                 np.where(
                     self.many,
-                    np.maximum(
-                        self._largest(front, sent, less=kept),
-                        self._largest(rest, sent, less=Field.ACT_NONE),
-                    ),
+                    np.maximum(_largest(changed, sent - least), _largest(other, sent - most)),
                     0,
                 ),
             )
             self._known[option] = known
         return known
+
+
+def _largest(present: Table, values: Ints) -> Ints:
+    """The largest of ``values`` of the kinds in a range; at least 0."""
+    largest: Ints = np.zeros(present.shape[:2], dtype=np.int64)
+    for kind, value in enumerate(values.tolist()):
+        if value > 0:
+            np.maximum(largest, present[:, :, kind] * value, out=largest)
+    return largest

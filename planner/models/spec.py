@@ -18,7 +18,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Spec(BaseModel):
     """Base of the request types: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class AttentionSpec(Spec):
