@@ -24,6 +24,7 @@ from cost_models.data_traffic import (
     DataCall,
     DataParallel,
     Mesh,
+    backward_mesh,
     calls,
     frozen_bytes,
     gathered_pieces,
@@ -68,17 +69,16 @@ def price_kind(
     backward = _window(times, "backward", machine.fabric, *reducing)
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
-    reduce_s = np.zeros(len(shard.tp))
-    gather_s = np.zeros(len(shard.tp))
+    seconds = dict.fromkeys(("reduce", "replicas", "gather", "again"), np.zeros(len(shard.tp)))
     for elements, mesh, experts in (
         (dense, attention_mesh, False),
         (local.expert, expert_mesh, True),
     ):
         pieces = gathered_pieces(kind, stack.layers, experts=experts)
         frozen = frozen_bytes(kind, shard, rules, vocab_divisor, experts=experts)
-        reduced, gathered = _data_parallel_times(elements, mesh, data, machine, pieces, frozen)
-        reduce_s += reduced
-        gather_s += gathered
+        part = _data_parallel_times(elements, mesh, data, machine, pieces, frozen)
+        seconds = {name: total + part[name] for name, total in seconds.items()}
+    reduce_s, gather_s = seconds["reduce"], seconds["gather"]
     sums_s = _seconds(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
     )
@@ -97,7 +97,7 @@ def price_kind(
             np.where(
                 fsdp,
                 expose(
-                    reduce_s + np.where(again, gather_s, 0.0),
+                    reduce_s + np.where(again, seconds["again"], 0.0),
                     backward, contention,
                 ),
                 0.0,
@@ -106,7 +106,8 @@ def price_kind(
             + copies["backward"]
         ),
     }  # fmt: skip
-    gradient = expose(reduce_s, backward, contention) if stack.overlap_dp_gradients else reduce_s
+    last_s = np.where(fsdp, 0.0, reduce_s) + seconds["replicas"]
+    gradient = expose(last_s, backward, contention) if stack.overlap_dp_gradients else last_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     buffers = held.step
     if rules.dummy_wgrad and kind.name == "head":
@@ -115,13 +116,13 @@ def price_kind(
         )
     gathered_bytes = held.gathered
     lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
-    half_open = unsharded.partly_gathered(held, meshes(shard, data)[0].ways, data, stack=stack)
+    half_open = unsharded.partly_gathered(
+        held, attention_mesh.ways, data, group=machine.reshard_group
+    )
     rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
-    rows[Field.GRADIENT] = to_ns(
-        np.where(fsdp, 0.0, gradient) + np.where(data.pp == 1, 0.0, sums_s)
-    )
+    rows[Field.GRADIENT] = to_ns(gradient + np.where(data.pp == 1, 0.0, sums_s))
     rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
     update = _optimizer_seconds(dense, local.expert, attention_mesh, expert_mesh, data, machine)
     if rules.optimizer.orthogonalises:
@@ -202,18 +203,29 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
 
 def _data_parallel_times(
     elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int, frozen: Int64
-) -> tuple[Real, Real]:
-    """Seconds to reduce the gradients of ``elements`` parameters and to gather their weights, in
-    so many collectives."""
+) -> dict[str, Real]:
+    """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
+    microbatch alone sums them over replicas) and to gather the weights for the forward
+    (``gather``) and the backward (``again``), in so many collectives."""
     found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, frozen)
-    gradient, parameter = (
-        _seconds((c for c in found if c.role == role), len(elements), machine)
-        for role in ("gradient", "parameter")
-    )
+    late = machine.stack.replica_reduction == "step"
+    gradients = [call for call in found if call.role == "gradient"]
+    parts = {
+        "reduce": [call for call in gradients if not (late and call.over_replicas)],
+        "replicas": [call for call in gradients if late and call.over_replicas],
+        "gather": [call for call in found if call.role == "parameter"],
+    }
+    kept = backward_mesh(mesh, machine.reshard_group)
+    if kept is not mesh:
+        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, frozen)
+        parts["again"] = [call for call in again if call.role == "parameter"]
+    seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
+    seconds.setdefault("again", seconds["gather"])
     if machine.offload.parameters:
         shard = elements * float(machine.rules.gather_bytes) / mesh.ways
-        parameter = parameter + offload.fetch_seconds(shard, machine.cluster.groups[0].node)
-    return gradient, parameter
+        fetch = offload.fetch_seconds(shard, machine.cluster.groups[0].node)
+        seconds |= {name: seconds[name] + fetch for name in ("gather", "again")}
+    return seconds
 
 
 def _seconds(found: Iterable[DataCall], size: int, machine: Machine) -> Real:

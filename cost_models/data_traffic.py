@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -65,6 +65,8 @@ class DataCall:
     active: Bools
     count: int = 1
     """Equal calls."""
+    over_replicas: bool = False
+    """Whether it sums shards that other groups hold too."""
 
 
 def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> int:
@@ -90,6 +92,11 @@ def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:
     )
 
 
+def backward_mesh(mesh: Mesh, group: int | None) -> Mesh:
+    """The mesh over which the backward gathers weights: at most ``group`` neighbours."""
+    return mesh if group is None else replace(mesh, ways=np.minimum(mesh.ways, group))
+
+
 def calls(
     elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int,
     frozen_bytes: Int64,
@@ -112,7 +119,7 @@ def calls(
         DataCall("gradient", "reduce_scatter", gradient, mesh.ways, mesh.stride, sharded & some),
         DataCall(
             "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
-            sharded & some,
+            sharded & some, over_replicas=True,
         ),
         DataCall(
             "parameter", "all_gather", weights / pieces, mesh.ways, mesh.stride, sharded & some,

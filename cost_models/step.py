@@ -118,6 +118,12 @@ class Machine:
         )
 
     @property
+    def reshard_group(self) -> int | None:
+        """Ranks from which the backward gathers weights in stage 3; None: all that share them."""
+        group = self.stack.reshard_group
+        return self.cluster.groups[0].node.devices_per_node if group == "node" else group
+
+    @property
     def accumulates(self) -> bool:
         """Whether products add their weight gradient to the one that is kept."""
         return "wgrad_accumulation" in self.stack.fused

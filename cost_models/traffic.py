@@ -143,15 +143,18 @@ def data_calls(
             whole = int(data.zero_stage[0]) == 0
             replicas = call.kind == "all_reduce" and not whole
             name = f"{kind.name}.{call.role}"
+            late = replicas and machine.stack.replica_reduction == "step"
             first: Pass = "forward" if call.role == "parameter" else "backward"
             base = Calls(
                 name, "dp_replicate" if replicas else "dp" if whole else group, int(call.size[0]),
-                first if every else "step", call.kind, call.count,
+                first if every and not late else "step", call.kind, call.count,
                 round(call.count * float(call.bytes[0])),
             )  # fmt: skip
             found.append(base)
             if again and call.role == "parameter":
-                found.append(replace(base, phase="backward"))
+                ways = data_traffic.backward_mesh(mesh, machine.reshard_group).ways
+                if ways[0] > 1:
+                    found.append(replace(base, phase="backward", ranks=int(ways[0])))
     for call in data_traffic.tensor_parallel_sums(
         kind, shard, data, machine.stack.layers, machine.rules
     ):

@@ -84,10 +84,9 @@ def made_each_step(held: StateBytes, zero_stage: Int64, *, stack: StackSpec) -> 
 
 
 def partly_gathered(
-    held: StateBytes, ways: Int64, data: DataParallel, *, stack: StackSpec
+    held: StateBytes, ways: Int64, data: DataParallel, *, group: int | None
 ) -> Int64:
-    """What of the gathered weights stays from forward to backward, split over fewer ranks."""
-    group = stack.reshard_group
+    """What of the gathered weights stays for the backward, over ``group`` ranks of ``ways``."""
     if group is None:
         return np.zeros_like(held.gathered)
     return np.where(

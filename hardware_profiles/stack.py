@@ -65,6 +65,9 @@ class LayersSpec(Profile):
     separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     """Projections of one input that are products of their own: without sequence parallelism each
     has its own reduction of the input's gradient."""
+    vocabulary: Literal["split", "whole"] = "split"
+    """Whether tp splits embedding and head by rows of the vocabulary, or every rank has them whole
+    and computes all logits (AutoTP)."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
     pays the latency of a ring over all ranks."""
@@ -182,9 +185,13 @@ class StackSpec(Profile):
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""
-    reshard_group: Annotated[int, Field(ge=2)] | None = None
-    """In stage 3, ranks over which weights stay split from forward to backward (FSDP2's
-    ``reshard_after_forward`` as a number); None: over all that share them."""
+    reshard_group: Annotated[int, Field(ge=2)] | Literal["node"] | None = None
+    """In stage 3, ranks over which a 16-bit copy of the weights stays split for the backward, which
+    gathers it from these alone (FSDP2's ``reshard_after_forward`` as a number, hpZ of ZeRO++);
+    ``node``: as many as a node has. None: the backward gathers from all that share them."""
+    replica_reduction: Literal["microbatch", "step"] = "microbatch"
+    """When gradients that are reduced with every microbatch are summed over ``dp_replicate``: with
+    each, or with the last one of the step only (MiCS)."""
     prefetched_units: Annotated[int, Field(ge=0)] = 1
     """Layers whose weights are gathered ahead of the one that runs, where weights are sharded."""
     stream_pools: bool = False

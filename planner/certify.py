@@ -103,8 +103,8 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield "expert_dp does not follow from the other degrees"
     if layout.rank_order != request.stack.rank_order:
         yield "rank_order is not the stack's"
-    if layout.reshard_after_forward != (layout.zero_stage == 3):
-        yield "reshard_after_forward does not follow from the ZeRO stage"
+    if layout.reshard_after_forward != request.resharding(layout.zero_stage):
+        yield "reshard_after_forward does not follow from the ZeRO stage and the stack"
     if layout.optimizer_offload != request.job.optimizer_offload:
         yield "optimizer_offload is not the job's"
     if layout.parameter_offload != request.job.parameter_offload:

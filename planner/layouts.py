@@ -48,7 +48,14 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         and request.stack.sequence_parallel != "never"
         and request.model.splits_sequence,
     )
-    base["reshard_after_forward"] = base.get("reshard_after_forward", base["zero_stage"] == 3)
+    resharding = request.resharding(base["zero_stage"])
+    if base.setdefault("reshard_after_forward", resharding) != resharding:
+        asked = base["reshard_after_forward"]
+        raise InputError(
+            f"layout: reshard_after_forward = {asked}, but {request.stack.name} in ZeRO stage "
+            f"{base['zero_stage']} does {resharding}",
+            hint="leave it out, or set reshard_group in a stack that extends this one",
+        )
     if request.stack.cp_kinds and "cp_kind" not in base:
         base["cp_kind"] = request.stack.cp_kinds[0]
     base |= degree

@@ -220,6 +220,9 @@ def impossible_layout(
         return "replication alone does not combine"
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
         return "parameters stay gathered under a pipeline"
+    group, ways = request.machine.reshard_group, shard * mesh.cp
+    if zero == 3 and group is not None and ways > group and ways % group:
+        return f"the weights' {ways} ranks are no multiple of the {group} that keep a copy"
     if not stack.uneven_stages and layers % stages:
         return "layers do not split evenly"
     return None

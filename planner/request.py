@@ -72,6 +72,10 @@ class Request:
             "parameter_offload": self.job.parameter_offload,
         }
 
+    def resharding(self, zero_stage: int) -> bool | int:
+        """What becomes of gathered weights after the forward (``Layout.reshard_after_forward``)."""
+        return (self.machine.reshard_group or True) if zero_stage == 3 else False
+
     def offloading(self, layout: Layout) -> Request:
         """The request with what a layout keeps on the host."""
         asked = {"optimizer_offload": layout.optimizer_offload,

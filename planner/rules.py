@@ -184,6 +184,17 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: parameters stay gathered under a pipeline",
             lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
         )
+    group = request.machine.reshard_group
+    if group is not None:
+        yield (
+            f"{label}: dp_shard x cp is no multiple of the {group} ranks that keep weights for the "
+            "backward",
+            lambda m, x: (
+                (x.zero_stage == 3)
+                & (x.dp_shard * m.cp > group)
+                & ((x.dp_shard * m.cp) % group != 0)
+            ),
+        )
     if not stack.uneven_stages:
         layers = request.model.layer_count
         yield (

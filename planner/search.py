@@ -234,7 +234,7 @@ class Search:
         if self.leaves % 64 == 0:
             self._say(f"{len(self.queue):,} layouts waiting")
         leaf = layouts.leaf(index)
-        degrees = _degrees(layouts, index, leaf)
+        degrees = _degrees(layouts, index, leaf, self.request)
         options = recompute_options(self.request, len(leaf.sequence))
         opening = Opening(leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough)
         reached = opening.close(options, per_stage=self.request.stack.recompute_per_stage)
@@ -252,7 +252,7 @@ def _mesh_key(degrees: Degrees) -> tuple[int, ...]:
     return tuple(int(degrees[name]) for name in ("tp", "cp", "pp", "ep"))
 
 
-def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf) -> Degrees:
+def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -> Degrees:
     meshes, own = layouts.meshes, layouts.layouts
     mesh = int(own.mesh[index])
     zero = int(own.zero_stage[index])
@@ -272,6 +272,6 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf) -> Degrees:
         "microbatch_size": int(meshes.microbatch[mesh]),
         "num_microbatches": leaf.microbatches,
         "zero_stage": zero,
-        "reshard_after_forward": zero == 3,
+        "reshard_after_forward": request.resharding(zero),
         "schedule": SCHEDULE_NAMES[int(own.schedule[index])],
     }

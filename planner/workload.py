@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph
 from cost_models.ops import Op, SavedTensor
 from hardware_profiles.schema import DeviceSpec, StackSpec
 from planner.blocks import ends, vision
@@ -68,6 +68,7 @@ def build_workload(
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
         separate=frozenset(stack.layers.separate_projections),
+        whole_vocabulary=stack.layers.vocabulary == "whole",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
     mtp_runs = model.mtp if job.mtp else ()
@@ -137,15 +138,27 @@ def _embedding(model: ModelSpec, images: vision.Images, ctx: BlockContext) -> La
         return np.maximum(own, vision.working(tower, images, ctx, shard)) if tower else own
 
     return LayerKind(
-        "embedding", embedding_weights(model), ops, saved, lambda shard: shard.tokens * 8, working
+        "embedding",
+        _held(embedding_weights(model), ctx),
+        ops,
+        saved,
+        lambda shard: shard.tokens * 8,
+        working,
     )
+
+
+def _held(weights: tuple[Weight, ...], ctx: BlockContext) -> tuple[Weight, ...]:
+    """The weights of an end as the stack's tensor parallelism shards them."""
+    if not ctx.whole_vocabulary:
+        return weights
+    return tuple(replace(w, sharding="replicated") if w.sharding == "vocab" else w for w in weights)
 
 
 def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> LayerKind:
     """Final norm, LM head and loss; each MTP module adds its block and a pass through the head."""
     if not mtp:
         return LayerKind(
-            "head", head_weights(model, include_tied=True),
+            "head", _held(head_weights(model, include_tied=True), ctx),
             lambda shard: ends.head_ops(ctx, shard), lambda shard: ends.head_saved(ctx, shard),
             ctx.residual_bytes, lambda shard: ends.head_working(ctx, shard), ctx.element_bytes,
             in_pieces=ctx.loss_chunks > 1,
@@ -178,7 +191,7 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
 
     return LayerKind(
         "head",
-        (*head_weights(model, include_tied=True), *mtp_weights(model)),
+        (*_held(head_weights(model, include_tied=True), ctx), *mtp_weights(model)),
         lambda shard: once(lambda kind: kind.ops(shard), shard),
         saved,
         ctx.residual_bytes,

@@ -53,6 +53,15 @@ class BlockContext:
     logit_working_bytes_split: float | None = None
     """As ``logit_working_bytes``, where the vocabulary is split over tp."""
 
+    whole_vocabulary: bool = False
+    """Whether every tp rank has embedding and head whole."""
+
+    def vocabulary_shard(self, shard: Shard) -> Shard:
+        """The shard as embedding and head see it."""
+        if not self.whole_vocabulary:
+            return shard
+        return replace(shard, tp=np.ones_like(shard.tp))
+
     def span(self, shard: Shard, limit: int | None = None) -> int:
         """Tokens within which tokens see each other: the sample, a document, or a chunk."""
         lengths = (shard.sequence, self.document, limit)

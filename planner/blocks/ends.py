@@ -20,8 +20,11 @@ def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Gather of rows, then the reduction over tp of a vocabulary-split table."""
     full = ctx.gathered_bytes(shard)
     sp = shard.sequence_parallel
+    rows = Elementwise("embedding", 2.0 * full, 3.0 * full)
+    if ctx.whole_vocabulary:
+        return (rows,)
     return (
-        Elementwise("embedding", 2.0 * full, 3.0 * full),
+        rows,
         Collective("embedding.scatter", "tp", "reduce_scatter", full, "all_gather", full,
                    active=sp),
         Collective("embedding.reduce", "tp", "all_reduce", full, None, 0, active=~sp),
@@ -38,6 +41,7 @@ def embedding_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
 
 def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Final norm, vocabulary-parallel logits, cross-entropy."""
+    shard = ctx.vocabulary_shard(shard)
     x = shard.tokens
     vocab = padded_vocab(ctx, shard.tp) // shard.tp
     logits = 1.0 * x * vocab
@@ -45,17 +49,23 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     # Unfused: cast to fp32, maximum, subtract-exponentiate, sum, divide; backward: subtract, cast.
     forward, backward, launches = (4.0, 4.0, 2) if fused else (26.0, 14.0, 8)
     scalar = 4 * x
+    final = norm("final_norm", ctx, shard)
+    product = MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False)
+    loss = Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4)
+    if ctx.whole_vocabulary:
+        return (final, product, loss)
     return (
-        norm("final_norm", ctx, shard),
+        final,
         *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False),
-        MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False),
-        Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4),
+        product,
+        loss,
         Collective("cross_entropy.reduce", "tp", "all_reduce", scalar, None, 0, forward_count=3),
     )
 
 
 def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """The head's input and what the loss keeps per logit."""
+    shard = ctx.vocabulary_shard(shard)
     elements = ctx.residual_bytes(shard) // ctx.element_bytes
     logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
     norms = norm_saved("final_norm", elements, shard.residual_tokens, ctx)
@@ -76,6 +86,7 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
 
 def head_output(ctx: BlockContext, shard: Shard) -> Int64:
     """Logits of one microbatch on one device."""
+    shard = ctx.vocabulary_shard(shard)
     return shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) * ctx.element_bytes
 
 
@@ -90,6 +101,7 @@ def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
 
 def head_working(ctx: BlockContext, shard: Shard) -> Int64:
     """Short-lived logits and their gradient; of a chunk with its part of the input's gradient."""
+    shard = ctx.vocabulary_shard(shard)
     logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) // ctx.loss_chunks
     each = _scaled(logits, ctx.logit_working_bytes)
     if ctx.logit_working_bytes_split is not None:

@@ -173,6 +173,12 @@ def draw_stack(rng: Random, moe: bool) -> StackSpec:
         changes["zero_stages"] = rng.choice(((0,), (1,), (0, 1, 2, 3), (2,), (0, 3), (1, 2)))
     if rng.random() < 0.3:
         changes["cp_kinds"] = rng.choice(((), ("all_gather",), ("a2a", "p2p")))
+    # Drawn apart, so that the instances that follow stay what they were.
+    own = Random(f"{name} {changes['launch_overhead'].value} {sorted(changes)} {moe}")
+    if own.random() < 0.4:
+        changes["reshard_group"] = own.choice((2, 3, "node"))
+    if own.random() < 0.4:
+        changes["replica_reduction"] = "step"
     return stack.model_copy(update=changes)
 
 

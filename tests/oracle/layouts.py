@@ -173,6 +173,12 @@ def runs(request: Request, x: Layout) -> bool:
     replicated = x.zero == 0 and x.dp > 1
     if "zero_0_is_replicate_only" in rules and replicated and x.tp * x.cp * x.pp > 1:
         return False
+    keeps = stack.reshard_group
+    if keeps == "node":
+        keeps = request.cluster.groups[0].node.devices_per_node
+    spread = x.dp_shard * x.cp
+    if x.zero == 3 and keeps is not None and spread > keeps and spread % keeps:
+        return False
     return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
 
 
