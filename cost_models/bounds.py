@@ -8,7 +8,7 @@ integers they bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -39,8 +39,13 @@ class Totals:
     the last but one, whose very first may be lighter."""
     embedding_work: Real
     hop: Real
+    """Least transfer that delays its receiver alone."""
     bucket: Real
     sync: Real
+    send: Real
+    """Least transfer for which its sender waits too; of this and ``hop`` one is 0."""
+    end_work: Real
+    """Of the lighter of embedding and head."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +105,37 @@ def interleaved(shape: Shape, totals: Totals) -> Real:
     m, pp = shape.microbatches, shape.pp
     full = shape.height * totals.layer_work
     fill = full * (pp - 1) * (pp - 2) / 2 / pp + (pp - 1) * totals.hop
+    # Rank s waits for s first forwards and s first backwards, of which rank 0's sends nothing.
+    fill = fill + totals.send * (pp - 1) ** 2 / pp
     average = m * totals.work / pp + fill
     hops = 2 * (pp - 2) * totals.hop
     rank = m * totals.rank_work + totals.first_work + totals.embedding_work + hops
     return np.maximum(average, np.where(pp >= 3, rank, 0.0))
 
 
+def occupied(shape: Shape, totals: Totals) -> Totals:
+    """The same layouts with the transfers that a rank waits for counted as its work.
+
+    Every virtual stage but the last sends on and every one but the first sends back, so the whole
+    pipeline has ``2 (stages - 1)`` sends a microbatch. The tallest rank sends twice, or is an end,
+    which sends once and holds embedding or head too. The last-but-one rank of an interleaved
+    pipeline (of three ranks or more) has no end and sends twice per chunk; of the first chunks of
+    the ``pp - 2`` ranks before it all send on and all but the very first send back.
+    """
+    pp, vpp = shape.pp, shape.vpp
+    send = np.where(pp > 1, totals.send, 0.0)
+    return replace(
+        totals,
+        work=totals.work + 2 * (pp * vpp - 1) * send,
+        tallest_work=totals.tallest_work + send + np.minimum(send, totals.end_work),
+        rank_work=totals.rank_work + 2 * vpp * send,
+        first_work=totals.first_work + np.maximum(2 * pp - 5, 0) * send,
+    )
+
+
 def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
     """Lower bound on the step by schedule code (0 gpipe, 1 1f1b, 2 interleaved)."""
+    totals = occupied(shape, totals)
     pipeline = np.select(
         [schedule == 0, schedule == 1],
         [gpipe(shape, totals), one_f_one_b(shape, totals)],

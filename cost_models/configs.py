@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models import interconnect
+from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
@@ -83,6 +83,8 @@ class PricedConfigs:
     capacity_bytes: int
     late: tuple[tuple[Int64, Int64], ...] = ()
     """Per cut, what its transfers take beyond ``hop_ns``; empty where all cuts carry the same."""
+    blocking: tuple[Schedule, ...] = ()
+    """Schedules in which the sending rank waits for its transfers."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -94,6 +96,13 @@ class PricedConfigs:
     ) -> Leaf:
         """The leaf of configuration ``index`` under a schedule."""
         position = {name: i for i, name in enumerate(self.kind_names)}
+        hop = int(self.hop_ns[index])
+        late = tuple((int(on[index]), int(back[index])) for on, back in self.late)
+        sends: tuple[tuple[int, int], ...] = ()
+        if schedule in self.blocking:
+            cuts = late or ((0, 0),) * (len(self.workload.layers) + 1)
+            sends = tuple((hop + on, hop + back) for on, back in cuts)
+            hop, late = 0, ()
         return Leaf(
             schedule=schedule,
             pp=int(self.configs.pp[index]),
@@ -103,7 +112,7 @@ class PricedConfigs:
             kinds=tuple(tuple(table[:, index].tolist()) for table in self.kinds),
             embedding=tuple(self.embedding[:, index].tolist()),
             head=tuple(self.head[:, index].tolist()),
-            hop_ns=int(self.hop_ns[index]),
+            hop_ns=hop,
             bucket_ns=int(self.bucket_ns[index]),
             tied_sync_ns=int(self.tied_sync_ns[index]),
             sync_ns=int(self.sync_ns[index]),
@@ -111,7 +120,8 @@ class PricedConfigs:
             receive_bytes=int(self.receive_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
-            late=tuple((int(on[index]), int(back[index])) for on, back in self.late),
+            late=late,
+            sends=sends,
             policies=self.policies,
         )
 
@@ -172,7 +182,7 @@ def price_configs(
         kinds=tuple(table(workload.kinds[name], workload.policies) for name in names),
         embedding=table(workload.embedding),
         head=table(workload.head, drop=drop_tied),
-        hop_ns=hop_ns(workload, machine, configs),
+        hop_ns=transfers.hop_ns(workload, machine, shard, configs),
         bucket_ns=_bucket_ns(machine, configs),
         tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),
         sync_ns=to_ns(
@@ -183,47 +193,11 @@ def price_configs(
         ),
         reserve=reserve,
         fixed_bytes=reserve.total + reserve_bytes,
-        receive_bytes=_receive_bytes(workload, machine, configs),
+        receive_bytes=transfers.receive_bytes(workload, machine, shard, configs),
         capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
-        late=_late(workload, machine, configs),
+        late=transfers.late_ns(workload, machine, shard, configs),
+        blocking=machine.stack.blocking_transfers,
     )  # fmt: skip
-
-
-def hop_ns(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64:
-    """Transfer of one microbatch's boundary to the next pipeline stage; of the least one, where
-    cuts differ."""
-    return _transfer_ns(workload, machine, configs, workload.boundary_bytes_per_token)
-
-
-def _receive_bytes(workload: WorkloadGraph, machine: Machine, configs: Configs) -> Int64:
-    """A buffer for one boundary, the largest where cuts differ."""
-    if not machine.stack.pipeline_buffers:
-        return np.zeros_like(configs.tp)
-    sizes = (workload.boundary_bytes_per_token, *(max(cut) for cut in workload.boundaries))
-    each = shard_of(workload, configs).residual_tokens * max(sizes)
-    return np.where(configs.pp > 1, each, 0)
-
-
-def _late(
-    workload: WorkloadGraph, machine: Machine, configs: Configs
-) -> tuple[tuple[Int64, Int64], ...]:
-    """By how much each cut's transfers, on and back, take longer than the least."""
-    if not workload.boundaries:
-        return ()
-    least = hop_ns(workload, machine, configs)
-    sizes = {size for cut in workload.boundaries for size in cut}
-    late = {size: _transfer_ns(workload, machine, configs, size) - least for size in sizes}
-    return tuple((late[on], late[back]) for on, back in workload.boundaries)
-
-
-def _transfer_ns(
-    workload: WorkloadGraph, machine: Machine, configs: Configs, bytes_per_token: int
-) -> Int64:
-    shard = shard_of(workload, configs)
-    stride = configs.tp * configs.cp * configs.dp_replicate * configs.dp_shard
-    boundary = shard.residual_tokens * bytes_per_token
-    hop = interconnect.send_recv_time_s(machine.fabric, boundary, stride=stride, size=configs.pp)
-    return np.where(configs.pp > 1, to_ns(hop), 0)
 
 
 def _bucket_ns(machine: Machine, configs: Configs) -> Int64:

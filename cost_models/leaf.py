@@ -8,12 +8,12 @@ says which layers each virtual stage holds and what it recomputes. From the two 
 * a *surrogate*, a bound proved to be at most the simulated time: ``cost_models.surrogate``.
 
 Step time = ``max over ranks (finish + exposed gradient reduction) + max over ranks (optimizer +
-exposed parameter gather) + sync``: clipping by the global gradient norm is a barrier.
+exposed parameter gather) + sync``: clipping by the global gradient norm is a barrier. Where ranks
+wait for their transfers (``Leaf.sends``), these are part of a chunk's forward and backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -57,6 +57,9 @@ class Leaf:
     late: tuple[tuple[int, int], ...] = ()
     """Per cut between layers (from before the first to after the last), by how much its transfer
     takes longer than ``hop_ns``, on and back; empty where all cuts carry the same."""
+    sends: tuple[tuple[int, int], ...] = ()
+    """Per cut, transfers on and back for which the sending rank waits, in place of ``hop_ns`` and
+    ``late``; empty where they run beside its work."""
     policies: tuple[RecomputeMode, ...] = ()
     """Recomputation that ``kinds`` has prices of."""
 
@@ -114,6 +117,7 @@ class ChunkCosts:
     """One virtual stage."""
 
     forward_ns: int
+    """With the transfer of the output, where the rank waits for it; so the backward."""
     backward_ns: int
     gradient_ns: int
     update_ns: int
@@ -153,19 +157,30 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
     front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
     late = leaf.late[last] if leaf.late and stage < leaf.stages - 1 else (0, 0)
-    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late)
+    sent = sent_ns(leaf, stage, first, last)
+    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent)
     known = leaf.chunk_cache.get(key)
     if known is None:
-        known = leaf.chunk_cache[key] = _chunk_costs(leaf, key[0], key[1], mode, held, front, late)
+        known = leaf.chunk_cache[key] = _chunk_costs(leaf, *key)
     return known
+
+
+def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
+    """What a stage's forward and backward wait for: the transfers of its output, but on the last
+    stage, and of its input's gradient, but on the first."""
+    if not leaf.sends:
+        return 0, 0
+    on = leaf.sends[last][0] if stage < leaf.stages - 1 else 0
+    return on, leaf.sends[first][1] if stage else 0
 
 
 def _chunk_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
-    front: tuple[int, ...], late: tuple[int, int],
+    front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
-    forward = backward = gradient = update = static = activation = working = draining = made = 0
+    forward, backward = sends
+    gradient = update = static = activation = working = draining = made = 0
     step = freed = sent = behind = 0
     kept, short, extra = leaf.modes[mode]
     layers = sum(held)
@@ -366,26 +381,3 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
         sync_ns=leaf.sync_ns,
         timeline=timeline,
     )
-
-
-def interleaved_bounds(leaf: Leaf) -> Iterator[tuple[int, ...]]:
-    """The partitions of the interleaved schedule: equal chunks, the first and last may be lighter.
-
-    Every virtual stage holds ``h`` layers, the first ``h - x`` and the last ``h - y`` with
-    ``0 <= x, y <= h``: what even splitting with the embedding and the loss counted as layers, or a
-    smaller first and last stage, can express.
-    """
-    layers, stages = len(leaf.sequence), leaf.stages
-    height = -(-layers // stages)
-    while stages * height - layers <= 2 * height:
-        spare = stages * height - layers
-        for x in range(max(0, spare - height), min(spare, height) + 1):
-            y = spare - x
-            if not leaf.uneven and spare:
-                continue
-            bounds = [0, *(height * (j + 1) - x for j in range(stages - 1)), layers]
-            if stages == 1 or (bounds[1] >= 0 and bounds[-2] <= layers and y >= 0):
-                yield tuple(bounds)
-        height += 1
-        if stages <= 2 and height > layers + 1:
-            return

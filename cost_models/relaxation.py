@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
+from cost_models.layout import SCHEDULES
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
@@ -131,7 +132,13 @@ class Relaxation:
             ],
             axis=0,
         )
-        ends = self.tables.embedding
+        ends = [
+            self.column(end, Field.FORWARD) + self.column(end, Field.BACKWARD)
+            for end in (self.tables.embedding, self.tables.head)
+        ]
+        transfer = self.tables.hop_ns[self.config].astype(np.float64)
+        codes = [SCHEDULES.index(name) for name in self.tables.blocking]
+        blocking = np.isin(self.schedule, codes)
         totals = bounds.Totals(
             work=work,
             tallest_work=self.cheapest_layers(-(-self.layers // self.pp)) + tallest_extra,
@@ -142,10 +149,12 @@ class Relaxation:
             first_work=self.cheapest_layers(
                 np.maximum((self.pp - 2) * self.height - np.minimum(self.spare, self.height), 0)
             ),
-            embedding_work=self.column(ends, Field.FORWARD) + self.column(ends, Field.BACKWARD),
-            hop=self.tables.hop_ns[self.config].astype(np.float64),
+            embedding_work=ends[0],
+            hop=np.where(blocking, 0.0, transfer),
             bucket=self.tables.bucket_ns[self.config].astype(np.float64),
             sync=self.tables.sync_ns[self.config].astype(np.float64),
+            send=np.where(blocking, transfer, 0.0),
+            end_work=np.minimum(*ends),
         )
         shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare)
         return bounds.step_bound(self.schedule, shape, totals)

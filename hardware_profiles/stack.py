@@ -141,8 +141,12 @@ class StackSpec(Profile):
     forward of such a layer."""
     overlap_dp_gradients: bool
     overlap_dp_parameters: bool
-    overlap_pipeline: bool
-    """Whether stage transfers hide behind compute in the interleaved schedule."""
+    blocking_transfers: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
+    """Schedules in which a pipeline rank waits for the transfer of each output and gradient before
+    it goes on; in the others a transfer runs beside the rank's next pass."""
+    scattered_transfers: bool = False
+    """Whether a boundary that every tensor-parallel rank holds is sent in tp parts, one by each,
+    and gathered behind the transfer."""
     tensor_parallel_overlap: Literal["none", "asynchronous", "pipelined"] = "asynchronous"
     """``asynchronous``: the backward of a column-parallel layer communicates beside its products.
     ``pipelined``: moreover, gathers and scatters of sequence parallelism run in tp chunks with the

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.leaf import Completion, Leaf, Recompute, interleaved_bounds
+from cost_models.leaf import Completion, Leaf, Recompute
+from cost_models.partitions import interleaved_bounds
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -117,6 +118,10 @@ class _Table:
         """Layers per partition, virtual stage and kind."""
         self.forward = self._sum(self.held, Field.FORWARD)
         self.backward = self._sum(self.held, Field.BACKWARD)
+        if leaf.sends:
+            sends = np.array(leaf.sends, dtype=np.int64)
+            self.forward[:, :-1] += sends[self.last[:, :-1], 0]
+            self.backward[:, 1:] += sends[self.first[:, 1:], 1]
         gradient = self._sum(self.held, Field.GRADIENT)
         if leaf.pp > 1:
             gradient[:, 0] += leaf.tied_sync_ns

@@ -9,7 +9,8 @@ import numpy as np
 
 from cost_models.configs import Configs, cp_kind_code
 from cost_models.layout import RecomputeMode
-from cost_models.leaf import Completion, Leaf, Recompute, interleaved_bounds
+from cost_models.leaf import Completion, Leaf, Recompute
+from cost_models.partitions import interleaved_bounds
 from cost_models.step import Field
 from planner.errors import InputError, did_you_mean
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage

@@ -14,6 +14,7 @@ from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
 from cost_models.leaf import (
     Completion,
+    sent_ns,
     simulate_step,
     stage_costs,
 )
@@ -226,7 +227,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         rank = step.critical_rank
     shard = shard_of(request.workload, priced.tables.configs)
     workload, machine = request.workload, request.machine
-    totals = dict.fromkeys((*CATEGORIES, "recompute"), 0)
+    totals = dict.fromkeys((*CATEGORIES, "pp_comm", "recompute"), 0)
     names = priced.tables.kind_names
     pp = priced.tables.configs.pp
 
@@ -235,7 +236,8 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
 
     times = {name: priced_alone(workload.kinds[name]) for name in names}
     parts: list[tuple[LayerTimes, int, tuple[int, ...]]] = []
-    for j in range(rank, leaf.stages, leaf.pp):
+    own_stages = range(rank, leaf.stages, leaf.pp)
+    for j in own_stages:
         first, last = completion.bounds[j], completion.bounds[j + 1]
         for index, name in enumerate(names):
             count = leaf.counts[last][index] - leaf.counts[first][index]
@@ -255,7 +257,9 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         # What a layer costs beyond its own categories is FSDP traffic exposed per microbatch.
         totals["dp_comm"] += (row[Field.FORWARD] + row[Field.BACKWARD] - own) * count
         work += (row[Field.FORWARD] + row[Field.BACKWARD]) * count
-    totals["recompute"] = priced.ranks[rank].work_ns - work
+    sent = sum(sum(sent_ns(leaf, j, *completion.bounds[j : j + 2])) for j in own_stages)
+    totals["pp_comm"] = sent
+    totals["recompute"] = priced.ranks[rank].work_ns - work - sent
     m = leaf.microbatches
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])
@@ -287,5 +291,6 @@ _DETAILS = {
     "cp_comm": "context-parallel exchange, exposed",
     "ep_comm": "expert all-to-all, exposed",
     "dp_comm": "parameter gathers, gradient reductions and their copies per microbatch, exposed",
+    "pp_comm": "transfers between pipeline stages that the rank waits for",
     "recompute": "forward work repeated in the backward",
 }

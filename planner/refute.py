@@ -20,12 +20,12 @@ from cost_models.leaf import (
     Recompute,
     chunk_costs,
     fits,
-    interleaved_bounds,
     peak_bytes,
     rank_costs,
     simulate_step,
     stage_costs,
 )
+from cost_models.partitions import interleaved_bounds
 from cost_models.relaxation import Relaxation
 from cost_models.step import Field
 from cost_models.surrogate import EMPTY_LABEL, Label, extend_label, surrogate_ns

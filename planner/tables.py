@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import bounds
-from cost_models.configs import Configs, PricedConfigs, hop_ns, price_configs, unique_rows
+from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of, unique_rows
 from cost_models.graph import Int64
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import mode_rows
 from cost_models.relaxation import Relaxation, layer_counts, model_sum
 from cost_models.step import Field
+from cost_models.transfers import hop_ns
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
 from planner.request import Request
 from planner.space import recompute_modes
@@ -74,21 +75,28 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     work, layer, parameters, kept, fixed = (
         np.concatenate(column)[where] for column in zip(*parts, strict=True)
     )
-    hop = hop_ns(
-        request.workload, request.machine,
-        configs_of_meshes(meshes, meshes.dp, np.ones_like(meshes.dp), np.zeros_like(meshes.dp)),
-    ).astype(np.float64)  # fmt: skip
+    configs = configs_of_meshes(
+        meshes, meshes.dp, np.ones_like(meshes.dp), np.zeros_like(meshes.dp)
+    )
+    shard = shard_of(request.workload, configs)
+    hop = hop_ns(request.workload, request.machine, shard, configs).astype(np.float64)
     m = request.global_batch // (meshes.dp * meshes.microbatch)
     ones, zero = np.ones_like(m), np.zeros(len(meshes))
     shape = bounds.Shape(meshes.pp, ones, m, ones, ones)
-    totals = bounds.Totals(work, zero, zero, zero, zero, zero, zero, zero, hop, zero, zero)
+    send = zero
+    if set(request.stack.schedules) <= set(request.stack.blocking_transfers):
+        hop, send = zero, hop
+    totals = bounds.Totals(
+        work, zero, zero, zero, zero, zero, zero, zero, hop, zero, zero, send, zero
+    )
     least = bounds.step_bound(ones, shape, totals)
     if "interleaved" in request.stack.schedules or "gpipe" in request.stack.schedules:
         # No schedule beats a rank's share of the work after the least fill (virtual stages of one
         # layer: cost_models.bounds.interleaved), nor one microbatch's latency.
         fill = layer * (meshes.pp - 1) * (meshes.pp - 2) / 2 / meshes.pp
-        latency = work + 2 * (meshes.pp - 1) * hop
-        relaxed = np.maximum(m * work / meshes.pp + fill, latency) * bounds.SAFETY
+        latency = work + 2 * (meshes.pp - 1) * (hop + send)
+        busy = work + 2 * (meshes.pp - 1) * send
+        relaxed = np.maximum(m * busy / meshes.pp + fill, latency) * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
     held = _least_state(request, parameters, meshes, m) + kept
     room = meshes.pp.astype(np.float64) * (request.usable_bytes - fixed)

@@ -11,6 +11,7 @@ from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
 from cost_models.traffic import Calls, Pass
+from cost_models.transfers import scattered
 from planner.pipeline import EvaluatedLayout, Request
 
 
@@ -121,8 +122,11 @@ class _Counter:
         pp, count = self.layout.pp, self.layout.num_microbatches
         for phase, kind, size in zip(passes, kinds, sizes, strict=True):
             if pp > 1:
-                each = int(self.shard.residual_tokens[0]) * size
-                yield Calls("boundary", "pp", pp, cast("Pass", phase), kind, count, count * each)
+                each, step = int(self.shard.residual_tokens[0]) * size, cast("Pass", phase)
+                parts = int(scattered(self.machine, self.shard)[0])
+                yield Calls("boundary", "pp", pp, step, kind, count, count * each // parts)
+                if parts > 1 and kind == "recv":
+                    yield Calls("boundary", "tp", parts, step, "all_gather", count, count * each)
 
     def _step(self, rank: int) -> Iterator[Calls]:
         workload = self.request.workload

@@ -12,7 +12,7 @@ where a rank does not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import product
 
@@ -66,12 +66,15 @@ class Prices:
     """Recomputation in the order of its rows: kept, working, extra time of each."""
     late: tuple[tuple[int, int], ...] = ()
     """Per cut between layers, what its transfers take beyond ``hop``."""
+    waiting: tuple[str, ...] = ()
+    """Schedules in which a rank waits until what it sends has arrived."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
-                self.sync, self.fixed, self.receive, self.capacity, self.late)  # fmt: skip
+                self.sync, self.fixed, self.receive, self.capacity, self.late,
+                self.waiting)  # fmt: skip
 
 
 @dataclass
@@ -141,6 +144,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         capacity=tables.capacity_bytes,
         policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
+        waiting=request.stack.blocking_transfers,
     )
 
 
@@ -208,11 +212,23 @@ def chunks_of(
     """All virtual stages, in order; ``options`` per rank."""
     chunks, first, stages = [], 0, x.pp * x.vpp
     for j, size in enumerate(sizes):
-        chunks.append(
-            sum_chunk(prices, j == 0, j == stages - 1, x.pp > 1, first, size, options[j % x.pp])
-        )
+        start, end = j == 0, j == stages - 1
+        chunk = sum_chunk(prices, start, end, x.pp > 1, first, size, options[j % x.pp])
+        if x.schedule in prices.waiting:
+            # Sending is the rank's work: the output but on the last stage, the input's gradient
+            # but on the first.
+            on = 0 if end else transfer(prices, first + size)[0]
+            back = 0 if start else transfer(prices, first)[1]
+            chunk = replace(chunk, forward=chunk.forward + on, backward=chunk.backward + back)
+        chunks.append(chunk)
         first += size
     return chunks
+
+
+def transfer(prices: Prices, cut: int) -> tuple[int, int]:
+    """Time of the transfers at a cut between layers, on and back."""
+    on, back = prices.late[cut] if prices.late else (0, 0)
+    return prices.hop + on, prices.hop + back
 
 
 def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]) -> int:
@@ -228,12 +244,11 @@ def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]
     return static + max(moments)
 
 
-def hops_of(prices: Prices, sizes: Sequence[int]) -> int | list[tuple[int, int]]:
-    """Transfer times behind each virtual stage, on and back."""
-    if not prices.late:
-        return prices.hop
-    cuts = [sum(sizes[: j + 1]) for j in range(len(sizes))]
-    return [(prices.hop + prices.late[c][0], prices.hop + prices.late[c][1]) for c in cuts]
+def hops_of(prices: Prices, x: Layout, sizes: Sequence[int]) -> int | list[tuple[int, int]]:
+    """What passes between the end of a virtual stage and the arrival behind it, on and back."""
+    if x.schedule in prices.waiting:
+        return 0
+    return [transfer(prices, sum(sizes[: j + 1])) for j in range(len(sizes))]
 
 
 def step_time(
@@ -241,7 +256,7 @@ def step_time(
 ) -> int:
     """The step: pipeline and exposed reduction, then the update behind the norm's barrier."""
     durations = [time for c in chunks for time in (c.forward, c.backward)]
-    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops_of(prices, sizes))
+    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops_of(prices, x, sizes))
     reduced = max(
         end + prices.bucket + sum(c.gradient for c in chunks[rank :: x.pp])
         for rank, end in enumerate(ends)

@@ -48,13 +48,14 @@ def draw_leaf(
     cuts = sorted(rng.sample(range(1, layers), kinds - 1)) if kinds > 1 else []
     sequence = tuple(sum(position >= cut for cut in cuts) for position in range(layers))
     scale = rng.choice((10, 1000, 100_000))
+    sends = draw_sends(rng, layers, scale) if pp > 1 else ()
     free = Leaf(
         schedule=schedule, pp=pp, vpp=vpp, microbatches=microbatches, sequence=sequence,
         kinds=tuple(draw_row(rng, scale) for _ in range(kinds)),
         embedding=draw_row(rng, rng.choice((scale, 4 * scale))),
         head=draw_row(rng, rng.choice((scale, 4 * scale))),
-        hop_ns=rng.choice((0, scale // 10, scale)),
-        late=draw_late(rng, layers, scale),
+        hop_ns=0 if sends else rng.choice((0, scale // 10, scale)),
+        late=() if sends else draw_late(rng, layers, scale), sends=sends,
         bucket_ns=rng.choice((0, scale, 20_000 * scale)), tied_sync_ns=rng.choice((0, scale)),
         sync_ns=rng.choice((0, scale)),
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven, policies=POLICIES,
@@ -76,6 +77,15 @@ def draw_late(rng: Random, layers: int, scale: int) -> tuple[tuple[int, int], ..
         return ()
     most = rng.choice((scale // 10, scale, 3 * scale))
     return tuple((rng.randint(0, most), rng.randint(0, most)) for _ in range(layers + 1))
+
+
+def draw_sends(rng: Random, layers: int, scale: int) -> tuple[tuple[int, int], ...]:
+    """For how long a rank waits for what it sends at each cut; half of the leaves do not wait."""
+    if rng.random() < 0.5:
+        return ()
+    least, more = rng.choice((0, scale // 10, 2 * scale)), rng.choice((0, 0, scale))
+    draw = [(least + rng.randint(0, more), least + rng.randint(0, more)) for _ in range(layers + 1)]
+    return tuple(draw)
 
 
 def _fields(leaf: Leaf) -> dict[str, object]:

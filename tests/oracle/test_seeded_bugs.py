@@ -102,9 +102,19 @@ def lost_partition(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(program.Rows, "least", wrong)
 
 
+def idle_sender(patch: pytest.MonkeyPatch) -> None:
+    """Ranks do not wait for what they send."""
+    right = PricedConfigs.leaf
+
+    def wrong(self: PricedConfigs, index: int, **kwargs: Any) -> Leaf:
+        return replace(right(self, index, **kwargs), sends=())
+
+    patch.setattr(PricedConfigs, "leaf", wrong)
+
+
 BUGS = (
     dropped_constraint, dropped_memory, wrong_bound, stage_off_by_one, misscaled_cost,
-    lost_candidate, lost_partition,
+    lost_candidate, lost_partition, idle_sender,
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         kinds=tuple(column(row) for row in leaf.kinds),
         embedding=column(leaf.embedding),
         head=column(leaf.head),
-        hop_ns=one(leaf.hop_ns),
+        hop_ns=one(min(map(min, leaf.sends)) if leaf.sends else leaf.hop_ns),
         bucket_ns=one(leaf.bucket_ns),
         tied_sync_ns=one(leaf.tied_sync_ns),
         sync_ns=one(leaf.sync_ns),
@@ -69,6 +69,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         fixed_bytes=one(leaf.fixed_bytes),
         receive_bytes=one(leaf.receive_bytes),
         capacity_bytes=leaf.capacity_bytes,
+        blocking=(leaf.schedule,) if leaf.sends else (),
     )
 
 

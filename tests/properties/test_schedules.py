@@ -12,11 +12,11 @@ from cost_models.layout import Schedule
 from cost_models.leaf import (
     Completion,
     Leaf,
-    interleaved_bounds,
     peak_bytes,
     simulate_step,
     stage_costs,
 )
+from cost_models.partitions import interleaved_bounds
 from cost_models.schedule import live_peaks, rank_order, simulate
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions

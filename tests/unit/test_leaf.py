@@ -11,12 +11,12 @@ from cost_models.leaf import (
     Leaf,
     Recompute,
     fits,
-    interleaved_bounds,
     live_activations,
     peaks,
     simulate_step,
     stage_costs,
 )
+from cost_models.partitions import interleaved_bounds
 from cost_models.step import Field
 from cost_models.surrogate import surrogate_ns
 from tests.rows import POLICIES, row
@@ -61,6 +61,21 @@ def test_step_of_the_even_split() -> None:
     assert (step.pipeline_ns, step.gradient_ns, step.update_ns) == (19, 22, 11)
     assert (step.critical_rank, step.update_rank) == (1, 1)
     assert step.total_ns == 60
+
+
+def test_a_rank_that_waits_for_its_transfers() -> None:
+    """Cuts of 1 ns on and 2 ns back: rank 0 takes 3 + 4, rank 1 (it ends the pipeline) 3 + 7.
+
+    Rank 0 runs F0 0-3, F1 3-6; rank 1 F0 3-6, B0 6-13, F1 13-16, B1 16-23; rank 0 B0 13-17 and B1
+    23-27. A timeline in which the transfers kept nobody busy would end at 25: rank 1 would be free
+    for F1 at 12.
+    """
+    leaf = replace(LEAF, hop_ns=0, sends=((1, 2),) * 3)
+    ranks = stage_costs(leaf, EVEN)
+    assert simulate_step(leaf, ranks).timeline.finish_ns == (27, 23)
+    assert surrogate_ns(leaf, ranks) <= simulate_step(leaf, ranks).total_ns
+    free = replace(LEAF, hop_ns=1, late=((0, 1),) * 3)
+    assert simulate_step(free, stage_costs(free, EVEN)).timeline.finish_ns == (25, 19)
 
 
 def test_surrogate_of_the_even_split() -> None:
