@@ -83,8 +83,11 @@ def _faults(request: Request) -> Iterator[InputError]:
         yield InputError(f"{name} does not do {tune.method} (fine-tuning it does: {known})")
     reason = request.unsupported
     if reason is not None:
-        others = sorted({"bf16", "fp16", "fp32"} & set(device.peak_flops))
-        yield InputError(reason, hint=" or ".join(f"--precision {other}" for other in others))
+        hint = None
+        if job.precision not in device.peak_flops:
+            others = sorted({"bf16", "fp16", "fp32"} & set(device.peak_flops))
+            hint = " or ".join(f"--precision {other}" for other in others)
+        yield InputError(reason, hint=hint)
 
 
 def _runs_on(stack: StackSpec, vendor: str) -> bool:

@@ -148,10 +148,10 @@ def draw_model(rng: Random, layers: int) -> ModelSpec:
     )
 
 
-def draw_stack(rng: Random, moe: bool) -> StackSpec:
-    """A shipped stack, often with one of its limits moved."""
-    name = rng.choice(STACKS[:2] if moe else STACKS)
-    stack = _stack(name)
+def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
+    """A shipped stack, often with one of its limits moved; of those drawn, or a given one."""
+    drawn = rng.choice(STACKS[:2] if moe else STACKS)
+    stack = _stack(name or drawn)
     changes: dict[str, Any] = {
         "launch_overhead": number(rng.choice((0.05, 0.5, 5.0, 50.0)), "us"),
         "expert_sync": number(rng.choice((0.0, 20.0)), "us"),
@@ -212,12 +212,12 @@ def draw_constraints(rng: Random, devices: int) -> ConstraintSpec:
     )
 
 
-def _candidate(rng: Random) -> Request:
+def _candidate(rng: Random, stack_name: str | None) -> Request:
     cluster = draw_cluster(rng)
     layers = rng.choice((1, 2, 3, 4, 5, 5, 6, 7, 7, 8))
     model = draw_model(rng, layers)
     moe = any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values())
-    stack = draw_stack(rng, moe)
+    stack = draw_stack(rng, moe, stack_name)
     job = JobSpec(
         sequence_length=rng.choice((8, 30, 64, 97, 128, 210, 512)),
         global_batch=rng.choice((1, 2, 4, 5, 6, 7, 8, 8, 11, 12, 12, 16, 24)),
@@ -286,11 +286,11 @@ def _sizes(request: Request, x: Layout) -> list[list[int]]:
     return partitions(request.model.layer_count, x.schedule, x.pp, x.vpp, uneven)
 
 
-def draw(seed: int) -> Request:
-    """The request of a seed; always the same one."""
+def draw(seed: int, stack: str | None = None) -> Request:
+    """The request of a seed; always the same one. ``stack`` is a shipped one instead of a drawn."""
     rng = Random(seed)
     while True:
-        request = _candidate(rng)
+        request = _candidate(rng, stack)
         layouts = list(every_layout(request))
         if _work(request, layouts) > MOST_WORK:
             continue

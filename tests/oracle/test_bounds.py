@@ -62,9 +62,9 @@ def test_the_spaces_are_the_same(start: int) -> None:
         assert sorted(found) == sorted(every_layout(request)), f"seed {seed}"
 
 
-def check_bounds(seed: int) -> int:
+def check_bounds(seed: int, stack: str | None = None) -> int:
     """Compare the bounds of one instance's layouts; how many were compared."""
-    request = draw(seed)
+    request = draw(seed, stack)
     meshes, layouts = surviving(request)
     if not len(layouts):
         return 0
