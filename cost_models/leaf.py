@@ -83,6 +83,13 @@ class Leaf:
         return mode_rows(self.policies)
 
     @cached_property
+    def least_sends(self) -> tuple[int, int]:
+        """The least of ``sends`` on and back, of any cut."""
+        if not self.sends:
+            return 0, 0
+        return min(on for on, _ in self.sends), min(back for _, back in self.sends)
+
+    @cached_property
     def counts(self) -> tuple[tuple[int, ...], ...]:
         """``counts[i][kind]``: layers of each kind among the first ``i``."""
         return _running_counts(self.sequence, len(self.kinds))

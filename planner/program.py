@@ -207,8 +207,8 @@ def _least_work(leaf: Leaf, options: tuple[Recompute, ...], cutoff_ns: int) -> l
 def _optimistic(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
     """A bound on every completion of a label: the layers left cost at least ``work_left``, and
     what the ranks before ``rank`` send."""
-    if leaf.sends and rank:
-        on, back = (min(cut) for cut in zip(*leaf.sends, strict=True))
+    if rank:
+        on, back = leaf.least_sends
         work_left += rank * on + (rank - 1) * back
     total = label.work + work_left
     bound = label.nested + work_left + 2 * rank * leaf.hop_ns
