@@ -1,5 +1,5 @@
-"""Tensors as Megatron lays them out: which weights are one tensor, placeholders of their shapes, and
-the exact size of a contiguous buffer."""
+"""Tensors as Megatron lays them out: which weights are one, placeholders of their shapes, and the
+exact size of a contiguous buffer."""
 
 from __future__ import annotations
 

@@ -23,10 +23,11 @@ from cost_models.communication import expose
 from cost_models.data_traffic import (
     DataCall,
     DataParallel,
+    GatheredBytes,
     Mesh,
     backward_mesh,
     calls,
-    frozen_bytes,
+    gathered_bytes,
     gathered_pieces,
     gathers_again,
     meshes,
@@ -70,14 +71,16 @@ def price_kind(
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     seconds = dict.fromkeys(("reduce", "replicas", "gather", "again"), np.zeros(len(shard.tp)))
+    narrower = np.zeros_like(shard.tp)
     for elements, mesh, experts in (
         (dense, attention_mesh, False),
         (local.expert, expert_mesh, True),
     ):
         pieces = gathered_pieces(kind, stack.layers, experts=experts)
-        frozen = frozen_bytes(kind, shard, rules, vocab_divisor, experts=experts)
-        part = _data_parallel_times(elements, mesh, data, machine, pieces, frozen)
+        sent = gathered_bytes(kind, shard, rules, vocab_divisor, experts=experts)
+        part = _data_parallel_times(elements, mesh, data, machine, pieces, sent)
         seconds = {name: total + part[name] for name, total in seconds.items()}
+        narrower = narrower + sent.narrower
     reduce_s, gather_s = seconds["reduce"], seconds["gather"]
     sums_s = _seconds(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
@@ -86,7 +89,7 @@ def price_kind(
     again = gathers_again(kind, data.zero_stage)
     copies = copy_seconds(
         dense + local.expert, times, machine, frozen=local.frozen_dense + local.frozen_expert,
-        sharded=fsdp, again=again,
+        narrower=narrower, sharded=fsdp, again=again,
     )  # fmt: skip
     contention = stack.overlap_contention.si
     per_microbatch = {
@@ -114,8 +117,7 @@ def price_kind(
         buffers = buffers + dummy_wgrad_bytes(
             kind, shard, vocab_divisor, element_bytes=rules.gather_bytes
         )
-    gathered_bytes = held.gathered
-    lasting = np.where((data.zero_stage == 2) & (gathered_bytes > 0), gathered_bytes, 0)
+    lasting = np.where(data.zero_stage == 2, held.gathered, 0)
     half_open = unsharded.partly_gathered(
         held, attention_mesh.ways, data, group=machine.reshard_group
     )
@@ -202,12 +204,13 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
 
 
 def _data_parallel_times(
-    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int, frozen: Int64
-) -> dict[str, Real]:
+    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int,
+    gathered: GatheredBytes,
+) -> dict[str, Real]:  # fmt: skip
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
     microbatch alone sums them over replicas) and to gather the weights for the forward
     (``gather``) and the backward (``again``), in so many collectives."""
-    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, frozen)
+    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered)
     late = machine.stack.replica_reduction == "step"
     gradients = [call for call in found if call.role == "gradient"]
     parts = {
@@ -217,7 +220,7 @@ def _data_parallel_times(
     }
     kept = backward_mesh(mesh, machine.reshard_group)
     if kept is not mesh:
-        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, frozen)
+        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered)
         parts["again"] = [call for call in again if call.role == "parameter"]
     seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
     seconds.setdefault("again", seconds["gather"])

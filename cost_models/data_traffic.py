@@ -18,6 +18,7 @@ from cost_models.state import (
     frozen_per_64,
     is_expert,
     local_tensor,
+    narrower_bytes,
     weights_sharded,
 )
 from hardware_profiles.schema import LayersSpec
@@ -99,18 +100,18 @@ def backward_mesh(mesh: Mesh, group: int | None) -> Mesh:
 
 def calls(
     elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int,
-    frozen_bytes: Int64,
+    gathered: GatheredBytes,
 ) -> tuple[DataCall, ...]:  # fmt: skip
     """Reductions and gathers of ``elements`` parameters held on a device before sharding.
 
-    ``frozen_bytes`` of weights that are not trained are gathered where weights are sharded.
+    Those of weights that are not trained are gathered where weights are sharded.
 
     Unsharded: one all-reduce of gradients. Sharded: reduce-scatter of gradients in their dtype
     over the shards, all-reduce of the shard over replicas, all-gather of weights in
     so many ``pieces``.
     """
     gradient = elements * float(rules.gradient_bytes)
-    weights = elements * float(rules.gather_bytes)
+    weights = elements * float(rules.gather_bytes) - gathered.narrower
     sharded = zero_stage > 0
     some = elements > 0
     ranks = mesh.ways * mesh.replicas
@@ -126,8 +127,8 @@ def calls(
             pieces,
         ),
         DataCall(
-            "parameter", "all_gather", frozen_bytes.astype(np.float64), mesh.ways, mesh.stride,
-            weights_sharded(zero_stage, rules) & (frozen_bytes > 0),
+            "parameter", "all_gather", gathered.frozen.astype(np.float64), mesh.ways, mesh.stride,
+            weights_sharded(zero_stage, rules) & (gathered.frozen > 0),
         ),
     )  # fmt: skip
 
@@ -156,13 +157,25 @@ def tensor_parallel_sums(
     )  # fmt: skip
 
 
-def frozen_bytes(
+@dataclass(frozen=True)
+class GatheredBytes:
+    """What of a layer, or of its experts, is gathered otherwise than in 16 bits."""
+
+    frozen: Int64
+    """Of weights that are not trained."""
+    narrower: Int64
+    """By how much less trained weights take that are quantised before."""
+
+
+def gathered_bytes(
     kind: LayerKind, shard: Shard, rules: StateRules, vocab_divisor: int, *, experts: bool
-) -> Int64:
-    """Bytes of the weights of a layer, or of its experts, that are not trained."""
-    total = np.zeros_like(shard.tp)
+) -> GatheredBytes:
+    """The bytes of a layer's weights, or of its experts'."""
+    frozen, narrower = np.zeros_like(shard.tp), np.zeros_like(shard.tp)
     for weight in kind.weights:
-        if weight.frozen and is_expert(weight) == experts:
-            size = local_tensor(weight, shard, vocab_divisor).total
-            total = total + -(-size * frozen_per_64(weight, rules) // 64)
-    return total
+        if is_expert(weight) == experts:
+            local = local_tensor(weight, shard, vocab_divisor)
+            narrower = narrower + narrower_bytes(weight, local, rules)
+            if weight.frozen:
+                frozen = frozen + -(-local.total * frozen_per_64(weight, rules) // 64)
+    return GatheredBytes(frozen, narrower)

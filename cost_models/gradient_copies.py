@@ -29,17 +29,20 @@ def copy_seconds(
     machine: Machine,
     *,
     frozen: Int64,
+    narrower: Int64,
     sharded: Bools,
     again: Bools,
 ) -> dict[str, Real]:
     """Seconds per microbatch, ``{"forward": ..., "backward": ...}``, for ``elements`` trained and
-    ``frozen`` parameters held (or gathered) on a device.
+    ``frozen`` parameters held (or gathered) on a device, which are gathered in ``narrower`` bytes
+    fewer than 16 bits each.
 
     ``sharded`` marks configurations that gather and reduce with every microbatch, ``again`` those
     whose backward gathers once more.
     """
     stack = machine.stack
-    gathered = stack.unsharded_copy_bytes.get("gather", 0) * (elements + frozen)
+    copied = stack.unsharded_copy_bytes.get("gather", 0)
+    gathered = copied * (elements + frozen) - copied // machine.rules.gather_bytes * narrower
     reduced = stack.unsharded_copy_bytes.get("reduce", 0) * elements
     accumulated = stack.accumulation_bytes.get(machine.precision, 0) * elements
     moved = {

@@ -140,16 +140,16 @@ def _gather_bytes(
         return np.zeros_like(shard.tp)
     units = [(kind, 1 + machine.stack.prefetched_units) for kind in workload.kinds.values()]
     units += [(workload.embedding, 1), (workload.head, 1)]
-    largest = np.zeros_like(shard.tp)
+    largest, rules = np.zeros_like(shard.tp), machine.rules
     for kind, count in units:
-        elements = [
-            state.local_tensor(weight, shard, workload.vocab_divisor).total
-            for weight in kind.weights
-        ]
-        held = np.sum(elements, axis=0, initial=0, dtype=np.int64) * count
-        largest = np.maximum(largest, held)
+        held = np.zeros_like(shard.tp)
+        for weight in kind.weights:
+            local = state.local_tensor(weight, shard, workload.vocab_divisor)
+            held = held + local.total * rules.gather_bytes
+            held = held - state.narrower_bytes(weight, local, rules)
+        largest = np.maximum(largest, held * count)
     gathered = (degrees.zero_stage >= 2) & (degrees.dp_shard * shard.cp > 1)
-    return np.where(gathered, largest * machine.rules.gather_bytes, 0)
+    return np.where(gathered, largest, 0)
 
 
 def _idle_logits(

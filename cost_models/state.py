@@ -130,6 +130,8 @@ class StateRules:
     norm_bytes: int = 0
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
+    gathered_bytes_per_64: int = 0
+    """Of 64 elements of a linear layer's weight on their way; 0: as all others."""
     dummy_wgrad: bool = False
     unit_gradients: bool = False
     bucket_elements: int | None = None
@@ -155,8 +157,8 @@ class StateBytes:
     """Flat buffers of the optimizer step."""
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
-    gathered_frozen: Int64
-    """Of them, those of weights that are not trained."""
+    unsharded: Int64
+    """Elements of those copies whose weights are trained: as many have a whole gradient."""
 
     def __add__(self, other: StateBytes) -> StateBytes:
         return StateBytes(
@@ -165,7 +167,7 @@ class StateBytes:
             self.optimizer + other.optimizer,
             self.step + other.step,
             self.gathered + other.gathered,
-            self.gathered_frozen + other.gathered_frozen,
+            self.unsharded + other.unsharded,
         )
 
 
@@ -195,7 +197,7 @@ def state_bytes(
     (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
     """
     stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
-    whole, split, copied, extra = zero, zero, zero, zero
+    whole, split, copied, extra, narrower = zero, zero, zero, zero, zero
     frozen = FrozenBytes(zero, zero)
     for weight in weights:
         local = local_tensor(weight, shard, vocab_divisor)
@@ -209,6 +211,7 @@ def state_bytes(
         split = split + _kept(weight, shared, drop_tied)
         if rules.quantised_bytes_per_64 and is_quantised(weight):
             copied = copied + local.total
+        narrower = narrower + narrower_bytes(weight, local, rules)
     if rules.layout == "contiguous":
         whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding.ways, rules), 0)
     if rules.layout in ("contiguous", "flat"):
@@ -227,9 +230,16 @@ def state_bytes(
         + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
         optimizer=shards * rules.optimizer_bytes + extra,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
-        gathered=np.where(apart, whole * rules.gather_bytes + frozen.whole, 0),
-        gathered_frozen=np.where(apart, frozen.whole, 0),
+        gathered=np.where(apart, whole * rules.gather_bytes - narrower + frozen.whole, 0),
+        unsharded=np.where(apart, whole, 0),
     )
+
+
+def narrower_bytes(weight: Weight, local: LocalTensor, rules: StateRules) -> Int64:
+    """By how much less than ``rules.gather_bytes`` an element a trained weight is gathered in."""
+    if weight.frozen or not rules.gathered_bytes_per_64 or not is_quantised(weight):
+        return np.zeros_like(local.elements)
+    return local.total * (64 * rules.gather_bytes - rules.gathered_bytes_per_64) // 64
 
 
 def weights_sharded(zero_stage: Int64, rules: StateRules) -> Bools:
@@ -337,6 +347,7 @@ def state_rules(
         step_bytes=step,
         norm_bytes=norm,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
+        gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",
         bucket_elements=spec.bucket_elements,

@@ -132,11 +132,11 @@ def data_calls(
         pieces = data_traffic.gathered_pieces(
             kind, machine.stack.layers, experts=group == "expert_dp"
         )
-        frozen = data_traffic.frozen_bytes(
+        gathered = data_traffic.gathered_bytes(
             kind, shard, machine.rules, vocab_divisor, experts=group == "expert_dp"
         )
         for call in data_traffic.calls(
-            elements, mesh, data.zero_stage, machine.rules, pieces, frozen
+            elements, mesh, data.zero_stage, machine.rules, pieces, gathered
         ):
             if not call.active[0] or call.size[0] == 1:
                 continue

@@ -39,10 +39,10 @@ def add_unsharded(
     running = gathered if end else (1 + ahead) * gathered
     reducing = np.zeros_like(gathered)
     if rules.unit_gradients:
-        elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
+        elements = used.unsharded
         if end:
-            buffers = (2 if pieces else 1) * rules.gradient_bytes
-            reducing = 2 * gathered + buffers * elements + used.gradients
+            buffers = rules.gather_bytes + (2 if pieces else 1) * rules.gradient_bytes
+            reducing = gathered + buffers * elements + used.gradients
         else:
             reducing = (
                 (1 + ahead) * gathered
@@ -59,8 +59,7 @@ def in_flight(used: StateBytes, pp: Int64, *, rules: StateRules) -> Int64:
     """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
     if not rules.unit_gradients:
         return np.zeros_like(pp)
-    elements = (used.gathered - used.gathered_frozen) // rules.gather_bytes
-    return np.where(pp == 1, rules.gradient_bytes * elements, 0)
+    return np.where(pp == 1, rules.gradient_bytes * used.unsharded, 0)
 
 
 def add_output(

@@ -45,6 +45,9 @@ class StateSpec(Profile):
     quantised_bytes_per_64: ByPrecision = Field(default_factory=dict)
     """Low-precision copies of 64 elements of a linear layer's weight, scales included, kept
     between microbatches."""
+    gathered_bytes_per_64: ByPrecision = Field(default_factory=dict)
+    """Of 64 elements of a sharded linear layer's weight as it is gathered, scales included, where
+    it is quantised before; what is not named travels in 16 bits."""
     reduction_elements: Annotated[int, Field(ge=0)] = 0
     """Elements of the flat copy in which held gradients are reduced."""
     reduction_copies: Annotated[int, Field(ge=1)] = 1

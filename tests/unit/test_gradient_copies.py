@@ -17,7 +17,11 @@ ONE_BYTE_S = 1e9 / (2039e9 * 0.752)
 
 
 def copies(
-    stack: str, precision: str = "bf16", wait_s: float = 0.0, frozen: int = 0
+    stack: str,
+    precision: str = "bf16",
+    wait_s: float = 0.0,
+    frozen: int = 0,
+    narrower: int = 0,
 ) -> dict[str, list[float]]:
     machine = Machine(
         cluster=load_cluster("dgx-a100"), stack=load_stack(stack), precision=precision,  # type: ignore[arg-type]
@@ -27,8 +31,9 @@ def copies(
     terms["launch"]["backward"] += wait_s
     times = LayerTimes(terms, {}, None)  # type: ignore[arg-type]
     found = copy_seconds(
-        PARAMETERS, times, machine, frozen=frozen * PARAMETERS, sharded=SHARDED, again=AGAIN
-    )
+        PARAMETERS, times, machine, frozen=frozen * PARAMETERS, narrower=narrower * PARAMETERS,
+        sharded=SHARDED, again=AGAIN,
+    )  # fmt: skip
     return {
         phase: (np.broadcast_to(each, 3) / ONE_BYTE_S).tolist() for phase, each in found.items()
     }
@@ -65,3 +70,9 @@ def test_frozen_weights_are_gathered_and_have_no_gradient() -> None:
         "forward": pytest.approx([0, 12, 12]),
         "backward": pytest.approx([0, 6, 18]),
     }
+
+
+def test_weights_gathered_in_fewer_bytes_are_copied_in_fewer() -> None:
+    # One byte less of each parameter, read and written.
+    found = copies("torchtitan", narrower=1)
+    assert found == {"forward": pytest.approx([0, 2, 2]), "backward": pytest.approx([0, 6, 8])}

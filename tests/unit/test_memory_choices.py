@@ -13,6 +13,7 @@ from planner.pipeline import evaluate
 from planner.plan import StagePrediction
 from planner.request import Request
 from planner.specs import JobSpec
+from planner.studies.communication import communication
 
 MODEL = read_model("llama-3.1-8b")
 PARAMETERS = 8_030_261_248
@@ -143,3 +144,36 @@ def test_user_buffers_and_graph_pools() -> None:
     assert terms(graphs)["graph_pool"] == 3 * GIB
     plain = stage(load_stack("nemo"), layout=layout)
     assert graphs.peak_bytes - plain.peak_bytes == 3 * GIB
+
+
+def test_weights_gathered_in_8_bits() -> None:
+    """One byte of each weight of a linear layer, two of norms and ends, in the buffers that gathers
+    write into and in the layers gathered: thirty of them, more than the loss works with."""
+    linear = LAYER - 2 * 4096
+    layout = {"recompute": "full"}
+    wide, narrow = (
+        stage(changed(name, prefetched_units=29), precision="fp8", layout=layout)
+        for name in ("torchtitan-compile", "torchtitan-float8-gather")
+    )
+    assert terms(wide)["gather_buffers"] - terms(narrow)["gather_buffers"] == 30 * linear
+    assert terms(wide)["working"] - terms(narrow)["working"] == 30 * linear
+    assert terms(wide)["weights"] == terms(narrow)["weights"]
+    assert terms(wide)["stream_blocks"] == terms(narrow)["stream_blocks"]
+
+
+def test_gathers_in_8_bits_carry_less() -> None:
+    gathered: dict[str, int] = {}
+    reduced: dict[str, int] = {}
+    for name in ("torchtitan-compile", "torchtitan-float8-gather"):
+        job = JobSpec(sequence_length=4096, global_batch=8, stack=name, precision="fp8")
+        request = Request(MODEL, load_cluster("dgx-h100:1"), job, load_stack(name))
+        found = evaluate(request, {"zero_stage": 3, "microbatch_size": 1})
+        (calls,) = communication(request, found).stages
+        gathered[name], reduced[name] = (
+            sum(call.bytes for call in calls if call.kind == kind)
+            for kind in ("all_gather", "reduce_scatter")
+        )
+    # Twice for each of 32 layers, forward and backward.
+    less = gathered["torchtitan-compile"] - gathered["torchtitan-float8-gather"]
+    assert less == 2 * 32 * (LAYER - 2 * 4096)
+    assert reduced["torchtitan-compile"] == reduced["torchtitan-float8-gather"]
