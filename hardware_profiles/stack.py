@@ -20,7 +20,7 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 StackRule = Literal[
     "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
     "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
-    "zero_0_is_replicate_only",
+    "zero_0_is_replicate_only", "no_tied_embeddings_in_pipeline",
 ]  # fmt: skip
 """What degrees a stack cannot combine; implemented by name in ``planner.rules``."""
 Fusion = Literal[
@@ -239,6 +239,9 @@ class StackSpec(Profile):
     """What context, communicators, workspaces and the allocator add."""
     offload: OffloadSpec | None = None
     """What the host can hold; None: nothing."""
+    not_priced: dict[str, str] = Field(default_factory=dict)
+    """What this version runs and no layout of the space has: each with why, and where it is
+    documented."""
     notes: tuple[str, ...] = ()
 
     def attention_kernel(self, device: str) -> str:

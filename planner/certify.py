@@ -75,6 +75,8 @@ def request_of(plan: Plan) -> Request:
             f"the plan is for {plan.target.stack} {plan.target.version}, the job asks for "
             f"{stack.name} and {stack.version} is what ships"
         )
+    if plan.target.not_priced != tuple(stack.not_priced):
+        raise RefutedError("target.not_priced is not what the stack's file leaves out of the space")
     return Request(model, cluster, job, stack)
 
 

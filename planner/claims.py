@@ -32,7 +32,11 @@ def envelope(request: Request) -> dict[str, Any]:
             cluster=_input(request.cluster.name, request.cluster.model_dump(mode="json")),
             job=_input("job", request.job.model_dump(mode="json")),
         ),
-        "target": Target(stack=request.stack.name, version=request.stack.version),
+        "target": Target(
+            stack=request.stack.name,
+            version=request.stack.version,
+            not_priced=tuple(request.stack.not_priced),
+        ),
         "cost_model_digest": cost_model_digest(request),
     }
 

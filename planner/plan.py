@@ -222,6 +222,8 @@ class Target(Document):
 
     stack: str
     version: str
+    not_priced: tuple[str, ...] = ()
+    """What this version runs and no layout of the space has; the stack's YAML says why."""
 
 
 class Plan(Document):

@@ -128,6 +128,9 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "the stack has no sequence parallelism"
     if stack.tensor_parallel_max is not None and mesh.tp > stack.tensor_parallel_max:
         return f"the stack splits tensors at most {stack.tensor_parallel_max} ways"
+    tied = request.workload.tied_embeddings and "no_tied_embeddings_in_pipeline" in stack.rules
+    if mesh.pp > 1 and tied:
+        return "the stack ties no embeddings under a pipeline"
     if mesh.pp > 1 and "no_pipeline" in stack.rules:
         return "the stack has no pipeline"
     if mesh.ep > 1 and "no_expert_parallelism" in stack.rules:

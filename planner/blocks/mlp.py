@@ -74,7 +74,9 @@ def products(
             f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
             parts=parts,
         ),
-        activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),
+        *within(
+            "mlp_act", (activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),)
+        ),
         MatMul(f"{prefix}fc2", x, ctx.hidden, width),
         *leave_tensor_parallel(f"{prefix}fc2", ctx, shard),
     )  # fmt: skip
@@ -92,11 +94,11 @@ def inner_saved(
     element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
     result = [
         SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element),
-        SavedTensor(f"{prefix}activation", ctx.saved_input(element)),
+        SavedTensor(f"{prefix}activation", ctx.saved_input(element), modules=("mlp_act",)),
     ]
     if gated and "swiglu" not in ctx.fused:
         # The activated gate, a factor of the product that follows.
-        result.append(SavedTensor(f"{prefix}gate_activation", element))
+        result.append(SavedTensor(f"{prefix}gate_activation", element, modules=("mlp_act",)))
     return tuple(result)
 
 

@@ -39,7 +39,11 @@ def infeasibility_table(diagnosis: Infeasibility) -> RenderableType:
             ),
             parts.breakdown(diagnosis.memory, diagnosis.needed_bytes),
         ]
-    blocks += [Text(), parts.section("Proof"), certificate_words(diagnosis.certificate)]
+    blocks += [
+        Text(),
+        parts.section("Proof"),
+        certificate_words(diagnosis.certificate, diagnosis.target),
+    ]
     if diagnosis.ways_out:
         table = parts.grid(("step time", "right"), ("change", "left"), ("effect", "left"))
         for way in diagnosis.ways_out:

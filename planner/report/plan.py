@@ -15,7 +15,7 @@ from planner.report import parts, words
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from planner.plan import Certificate, Layout, Plan, Prediction
+    from planner.plan import Certificate, Layout, Plan, Prediction, Target
 
 MOST_STAGE_ROWS = 12
 """Rows for stages; more runs of unlike stages than this are cut, and said so."""
@@ -36,7 +36,7 @@ def plan_table(plan: Plan) -> RenderableType:
         parts.Beside(time_block(plan.prediction), fullest_device(plan.prediction)),
         Text(),
     ]
-    proof = Group(parts.section("Certificate"), certificate_words(plan.certificate))
+    proof = Group(parts.section("Certificate"), certificate_words(plan.certificate, plan.target))
     if plan.alternatives:
         others = Group(parts.section("Alternatives"), alternatives_table(plan))
         blocks.append(parts.Beside(proof, others))
@@ -159,8 +159,9 @@ def fullest_device(prediction: Prediction) -> RenderableType:
     )
 
 
-def certificate_words(certificate: Certificate) -> RenderableType:
-    """The claim in a sentence, then what was looked at and why layouts fell out."""
+def certificate_words(certificate: Certificate, target: Target) -> RenderableType:
+    """The claim in a sentence, then what was looked at, why layouts fell out, and what the software
+    can do beyond the space."""
     style = "green" if certificate.status == "optimal" else "yellow"
     lines: list[RenderableType] = [Text(certificate.statement, style=style)]
     counts = [f"{certificate.space_size:,} layouts"]
@@ -179,6 +180,11 @@ def certificate_words(certificate: Certificate) -> RenderableType:
         for reason, count in sorted(certificate.removed.items(), key=lambda item: -item[1]):
             table.add_row(f"{count:,}", reason)
         lines.append(Padding(table, (0, 0, 0, 2)))
+    if target.not_priced:
+        left_out = "; ".join(target.not_priced)
+        lines.append(
+            Text(f"{target.stack} {target.version} also has, outside this space: {left_out}")
+        )
     return Padding(Group(*lines), (0, 0, 0, 2))
 
 

@@ -11,7 +11,7 @@ from hardware_profiles.documents import DocumentError
 from hardware_profiles.loader import catalog_names, load_device, load_stack
 from hardware_profiles.stack import StackRule
 from planner.errors import InputError
-from planner.pipeline import plan, read_request
+from planner.pipeline import evaluate, plan, read_request
 from planner.rules import STACK_RULES
 from planner.stacks import DEFAULTS, MOST_NAMED, fault
 
@@ -130,3 +130,32 @@ def test_a_long_hint_is_cut() -> None:
 def test_sizes_without_bounds_are_refused_at_once(field: str) -> None:
     with pytest.raises(DocumentError, match=f"{field}: must be less than or equal to"):
         read_request("llama-3.1-8b", "dgx-h100", None, {field: 10**30})
+
+
+def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan() -> None:
+    request = read_request("llama-3.2-1b", "dgx-h100", None, {"stack": "torchtitan"})
+    result = plan(request)
+    assert result.target.not_priced == tuple(load_stack("torchtitan").not_priced)
+    assert "LoopedBFS" in result.target.not_priced
+
+
+@pytest.mark.parametrize("name", catalog_names("stack"))
+def test_what_is_not_priced_has_a_reason(name: str) -> None:
+    for thing, why in load_stack(name).not_priced.items():
+        assert len(why) > len(thing) > 3
+
+
+def test_neuron_ties_no_embeddings_under_a_pipeline() -> None:
+    """NxD Training, known_issues.rst: its pipeline asserts that shared weights have gradients."""
+    request = read_request("llama-3.2-1b", "aws-trn1", None, {"stack": "neuron"})
+    assert request.workload.tied_embeddings
+    with pytest.raises(InputError, match="no tied embeddings under a pipeline"):
+        evaluate(request, {"pp": 2})
+
+
+def test_internevo_shards_weights_without_a_pipeline_only() -> None:
+    """launch.py: FSDP is refused where the pipeline has more than one stage."""
+    request = read_request("llama-2-7b", "dgx-a100", None, {"stack": "internevo"})
+    with pytest.raises(InputError, match="parameters stay gathered under a pipeline"):
+        evaluate(request, {"pp": 2, "zero_stage": 3})
+    assert evaluate(request, {"pp": 2, "zero_stage": 0}).layout.zero_stage == 0
