@@ -3,27 +3,6 @@
 Every function takes numbers or numpy arrays, which broadcast, and returns seconds as an array of
 the broadcast shape; a configuration has the same price alone or among a million. All times are
 positive.
-
-The law of a matrix product, for operands that are read once and an output written once::
-
-    t = t0 + smooth_max_p(t_compute, t_memory)
-    t_compute = 2 TILE^2 units waves (k + k0) / (e_compute sustained peak)
-    t_memory  = bytes / (e_memory bandwidth)
-
-``units`` compute units each work on TILE x TILE tiles of the output. ``waves`` is
-``w + wave_share (ceil(w) - w)`` with ``w = tiles / units``: a kernel library chooses tile shapes
-and splits the reduction so that only a share of the last wave's idle time is paid. The constants
-are in :class:`hardware_profiles.schema.MatmulConstants`; ``benchmarks/kernels/fit.py`` makes them.
-
-Attention uses the same law on the query-key pairs that the kernel visits, with a rate that rises
-with the keys per query and with the head dimension (softmax costs the same for each pair however
-wide the heads are). Where the two head dimensions differ, both count as the larger: kernels pad the
-narrower, and the training kernels measured with 192 and 128 are slower by as much::
-
-    t_compute = flops (1 + half_head_dim / d) (1 + half_length / L) (waves / w) / (e peak)
-
-The backward pass exponentiates each pair once, as the forward pass does, beside 2.5 times the
-FLOPs: its ``half_head_dim`` is that much smaller.
 """
 
 from __future__ import annotations
@@ -34,21 +13,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cost_models.laws import attention_law, matmul_law, smooth_maximum
 from hardware_profiles.schema import AttentionConstants, DeviceSpec, MatmulConstants
 
 FloatArray = npt.NDArray[np.float64]
 MatmulStage = Literal["fprop", "dgrad", "wgrad"]
 AttentionStage = Literal["forward", "backward"]
-
-TILE = 128
-"""Side of the output tile (and of the block of queries or keys) that one compute unit works on."""
-
-BACKWARD_FLOPS = 2.5
-"""Attention FLOPs, backward over forward: five products instead of two (the scores are recomputed);
-FlashAttention-2, arXiv 2307.08691, section 4."""
-
-ATTENTION_P = 4.0
-"""Exponent of the smooth maximum for attention, which is far from the ridge in training."""
 
 OPERAND_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5625}
 """Bytes per element of a product's operand; nvfp4 has an 8-bit scale for each 16 elements."""
@@ -77,6 +47,7 @@ def matmul_time_s(
     stage: MatmulStage = "fprop",
     batch: npt.ArrayLike = 1,
     accumulate: bool = True,
+    alone: bool = False,
 ) -> FloatArray:
     """Seconds of one kernel that makes ``batch`` products (m, k) x (k, n) of operands in ``dtype``.
 
@@ -88,6 +59,7 @@ def matmul_time_s(
     already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
     weights, tokens are not: only features need alignment. Training kernels of the three stages
     differ by 3 % beyond their traffic (benchmarks/kernels), so there is no factor per stage.
+    ``alone``: timed by itself in a benchmark, instead of as part of a training step.
 
     Raises :class:`ValueError` if the device has no such dtype or the stage is unknown.
     """
@@ -109,6 +81,7 @@ def matmul_time_s(
         output_bytes=output_bytes,
         aligned=_aligned(dtype, *features),
         apart=constants.accumulate_share if adds else 0.0,
+        benchmark_cache_bytes=_cache_bytes(device) if alone else None,
     )
 
 
@@ -247,120 +220,13 @@ def attention_constants(device: DeviceSpec, dtype: str, kernel: str) -> Attentio
     return by_dtype[name]
 
 
-def matmul_law(
-    constants: MatmulConstants,
-    m: npt.ArrayLike,
-    n: npt.ArrayLike,
-    k: npt.ArrayLike,
-    *,
-    batch: npt.ArrayLike,
-    peak_flops: float,
-    bandwidth_bytes_per_s: float,
-    compute_units: float,
-    operand_bytes: float,
-    output_bytes: npt.ArrayLike,
-    aligned: npt.ArrayLike = True,
-    apart: float = 0.0,
-) -> FloatArray:
-    """The law in the module's docstring, with the machine spelled out; seconds.
-
-    ``apart`` is the share of the output's traffic that comes after the product.
-    """
-    m, n, k, batch = _array(m), _array(n), _array(k), _array(batch)
-    tiles = batch * (np.ceil(m / TILE) * np.ceil(n / TILE))
-    waves = _paid_waves(tiles / compute_units, constants.wave_share)
-    flops_per_wave_and_k = 2.0 * TILE * TILE * compute_units
-    compute_s = (
-        waves
-        * (k + constants.k0)
-        * (flops_per_wave_and_k / (constants.e_compute * constants.sustained * peak_flops))
-        / np.where(aligned, 1.0, constants.misaligned)
-    )
-    output = batch * _array(output_bytes) * (m * n)
-    traffic = batch * (operand_bytes * (k * (m + n))) + (1.0 - apart) * output
-    bandwidth = constants.e_memory * bandwidth_bytes_per_s
-    product_s = smooth_maximum(compute_s, traffic / bandwidth, constants.p)
-    return np.asarray(constants.t0_s + product_s + apart * output / bandwidth)
-
-
-def attention_law(
-    constants: AttentionConstants,
-    *,
-    batch: npt.ArrayLike,
-    q_len: npt.ArrayLike,
-    kv_len: npt.ArrayLike,
-    heads: npt.ArrayLike,
-    kv_heads: npt.ArrayLike,
-    qk_head_dim: npt.ArrayLike,
-    v_head_dim: npt.ArrayLike,
-    causal: bool,
-    backward: bool,
-    peak_flops: float,
-    bandwidth_bytes_per_s: float,
-    compute_units: float,
-) -> FloatArray:
-    """The law of attention in the module's docstring, with the machine spelled out; seconds."""
-    batch, q_len, kv_len = _array(batch), _array(q_len), _array(kv_len)
-    heads, kv_heads = _array(heads), _array(kv_heads)
-    head_dim = np.maximum(_array(qk_head_dim), _array(v_head_dim))
-    pairs = visited_pairs(q_len, kv_len, causal=causal)
-    keys_per_query = pairs / q_len
-    flops = 4.0 * (batch * heads) * pairs * head_dim
-    efficiency, half_length, passes = constants.e_forward, constants.half_length, 1.0
-    half_head_dim = constants.half_head_dim
-    blocks = np.ceil(q_len / TILE)
-    if backward:
-        efficiency, passes = constants.e_backward, 2.0
-        flops = BACKWARD_FLOPS * flops
-        half_head_dim = half_head_dim / BACKWARD_FLOPS
-        blocks = np.ceil(kv_len / TILE)
-        if constants.half_length_backward is not None:
-            half_length = constants.half_length_backward
-    wave_count = batch * heads * blocks / compute_units
-    idle = _paid_waves(wave_count, constants.wave_share) / wave_count
-    slowdown = (1.0 + half_length / keys_per_query) * (1.0 + half_head_dim / head_dim)
-    compute_s = flops * slowdown * idle / (efficiency * peak_flops)
-    traffic = passes * 4.0 * batch * head_dim * (q_len * heads + kv_len * kv_heads)
-    memory_s = traffic / bandwidth_bytes_per_s
-    return np.asarray(constants.t0_s + smooth_maximum(compute_s, memory_s, ATTENTION_P))
-
-
-def visited_pairs(q_len: npt.ArrayLike, kv_len: npt.ArrayLike, *, causal: bool) -> FloatArray:
-    """Query-key pairs under the mask: all, or those up to each query's own position."""
-    q_len, kv_len = _array(q_len), _array(kv_len)
-    if not causal:
-        return np.asarray(q_len * kv_len)
-    seeing = np.minimum(q_len, kv_len)
-    return np.asarray(seeing * kv_len - seeing * (seeing - 1.0) / 2.0)
-
-
-def smooth_maximum(a: FloatArray, b: FloatArray, p: float) -> FloatArray:
-    """``(a^p + b^p)^(1/p)``: from the sum (p = 1) to the maximum (p large).
-
-    Powers of two go by squaring and square roots, which IEEE 754 rounds correctly: the same bits
-    on every machine, for one element or many, and several times faster than ``pow``.
-    """
-    high = np.maximum(a, b)
-    low = np.minimum(a, b)
-    ratio = np.divide(low, high, out=np.zeros_like(high), where=high > 0.0)
-    doublings = int(p).bit_length() - 1
-    if p != 2**doublings:
-        return np.asarray(high * np.power(1.0 + np.power(ratio, p), 1.0 / p))
-    for _ in range(doublings):
-        ratio = ratio * ratio
-    scale = 1.0 + ratio
-    for _ in range(doublings):
-        scale = np.sqrt(scale)
-    return np.asarray(high * scale)
-
-
 def _aligned(dtype: str, *features: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     first, second = (np.mod(each, ALIGNMENT[dtype]) == 0 for each in features)
     return np.asarray(first & second)
 
 
-def _paid_waves(waves: FloatArray, share: float) -> FloatArray:
-    return np.asarray(waves + share * (np.ceil(waves) - waves))
+def _cache_bytes(device: DeviceSpec) -> float:
+    return 0.0 if device.l2_capacity is None else device.l2_capacity.si
 
 
 def _resolve(device: DeviceSpec, dtype: str, known: Collection[str]) -> str | None:

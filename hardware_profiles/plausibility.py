@@ -71,7 +71,7 @@ def _kernel_findings(device: DeviceSpec, peaks: dict[str, float]) -> Iterator[st
             yield f"{name}: kernels.matmul has {dtype}, peak_flops does not"
             continue
         limit = device.best_matmul_flops.get(dtype)
-        rate = product.e_compute * peaks[dtype]
+        rate = product.e_compute * product.sustained * peaks[dtype]
         if limit is not None and rate > limit.si * (1 + 1e-3):
             yield (
                 f"{name}: {dtype} products priced at {rate / 1e12:.4g} TFLOP/s exceed the best "

@@ -25,7 +25,7 @@ from hardware_profiles.stack import StackSpec as StackSpec
 
 
 class MatmulConstants(Profile):
-    """Smooth-roofline constants of one dtype's matrix products; see ``cost_models.compute``.
+    """Smooth-roofline constants of one dtype's matrix products; see ``cost_models.laws``.
 
     ``e_compute`` and ``e_memory`` are fractions of the device's peak FLOP/s and bytes/s, ``t0_s``
     the fixed time per kernel, ``k0`` the reduction length at which half the rate is reached, ``p``
@@ -48,6 +48,19 @@ class MatmulConstants(Profile):
     they do: tensor units are then fed by narrower loads."""
     accumulate_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Part of the traffic of adding to an fp32 gradient that the product does not hide."""
+    tile_latency: Annotated[float, Field(ge=0)] = 0.0
+    """Time of a tile's reduction on a unit by itself, over a full wave's: what idle units do not
+    take over."""
+    split_k: Annotated[float, Field(gt=0)] = 2000.0
+    """Reduction length at which splitting it over idle units saves half of that."""
+    heating: Annotated[float, Field(ge=0)] = 0.0
+    """How much longer lasting kernels of a benchmark compute than short ones, as a share: the clock
+    falls at the power limit. A training step has ``sustained`` instead."""
+    heating_s: Annotated[float, Field(gt=0)] = 1e-3
+    """Compute time of a kernel that pays half of ``heating``."""
+    cache_share: Annotated[float, Field(ge=0)] = 0.0
+    """Traffic, as a share of the last-level cache, of which a benchmark's repeats find half there;
+    no part of a training step."""
     kind: Kind
     source: str
     error_median: float | None = None
@@ -57,7 +70,7 @@ class MatmulConstants(Profile):
 
 
 class AttentionConstants(Profile):
-    """Achieved fractions of peak of one attention kernel generation; see ``cost_models.compute``.
+    """Achieved fractions of peak of one attention kernel generation; see ``cost_models.laws``.
 
     ``e_forward`` and ``e_backward`` are fractions of the dtype's peak on the FLOPs the kernel
     executes (half of full attention when it skips masked blocks), reached for long sequences and

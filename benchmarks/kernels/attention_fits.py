@@ -12,13 +12,12 @@ from fits import (
     Machine,
     machine,
     quantiles,
-    rounded,
-    sigmoid,
 )
+from forms import rounded, sigmoid
 from nelder_mead import Vector, minimise
 from tables import FloatArray, Table, read
 
-from cost_models.compute import attention_law
+from cost_models.laws import attention_law
 from hardware_profiles.schema import AttentionConstants, Kind
 
 LONG_S, LAUNCH_BOUND_US = 200e-6, 150.0

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 from fits import DEVICES
+from forms import rounded
 
 from hardware_profiles.loader import load_device
 from hardware_profiles.schema import (
@@ -21,6 +22,12 @@ Constants = TypeVar("Constants", MatmulConstants, AttentionConstants)
 
 OWN = ("kind", "source", "error_median", "error_p90", "borrowed_from", "note")
 """What a borrower says for itself."""
+
+CONDITIONS = {"heating": 0.0, "heating_s": 1e-3, "cache_share": 0.0}
+"""Of the lender's benchmarks: nobody timed the borrower."""
+
+MAKERS = ("misaligned", "accumulate_share", "wave_share", "tile_latency", "split_k")
+"""How a maker's units load, add and share tiles: another maker's are not those of the lender."""
 
 
 def follow_lenders(profiles: Mapping[str, KernelProfile]) -> None:
@@ -45,13 +52,10 @@ def followed(device: DeviceSpec, profiles: Mapping[str, KernelProfile]) -> Kerne
         dtype: _follow(found, dtype, profiles, lambda kernels: kernels.matmul)
         for dtype, found in device.kernels.matmul.items()
     }
-    if device.vendor != "nvidia":  # Another maker's loads and kernels are not those of the lender.
+    if device.vendor != "nvidia":
         matmul = {
             dtype: found.model_copy(
-                update={
-                    field: getattr(device.kernels.matmul[dtype], field)
-                    for field in ("misaligned", "accumulate_share")
-                }
+                update={field: getattr(device.kernels.matmul[dtype], field) for field in MAKERS}
             )
             for dtype, found in matmul.items()
         }
@@ -107,6 +111,12 @@ def _follow(found: Constants, dtype: str, profiles: Mapping[str, KernelProfile],
         for field in type(found).model_fields
         if field not in OWN and getattr(found, field) == getattr(old[name], field)
     }
+    if isinstance(found, MatmulConstants):
+        update["sustained"] = found.sustained
+        update |= CONDITIONS
+        if "e_compute" in update:  # A share of that rate: it moves with it.
+            update["sustained"] *= new[name].sustained / old[name].sustained
+            update["sustained"] = min(1.0, rounded(update["sustained"]))
     return found.model_copy(update=update)
 
 

@@ -14,8 +14,16 @@ import argparse
 from typing import Any
 
 from attention_fits import fit_attention, fit_attention_train, fit_flash
-from borrow import follow_lenders, rewrite
-from fits import Errors, fit_matmul, fit_sustained, judge_training, machine, rounded
+from borrow import CONDITIONS, follow_lenders, rewrite
+from fits import (
+    Errors,
+    fit_matmul,
+    fit_sustained,
+    judge_training,
+    machine,
+    same_training_rate,
+)
+from forms import rounded
 from page import PAGE, as_page, as_text
 
 from hardware_profiles.loader import load_device
@@ -73,6 +81,8 @@ def lend(constants: Any, source_device: str, **update: Any) -> Any:
         "borrowed_from": source_device,
         "note": constants.note or f"as on {source_device}, with which this device shares its die",
     }
+    if isinstance(constants, MatmulConstants):
+        own |= CONDITIONS
     return constants.model_copy(update=own | update)
 
 
@@ -100,12 +110,22 @@ def sustained(constants: MatmulConstants, share: float) -> MatmulConstants:
     A100 (its PCIe card) and on B200; between them, Hopper takes their geometric mean.
     """
     note = (
-        f"sustained {share:.3f}: measured on A100 PCIe and B200 training kernels, assumed here; "
-        "the errors are those of short benchmarks"
+        f"training kernels of A100 PCIe and B200 say sustained {share:.3f}, the prior of what "
+        "benchmarks/accuracy fits; the errors are those of short benchmarks"
     )
     if constants.note:
         note = f"{constants.note}; {note}"
     return constants.model_copy(update={"sustained": rounded(share), "note": note})
+
+
+def keep_training_rates(name: str, found: dict[str, MatmulConstants]) -> None:
+    """Let training products of ``found`` last as long as by the constants that ship: their rate is
+    for ``benchmarks/accuracy`` to fit, which short benchmarks do not change."""
+    shipped = load_device(name).kernels.matmul
+    for dtype, constants in found.items():
+        if dtype in shipped:
+            share = same_training_rate(name, dtype, shipped[dtype], constants)
+            found[dtype] = constants.model_copy(update={"sustained": rounded(share)})
 
 
 def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
@@ -135,7 +155,8 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
         update={
             "e_compute": burst[B200]["bf16"].e_compute,
             "sustained": rounded(share[B200]),
-            "note": "sustained: measured, back-to-back training kernels over short bursts",
+            "note": f"training kernels of this device say sustained {rounded(share[B200])}, the "
+            "prior of what benchmarks/accuracy fits; the errors are those of short benchmarks",
         }
     )
     middle = (share[A100_PCIE] * share[B200]) ** 0.5
@@ -153,6 +174,8 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
             own = constants.accumulate_share or measured
             update = {"misaligned": MISALIGNED, "accumulate_share": own}
             found[dtype] = constants.model_copy(update=update)
+    for name in burst:
+        keep_training_rates(name, by_device[name])
     ada_note = (
         "e_compute assumed: half-rate units are not power limited (L20, same generation, 0.88-0.96)"
     )
@@ -161,6 +184,7 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
             constants,
             L40S,
             e_compute=HALF_RATE_E_COMPUTE,
+            sustained=1.0,
             kind=Kind.ASSUMED,
             note=ada_note,
             error_median=None,

@@ -7,17 +7,18 @@ counting three times; errors are on the other third. Which column is used, and w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from nelder_mead import Vector, minimise
+from forms import fit_forms, rounded, rounded_matmul, smoothed
 from tables import BoolArray, FloatArray, Table, read
 
-from cost_models.compute import OPERAND_BYTES, matmul_law
-from hardware_profiles.schema import Kind, MatmulConstants
+from cost_models.compute import OPERAND_BYTES
+from cost_models.laws import matmul_law
+from hardware_profiles.schema import MatmulConstants
 from hardware_profiles.units import to_si
 
 DEVICES = Path(__file__).parents[2] / "hardware_profiles" / "devices"
@@ -31,6 +32,7 @@ class Machine:
     peak_flops: dict[str, float]
     bandwidth_bytes_per_s: float
     compute_units: float
+    cache_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class Errors:
 
     label: str
     groups: dict[str, tuple[float, float, int]]
+    with_table: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    """What a smooth table of the fit's residuals over the shapes would make of them."""
 
 
 def machine(name: str) -> Machine:
     """The datasheet part of a device file."""
     document = yaml.safe_load((DEVICES / f"{name}.yaml").read_text(encoding="utf-8"))
-    bandwidth = document["memory_bandwidth"]
+    bandwidth, cache = document["memory_bandwidth"], document.get("l2_capacity")
     return Machine(
         {name: to_si(p["value"], p["unit"]) for name, p in document["peak_flops"].items()},
         to_si(bandwidth["value"], bandwidth["unit"]),
         document["compute_units"]["value"],
+        to_si(cache["value"], cache["unit"]) if cache else 0.0,
     )
 
 
@@ -58,20 +63,16 @@ def quantiles(error: FloatArray, where: BoolArray) -> tuple[float, float, int]:
     return (float(np.median(chosen)), float(np.quantile(chosen, 0.9)), len(chosen))
 
 
-def sigmoid(value: float) -> float:
-    """The open interval (0, 1), for the search."""
-    return float(1.0 / (1.0 + np.exp(-value)))
-
-
-def rounded(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
-
-
 def matmul_times(
-    constants: MatmulConstants, box: Machine, dtype: str, rows: Table, output_bytes: Any = 2.0
+    constants: MatmulConstants,
+    box: Machine,
+    dtype: str,
+    rows: Table,
+    output_bytes: Any = 2.0,
+    *,
+    alone: bool = False,
 ) -> FloatArray:
-    """Predicted seconds of the products in ``rows``."""
+    """Predicted seconds of the products in ``rows``; ``alone``: each timed by itself."""
     accumulates = "stage" in rows.rows[0] and rows.rows[0]["stage"] == "wgrad"
     return matmul_law(
         constants,
@@ -85,6 +86,7 @@ def matmul_times(
         operand_bytes=OPERAND_BYTES[dtype],
         output_bytes=output_bytes,
         apart=constants.accumulate_share if accumulates else 0.0,
+        benchmark_cache_bytes=box.cache_bytes if alone else None,
     )
 
 
@@ -126,42 +128,30 @@ def fit_matmul(
     weight = np.where(training, TRAINING_WEIGHT, 1.0)
     source = f"aiconfigurator-core 0.12.0 (Apache-2.0), gemm tables of {name}, {column[3:]} column"
 
-    def constants(x: Vector, p: float) -> MatmulConstants:
-        return MatmulConstants(
-            e_compute=rounded(sigmoid(x[0])),
-            e_memory=rounded(sigmoid(x[1])),
-            t0_s=rounded(np.exp(x[2])),
-            k0=round(float(np.exp(x[3])), 1),
-            wave_share=round(sigmoid(x[4]), 4),
-            p=p,
-            kind=Kind.FITTED,
-            source=source,
-        )
+    def times(constants: MatmulConstants) -> FloatArray:
+        return matmul_times(constants, box, dtype, rows, alone=True) + beside_s
 
-    def loss(x: Vector, p: float) -> float:
-        predicted_s = matmul_times(constants(x, p), box, dtype, rows) + beside_s
-        error = np.abs(np.log(predicted_s / measured_s))
+    def loss(constants: MatmulConstants) -> float:
+        error = np.abs(np.log(times(constants) / measured_s))
         return float(np.average(error[~out], weights=weight[~out]))
 
-    candidates = []
-    for p in (2.0, 4.0):
-        start = [1.0, 1.5, np.log(2.5e-6), 4.0, -2.0]
-        x, value = minimise(lambda x, p=p: loss(x, p), start)
-        candidates.append((value, p, x))
-    _, p, x = min(candidates, key=lambda item: item[0])
-    best = constants(x, p)
-    error = np.abs((matmul_times(best, box, dtype, rows) + beside_s) / measured_s - 1.0)
+    best = rounded_matmul(fit_forms(loss).model_copy(update={"source": source}))
+    ratio = times(best) / measured_s
+    tabled = np.exp(smoothed(-np.log(ratio), np.log2(np.stack([m, n, k], axis=1)), ~out))
     traffic = OPERAND_BYTES[dtype] * k * (m + n) + 2.0 * m * n
     ridge = box.peak_flops[dtype] / box.bandwidth_bytes_per_s
-    bound = 2.0 * m * n * k / traffic > 2.0 * ridge
     groups = {
-        "compute-bound": quantiles(error, out & bound),
-        "m,n,k>=1024": quantiles(error, out & training),
-        "all sizes": quantiles(error, out),
+        "compute-bound": out & (2.0 * m * n * k / traffic > 2.0 * ridge),
+        "m,n,k>=1024": out & training,
+        "all sizes": out,
     }
-    median, p90, _ = groups["m,n,k>=1024"]
+    error = np.abs(ratio - 1.0)
+    found = {group: quantiles(error, where) for group, where in groups.items()}
+    with_table = np.abs(ratio * tabled - 1.0)
+    tables = {group: quantiles(with_table, where) for group, where in groups.items()}
+    median, p90, _ = found["m,n,k>=1024"]
     best = best.model_copy(update={"error_median": round(median, 4), "error_p90": round(p90, 4)})
-    return best, Errors(f"{name} {dtype} gemm", groups)
+    return best, Errors(f"{name} {dtype} gemm", found, tables)
 
 
 def train_output_bytes(rows: Table) -> FloatArray:
@@ -201,6 +191,23 @@ def fit_sustained(name: str, base: MatmulConstants) -> tuple[MatmulConstants, li
         }
     )
     return best, [Errors(f"{name} bf16 training gemm", groups), judge_grouped(name, best)]
+
+
+def same_training_rate(
+    name: str, dtype: str, shipped: MatmulConstants, new: MatmulConstants
+) -> float:
+    """The ``sustained`` with which ``new`` gives products of training size the times of ``shipped``
+    at the median."""
+    box = machine(name)
+    rows = read("gemm.csv.gz").where(device=name, dtype=dtype)
+    least = np.min([rows.number(axis) for axis in ("m", "n", "k")], axis=0)
+    rows = Table([row for row, size in zip(rows.rows, least, strict=True) if size >= TRAINING_DIM])
+    wanted_s = matmul_times(shipped, box, dtype, rows)
+    share = shipped.sustained
+    for _ in range(8):
+        found_s = matmul_times(new.model_copy(update={"sustained": share}), box, dtype, rows)
+        share = min(1.0, share * float(np.median(found_s / wanted_s)))
+    return share
 
 
 def judge_training(name: str, constants: MatmulConstants) -> Errors:

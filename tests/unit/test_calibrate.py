@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cost_models.compute import matmul_law
+from cost_models.laws import matmul_law
 from hardware_profiles.loader import load_cluster, load_device, load_node, load_stack
 from planner.errors import InputError
 from planner.predict import price

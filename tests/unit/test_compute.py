@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models import compute
+from cost_models import compute, laws
 from hardware_profiles.schema import DeviceSpec
 
 
@@ -151,6 +151,49 @@ def _attention(device: DeviceSpec, **change: Any) -> float:
     return float(compute.attention_time_s(device, "bf16", "flash2", **(shape | change)))
 
 
+def test_a_lone_tile_takes_the_latency_of_its_reduction() -> None:
+    # One of 100 units works: a full wave takes 2 * 128^2 * 100 / 50e12 = 65.536 ns for each element
+    # of the reduction. A tile by itself takes half of that for 4096 elements, of which splitting
+    # the reduction saves two thirds, and 1 / 1.01 is the share of the units that are idle.
+    def time_s(**matmul: float) -> float:
+        return float(compute.matmul_time_s(_device(**matmul), "bf16", 128, 128, 4096))
+
+    added_s = time_s(tile_latency=0.5, split_k=2048.0) - time_s()
+    assert added_s == pytest.approx(0.5 * 65.536e-9 * 4096 / 3 / 1.01, rel=1e-6)
+
+
+def test_longer_reductions_never_cost_less_for_their_latency() -> None:
+    device = _device(tile_latency=0.9, split_k=300.0)
+    k = np.array([64, 256, 1024, 4096, 16384, 65536])
+    assert np.all(np.diff(compute.matmul_time_s(device, "bf16", 64, 64, k)) > 0.0)
+
+
+def test_only_benchmarks_run_cool_and_find_operands_in_the_cache() -> None:
+    own = {"sustained": 0.8, "heating": 0.25, "heating_s": 1e-3, "cache_share": 0.5, "p": 1024.0}
+    own["e_memory"] = 0.1
+    constants = _device(**own).kernels.matmul["bf16"]
+
+    def time_s(m: int, n: int, k: int, cache_bytes: float | None) -> float:
+        return float(
+            laws.matmul_law(
+                constants, m, n, k, batch=1, peak_flops=100e12, bandwidth_bytes_per_s=1e12,
+                compute_units=100, operand_bytes=2.0, output_bytes=2.0,
+                benchmark_cache_bytes=cache_bytes,
+            )
+        )  # fmt: skip
+
+    # 12800^2 outputs are 100 full waves: 2.1475 s at 50 TFLOP/s, so long that heating is paid in
+    # full; a step computes at 0.8 of that rate.
+    burst_s = 2.0 * 12800 * 12800 * 327680 / 50e12
+    assert time_s(12800, 12800, 327680, 0.0) == pytest.approx(1.25 * burst_s, rel=1e-3)
+    assert time_s(12800, 12800, 327680, None) == pytest.approx(burst_s / 0.8, rel=1e-3)
+    # A product of 1 row moves its 12800 x 12800 weights: half of the traffic hits where it fills
+    # half of the cache.
+    cold_s = time_s(1, 12800, 12800, None)
+    traffic = 2.0 * (12800 * 12801 + 12800)
+    assert time_s(1, 12800, 12800, 2.0 * traffic) == pytest.approx(cold_s / 2, rel=1e-2)
+
+
 def test_attention_counts_visited_pairs() -> None:
     # Full: 4 * 100 heads * 4096^2 * 128 = 8.590e11 FLOP at 50 TFLOP/s = 17.18 ms.
     # Causal: 4096 * 4097 / 2 pairs, which is 0.500122 of all.
@@ -183,8 +226,8 @@ def test_memory_bound_time_is_latency_and_traffic() -> None:
 def test_smooth_maximum_is_the_p_norm(p: float) -> None:
     a, b = np.array([3.0, 1.0, 0.0, 2.0]), np.array([4.0, 1.0, 5.0, 0.0])
     expected = (a**p + b**p) ** (1 / p)
-    assert compute.smooth_maximum(a, b, p) == pytest.approx(expected, rel=1e-12)
-    assert np.all(compute.smooth_maximum(0 * a, 0 * b, p) == 0.0)
+    assert laws.smooth_maximum(a, b, p) == pytest.approx(expected, rel=1e-12)
+    assert np.all(laws.smooth_maximum(0 * a, 0 * b, p) == 0.0)
 
 
 def test_features_off_the_alignment_run_at_the_narrower_rate() -> None:

@@ -113,7 +113,8 @@ def test_kernels_stay_below_what_was_measured_and_that_below_the_peak(name: str)
     for dtype, best in device.best_matmul_flops.items():
         peak = device.peak_flops[dtype].si
         assert best.si <= peak
-        assert device.kernels.matmul[dtype].e_compute * peak <= best.si
+        constants = device.kernels.matmul[dtype]
+        assert constants.e_compute * constants.sustained * peak <= best.si
     for dtype, constants in device.kernels.matmul.items():
         assert dtype in device.peak_flops
         assert constants.e_compute < 1
@@ -186,12 +187,12 @@ def test_a_v100_has_fp16_and_no_bf16(name: str, devices: dict[str, DeviceSpec]) 
     assert "bf16" not in device.peak_flops
     with pytest.raises(ValueError, match="no bf16 matrix products"):
         compute.matmul_time_s(device, "bf16", 4096, 4096, 4096)
-    # 2 * 8192^3 FLOPs at 0.8053 of 125 TFLOP/s are 10.92 ms; k0 adds 108/8192, memory 2 %. The
+    # 2 * 8192^3 FLOPs at 0.8061 of 125 TFLOP/s are 10.91 ms; k0 adds 119/8192, memory 2 %. The
     # share of that rate that long runs sustain is fitted.
     found = compute.matmul_time_s(device, "fp16", 8192, 8192, 8192)
     sustained = device.kernels.matmul["fp16"].sustained
     assert 0.7 < sustained < 1
-    assert float(found) * sustained == pytest.approx(10.92e-3 * (1 + 107.8 / 8192), rel=0.02)
+    assert float(found) * sustained == pytest.approx(10.91e-3 * (1 + 119.2 / 8192), rel=0.02)
 
 
 def _rows(dtype: str, column: str) -> list[dict[str, str]]:
@@ -206,7 +207,8 @@ def test_l40s_products_agree_with_its_table(devices: dict[str, DeviceSpec]) -> N
     rows = _rows(dtype, column)
     assert len(rows) > 200
     m, n, k, us = (np.array([float(row[c]) for row in rows]) for c in ("m", "n", "k", column))
-    error = np.abs(compute.matmul_time_s(devices["l40s"], dtype, m, n, k) / (us * 1e-6) - 1)
+    found = compute.matmul_time_s(devices["l40s"], dtype, m, n, k, alone=True)
+    error = np.abs(found / (us * 1e-6) - 1)
     assert np.median(error) < median
     assert np.quantile(error, 0.9) < p90
 
