@@ -186,6 +186,9 @@ class StackSpec(Profile):
     """Short-lived bytes per logit at the peak of the loss."""
     logit_working_bytes_split: Sourced | None = None
     """The same where the vocabulary is split over tp, if it differs."""
+    loss_gradient_bytes: Annotated[int, Field(ge=0)] = 0
+    """Per weight of the head, of a loss that makes their whole gradient in its forward: what it
+    sums in, and a piece's product on its way there."""
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""

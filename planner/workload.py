@@ -55,6 +55,7 @@ def build_workload(
             if stack.logit_working_bytes_split is None
             else stack.logit_working_bytes_split.value
         ),
+        loss_gradient_bytes=_loss_gradient_bytes(stack, job),
         expert_buffer_bytes=stack.expert_buffer_bytes,
         rotary_cache_bytes=stack.rotary_cache_bytes.get(
             model.family, stack.rotary_cache_bytes["default"]
@@ -95,6 +96,12 @@ def build_workload(
         policies=searched_policies(stack, job, kinds.values()),
         assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
+
+
+def _loss_gradient_bytes(stack: StackSpec, job: JobSpec) -> int:
+    """None of adapters' runs, whose head is not trained."""
+    adapters = job.finetune is not None and job.finetune.lora_rank is not None
+    return 0 if adapters else stack.loss_gradient_bytes
 
 
 def _document(job: JobSpec) -> int | None:

@@ -50,6 +50,8 @@ class BlockContext:
     """Bytes per position and head dimension of the rotary factors that each layer holds."""
     loss_chunks: int = 1
     """Pieces of the sequence that go through head and loss one after the other."""
+    loss_gradient_bytes: int = 0
+    """Per weight of the head, where the loss makes their gradient itself."""
     logit_working_bytes_split: float | None = None
     """As ``logit_working_bytes``, where the vocabulary is split over tp."""
 

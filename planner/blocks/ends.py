@@ -100,13 +100,16 @@ def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
 
 
 def head_working(ctx: BlockContext, shard: Shard) -> Int64:
-    """Short-lived logits and their gradient; of a chunk with its part of the input's gradient."""
+    """Short-lived logits and their gradient; of a chunk with its part of the input's gradient, and
+    what a loss that makes the weights' gradient holds of it."""
     shard = ctx.vocabulary_shard(shard)
-    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) // ctx.loss_chunks
+    rows = padded_vocab(ctx, shard.tp) // shard.tp
+    logits = shard.tokens * rows // ctx.loss_chunks
     each = _scaled(logits, ctx.logit_working_bytes)
     if ctx.logit_working_bytes_split is not None:
         split = _scaled(logits, ctx.logit_working_bytes_split)
         each = np.where(shard.tp > 1, split, each)
+    each = each + ctx.loss_gradient_bytes * rows * ctx.hidden
     if ctx.dtensor:
         return each
     return each + ctx.gathered_bytes(shard) // ctx.loss_chunks

@@ -177,3 +177,21 @@ def test_gathers_in_8_bits_carry_less() -> None:
     less = gathered["torchtitan-compile"] - gathered["torchtitan-float8-gather"]
     assert less == 2 * 32 * (LAYER - 2 * 4096)
     assert reduced["torchtitan-compile"] == reduced["torchtitan-float8-gather"]
+
+
+def test_a_fused_loss_makes_the_gradient_of_the_head() -> None:
+    """16 bits to sum in, and of each chunk a product in 16 bits and its fp32 copy; not of a head
+    that is not trained."""
+    layout = {"recompute": "full"}
+    held, plain = (
+        terms(stage(stack, layout=layout))
+        for stack in (load_stack("deepspeed-hf"), changed("deepspeed-hf", loss_gradient_bytes=0))
+    )
+    # The loss takes the peak over from the backward of a layer.
+    assert held["activations"] > plain["activations"]
+    loss = held["activations"] + held["working"]
+    assert loss - 8 * VOCABULARY < plain["activations"] + plain["working"] < loss
+    tuned = {"lora_rank": 16}
+    with_adapters = stage(load_stack("deepspeed-hf"), layout=layout, finetune=tuned)
+    without = stage(changed("deepspeed-hf", loss_gradient_bytes=0), layout=layout, finetune=tuned)
+    assert terms(with_adapters) == terms(without)
