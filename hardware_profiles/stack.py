@@ -178,6 +178,9 @@ class StackSpec(Profile):
     fine_tuning: tuple[Literal["lora", "qlora", "freeze"], ...] = ()
     """Ways in which it trains a part of a model only."""
     dropout: bool = False
+    """Whether dropout is on where the model has it and the job does not say."""
+    trains_dropout: bool = True
+    """Whether its layers have dropout at all."""
     vocab_divisor: int = 1
     """The vocabulary is padded to a multiple of this times tp (1: no padding)."""
     logit_saved_bytes: Sourced

@@ -147,6 +147,11 @@ def _check_targets(graph: WorkloadGraph, spec: FineTuneSpec) -> None:
     names = {op.name for kind in graph.kinds.values() for op in kind.ops(_ONE)} & PRODUCTS.keys()
     if not names:
         raise InputError(f"{graph.name} has no product that an adapter fits")
+    if (spec.lora_rank or 0) > graph.hidden:
+        raise InputError(
+            f"lora_rank = {spec.lora_rank:,}, and {graph.name} is {graph.hidden:,} wide",
+            hint="an adapter of full rank is no smaller than what it adapts: 8 to 256 are usual",
+        )
     for target in spec.lora_targets:
         if target not in names:
             raise InputError(

@@ -16,8 +16,8 @@ from planner.request import Request, fill_defaults
 from planner.specs import JobSpec
 
 DEFAULTS = (
-    "megatron-core", "megatron-bridge", "megatron-core-muon", "nemo-automodel", "maxtext-tpu",
-    "neuron", "mindformers", "deepspeed-hf", "torch-pipelining",
+    "megatron-core", "megatron-bridge", "megatron-core-muon", "megatron-core-precision-aware",
+    "nemo-automodel", "maxtext-tpu", "neuron", "mindformers", "deepspeed-hf", "torch-pipelining",
 )  # fmt: skip
 """Stacks that are tried, in this order, where a job names none: the first that can run it."""
 
@@ -77,6 +77,8 @@ def _faults(request: Request) -> Iterator[InputError]:
     if job.precision not in stack.precisions:
         known = ", ".join(stack.precisions)
         yield InputError(f"{name} does not train in {job.precision} (it does in {known})")
+    if job.dropout and not stack.trains_dropout:
+        yield InputError(f"the layers of {name} have no dropout")
     tune = job.finetune
     if tune is not None and tune.method not in stack.fine_tuning:
         known = ", ".join(stack.fine_tuning) or "none"

@@ -94,7 +94,7 @@ def build_workload(
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
         policies=searched_policies(stack, job, kinds.values()),
-        assumptions=_assumptions(model, job, images, ctx),
+        assumptions=_assumptions(model, job, stack, images, ctx),
     )  # fmt: skip
 
 
@@ -211,14 +211,14 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
 
 
 def _assumptions(
-    model: ModelSpec, job: JobSpec, images: vision.Images, ctx: BlockContext
+    model: ModelSpec, job: JobSpec, stack: StackSpec, images: vision.Images, ctx: BlockContext
 ) -> tuple[str, ...]:
     notes = list(model.notes)
     for part in model_parts(model):
         notes += (note for note in kind_of(part).assumptions(part) if note not in notes)
     if model.vision is not None:
         notes += vision.assumptions(model.vision, images)
-    notes += _data_assumptions(job, ctx)
+    notes += _data_assumptions(job, stack, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):
         if job.expert_imbalance == 0:
             notes.append("expert routing is assumed balanced (job: expert_imbalance = 0)")
@@ -242,9 +242,14 @@ def _assumptions(
     return tuple(notes)
 
 
-def _data_assumptions(job: JobSpec, ctx: BlockContext) -> list[str]:
+def _data_assumptions(job: JobSpec, stack: StackSpec, ctx: BlockContext) -> list[str]:
     notes = []
-    if ctx.document is not None and ctx.attention_kernel == "unfused":
+    if job.loss == "chunked" and ctx.loss_chunks == 1:
+        notes.append(f"{stack.name} {stack.version} has no chunked loss: it is priced whole")
+    longest = job.sequence_length or 0
+    if ctx.document is not None and ctx.document >= longest:
+        notes.append(f"documents of {ctx.document:,} tokens: each fills a sample of {longest:,}")
+    elif ctx.document is not None and ctx.attention_kernel == "unfused":
         notes.append("packed samples: unfused attention computes all pairs, documents or not")
     elif ctx.document is not None:
         notes.append(

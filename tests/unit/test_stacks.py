@@ -12,6 +12,7 @@ from hardware_profiles.loader import catalog_names, load_device, load_stack
 from hardware_profiles.stack import StackRule
 from planner.errors import InputError
 from planner.pipeline import evaluate, plan, read_request
+from planner.request import Request
 from planner.rules import STACK_RULES
 from planner.stacks import DEFAULTS, MOST_NAMED, fault
 
@@ -159,3 +160,28 @@ def test_internevo_shards_weights_without_a_pipeline_only() -> None:
     with pytest.raises(InputError, match="parameters stay gathered under a pipeline"):
         evaluate(request, {"pp": 2, "zero_stage": 3})
     assert evaluate(request, {"pp": 2, "zero_stage": 0}).layout.zero_stage == 0
+
+
+def test_dropout_is_refused_where_layers_have_none() -> None:
+    with pytest.raises(InputError, match=r"the layers of torchtitan 0\.3\.0 have no dropout"):
+        read_request_with("torchtitan", {"dropout": True})
+    assert read_request_with("megatron-core", {"dropout": True}).job.dropout
+
+
+def test_what_a_job_asks_in_vain_is_said() -> None:
+    request = read_request_with("megatron-core", {"loss": "chunked", "document_length": 10**6})
+    assert "megatron-core 0.13 has no chunked loss: it is priced whole" in (
+        request.workload.assumptions
+    )
+    assert "documents of 1,000,000 tokens: each fills a sample of 4,096" in (
+        request.workload.assumptions
+    )
+
+
+def test_an_adapter_is_no_wider_than_the_model() -> None:
+    with pytest.raises(InputError, match=r"lora_rank = 5,000, and llama-2-7b is 4,096 wide"):
+        read_request_with("nemo", {"finetune": {"lora_rank": 5000}}).workload  # noqa: B018
+
+
+def read_request_with(stack: str, job: dict[str, object]) -> Request:
+    return read_request("llama-2-7b", "dgx-a100", None, {"stack": stack, **job})
