@@ -147,6 +147,8 @@ class Prediction(Document):
     stages: tuple[StagePrediction, ...]
     assumptions: tuple[str, ...] = ()
     price_usd_per_step: float | None = None
+    price_source: str | None = None
+    """What the price is made of, and whose it is where the node has none of its own."""
     host: HostPrediction | None = None
     """Present where something is offloaded."""
 

@@ -74,6 +74,7 @@ def predict(priced: Priced, request: Request) -> Prediction:
     if request.kernel_basis != "measured":
         source += f"; kernel efficiencies of {request.machine.device.name} are not its own"
     stages = tuple(stage_prediction(priced, rank, costs) for rank, costs in enumerate(priced.ranks))
+    price_usd, price_source = _price(request, step_s)
     return Prediction(
         step_time_s=step_s,
         step_time_band_s=(low, high),
@@ -98,7 +99,8 @@ def predict(priced: Priced, request: Request) -> Prediction:
         stages=stages,
         assumptions=_assumptions(request),
         host=_host(priced, request),
-        price_usd_per_step=_price(request, step_s),
+        price_usd_per_step=price_usd,
+        price_source=price_source,
     )
 
 
@@ -196,12 +198,20 @@ def _peak_flops(request: Request) -> float:
     return device.peak_flops[name].si
 
 
-def _price(request: Request, step_s: float) -> float | None:
+def _price(request: Request, step_s: float) -> tuple[float | None, str | None]:
+    """USD per step and where the rate is from: the node's, else that of its devices."""
     node = request.cluster.groups[0].node
-    if node.price_per_hour is not None:
-        return node.price_per_hour.value * request.cluster.nodes * step_s / 3600
-    price = node.device.price_per_hour
-    return None if price is None else price.value * request.devices * step_s / 3600
+    own, device = node.price_per_hour, node.device.price_per_hour
+    if own is not None:
+        rate, source = own.value * request.cluster.nodes, f"{own.value:g} USD/h per {node.name}"
+        return rate * step_s / 3600, f"{source}: {own.source}"
+    if device is None:
+        return None, None
+    source = f"{device.value:g} USD/h per {node.device.name}: {device.source}"
+    return (
+        device.value * request.devices * step_s / 3600,
+        f"{source}; no list price of {node.name} is known",
+    )
 
 
 def _assumptions(request: Request) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def headline(prediction: Prediction) -> Table:
             "",
             Text("price", style="dim"),
             Text(f"${words.rate(prediction.price_usd_per_step)}", style="bold"),
-            "per step",
+            f"per step, at {prediction.price_source}",
         )
     return table
 

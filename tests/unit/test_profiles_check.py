@@ -99,6 +99,18 @@ def test_a_node_has_its_own_price_and_does_not_lend_it() -> None:
     found = plan(read_request("gpt2", "aws-trn1:1")).prediction
     # 16 devices at 1.344 USD/h each.
     assert found.price_usd_per_step == pytest.approx(21.504 * found.step_time_s / 3600, rel=1e-6)
+    assert found.price_source is not None
+    assert found.price_source.startswith("21.504 USD/h per aws-trn1: ")
+
+
+def test_a_price_of_the_devices_alone_says_so() -> None:
+    found = plan(read_request("gpt2", "azure-nd-h100-v5:1")).prediction
+    device = loader.load_device("h100-sxm-80gb").price_per_hour
+    assert device is not None
+    assert found.price_source == (
+        f"{device.value:g} USD/h per h100-sxm-80gb: {device.source}; "
+        "no list price of azure-nd-h100-v5 is known"
+    )
 
 
 def test_ten_lines(tmp_path: Path) -> None:
