@@ -24,6 +24,8 @@ MAX_ALIASES = 16
 _BRACKETS = re.compile(r"[\[\]{}]")
 _INDENT = re.compile(rf"^[ \-?:]{{{MAX_DEPTH // 4}}}", re.MULTILINE)
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+_MAPPING = re.compile(r"must be a valid dictionary( or (an )?instance of \w+)?")
+_FEW = re.compile(r"(?:Tuple|List|Dictionary) should have at least (\d+) item.*")
 _LISTED = 3
 
 
@@ -39,7 +41,7 @@ class DocumentError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint that names the nearest of ``known``, or lists them when few exist."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(repr(match) for match in near) + "?"
     if 0 < len(names) <= 20:
@@ -278,6 +280,7 @@ def _describe(
         return f"{path}.{str(context['discriminator']).strip(chr(39))} is missing", None
     message = str(context["error"]) if "error" in context else problem["msg"]
     rule = message.replace("Input should be", "must be").removeprefix("Value error, ")
+    rule = _FEW.sub(r"must have at least \1 item", _MAPPING.sub("must be a mapping", rule))
     hint = None
     if kind == "value_error" and isinstance(value, (Mapping, list, tuple)):
         return (f"{path}: {rule}" if path else rule), hint

@@ -156,10 +156,15 @@ def _is_path(ref: str) -> bool:
     return "/" in ref or ref.endswith((".yaml", ".yml", ".json"))
 
 
-def _load(kind: Kind, model: type[_M], ref: str, folder: Path) -> _M:
+def _load(kind: Kind, model: type[_M], ref: str, folder: Path, chain: tuple[Path, ...] = ()) -> _M:
+    """What ``ref`` names; ``chain`` are the files that lead to it by ``extends``."""
     path = folder / ref
     if _is_path(ref) or ((kind_path := _catalog_path(kind, ref)) is None and path.is_file()):
-        return _build(model, read_document(path), where=str(path), folder=path.parent)
+        here = (*chain, path.resolve())
+        if path.resolve() in chain:
+            round_trip = " -> ".join(file.name for file in here)
+            raise DocumentError(f"{path}: extends goes round in circles: {round_trip}")
+        return _build(model, read_document(path), where=str(path), folder=path.parent, chain=here)
     if kind_path is None:
         known = [*catalog_names(kind), *catalog_aliases(kind)]
         hint = did_you_mean(ref, known) or f"`planner catalog` lists the {_FOLDERS[kind]}"
@@ -180,9 +185,11 @@ def _shipped_cluster(name: str) -> ClusterSpec:
     return _cluster(read_document(path), where=f"clusters/{path.name}", folder=path.parent)
 
 
-def _build(model: type[_M], data: object, *, where: str, folder: Path) -> _M:
+def _build(
+    model: type[_M], data: object, *, where: str, folder: Path, chain: tuple[Path, ...] = ()
+) -> _M:
     if isinstance(data, Mapping):
-        data = _expand(model, data, where=where, folder=folder)
+        data = _expand(model, data, where=where, folder=folder, chain=chain)
     try:
         spec = validate(model, data, where=where)
     except DocumentError as error:
@@ -200,7 +207,12 @@ def _build(model: type[_M], data: object, *, where: str, folder: Path) -> _M:
 
 
 def _expand(
-    model: type[BaseModel], data: Mapping[Any, Any], *, where: str, folder: Path
+    model: type[BaseModel],
+    data: Mapping[Any, Any],
+    *,
+    where: str,
+    folder: Path,
+    chain: tuple[Path, ...],
 ) -> dict[str, Any]:
     """``data`` with ``extends``, references and written quantities replaced by what they mean."""
     fields = {str(key): value for key, value in data.items()}
@@ -210,7 +222,7 @@ def _expand(
         if not isinstance(parent, str) or model not in kinds:
             raise DocumentError(f"{where}: extends: must be a catalogue name, got {parent!r}")
         kind: Any = kinds[model]
-        base = _load(kind, model, parent, folder)
+        base = _load(kind, model, parent, folder, chain)
         fields = _inherit(base, fields, where=where)
     elif (
         model is DeviceSpec

@@ -116,7 +116,9 @@ DIMENSIONS = {
     "host_memory": "B", "latency": "s", "simple_latency": "s", "memory_bound_latency": "s",
     "peak_flops": "FLOP/s", "best_matmul_flops": "FLOP/s", "power": "W", "price_per_hour": "USD/h",
     "compute_units": "", "efficiency": "", "efficiencies": "", "memory_bound_efficiency": "",
-    "best_run_mfu": "",
+    "best_run_mfu": "", "launch_overhead": "s", "expert_launch": "s", "expert_sync": "s",
+    "graph_pool": "B", "gradient_bucket_bytes": "B", "overlap_contention": "",
+    "logit_saved_bytes": "", "logit_working_bytes": "", "logit_working_bytes_split": "",
 }  # fmt: skip
 """What the unit of a field measures (``hardware_profiles.units.dimension``), by name."""
 

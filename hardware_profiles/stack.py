@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hardware_profiles.holdings import ByPrecision, OffloadSpec, ReserveSpec, StateSpec
 from hardware_profiles.sourced import Profile, Sourced
@@ -27,6 +27,17 @@ Fusion = Literal[
     "bias_gelu", "swiglu", "bias_dropout_add", "rope", "cross_entropy", "wgrad_accumulation",
     "masked_softmax", "grouped_gemm", "norm", "norm_linear",
 ]  # fmt: skip
+Module = Literal[
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts"
+]
+"""Parts of a layer that can be run again, by the tags of ``planner.blocks``."""
+OptimizerName = Literal["adamw", "adamw_bf16", "sgd", "lion", "adam8bit", "adafactor", "muon"]
+"""Entries of ``cost_models.optimizers``."""
+Trainable = Literal[
+    "attention", "latent_attention", "sparse_latent_attention", "mamba", "mamba2",
+    "gated_delta_net", "mlp", "moe", "vision", "layers",
+]  # fmt: skip
+"""Kinds of sub-block (``planner.blocks.registry``), vision towers, and sequences of layers."""
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 
 
@@ -37,7 +48,7 @@ def _plain_dispatcher() -> dict[str, Dispatcher]:
 class SelectiveRecompute(Profile):
     """Selective recomputation: of some modules, or of all but the outputs of some ops."""
 
-    modules: tuple[str, ...] = ()
+    modules: tuple[Module, ...] = ()
     keeps: (
         tuple[
             Literal[
@@ -90,10 +101,10 @@ class StackSpec(Profile):
     """Vendors whose devices it runs on, each with where that is said; empty: any device."""
     launchable: bool = True
     """Whether people start new runs on it; past stacks ship to price published measurements."""
-    schedules: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
+    schedules: Annotated[tuple[Literal["gpipe", "1f1b", "interleaved"], ...], Field(min_length=1)]
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``."""
-    recompute_modules: tuple[str, ...] = ()
+    recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
     selective_recompute: SelectiveRecompute = SelectiveRecompute(modules=("core_attn",))
     """What the stack means by ``selective``."""
@@ -102,7 +113,7 @@ class StackSpec(Profile):
     recompute_per_stage: bool
     """Whether mode and number may differ from stage to stage (1F1B and GPipe; interleaved virtual
     stages always share them)."""
-    zero_stages: tuple[Literal[0, 1, 2, 3], ...]
+    zero_stages: Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
     hybrid_sharding: bool
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
     cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
@@ -120,7 +131,7 @@ class StackSpec(Profile):
     until none are left, so that the last one is short."""
     tensor_parallel_max: int | None = None
     rules: tuple[StackRule, ...] = ()
-    layer_kinds: tuple[str, ...] = ("attention", "latent_attention", "mlp", "moe")
+    layer_kinds: tuple[Trainable, ...] = ("attention", "latent_attention", "mlp", "moe")
     """Kinds of sub-block that it can train, and ``vision`` for a vision tower."""
     rank_order: tuple[RankDimension, ...]
     """Innermost dimension first, for the attention mesh."""
@@ -169,8 +180,8 @@ class StackSpec(Profile):
     """Accumulation and reduction dtype of gradients."""
     master_weights: bool
     """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
-    optimizers: tuple[str, ...] = ("adamw", "sgd")
-    """Optimizers that it runs, by their names in ``cost_models.optimizers``."""
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
+    """Optimizers that it runs."""
     precisions: tuple[Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"], ...] = (
         "fp32", "bf16", "fp16", "fp8", "nvfp4",
     )  # fmt: skip
@@ -249,6 +260,21 @@ class StackSpec(Profile):
     """What this version runs and no layout of the space has: each with why, and where it is
     documented."""
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for mode in self.recompute:
+            parts = set(mode.split("+")) - {*self.recompute_modules}
+            if parts and mode not in ("none", "selective", "full"):
+                known = ", ".join(self.recompute_modules) or "none"
+                raise ValueError(
+                    f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "
+                    f"recompute_modules joined by + ({known})"
+                )
+        needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
+        if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):
+            raise ValueError(f"rank_order must hold each of {', '.join(needed)} once")
+        return self
 
     def attention_kernel(self, device: str) -> str:
         """The kernel for a device: that of the longest matching name prefix, else ``default``."""

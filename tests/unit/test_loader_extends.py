@@ -109,3 +109,29 @@ def test_what_is_missing_comes_with_an_example(tmp_path: Path, kind: str, text: 
         getattr(loader, f"load_{kind}")(written(tmp_path, text))
     assert f"planner catalog {kind} " in str(caught.value.hint)
     assert "extends: " in str(caught.value.hint)
+
+
+def test_extends_that_goes_round_in_circles_says_how(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\nnics: 2\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nnics: 4\n")
+    with pytest.raises(DocumentError, match=r"circles: a\.yaml -> b\.yaml -> a\.yaml"):
+        loader.load_node(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("zero_stages: []", "zero_stages: must have at least 1 item"),
+        ("recompute: [foo]", "recompute names 'foo'"),
+        ("rank_order: [tp]", "rank_order must hold each of tp, cp"),
+        ("optimizers: [foo]", r"optimizers\[0\]: must be 'adamw'"),
+        ("layer_kinds: [foo]", r"layer_kinds\[0\]: must be 'attention'"),
+        ("launch_overhead: 5 GB", "launch_overhead: must be a number of seconds"),
+        ("not_priced: [a, b]", "not_priced: must be a mapping, got a list of 2"),
+    ],
+)
+def test_a_stack_of_ones_own_is_checked(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: torchtitan\n{line}\n")
+    with pytest.raises(DocumentError, match=message):
+        loader.load_stack(str(path))

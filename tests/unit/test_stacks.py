@@ -7,13 +7,17 @@ from typing import get_args
 
 import pytest
 
+from cost_models.optimizers import OPTIMIZERS
 from hardware_profiles.documents import DocumentError
 from hardware_profiles.loader import catalog_names, load_device, load_stack
-from hardware_profiles.stack import StackRule
+from hardware_profiles.stack import OptimizerName, StackRule, Trainable
+from planner.blocks.registry import KINDS
 from planner.errors import InputError
+from planner.models.spec import Spec
 from planner.pipeline import evaluate, plan, read_request
 from planner.request import Request
 from planner.rules import STACK_RULES
+from planner.specs import Optimizer
 from planner.stacks import DEFAULTS, MOST_NAMED, fault
 
 
@@ -185,3 +189,9 @@ def test_an_adapter_is_no_wider_than_the_model() -> None:
 
 def read_request_with(stack: str, job: dict[str, object]) -> Request:
     return read_request("llama-2-7b", "dgx-a100", None, {"stack": stack, **job})
+
+
+def test_stacks_and_code_use_one_vocabulary() -> None:
+    assert set(get_args(OptimizerName)) == set(OPTIMIZERS) == set(get_args(Optimizer))
+    kinds = {spec.model_fields["kind"].default for spec in KINDS if issubclass(spec, Spec)}
+    assert set(get_args(Trainable)) == kinds | {"vision", "layers"}
