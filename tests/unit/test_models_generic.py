@@ -164,3 +164,20 @@ def test_a_squared_relu_says_nothing_about_the_number_of_matrices() -> None:
     # BitNet gates it, Nemotron does not.
     with pytest.raises(UnknownModelError, match="two or three matrices"):
         read(hidden_act="relu2")
+
+
+def test_layer_types_must_fit_the_layers_and_the_window() -> None:
+    with pytest.raises(InputError, match="layer_types has 3 entries for 4 layers"):
+        read(layer_types=["full_attention"] * 3)
+    with pytest.raises(InputError, match="nothing says how wide its window is"):
+        read(layer_types=["sliding_attention"] * 4)
+    off = read(layer_types=["sliding_attention"] * 4, use_sliding_window=False)
+    mixers = [block.mixer for block in off.blocks.values()]
+    assert all(isinstance(mixer, AttentionSpec) and mixer.window is None for mixer in mixers)
+
+
+def test_the_nearest_family_reads_what_the_config_has() -> None:
+    """llama has all of its keys here too, and would not read the experts'."""
+    with pytest.raises(UnknownModelError) as caught:
+        read(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, routing="odd")
+    assert "nearest known family: llama" not in str(caught.value.hint)

@@ -188,7 +188,12 @@ def _windows(config: Config, layers: int) -> list[int | None]:
     if config.get("use_sliding_window") is False:
         window = None
     if window is None:
-        config.get("layer_types")
+        slides = sliding_layers(config, layers, lambda _: False)
+        if any(slides) and config.get("use_sliding_window") is not False:
+            raise config.error(
+                "layer_types has sliding_attention, and nothing says how wide its window is",
+                hint="add sliding_window: TOKENS",
+            )
         return [None] * layers
     slides = sliding_layers(config, layers, lambda _: True)
     if config.get("layer_types") is None:

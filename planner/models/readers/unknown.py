@@ -73,6 +73,8 @@ def _nearest(data: Mapping[str, Any]) -> str:
         # A key that only some families have says more than one that nearly all have.
         shared = sum(1 / _RARITY[key] for key in family.keys if key in data)
         overlap = shared / sum(1 / _RARITY[key] for key in family.keys)
+        # Keys that other families read and this one would not speak against it.
+        overlap += shared / max(sum(1 / _RARITY[key] for key in _RARITY if key in data), 1e-9)
         named = difflib.SequenceMatcher(None, model_type, family.model_type).ratio()
         # The decoder of a multimodal model is what few mean whose config does not say so.
         inner = family.model_type.endswith("_text") and not model_type.endswith("_text")
