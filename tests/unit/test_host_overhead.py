@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cost_models.compute import memory_bound_bandwidth_bytes_per_s
 from cost_models.graph import LayerKind, Shard
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.ops import Elementwise, GroupedMatMul, Op
@@ -17,8 +18,9 @@ SHARD = Shard(
     sequence=1, microbatch=ONE, tp=ONE, cp=ONE, ep=ONE, etp=ONE,
     sequence_parallel=np.zeros(1, dtype=bool), cp_kind=ONE * 0,
 )  # fmt: skip
-BANDWIDTH = 2039e9 * 0.752
-LATENCY_S = 4.066e-6
+DEVICE = load_cluster("dgx-a100").groups[0].node.device
+BANDWIDTH = memory_bound_bandwidth_bytes_per_s(DEVICE)
+LATENCY_S = DEVICE.kernels.memory_bound_latency.si
 SELECTIVE = RecomputePolicy("selective", frozenset({"core_attn"}))
 
 
