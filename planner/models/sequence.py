@@ -51,6 +51,13 @@ class ConvOp(Spec):
     bias: bool = False
     times: Positive = 1
 
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if any(channels % self.groups for channels in self.channels):
+            taken, made = self.channels
+            raise ValueError(f"groups = {self.groups} does not divide channels {taken} and {made}")
+        return self
+
     @property
     def weights(self) -> int:
         """Elements of one kernel."""
@@ -142,6 +149,8 @@ class LayerEntry(Spec):
 
     @model_validator(mode="after")
     def _one_sender(self) -> Self:
+        if len({*self.takes}) < len(self.takes):
+            raise ValueError(f"takes names a tensor twice: {', '.join(self.takes)}")
         if self.count > 1 and self.sends:
             raise ValueError("a layer that sends a tensor stands alone: leave count out")
         return self

@@ -57,6 +57,13 @@ def test_other_machines(
     assert (node["scale_up"], node["scale_out"], node["nics"]) == (up, out, nics)
 
 
+def test_other_nodes_than_the_scheduler_lists_are_said() -> None:
+    body = discover("list_h200", "sinfo", more=("--nodes", "3"))
+    assert body["nodes"] == 3
+    done = planner("discover", DATA / "list_h200.txt", DATA / "sinfo.txt", "--nodes", "3")
+    assert "note: 3 nodes as asked; the scheduler lists 4" in done.err
+
+
 def test_the_file_can_be_planned_for(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     done = planner(
@@ -132,7 +139,9 @@ def test_files_of_two_nodes_contradict() -> None:
 def test_binary_and_cut_files(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xff\xfe\x00\x01")
-    assert planner("discover", path).code == 2
+    done = planner("discover", path)
+    assert done.code == 2
+    assert "hint: save what the tool prints as text" in done.err
     whole = (DATA / "q_h100.txt").read_text()
     facts = Facts()
     parse(whole[: len(whole) // 2], facts, "cut")

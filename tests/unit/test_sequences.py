@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from hardware_profiles.documents import DocumentError, validate
 from hardware_profiles.loader import load_device, load_stack
 from planner.errors import InputError
 from planner.lowering import lower
 from planner.models.reader import model_from_document, read_model
-from planner.models.sequence import LayerSequenceSpec
+from planner.models.sequence import LayerEntry, LayerSequenceSpec
 from planner.pipeline import evaluate, plan, read_request
 from planner.sequence_workload import cut_elements, unit_flops
 from planner.specs import JobSpec
@@ -174,3 +175,26 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert exported.code == 2
     shown = planner("catalog", "model", path)
     assert json.loads(shown.out)["parameters"]["total"] == 108
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "conv", "positions": 4, "channels": [3, 64], "groups": 7}, "groups = 7 does not"),
+        ({"op": "foo"}, r"ops\[0\]\.op: must be one of matmul, conv"),
+    ],
+)
+def test_an_op_that_cannot_be_is_told_in_its_own_words(
+    change: dict[str, object], message: str
+) -> None:
+    document = {
+        "format": "layers", "name": "n", "source": "s", "input": 4, "batch": 1,
+        "kinds": {"a": {"ops": [change], "saved": 1, "output": 1}}, "layers": [{"kind": "a"}],
+    }  # fmt: skip
+    with pytest.raises(DocumentError, match=message):
+        validate(LayerSequenceSpec, document, where="n.yaml")
+
+
+def test_a_tensor_is_taken_once() -> None:
+    with pytest.raises(ValueError, match="takes names a tensor twice"):
+        LayerEntry(kind="a", takes=("x", "x"))

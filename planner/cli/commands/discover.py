@@ -34,7 +34,7 @@ def discover(
     --showmeminfo vram, ibstat, scontrol show node, sinfo -N -o "%N %G %m %t", and a SLURM node
     list. What no file says is taken from the nearest node that ships, and said in a comment.
     """
-    from hardware_profiles.documents import decode
+    from hardware_profiles.documents import DocumentError, decode
     from hardware_profiles.loader import load_cluster
     from hardware_profiles.plausibility import cluster_findings
     from planner.studies.discovery.cluster import cluster_file
@@ -47,7 +47,10 @@ def discover(
             data = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        text = decode(data, where=str(path))
+        try:
+            text = decode(data, where=str(path))
+        except DocumentError as error:
+            raise InputError(error.message, hint="save what the tool prints as text") from None
         if not text.strip():
             raise InputError(f"{path}: empty")
         tool = parse(text, facts, str(path))

@@ -63,9 +63,12 @@ def _nodes(facts: Facts, asked: int | None) -> tuple[list[SlurmNode], int]:
     up = [node for node in group if not node.down]
     if len(up) < len(group):
         facts.notes.append(f"nodes that are down or drained are left out: {len(group) - len(up)}")
-    if asked is not None:
-        return group, asked
     listed = [node for node in facts.nodes if not node.devices]
+    if asked is not None:
+        found = len(up) or len(listed)
+        if found not in (0, asked):
+            facts.notes.append(f"{asked} nodes as asked; the scheduler lists {found}")
+        return group, asked
     if group and not up:
         raise InputError("all nodes are down or drained", hint="say how many: --nodes N")
     if up or listed:
