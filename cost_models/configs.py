@@ -123,6 +123,7 @@ class PricedConfigs:
             late=late,
             sends=sends,
             policies=self.policies,
+            idle_forward=self.machine.stack.idle_forward and self.workload.head.whole_logits,
         )
 
 

@@ -116,6 +116,11 @@ class LayerKind:
     output_bytes: Callable[[Shard], Int64] = no_bytes
     """Logits, which a pipeline's schedule may hold beside their loss."""
 
+    @property
+    def whole_logits(self) -> bool:
+        """Whether it makes the logits of all its tokens at once."""
+        return self.output_bytes is not no_bytes and not self.in_pieces
+
 
 @dataclass(frozen=True)
 class WorkloadGraph:

@@ -63,6 +63,8 @@ class Leaf:
     policies: tuple[RecomputeMode, ...] = ()
     """Recomputation that ``kinds`` has prices of."""
 
+    idle_forward: bool = False
+    """Whether blocks that the last layers' forward leaves free stay beside the loss."""
     receive_bytes: int = 0
     """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
 
@@ -188,7 +190,7 @@ def _chunk_costs(
     """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
     forward, backward = sends
     gradient = update = static = activation = working = draining = made = 0
-    step = freed = sent = behind = 0
+    step = freed = sent = behind = idle = 0
     kept, short, extra = leaf.modes[mode]
     layers = sum(held)
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
@@ -209,6 +211,7 @@ def _chunk_costs(
             if count:
                 working = max(working, kind[work])
                 draining = max(draining, kind[act] + kind[work] - kind[Field.NEW_GRADIENTS])
+                idle = max(idle, kind[Field.ACT_NONE] - kind[act])
                 if layers > 1:
                     sent = max(sent, kind[Field.IN_FLIGHT] - kind[act])
                     behind = max(behind, kind[Field.IN_FLIGHT])
@@ -230,8 +233,10 @@ def _chunk_costs(
     working += sent
     draining += behind
     if at_end:
-        # The loss works beside all activations, the layers without what the head kept.
+        # The loss works beside all activations, the layers without what the head kept. What a layer
+        # does not keep was in blocks that the loss's larger tensors do not fit into.
         loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE]
+        loss += idle if leaf.idle_forward else 0
         working, freed = max((loss, 0), (working - freed, freed))
     if at_start:
         # Nothing of the microbatch is left when the embedding's backward runs.

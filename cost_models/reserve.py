@@ -109,7 +109,8 @@ def _reduction_bytes(
 
     It is filled with whole tensors, so it holds the largest one, the embedding's. Gradients that
     are held in a wider type than they travel in have a copy in the latter beside it (DeepSpeed,
-    ``DeepSpeedEngine.allreduce_bucket``).
+    ``DeepSpeedEngine.allreduce_bucket``). Shards on their way to the host leave a copy of the
+    largest that its norm was taken of.
     """
     rules, elements = machine.rules, machine.stack.state.reduction_elements
     if not elements:
@@ -119,12 +120,16 @@ def _reduction_bytes(
             state.local_tensor(weight, shard, workload.vocab_divisor).elements
             for weight in workload.embedding.weights
         ],
-        axis=0, initial=elements,
+        axis=0, initial=0,
     )  # fmt: skip
+    host = machine.stack.offload
+    wide = host.norm_bytes if host is not None and machine.offload.optimizer else 0
+    norms = wide * state.ceil_div(largest, degrees.dp_shard * shard.cp)
+    largest = np.maximum(largest, elements)
     held, sent = rules.held_gradient_bytes, rules.gradient_bytes
     each = held + sent if held > sent else sent
     each = each * machine.stack.state.reduction_copies
-    return np.where(degrees.dp_replicate * degrees.dp_shard > 1, largest * each, 0)
+    return np.where(degrees.dp_replicate * degrees.dp_shard > 1, largest * each + norms, 0)
 
 
 def _gather_bytes(
@@ -165,16 +170,25 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
     """Buffers of all communicators that one device joins."""
     spec = machine.stack.reserve
     pair, more = int(spec.communicator_pair.si), int(spec.communicator.si)
+    node = machine.cluster.groups[0].node
+    per_node = node.devices_per_node
+    each = int(spec.multicast_rank.si) if spec.multicast_rank and node.scale_up.multicast else 0
     replicas, pp, tp, cp = degrees.dp_replicate, degrees.pp, shard.tp, shard.cp
-    span = tp * cp * degrees.dp_shard
-    sizes = [tp, cp, degrees.dp_shard * cp, replicas, tp * pp, span * replicas * pp]
+    ones, span = np.ones_like(tp), tp * cp * degrees.dp_shard
     experts = shard.ep * shard.etp
-    sizes.append(np.where(experts > 1, span // experts, 1))
-    sizes.append(shard.etp)
+    # Sizes and strides; a model's ranks are those of tp and their likes on other stages.
+    groups = [
+        (tp, ones), (cp, tp), (degrees.dp_shard * cp, tp), (replicas, span), (tp * pp, ones),
+        (span * replicas * pp, ones), (np.where(experts > 1, span // experts, 1), experts),
+        (shard.etp, ones),
+    ]  # fmt: skip
+    if spec.loss_group:
+        groups.append((degrees.dp_shard * replicas, tp * cp))
     total = np.zeros_like(tp)
-    for size in sizes:
+    for size, stride in groups:
         total = total + np.where(size > 2, more, np.where(size == 2, pair, 0))
-    per_node = machine.cluster.groups[0].node.devices_per_node
+        together = np.minimum(size, np.maximum(per_node // stride, 1))
+        total = total + np.where(together > 2, together * each, 0)
     total = total + (np.minimum(shard.ep, per_node) - 1) * int(spec.exchange_peer.si)
     result: Int64 = total + np.minimum(pp - 1, 2) * int(spec.pipeline_peer.si)
     return result

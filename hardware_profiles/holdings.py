@@ -70,6 +70,9 @@ class OffloadSpec(Profile):
     """Host bytes per parameter of a shard: fp32 master weight, moments, gradient."""
     gradients: bool
     """Whether reduced gradients go to the host during the backward and leave the device."""
+    norm_bytes: Annotated[int, Field(ge=0)] = 0
+    """Device bytes per element of a copy of one reduced gradient at a time, of which its norm is
+    taken before it leaves."""
     parameter_bytes: Annotated[int, Field(ge=1)] | None = None
     """Host bytes per parameter of a shard of the weights; None: they stay on the device."""
     checkpoints: bool = False
@@ -90,6 +93,11 @@ class ReserveSpec(Profile):
     """Buffers of a communicator of two ranks."""
     communicator: Sourced
     """Buffers of a communicator of more ranks."""
+    multicast_rank: Sourced | None = None
+    """What a communicator of three ranks or more in a node holds beside that for each of them,
+    where the node's link can multicast; None: nothing."""
+    loss_group: bool = False
+    """Whether the loss is averaged over data-parallel ranks by a communicator of its own."""
     exchange_peer: Sourced
     """Send and receive buffers for each peer in the node of an all-to-all."""
     pipeline_peer: Sourced

@@ -187,6 +187,8 @@ class LinkSpec(Profile):
     ] = Field(default_factory=dict)
     """The same for a pattern or a library that reaches another share; ``in_network``: switches of
     this fabric reduce (SHARP), and an all-reduce of the whole node reaches this share."""
+    multicast: bool = False
+    """Whether its switches send one write to several devices (NVLink SHARP)."""
     collectives: tuple[CollectiveConstants, ...] = ()
     scale: tuple[tuple[int, float], ...] = ()
     """Pairs (nodes, factor on bandwidth) where a fabric was measured at size; log-interpolated."""

@@ -218,6 +218,10 @@ class StackSpec(Profile):
     stream_pools: bool = False
     """Whether gathered weights and reduced gradients are allocated on streams of their own: the
     allocator keeps free blocks per stream, so what they leave serves nothing else."""
+    idle_forward: bool = False
+    """Whether what the last layers' forward worked with and did not keep lies idle under the loss,
+    whose tensors are larger than those blocks: the caching allocator splits blocks, it joins none
+    that were asked for apart."""
     idle_logits: bool = False
     """Whether the block of the 16-bit logits lies idle under a loss that works on fp32 copies: none
     of those fits into it."""

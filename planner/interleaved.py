@@ -206,7 +206,9 @@ class _Table:
         activation[:, 0] += leaf.embedding[Field.ACT_NONE]
         activation[:, -1] += leaf.head[Field.ACT_NONE]
         start = leaf.embedding[Field.WORK_NONE]
-        working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE], head[Field.WORK_NONE])
+        idle = self._largest(front, Field.ACT_NONE, less=kept)[:, -1] if leaf.idle_forward else 0
+        loss = head[Field.WORK_NONE] + idle
+        working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE], loss)
         first = leaf.embedding[Field.ACT_NONE] + start
         draining[:, 0] = np.maximum(draining[:, 0], first)
         working[:, 0] = np.maximum(working[:, 0], start - activation[:, 0])

@@ -32,7 +32,7 @@ class Ranges:
         edges: Ints = np.arange(len(leaf.sequence) + 1)
         self.layers: Ints = edges[None, :] - edges[:, None]
         """``[first, last]``: layers in a range."""
-        self._known: dict[Recompute, tuple[Ints, Ints, Ints, Ints]] = {}
+        self._known: dict[Recompute, tuple[Ints, ...]] = {}
         self._most: dict[Recompute, Ints] = {}
 
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
@@ -61,7 +61,7 @@ class Ranges:
     def _most_alive(self, rank: int, option: Recompute) -> Ints:
         """Most microbatches that ``rank`` has room for with each range; negative without any."""
         leaf = self.leaf
-        activation, working, draining, sent = self._bytes(option)
+        activation, working, draining, sent, idle = self._bytes(option)
         static, made, step = self.sums
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
@@ -75,7 +75,8 @@ class Ranges:
             draining = np.where(self.many, draining, draining + head[Field.IN_FLIGHT])
         working = working + sent
         if rank == leaf.pp - 1:
-            working = np.maximum(working - head[Field.ACT_NONE], head[Field.WORK_NONE])
+            loss = head[Field.WORK_NONE] + (idle if leaf.idle_forward else 0)
+            working = np.maximum(working - head[Field.ACT_NONE], loss)
         if rank == 0:
             short = leaf.embedding[Field.WORK_NONE]
             draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)
@@ -90,9 +91,9 @@ class Ranges:
         most = np.where(activation > 0, room // np.maximum(activation, 1), any_number)
         return np.where(after <= free, most, -1)
 
-    def _bytes(self, option: Recompute) -> tuple[Ints, Ints, Ints, Ints]:
-        """Activations, working bytes, most of one layer by itself, and what the reduction of one
-        has more than its activations, of every range of layers."""
+    def _bytes(self, option: Recompute) -> tuple[Ints, ...]:
+        """Activations, working bytes, most of one layer by itself, what the reduction of one has
+        more than its activations, and most that one does not keep, of every range of layers."""
         known = self._known.get(option)
         if known is None:
             mode, limit = option
@@ -120,6 +121,7 @@ class Ranges:
                     np.maximum(_largest(changed, sent - least), _largest(other, sent - most)),
                     0,
                 ),
+                _largest(changed, most - least),
             )
             self._known[option] = known
         return known

@@ -43,6 +43,13 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     _, live = live_activations(leaf, rank, costs.chunks)
     chunks, made = costs.chunks, sums[Field.NEW_GRADIENTS]
     own_blocks = _own_blocks(priced)
+    peak = peak_bytes(priced.leaf, rank, costs.chunks)
+    idle = 0
+    if leaf.idle_forward:
+        # Cached, in no tensor.
+        leaf = replace(leaf, idle_forward=False)
+        chunks = stage_costs(leaf, priced.completion)[rank].chunks
+        idle = peak - peak_bytes(leaf, rank, chunks)
     if own_blocks:
         made = sums[Field.GRADIENT_BYTES]
         leaf = _in_one_pool(leaf)
@@ -68,13 +75,12 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     held["buffers"] = sums[Field.BUFFER_BYTES]
     held["receive_buffers"] = leaf.received_bytes(rank)
     step = sums[Field.STEP_BYTES]
-    peak = peak_bytes(priced.leaf, rank, costs.chunks)
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
     inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)
     short_lived = activations + working + moment.step
     allocated = inside + max(short_lived, step)
     reserved = inside + short_lived + step + alignment
-    reserved += sum(reserve[name] for name in CACHED)
+    reserved += sum(reserve[name] for name in CACHED) + idle
     outside = sum(reserve[name] for name in OUTSIDE)
     streams = peak - kept_free - outside - reserved if own_blocks else 0
     reserved += streams
@@ -89,6 +95,8 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         Term(name="alignment", bytes=alignment, detail="most that bucket ends may still add"),
         Term(name="stream_blocks", bytes=streams,
              detail="reduced gradients, on a stream of their own, beside the peak of the others"),
+        Term(name="idle_forward", bytes=idle,
+             detail="blocks of the last layers' forward that the loss's larger tensors leave free"),
     ]  # fmt: skip
     for name in (*INSIDE, *CACHED, *OUTSIDE):
         detail = priced.tables.reserve.details[name]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from planner.plan import Layout, Plan
 
 TARGET = "megatron-core"
-STACKS = (TARGET, "megatron-core-deepep")
+STACKS = (TARGET, "megatron-core-deepep", "megatron-core-mxfp8")
 """Stacks that are this software, with other flags."""
 
 _CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a"}
@@ -33,6 +33,10 @@ _PRECISION: dict[str, tuple[Flag, ...]] = {
     "fp32": (),
     "fp8": (("--bf16",), ("--fp8-format", "hybrid")),
 }
+_RECIPE: dict[str, tuple[Flag, ...]] = {
+    "megatron-core-mxfp8": (("--bf16",), ("--fp8-format", "e4m3"), ("--fp8-recipe", "mxfp8")),
+}
+"""The precision's flags of stacks that are one recipe."""
 _OPTIMIZER = {"adamw": "adam", "sgd": "sgd"}
 
 
@@ -71,7 +75,7 @@ def export(plan: Plan) -> Launch:
         *recompute,
         *_batch_flags(layout, job),
         *_data_parallel_flags(layout, stack),
-        *_PRECISION[job.precision],
+        *_RECIPE.get(stack.name, _PRECISION[job.precision]),
         ("--optimizer", _OPTIMIZER[job.optimizer]),
     )
     return Launch(

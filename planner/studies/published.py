@@ -283,8 +283,8 @@ def _microbatch(reading: Reading, batch: int, dp: int) -> int:
         if batch % dp:
             raise SkippedError(f"global batch {batch} is not a multiple of dp {dp}")
         return batch // dp
-    if reading.text("mbs") == "batch/pp":
-        return max(1, batch // (dp * reading.size("pp")))
+    if reading.text("mbs") == "batch/stages":
+        return max(1, batch // (dp * reading.size("pp") * reading.size("vpp")))
     return reading.size("mbs")
 
 

@@ -116,6 +116,18 @@ def test_dispatcher_and_routing_groups() -> None:
     assert {name: flags[name] for name in expected} == expected
 
 
+def test_a_stack_that_is_a_recipe_names_it() -> None:
+    plan = sample.moe_plan()
+    document = plan.inputs.job.document | {"precision": "fp8"}
+    job = plan.inputs.job.model_copy(update={"document": document})
+    plan = plan.model_copy(update={"inputs": plan.inputs.model_copy(update={"job": job})})
+    assert flags_of(plan)["--fp8-format"] == "hybrid"
+    target = plan.target.model_copy(update={"stack": "megatron-core-mxfp8"})
+    flags = flags_of(plan.model_copy(update={"target": target}))
+    assert (flags["--fp8-format"], flags["--fp8-recipe"]) == ("e4m3", "mxfp8")
+    assert "--bf16" in flags
+
+
 def test_learned_positions_biases_and_tied_embeddings() -> None:
     flags = flags_of(sample.single_device_plan())
     assert flags["--position-embedding-type"] == "learned_absolute"

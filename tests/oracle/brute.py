@@ -68,13 +68,15 @@ class Prices:
     """Per cut between layers, what its transfers take beyond ``hop``."""
     waiting: tuple[str, ...] = ()
     """Schedules in which a rank waits until what it sends has arrived."""
+    blocks_stay: bool = False
+    """Whether what a layer does not keep stays cached beside the loss."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.capacity, self.late,
-                self.waiting)  # fmt: skip
+                self.waiting, self.blocks_stay)  # fmt: skip
 
 
 @dataclass
@@ -145,6 +147,8 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
         waiting=request.stack.blocking_transfers,
+        blocks_stay=request.stack.idle_forward
+        and not (request.job.loss == "chunked" and request.stack.loss_chunks > 1),
     )
 
 
@@ -158,7 +162,7 @@ def sum_chunk(
         return prices.chunks[key]
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
-    draining = sent = behind = 0
+    draining = sent = behind = cached = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -172,6 +176,7 @@ def sum_chunk(
         static += row[Field.STATIC]
         activation += kept
         working = max(working, short)
+        cached = max(cached, row[Field.ACT_NONE] - kept)
         draining = max(draining, kept + short - row[Field.NEW_GRADIENTS])
         if size > 1:
             sent = max(sent, row[Field.IN_FLIGHT] - kept)
@@ -194,7 +199,8 @@ def sum_chunk(
     working, draining = working + sent, draining + behind
     # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
     if end:
-        working = max(working - prices.head[Field.ACT_NONE], prices.head[Field.WORK_NONE])
+        loss = prices.head[Field.WORK_NONE] + (cached if prices.blocks_stay else 0)
+        working = max(working - prices.head[Field.ACT_NONE], loss)
     if start:
         short = prices.embedding[Field.WORK_NONE]
         draining = max(draining, prices.embedding[Field.ACT_NONE] + short)

@@ -59,6 +59,7 @@ def draw_leaf(
         bucket_ns=rng.choice((0, scale, 20_000 * scale)), tied_sync_ns=rng.choice((0, scale)),
         sync_ns=rng.choice((0, scale)),
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven, policies=POLICIES,
+        idle_forward=rng.random() < 0.5,
     )  # fmt: skip
     if not tight:
         return free

@@ -195,3 +195,63 @@ def test_a_fused_loss_makes_the_gradient_of_the_head() -> None:
     with_adapters = stage(load_stack("deepspeed-hf"), layout=layout, finetune=tuned)
     without = stage(changed("deepspeed-hf", loss_gradient_bytes=0), layout=layout, finetune=tuned)
     assert terms(with_adapters) == terms(without)
+
+
+def test_mxfp8_has_a_scale_for_each_32_elements_of_either_copy() -> None:
+    layout = {"zero_stage": 1}
+    plain, scaled = (
+        terms(stage(load_stack(name), precision="fp8", layout=layout))
+        for name in ("megatron-core", "megatron-core-mxfp8")
+    )
+    linear = 32 * (LAYER - 2 * 4096)
+    assert scaled["weights"] - plain["weights"] == 4 * linear // 64
+    # Inputs of the four products of a layer: 4096 (norm), 4096, 4096 (norm) and 14336 wide.
+    inputs = 32 * 4096 * (3 * 4096 + 14_336)
+    assert scaled["activations"] - plain["activations"] == 2 * inputs // 64
+
+
+def test_primary_weights_in_8_bits_are_gathered_in_8_bits() -> None:
+    gathered = []
+    for name in ("megatron-core", "megatron-core-fp8-weights"):
+        job = JobSpec(sequence_length=4096, global_batch=8, stack=name, precision="fp8")
+        request = Request(MODEL, load_cluster("dgx-h100:1"), job, load_stack(name))
+        (calls,) = communication(
+            request, evaluate(request, {"zero_stage": 1, "microbatch_size": 1})
+        ).stages
+        gathered.append(sum(call.bytes for call in calls if call.kind == "all_gather"))
+    assert gathered[0] - gathered[1] == 32 * (LAYER - 2 * 4096)
+
+
+def test_blocks_that_the_forward_leaves_stay_beside_the_loss() -> None:
+    """What a layer does not keep under recomputation, cached but in no tensor; nothing where all is
+    kept, or where the loss comes in pieces."""
+    kept = stage(load_stack("torchtitan"))
+    assert "idle_forward" not in terms(kept)
+    layout = {"recompute": "full"}
+    left, shared = (
+        stage(stack, layout=layout)
+        for stack in (load_stack("torchtitan"), changed("torchtitan", idle_forward=False))
+    )
+    every = terms(kept)["activations"] - terms(left)["activations"]
+    # Of 32 layers that keep their input, one's.
+    assert terms(left)["idle_forward"] == every // 32
+    assert left.allocated_bytes == shared.allocated_bytes
+    assert left.reserved_bytes - shared.reserved_bytes == every // 32
+    assert left.peak_bytes - shared.peak_bytes == every // 32
+    pieces = stage(load_stack("torchtitan"), layout=layout, loss="chunked")
+    assert "idle_forward" not in terms(pieces)
+
+
+def test_communicators_that_multicast_hold_buffers_for_each_rank_of_a_node() -> None:
+    """tp 2 and dp 4 on one node: groups of 2 (tp; tp with pp), 4 (gradients, loss) and 8 (all)."""
+    layout = {"tp": 2, "zero_stage": 1}
+    stack = load_stack("megatron-core-0.6")
+    held = terms(stage(stack, layout=layout))["communicators"]
+    pair, more = round(0.4 * GIB), round(0.52 * GIB)
+    assert held == pytest.approx(2 * pair + 3 * more + (4 + 4 + 8) * 192 * 2**20, abs=10)
+    later = terms(stage(load_stack("megatron-core"), layout=layout))["communicators"]
+    assert later == pytest.approx(2 * pair + 2 * more, abs=10)
+    job = JobSpec(sequence_length=4096, global_batch=8, stack=stack.name)
+    request = Request(MODEL, load_cluster("dgx-a100:1"), job, stack)
+    found = evaluate(request, {"microbatch_size": 1} | layout).prediction.stages[0]
+    assert terms(found)["communicators"] == pytest.approx(2 * pair + 3 * more, abs=10)
