@@ -11,6 +11,8 @@ the fits themselves are in ``fits.py``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attention_fits import fit_attention, fit_attention_train, fit_flash
@@ -22,9 +24,12 @@ from fits import (
     judge_training,
     machine,
     same_training_rate,
+    streamed_quantisation_s,
+    timed_quantisation_s,
 )
 from forms import rounded
 from page import PAGE, as_page, as_text
+from tables import FloatArray, Table
 
 from hardware_profiles.loader import load_device
 from hardware_profiles.schema import (
@@ -128,6 +133,13 @@ def keep_training_rates(name: str, found: dict[str, MatmulConstants]) -> None:
             found[dtype] = constants.model_copy(update={"sustained": rounded(share)})
 
 
+def quantisation(name: str, dtype: str) -> Callable[[Table], FloatArray]:
+    """What the tables of 8- and 4-bit products include beside the product, in seconds."""
+    if dtype == "fp8":
+        return partial(timed_quantisation_s, name)
+    return lambda rows: streamed_quantisation_s(name, dtype, rows, STREAMING[name][0])
+
+
 def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
     """Matmul constants by device and dtype."""
     burst: dict[str, dict[str, MatmulConstants]] = {}
@@ -136,7 +148,7 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
         burst[name] = {"bf16": found}
         report.append(errors)
         for dtype in LOW_PRECISION.get(name, ()):
-            found, errors = fit_matmul(name, dtype, LOW_COLUMN, streaming=STREAMING[name][0])
+            found, errors = fit_matmul(name, dtype, LOW_COLUMN, beside=quantisation(name, dtype))
             burst[name][dtype] = found.model_copy(
                 update={"note": "without the quantisation that the tables include"}
             )

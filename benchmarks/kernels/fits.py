@@ -7,6 +7,7 @@ counting three times; errors are on the other third. Which column is used, and w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,26 +103,45 @@ def training_times(constants: MatmulConstants, box: Machine, rows: Table) -> Flo
     return predicted_s
 
 
-def serving_quantisation_s(box: Machine, dtype: str, rows: Table, streaming: float) -> FloatArray:
-    """Seconds that serving tables of 8- and 4-bit products include for quantising activations:
-    16 bits read and the operand written, at the rate of elementwise kernels."""
+def timed_quantisation_s(name: str, rows: Table) -> FloatArray:
+    """Seconds that serving tables of 8-bit products include for quantising activations: finding the
+    scale and casting, as timed apart on the same device, by octaves of the elements."""
+    timed = read("quantisation.csv").where(device=name)
+    place = np.log2(timed.number("m") * timed.number("k"))
+    taken_s = (timed.number("us_scale") + timed.number("us_cast")) * 1e-6
+    octave = np.round(place)
+    known = np.unique(octave)
+    middle = [np.median(place[octave == each]) for each in known]
+    value = [np.median(np.log(taken_s[octave == each])) for each in known]
+    wanted = np.log2(rows.number("m") * rows.number("k"))
+    # Beyond the largest timed tensor, time grows with the elements.
+    beyond = np.maximum(wanted - middle[-1], 0.0) * np.log(2.0)
+    return np.asarray(np.exp(np.interp(wanted, middle, value) + beyond))
+
+
+def streamed_quantisation_s(name: str, dtype: str, rows: Table, streaming: float) -> FloatArray:
+    """The same where nobody timed it: 16 bits read and the operand written, at ``streaming``, the
+    share of the bandwidth that elementwise kernels reach."""
     bytes_each = 2.0 + OPERAND_BYTES[dtype]
     elements = rows.number("m") * rows.number("k")
-    return np.asarray(bytes_each * elements / (streaming * box.bandwidth_bytes_per_s))
+    return np.asarray(bytes_each * elements / (streaming * machine(name).bandwidth_bytes_per_s))
 
 
 def fit_matmul(
-    name: str, dtype: str, column: str, *, streaming: float = 0.0
+    name: str,
+    dtype: str,
+    column: str,
+    *,
+    beside: Callable[[Table], FloatArray] | None = None,
 ) -> tuple[MatmulConstants, Errors]:
     """The constants of one dtype on one device, from ``column`` of the inference tables.
 
-    With ``streaming``, the share of the bandwidth that elementwise kernels reach, the times include
-    quantisation, which the constants then do not.
+    ``beside``: seconds in the table's times that are not the product's (quantisation).
     """
     box = machine(name)
     rows = read("gemm.csv.gz").where(device=name, dtype=dtype).present(column)
     measured_s = rows.number(column) * 1e-6
-    beside_s = serving_quantisation_s(box, dtype, rows, streaming) if streaming else 0.0
+    beside_s = 0.0 if beside is None else beside(rows)
     out = rows.left_out("m", "n", "k")
     m, n, k = rows.number("m"), rows.number("n"), rows.number("k")
     training = np.minimum(np.minimum(m, n), k) >= TRAINING_DIM
