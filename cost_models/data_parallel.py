@@ -30,6 +30,7 @@ from cost_models.data_traffic import (
     gathered_bytes,
     gathered_pieces,
     gathers_again,
+    gathers_each,
     meshes,
     tensor_parallel_sums,
 )
@@ -86,6 +87,7 @@ def price_kind(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
     )
     fsdp = data.per_microbatch
+    each = gathers_each(data, rules)
     again = gathers_again(kind, data.zero_stage)
     copies = copy_seconds(
         dense + local.expert, times, machine, frozen=local.frozen_dense + local.frozen_expert,
@@ -94,7 +96,7 @@ def price_kind(
     contention = stack.overlap_contention.si
     per_microbatch = {
         "forward": to_ns(
-            np.where(fsdp, expose(gather_s, forward, contention), 0.0) + copies["forward"]
+            np.where(each, expose(gather_s, forward, contention), 0.0) + copies["forward"]
         ),
         "backward": to_ns(
             np.where(
@@ -125,7 +127,7 @@ def price_kind(
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
     rows[Field.GRADIENT] = to_ns(gradient + np.where(data.pp == 1, 0.0, sums_s))
-    rows[Field.PARAMETER] = to_ns(np.where(fsdp | (data.zero_stage == 0), 0.0, parameter))
+    rows[Field.PARAMETER] = to_ns(np.where(each | (data.zero_stage == 0), 0.0, parameter))
     update = _optimizer_seconds(dense, local.expert, attention_mesh, expert_mesh, data, machine)
     if rules.optimizer.orthogonalises:
         update = update + _orthogonalise_seconds(kind, shard, data, machine, vocab_divisor)

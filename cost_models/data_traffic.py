@@ -77,6 +77,12 @@ def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> in
     return max(1, sum(w.count for w in kind.weights if is_expert(w) == experts))
 
 
+def gathers_each(data: DataParallel, rules: StateRules) -> Bools:
+    """Whether weights are gathered with every microbatch, not once after the update: not where
+    stage 2 leaves them whole (DeepSpeed)."""
+    return data.per_microbatch & weights_sharded(data.zero_stage, rules)
+
+
 def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:
     """Whether a layer's weights are gathered for its backward too: not the head's, which starts
     where its forward ends (torchtitan 0.3.0 keeps them: ``apply_fsdp_to_decoder``)."""

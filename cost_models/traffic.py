@@ -124,6 +124,7 @@ def data_calls(
     )
     every = bool(data.per_microbatch[0])
     again = every and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
+    each = bool(data_traffic.gathers_each(data, machine.rules)[0])
     found: list[Calls] = []
     attention, expert = data_traffic.meshes(shard, data)
     for elements, mesh, group in (
@@ -144,6 +145,7 @@ def data_calls(
             replicas = call.kind == "all_reduce" and not whole
             name = f"{kind.name}.{call.role}"
             late = replicas and machine.stack.replica_reduction == "step"
+            late |= call.role == "parameter" and not each
             first: Pass = "forward" if call.role == "parameter" else "backward"
             base = Calls(
                 name, "dp_replicate" if replicas else "dp" if whole else group, int(call.size[0]),

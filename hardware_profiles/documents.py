@@ -280,10 +280,9 @@ def _describe(
         return f"{path}.{str(context['discriminator']).strip(chr(39))} is missing", None
     if kind == "union_tag_invalid":
         key, tag = str(context["discriminator"]).strip("'"), str(context["tag"])
-        known = re.findall(r"'([^']*)'", str(context["expected_tags"]))
-        return f"{path}.{key}: must be one of {', '.join(known)}, got {tag!r}", did_you_mean(
-            tag, known
-        )
+        tags = re.findall(r"'([^']*)'", str(context["expected_tags"]))
+        line = f"{path}.{key}: must be one of {', '.join(tags)}, got {tag!r}"
+        return line, did_you_mean(tag, tags)
     message = str(context["error"]) if "error" in context else problem["msg"]
     rule = message.replace("Input should be", "must be").removeprefix("Value error, ")
     rule = _FEW.sub(r"must have at least \1 item", _MAPPING.sub("must be a mapping", rule))

@@ -67,6 +67,15 @@ def test_a_layout_cannot_ask_for_a_resharding_that_the_stack_does_not_do() -> No
         evaluate(Request(MODEL, request.cluster, request.job, stack), {"microbatch_size": 1})
 
 
+def test_deepspeed_gathers_whole_weights_once_per_step() -> None:
+    """ZeRO 2 keeps 16-bit weights whole and gathers 2 bytes of each after the update; FSDP2 keeps
+    fp32 shards and gathers them with every microbatch."""
+    for stack, phase in (("deepspeed-hf", "step"), ("pytorch-fsdp2", "forward")):
+        gathers = [call for call in calls(stack, zero_stage=2) if call.kind == "all_gather"]
+        assert [(call.phase, call.bytes) for call in gathers] == [(phase, 2 * LAYER)]
+    assert memory("deepspeed-hf", zero_stage=2)["weights"] == pytest.approx(2 * PARAMETERS)
+
+
 def test_mics_sums_over_replicas_once_per_step() -> None:
     """Shards of 8 ranks: 16-bit gradients of a layer, 1/8 of them, between the two nodes."""
     found = calls("deepspeed-mics", dp_replicate=2, dp_shard=8)
