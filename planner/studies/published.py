@@ -141,7 +141,8 @@ def dimensions_of(reading: Reading, *, tp: int) -> Dimensions:
         reading.filled["ffn_hidden"] = ffn
     if not run.text("tied_embeddings") and "tied_embeddings" not in reading.fill:
         reading.fill = {**reading.fill, "tied_embeddings": 0 if gated else 1}
-    learned = reading.assume.get("positions") == "learned" and not gated
+    positions = reading.assume.get("positions")
+    learned = positions == "absolute" or (positions == "learned" and not gated)
     experts = run.size("experts") or 0
     moe: dict[str, int] = {}
     if experts:
