@@ -94,7 +94,7 @@ def test_one_kind_with_two_inputs_is_two_kinds() -> None:
 
 
 def test_the_pipeline_pays_for_the_cut_it_makes() -> None:
-    """U-Net cut where one skip passes, or where all four do: the hops differ by their bytes."""
+    """U-Net cut where one skip passes, or where all four do: the sends differ by their bytes."""
     request = read_request(
         "unet-2015", "rtx4090-x2", None, {"stack": "torch-pipelining", "global_batch": 2}
     )
@@ -105,7 +105,7 @@ def test_the_pipeline_pays_for_the_cut_it_makes() -> None:
             {"chunks": [{"layers": [cut, 10], "has_head": True}]},
         ]
         leaf = evaluate(request, {"pp": 2, "stages": stages}).priced.leaf
-        return leaf.late[cut]
+        return leaf.sends[cut]
 
     sizes = request.workload.boundaries
     shallow, deep = hops(1), hops(4)
