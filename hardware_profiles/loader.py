@@ -32,6 +32,7 @@ from hardware_profiles.documents import (
 )
 from hardware_profiles.schema import (
     DIMENSIONS,
+    POSITIVE,
     ClusterSpec,
     DeviceSpec,
     LinkSpec,
@@ -335,6 +336,8 @@ def _check_number(number: Sourced, place: str, names: list[str]) -> None:
         raise DocumentError(f"{place}: {error}") from None
     if not good:
         raise DocumentError(f"{place}: must be finite and >= 0, got {number.value!r}")
+    if number.si == 0 and POSITIVE.intersection(names):
+        raise DocumentError(f"{place}: must be more than 0")
     wanted = next((DIMENSIONS[name] for name in reversed(names) if name in DIMENSIONS), measures)
     if measures != wanted:
         written = f"{number.value:g} {number.unit}".strip()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hardware_profiles.sourced import Kind as Kind
 from hardware_profiles.sourced import Profile as Profile
@@ -123,6 +123,13 @@ DIMENSIONS = {
 """What the unit of a field measures (``hardware_profiles.units.dimension``), by name."""
 
 
+POSITIVE = frozenset(
+    {"bandwidth", "memory_bandwidth", "memory_capacity", "peak_flops", "compute_units"}
+)
+"""Fields of which nothing can be made where they are 0."""
+DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8", "nvfp4")
+
+
 class DeviceSpec(Profile):
     """One accelerator as the software sees it."""
 
@@ -146,6 +153,14 @@ class DeviceSpec(Profile):
     """Highest model FLOPs utilisation of a published training run, by precision: causal attention,
     no recomputation counted, over the dense peak."""
     kernels: KernelProfile
+
+    @field_validator("peak_flops")
+    @classmethod
+    def _known_dtypes(cls, peaks: dict[str, Sourced]) -> dict[str, Sourced]:
+        for dtype in peaks:
+            if dtype not in DTYPES:
+                raise ValueError(f"no arithmetic is called {dtype!r}: {', '.join(DTYPES)}")
+        return peaks
 
 
 class CollectiveConstants(Profile):

@@ -93,7 +93,7 @@ def kind_of(reference: str) -> Kind:
     raise DocumentError(
         f"{reference}: nothing in it says what it describes (keys: {', '.join(sorted(keys)[:6])})",
         hint="a cluster has 'node' and 'nodes', a node 'device', a device 'peak_flops', "
-        "a link 'bandwidth', a stack 'schedules'",
+        "a link 'bandwidth', a stack 'schedules'; planner catalog model FILE reads a model",
     )
 
 

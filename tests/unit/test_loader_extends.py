@@ -135,3 +135,21 @@ def test_a_stack_of_ones_own_is_checked(tmp_path: Path, line: str, message: str)
     path.write_text(f"extends: torchtitan\n{line}\n")
     with pytest.raises(DocumentError, match=message):
         loader.load_stack(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("compute_units: 0", "compute_units: must be more than 0"),
+        ("memory_capacity: 0 GB", "memory_capacity: must be more than 0"),
+        ("peak_flops: {bf16: 0 TFLOP/s}", r"peak_flops\.bf16: must be more than 0"),
+        ("peak_flops: {int4: 3 TFLOP/s}", "no arithmetic is called 'int4'"),
+    ],
+)
+def test_a_device_without_what_everything_needs_is_refused(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: h100-sxm-80gb\n{line}\n")
+    with pytest.raises(DocumentError, match=message):
+        loader.load_device(str(path))
