@@ -25,13 +25,14 @@ class MachineColumns:
     link: str
 
 
-def machine_columns(run: Run) -> MachineColumns:
-    """What ``run`` says of its machine. Raises :class:`SkippedError` without a device count."""
+def machine_columns(run: Run, link: str | None = None) -> MachineColumns:
+    """What ``run`` says of its machine; ``link`` stands in for its link column. Raises
+    :class:`SkippedError` without a device count."""
     return MachineColumns(
         run.text("accelerator"),
         run.required("gpus"),
         run.size("gpus_per_node"),
-        run.text("inter_link").lower(),
+        run.text("inter_link").lower() if link is None else link,
     )
 
 

@@ -67,7 +67,7 @@ def request_of(reading: Reading) -> Request:
     run = reading.run
     for column in ("gpus", "seq", "layers", "hidden", "gbs"):
         run.required(column)
-    machine = machine_columns(run)
+    machine = machine_columns(run, reading.text("inter_link"))
     cluster = cluster_of(machine)
     precision = precision_of(reading.text("precision"))
     device = cluster.groups[0].node.device

@@ -291,6 +291,7 @@ class TestMachine:
             ("4 x 100Gb RoCE per node", 4, "roce-100g"),
             ("RDMA 400 Gb/s per GPU", 8, "infiniband-ndr"),
             ("EFA", 32, "efa-v2"),
+            ("4 x 100 Gb/s Omni-Path", 4, "omni-path-100"),
         ],
     )
     def test_links(self, link: str, nics: int, name: str) -> None:
@@ -299,6 +300,18 @@ class TestMachine:
         (run,) = read_runs(text_of({**RUN, "inter_link": link}))
         node = cluster_of(machine_columns(run)).groups[0].node
         assert (node.nics, node.scale_out.name) == (nics, name)
+
+    def test_a_policy_may_fill_the_link(self) -> None:
+        run = {"framework": "Megatron-DeepSpeed", "year": "2022", "accelerator": "A100-80GB",
+               "sp": "0", "gated_mlp": "0", "kv_heads": "16"}  # fmt: skip
+        filled, faster, earlier = (
+            row_of(**{**run, **change})
+            for change in ({}, {"inter_link": "8 x 200 Gb/s InfiniBand"}, {"year": "2021"})
+        )
+        assert "inter_link" in filled["policy_filled"]
+        assert "inter_link" not in faster["policy_filled"] + earlier["policy_filled"]
+        assert filled["predicted_step_time_s"] > faster["predicted_step_time_s"]
+        assert faster["predicted_step_time_s"] == earlier["predicted_step_time_s"]
 
     def test_part_of_a_node_has_only_its_devices(self) -> None:
         from planner.studies.machines import cluster_of, machine_columns
