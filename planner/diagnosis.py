@@ -43,6 +43,10 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
     common["usable_bytes"] = capacity
     size = request.model.name
     if closest is None:
+        roomy = replace(request, capacity_bytes=LARGEST_GROWTH * request.device_bytes)
+        ruled_out = Search(roomy).run()
+        if ruled_out.removed[OUT_OF_MEMORY] == 0:
+            return _ruled_out(request, ruled_out, common)
         text = f"{size} needs more than {LARGEST_GROWTH} times {format_bytes(capacity)} per device"
         return Infeasibility(
             message=text, binding=text, ways_out=tuple(_ways_out(request)), **common

@@ -78,6 +78,8 @@ def _check(job: JobSpec) -> None:
             least = 0 if name == "zero_stage" else 1
             if value < least:
                 raise InputError(f"--{kind} {name}={value}: the least is {least}")
+            if name == "zero_stage" and value > 3:
+                raise InputError(f"--{kind} {name}={value}: the most is 3")
     for name, value in limits.fix.items():
         if name in limits.max and value > limits.max[name]:
             raise InputError(f"--fix {name}={value} contradicts --max {name}={limits.max[name]}")

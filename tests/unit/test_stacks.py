@@ -12,7 +12,7 @@ from hardware_profiles.documents import DocumentError
 from hardware_profiles.loader import catalog_names, load_device, load_stack
 from hardware_profiles.stack import OptimizerName, StackRule, Trainable
 from planner.blocks.registry import KINDS
-from planner.errors import InputError
+from planner.errors import InfeasibleError, InputError
 from planner.models.spec import Spec
 from planner.pipeline import evaluate, plan, read_request
 from planner.request import Request
@@ -195,3 +195,12 @@ def test_stacks_and_code_use_one_vocabulary() -> None:
     assert set(get_args(OptimizerName)) == set(OPTIMIZERS) == set(get_args(Optimizer))
     kinds = {spec.model_fields["kind"].default for spec in KINDS if issubclass(spec, Spec)}
     assert set(get_args(Trainable)) == kinds | {"vision", "layers"}
+
+
+@pytest.mark.parametrize("fix", [{"zero_stage": 3}, {"pp": 1, "vpp": 3}])
+def test_what_nothing_can_be_is_no_matter_of_memory(fix: dict[str, int]) -> None:
+    """Some layouts do not fit either, but no memory makes the wish possible."""
+    request = read_request("llama-3.2-1b", "dgx-h100", None, {"constraints": {"fix": fix}})
+    with pytest.raises(InfeasibleError) as caught:
+        plan(request)
+    assert "no layout is possible on 8 devices: asked for" in str(caught.value)
