@@ -33,11 +33,12 @@ CLUSTER = {
 }
 BLOCK = {
     "mixer": {"kind": "attention", "heads": 8, "kv_heads": 8, "head_dim": 64},
-    "feed_forward": {"kind": "mlp", "intermediate": 2048},
+    "feed_forward": {"kind": "mlp", "intermediate": 2048, "gated": True},
+    "norms": 2,
 }
 MODEL = {
-    "hidden": 512, "vocab": 32000, "blocks": {"dense": BLOCK},
-    "layers": [{"block": "dense", "count": 4}],
+    "hidden": 512, "vocab": 32000, "tied_embeddings": False, "norm": "rms", "norm_bias": False,
+    "blocks": {"dense": BLOCK}, "layers": [{"block": "dense", "count": 4}],
 }  # fmt: skip
 SEQUENCE = {
     "format": "layers", "input": 3072, "batch": 64,
@@ -96,6 +97,8 @@ def test_no_number_of_a_document_may_be_true(kind: str, tmp_path: Path) -> None:
     file = tmp_path / f"{kind}.yaml"
     numbers = list(places(document))
     assert numbers
+    file.write_text(yaml.safe_dump(document))
+    assert load(str(file))
     for path in numbers:
         file.write_text(yaml.safe_dump(changed(document, path, True)))
         with pytest.raises((DocumentError, InputError)) as error:
