@@ -54,8 +54,8 @@ def make(
     limits: dict[tuple[str, ...], tuple[float, float]] = {}
     first = first_encounters(paths, families)
     limits[()] = quantiles(residuals, even(names))
-    prefixes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
-    for prefix in prefixes:
+    prefixes = {path[:n] for path in paths for n in range(1, len(path) + 1)}
+    for prefix in sorted(prefixes, key=lambda prefix: (len(prefix), prefix)):
         inside = np.array([path[: len(prefix)] == prefix for path in paths])
         found = residuals[inside]
         narrow = len(prefix) == len(paths[0])
