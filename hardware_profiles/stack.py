@@ -20,9 +20,10 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 StackRule = Literal[
     "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
     "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
-    "zero_0_is_replicate_only", "no_tied_embeddings_in_pipeline",
+    "zero_0_is_replicate_only", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
 ]  # fmt: skip
-"""What degrees a stack cannot combine; implemented by name in ``planner.rules``."""
+"""What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
+of a device (``planner.stacks``)."""
 Fusion = Literal[
     "bias_gelu", "swiglu", "bias_dropout_add", "rope", "cross_entropy", "wgrad_accumulation",
     "masked_softmax", "grouped_gemm", "norm", "norm_linear",

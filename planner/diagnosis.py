@@ -20,6 +20,7 @@ from planner.plan import Infeasibility, WayOut
 from planner.predict import predict, price
 from planner.request import Request, fill_defaults
 from planner.search import OUT_OF_MEMORY, Search, SearchResult
+from planner.space import layout_rules, mesh_rules
 from planner.specs import ConstraintSpec
 from planner.stacks import fault
 
@@ -76,12 +77,14 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
 
 
 def _ruled_out(request: Request, result: SearchResult, common: dict[str, Any]) -> Infeasibility:
-    """No layout got as far as memory: the rules that removed them are the answer."""
-    reason, count = result.removed.most_common(1)[0]
+    """No layout got as far as memory: the rules that removed them are the answer, above all the
+    last one, which took what all others had left."""
+    rules = (*mesh_rules(request), *layout_rules(request))
+    reason = [reason for reason, _ in rules if result.removed[reason]][-1]
     return Infeasibility(
         message=(
             f"no layout is possible on {request.devices:,} devices: {reason} "
-            f"({count:,} of {result.size:,} layouts)"
+            f"(the last {result.removed[reason]:,} of {result.size:,} layouts)"
         ),
         binding="; ".join(f"{why}: {n:,}" for why, n in result.removed.most_common(4)),
         ways_out=tuple(_ways_out(request)),
@@ -168,6 +171,9 @@ def _attempts(request: Request) -> Iterator[Attempt]:
         yield "no memory reserve", lambda: _with_job(request, memory_reserve_bytes=0)
     if not job.allow_recompute:
         yield "allow recomputation", lambda: _with_job(request, allow_recompute=True)
+    for name in ("activation_offload", "parameter_offload", "optimizer_offload"):
+        if getattr(job, name):
+            yield f"{name}: false", lambda n=name: _with_job(request, **{n: False})  # type: ignore[misc]
     for kind, names in (("fix", limits.fix), ("max", limits.max), ("forbid", limits.forbid)):
         for name in names:
             yield f"drop --{kind} {name}", lambda k=kind, n=name: _without(request, k, n)  # type: ignore[misc]

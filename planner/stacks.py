@@ -76,7 +76,13 @@ def _faults(request: Request) -> Iterator[InputError]:
         yield InputError(f"{name} has no optimizer {job.optimizer} (it has {known})")
     if job.precision not in stack.precisions:
         known = ", ".join(stack.precisions)
-        yield InputError(f"{name} does not train in {job.precision} (it does in {known})")
+        only = stack.precisions[0] if len(stack.precisions) == 1 else None
+        yield InputError(
+            f"{name} does not train in {job.precision} (it does in {known})",
+            hint=f"--precision {only}" if only in device.peak_flops else None,
+        )
+    if "needs_block_scaled_products" in stack.rules and "nvfp4" not in device.peak_flops:
+        yield InputError(f"{device.name} has no block-scaled products, and {name} needs them")
     if job.dropout and not stack.trains_dropout:
         yield InputError(f"the layers of {name} have no dropout")
     tune = job.finetune

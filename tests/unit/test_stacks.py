@@ -101,9 +101,10 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
     implemented = set(STACK_RULES)
     named = set(get_args(StackRule))
     assert implemented <= named
-    # The others are read where layouts are made (planner.rules.layout_rules).
+    # The others are read where layouts are made (planner.rules.layout_rules), or with the device.
     assert named - implemented == {
         "interleaved_needs_multiple_of_pp",
+        "needs_block_scaled_products",
         "no_zero_3_with_pipeline",
         "zero_0_is_replicate_only",
     }
@@ -204,3 +205,25 @@ def test_what_nothing_can_be_is_no_matter_of_memory(fix: dict[str, int]) -> None
     with pytest.raises(InfeasibleError) as caught:
         plan(request)
     assert "no layout is possible on 8 devices: asked for" in str(caught.value)
+
+
+def test_a_wish_that_the_stack_has_not_is_named_before_what_took_more_layouts() -> None:
+    job = {"stack": "deepspeed-mics", "optimizer_offload": True}
+    request = read_request("llama-3.2-1b", "dgx-h100", None, job)
+    with pytest.raises(InfeasibleError, match="keeps nothing on the host") as caught:
+        plan(request)
+    assert caught.value.diagnosis is not None
+    assert caught.value.diagnosis.ways_out[0].change == "optimizer_offload: false"
+
+
+def test_mxfp8_runs_where_products_take_blocks_with_scales() -> None:
+    job = {"stack": "megatron-core-mxfp8", "precision": "fp8"}
+    assert read_request("llama-3.1-8b", "dgx-b200", None, job).remark == ""
+    with pytest.raises(InputError, match="h100-sxm-80gb has no block-scaled products"):
+        read_request("llama-3.1-8b", "dgx-h100", None, job)
+
+
+def test_a_stack_of_one_precision_hints_at_it() -> None:
+    with pytest.raises(InputError, match="does not train in bf16") as caught:
+        read_request("llama-3.1-8b", "dgx-h100", None, {"stack": "torchtitan-float8-gather"})
+    assert caught.value.hint == "--precision fp8"
