@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cost_models import compute, interconnect, offload, state, unsharded
+from cost_models.activation_offload import move_inputs
 from cost_models.buffers import dummy_wgrad_bytes
 from cost_models.communication import expose
 from cost_models.data_traffic import (
@@ -147,6 +148,7 @@ def price_kind(
     if machine.offload.checkpoints and full is not None:
         link = machine.cluster.groups[0].node.host_link.si
         move_checkpoints(rows, rows[Field.FORWARD], rows[Field.BACKWARD], full, link)
+    move_inputs(rows, kind, shard, policies, machine)
     if stack.pipeline_buffers:
         unsharded.add_output(
             rows, kind, shard, pipelined=data.pp > 1, policies=tuple(p.name for p in policies)

@@ -29,11 +29,13 @@ class Offload:
     parameters: bool = False
     checkpoints: bool = False
     """The layer inputs that full recomputation keeps."""
+    inputs: frozenset[str] = frozenset()
+    """Modules whose inputs the stack keeps there (``cost_models.activation_offload``)."""
 
     @property
     def anything(self) -> bool:
         """Whether the host holds something."""
-        return self.optimizer or self.parameters or self.checkpoints
+        return self.optimizer or self.parameters or self.checkpoints or bool(self.inputs)
 
 
 def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:

@@ -218,3 +218,6 @@ class SavedTensor:
     name: str
     bytes: Ints
     modules: tuple[str, ...] = ()
+    input_of: str | None = None
+    """Module whose input it is, where a stack can keep that on the host until the backward
+    (``cost_models.activation_offload``)."""

@@ -15,11 +15,14 @@ from typing import Protocol
 import numpy as np
 
 from cost_models import state
+from cost_models.activation_offload import staying_bytes
 from cost_models.buffers import dummy_wgrad_bytes
 from cost_models.graph import Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
-INSIDE = ("workspace", "dummy_gradients", "live_parameters", "reduction_buffers")
+INSIDE = (
+    "workspace", "dummy_gradients", "live_parameters", "reduction_buffers", "inputs_on_device",
+)  # fmt: skip
 """Terms that the caching allocator counts as allocated."""
 CACHED = ("fragmentation", "graph_pool", "gather_buffers", "idle_logits")
 """Terms that it holds beyond that."""
@@ -82,6 +85,7 @@ def reserve_bytes(
             "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
             "gather_buffers": _gather_bytes(workload, machine, shard, degrees),
             "idle_logits": _idle_logits(workload, machine, shard, degrees),
+            "inputs_on_device": staying_bytes(workload.kinds.values(), shard, machine),
             "context": int(spec.context.si) * ones,
             "communicators": communicator_bytes(machine, shard, degrees),
             "overlap_buffers": overlapped,
@@ -95,6 +99,7 @@ def reserve_bytes(
             "reduction_buffers": "flat copies in which gradients are reduced",
             "gather_buffers": "flat buffers of gathered weights, on a stream of their own",
             "idle_logits": "16-bit logits, whose block no fp32 copy fits into",
+            "inputs_on_device": "what the layer whose backward is next does not send to the host",
             "context": spec.context.source,
             "communicators": f"{spec.communicator.source}; {spec.exchange_peer.source}",
             "overlap_buffers": f"{count} user buffers of a gathered activation",

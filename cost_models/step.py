@@ -86,6 +86,8 @@ class Field(IntEnum):
     IN_FLIGHT = 17
     """The buffer in which the layer's gradients are reduced: it lives through the backward of the
     unit before. Zero in a pipeline, which reduces when all backwards are over."""
+    HOST_WAIT = 18
+    """Of the forward and the backward, what they wait for activations on the link to the host."""
 
 
 @dataclass(frozen=True)

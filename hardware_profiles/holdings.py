@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hardware_profiles.sourced import Profile, Sourced
 
@@ -63,6 +63,10 @@ class StateSpec(Profile):
     """The least bucket also holds this many elements for each data-parallel rank."""
 
 
+OffloadedInput = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+"""Modules by Megatron-Core's names (``--offload-modules``), as ``planner.blocks`` tags them."""
+
+
 class OffloadSpec(Profile):
     """What a stack can keep on the host, and how fast it works there."""
 
@@ -77,11 +81,21 @@ class OffloadSpec(Profile):
     """Host bytes per parameter of a shard of the weights; None: they stay on the device."""
     checkpoints: bool = False
     """Whether the host can hold the layer inputs that full recomputation keeps."""
+    inputs: tuple[OffloadedInput, ...] = ()
+    """Modules whose inputs wait on the host for their backward, in every layer: fixed at launch."""
     link_bytes: Annotated[int, Field(ge=1)] = 4
     """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
     adam_efficiency: Sourced
     """Share of the host memory's bandwidth that the optimizer reaches."""
     source: str
+
+    @model_validator(mode="after")
+    def _core_reads_its_output(self) -> Self:
+        if "attn_proj" in self.inputs and "core_attn" not in self.inputs:
+            raise ValueError(
+                "offload.inputs: attn_proj without core_attn, whose backward reads the same tensor"
+            )
+        return self
 
 
 class ReserveSpec(Profile):

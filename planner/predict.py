@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cost_models.activation_offload import moved_bytes
 from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
 from cost_models.leaf import (
@@ -22,6 +23,7 @@ from cost_models.offload import host_bytes_per_parameter
 from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
+from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosting import host_bytes_per_node, host_capacity
 from planner.layouts import completion_of, configs_of
 from planner.models.spec import ModelSpec, MoeSpec
@@ -153,6 +155,13 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     moved = _checkpoint_bytes(layout, request)
     held += moved * request.cluster.groups[0].node.devices_per_node
     crossing += 2 * moved * layout.num_microbatches
+    runs = Pipelines(
+        np.array([layout.pp]), np.array([layout.vpp]), np.array([layout.num_microbatches]),
+        np.array([layout.schedule == "gpipe"]),
+    )  # fmt: skip
+    shard = shard_of(request.workload, priced.tables.configs)
+    held += int(input_bytes_per_node(request, shard, runs)[0])
+    crossing += 2 * _input_bytes(priced, request) * layout.num_microbatches
     if layout.parameter_offload:
         crossing += 2 * elements * request.machine.rules.gather_bytes * layout.num_microbatches
     return HostPrediction(
@@ -160,6 +169,29 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
         capacity_bytes_per_node=host_capacity(request),
         link_bytes_per_step=crossing,
     )
+
+
+def _input_bytes(priced: Priced, request: Request) -> int:
+    """Bytes of modules' inputs that one microbatch sends to the host of the fullest rank."""
+    modules = request.machine.offload.inputs
+    if not modules:
+        return 0
+    shard = shard_of(request.workload, priced.tables.configs)
+    kinds, policies = request.workload.kinds, {p.name: p for p in priced.tables.workload.policies}
+
+    def each(kind: str, mode: str) -> int:
+        sizes = moved_bytes(kinds[kind], shard, policies.get(mode), modules)
+        return sum(int(size[0]) for size in sizes.values())
+
+    ranks = []
+    for stage in priced.layout.stages:
+        first_last = [chunk.layers for chunk in stage.chunks]
+        names = [name for a, b in first_last for name in request.workload.layers[a:b]]
+        moved = sum(each(name, "none") for name in names)
+        for part in stage.recompute:
+            moved -= part.layers * (each(part.kind, "none") - each(part.kind, part.mode))
+        ranks.append(moved)
+    return max(ranks)
 
 
 def _checkpoint_bytes(layout: Layout, request: Request) -> int:
@@ -237,7 +269,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         rank = step.critical_rank
     shard = shard_of(request.workload, priced.tables.configs)
     workload, machine = request.workload, request.machine
-    totals = dict.fromkeys((*CATEGORIES, "pp_comm", "recompute"), 0)
+    totals = dict.fromkeys((*CATEGORIES, "pp_comm", "recompute", "host_link"), 0)
     names = priced.tables.kind_names
     pp = priced.tables.configs.pp
 
@@ -264,6 +296,8 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
             ns = sum(int(np.rint(phases[p][0] * SECOND)) for p in ("forward", "backward"))
             totals[category] += ns * count
             own += ns
+        own += row[Field.HOST_WAIT]
+        totals["host_link"] += row[Field.HOST_WAIT] * count
         # What a layer costs beyond its own categories is FSDP traffic exposed per microbatch.
         totals["dp_comm"] += (row[Field.FORWARD] + row[Field.BACKWARD] - own) * count
         work += (row[Field.FORWARD] + row[Field.BACKWARD]) * count
@@ -300,6 +334,7 @@ _DETAILS = {
     "tp_comm": "tensor-parallel collectives, exposed",
     "cp_comm": "context-parallel exchange, exposed",
     "ep_comm": "expert all-to-all, exposed",
+    "host_link": "activations on their way to the host and back, exposed",
     "dp_comm": "parameter gathers, gradient reductions and their copies per microbatch, exposed",
     "pp_comm": "transfers between pipeline stages that the rank waits for",
     "recompute": "forward work repeated in the backward",

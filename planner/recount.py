@@ -21,6 +21,7 @@ from planner.models.spec import (
 )
 from planner.plan import Layout
 from planner.recompute import named_policy
+from planner.recount_host import inputs_held
 from planner.request import Request
 
 
@@ -190,7 +191,7 @@ def impossible_layout(
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
     job = request.job
-    if job.optimizer_offload or job.parameter_offload or job.activation_offload:
+    if request.machine.offload.anything:
         reason = cannot_offload(request)
         if reason:
             return reason
@@ -204,6 +205,8 @@ def impossible_layout(
             tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
             each = tokens * request.workload.boundary_bytes_per_token * layers
             held += each * request.cluster.groups[0].node.devices_per_node
+        if request.machine.offload.inputs:
+            held += inputs_held(mesh, (schedule, vpp, m), request)
         if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"
     if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:

@@ -60,7 +60,9 @@ class Request:
     def machine(self) -> Machine:
         """What prices depend on besides the layer and the layout."""
         job = self.job
-        held = Offload(job.optimizer_offload, job.parameter_offload, job.activation_offload)
+        spec = self.stack.offload
+        inputs = frozenset(spec.inputs) if spec is not None else frozenset()
+        held = Offload(job.optimizer_offload, job.parameter_offload, job.activation_offload, inputs)
         return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
 
     @property

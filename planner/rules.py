@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cost_models.configs import cp_kind_code
-from cost_models.graph import Bools, Int64
+from cost_models.graph import Bools, Int64, Shard
 from planner.blocks.registry import model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError
+from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosting import (
     cannot_offload,
     checkpoint_bytes_per_node,
@@ -227,9 +228,21 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
         lambda m, x: (
             x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp) * float(once)
             + checkpoint_bytes_per_node(request, m.microbatch, m.cp, np.where(m.sp == 1, m.tp, 1))
+            + _input_bytes_per_node(request, m, x)
             > capacity
         ),
     )
+
+
+def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts) -> Int64:
+    """Bytes on each node of the module inputs that the stack keeps there."""
+    shard = Shard(
+        sequence=request.sequence, microbatch=m.microbatch, tp=m.tp, cp=m.cp, ep=m.ep, etp=m.etp,
+        sequence_parallel=m.sp.astype(bool), cp_kind=m.cp_kind,
+    )  # fmt: skip
+    microbatches = request.global_batch // (m.dp * m.microbatch)
+    gpipe = x.schedule == SCHEDULE_NAMES.index("gpipe")
+    return input_bytes_per_node(request, shard, Pipelines(m.pp, x.vpp, microbatches, gpipe))
 
 
 def _even_enough(request: Request, stages: Int64) -> Bools:

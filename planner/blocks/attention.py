@@ -208,15 +208,15 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
     heads = spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     result = [
-        SavedTensor("qkv", ((2 if spec.output_gate else 1) * heads + 2 * kv) * hd * x * e),
-        SavedTensor("attention_output", heads * hd * x * e),
+        SavedTensor("qkv", (heads + 2 * kv) * hd * x * e, input_of="core_attn"),
+        SavedTensor("attention_output", heads * hd * x * e, input_of="attn_proj"),
         *output_copy(heads * hd * x * e, ctx),
     ]
     if spec.qk_norm != "none":
         rows = (heads + kv) * x if spec.qk_norm == "per_head" else 2 * x
         result += norm_saved("qk_norm", (heads + kv) * hd * x, rows, ctx)
     if spec.output_gate:
-        result.append(SavedTensor("gated_output", heads * hd * x * e))
+        result.append(SavedTensor("gate_and_gated_output", 2 * heads * hd * x * e))
     result += core_saved(ctx, shard, heads)
     return tuple(result)
 

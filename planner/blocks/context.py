@@ -153,11 +153,18 @@ def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
 
 
 def residual_saved(
-    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...], *, products: int = 1
+    name: str,
+    ctx: BlockContext,
+    shard: Shard,
+    modules: tuple[str, ...],
+    *,
+    products: int = 1,
+    norm_module: str | None = None,
 ) -> tuple[SavedTensor, ...]:
     """The norm's input and output, and the dropout mask after the sub-block.
 
-    ``modules`` are those that run the norm. Each of ``products`` that read the output keeps a
+    ``modules`` are those that run the norm, ``norm_module`` is its own name where no product is
+    fused with it. Each of ``products`` that read the output keeps a
     low-precision copy of its own; with 0 the output itself is kept.
     """
     size = ctx.residual_bytes(shard)
@@ -165,7 +172,14 @@ def residual_saved(
     if products and ctx.saved_input_bytes_per_64 is not None:
         inputs = products * ctx.saved_input(inputs)
     saved = [
-        *norm_saved(f"{name}.norm", size // ctx.element_bytes, shard.residual_tokens, ctx, modules),
+        *norm_saved(
+            f"{name}.norm",
+            size // ctx.element_bytes,
+            shard.residual_tokens,
+            ctx,
+            modules,
+            input_of=norm_module,
+        ),
         SavedTensor(f"{name}.input", inputs, modules=modules),
     ]
     if ctx.dropout:
@@ -179,7 +193,13 @@ def product_input_bytes(ctx: BlockContext, shard: Shard) -> Int64:
 
 
 def norm_saved(
-    name: str, elements: Int64, rows: Int64, ctx: BlockContext, modules: tuple[str, ...] = ()
+    name: str,
+    elements: Int64,
+    rows: Int64,
+    ctx: BlockContext,
+    modules: tuple[str, ...] = (),
+    *,
+    input_of: str | None = None,
 ) -> tuple[SavedTensor, ...]:
     """What a norm keeps of ``elements`` in ``rows``, without its output.
 
@@ -188,7 +208,8 @@ def norm_saved(
     """
     statistics = SavedTensor(f"{name}_statistics", 4 * rows, modules=modules)
     if "norm" in ctx.fused:
-        return (SavedTensor(f"{name}_input", elements * ctx.element_bytes), statistics)
+        kept = SavedTensor(f"{name}_input", elements * ctx.element_bytes, input_of=input_of)
+        return (kept, statistics)
     return (
         SavedTensor(f"{name}_input_fp32", 4 * elements),
         SavedTensor(f"{name}_normalised_fp32", 4 * elements, modules=modules),

@@ -129,9 +129,9 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
         SavedTensor("latent", (latent + spec.qk_rope_head_dim) * r * e),
         *within("mla_up_proj", (
             SavedTensor("latent_normed", ctx.saved_input(latent * r * e)),
-            SavedTensor("qkv", heads * (2 * qk + v) * x * e),
+            SavedTensor("qkv", heads * (2 * qk + v) * x * e, input_of="core_attn"),
         )),
-        SavedTensor("attention_output", heads * v * x * e),
+        SavedTensor("attention_output", heads * v * x * e, input_of="attn_proj"),
         *output_copy(heads * v * x * e, ctx),
         *core_saved(ctx, shard, heads),
     )  # fmt: skip

@@ -52,6 +52,7 @@ def layer_saved(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Save
                 shard,
                 _norm_modules(part, ctx),
                 products=_READERS.get(type(part), 1),
+                norm_module=_norm_name(part, ctx),
             )
         result += kind_of(part).saved(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):
@@ -117,6 +118,13 @@ def _norm_modules(part: Mixer | FeedForward, ctx: BlockContext) -> tuple[str, ..
     if "norm_linear" not in ctx.fused or isinstance(part, UNFUSED_NORMS):
         return ("layernorm",)
     return ("mlp",) if isinstance(part, MlpSpec) else ()
+
+
+def _norm_name(part: Mixer | FeedForward, ctx: BlockContext) -> str | None:
+    """Megatron-Core's name of the norm before ``part``, unless it is fused into a product."""
+    if _norm_modules(part, ctx) != ("layernorm",):
+        return None
+    return "mlp_norm" if isinstance(part, MlpSpec | MoeSpec) else "attn_norm"
 
 
 def _one_norm(block: BlockSpec) -> bool:

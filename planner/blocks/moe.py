@@ -175,8 +175,8 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
     inner = hot * (spec.intermediate // shard.etp) * e
     result = [
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
-        SavedTensor("dispatched", ctx.saved_input(hot * h * e)),
-        SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner),
+        SavedTensor("dispatched", ctx.saved_input(hot * h * e), input_of="expert_fc1"),
+        SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner, input_of="moe_act"),
         SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),
         # torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, combine).
         SavedTensor("combined", shard.residual_tokens * spec.top_k * h * (4 if ctx.dtensor else e)),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from planner.plan import Layout, Plan
 
 TARGET = "megatron-core"
-STACKS = (TARGET, "megatron-core-deepep", "megatron-core-mxfp8")
+STACKS = (TARGET, "megatron-core-deepep", "megatron-core-mxfp8", "megatron-core-offload")
 """Stacks that are this software, with other flags."""
 
 _CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a"}
@@ -75,6 +75,7 @@ def export(plan: Plan) -> Launch:
         *recompute,
         *_batch_flags(layout, job),
         *_data_parallel_flags(layout, stack),
+        *_offload_flags(stack),
         *_RECIPE.get(stack.name, _PRECISION[job.precision]),
         ("--optimizer", _OPTIMIZER[job.optimizer]),
     )
@@ -82,7 +83,7 @@ def export(plan: Plan) -> Launch:
         target=TARGET,
         devices=layout.dp_replicate * layout.dp_shard * layout.cp * layout.tp * layout.pp,
         flags=flags,
-        environment=_environment(layout),
+        environment=_environment(layout, stack),
         notes=tuple(notes),
     )
 
@@ -142,11 +143,23 @@ def _data_parallel_flags(layout: Layout, stack: StackSpec) -> list[Flag]:
     return flags
 
 
-def _environment(layout: Layout) -> dict[str, str]:
+def _offload_flags(stack: StackSpec) -> tuple[Flag, ...]:
+    """Modules whose inputs go to the host (developer guide, Fine-Grained Activation Offloading)."""
+    if stack.offload is None or not stack.offload.inputs:
+        return ()
+    modules = ("--offload-modules", *stack.offload.inputs)
+    return (("--fine-grained-activation-offloading",), modules)
+
+
+def _environment(layout: Layout, stack: StackSpec) -> dict[str, str]:
     """Before Blackwell, ordered tensor- and context-parallel kernels need one hardware queue."""
+    result = {}
     if (layout.tp > 1 or layout.cp > 1) and layout.zero_stage < 2:
-        return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    return {}
+        result["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if _offload_flags(stack):
+        # arguments.py, with Transformer Engine 2.10 and later.
+        result["NVTE_CPU_OFFLOAD_V1"] = "1"
+    return result
 
 
 def _pipeline_is_inside(layout: Layout) -> bool:

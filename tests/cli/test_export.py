@@ -128,6 +128,16 @@ def test_a_stack_that_is_a_recipe_names_it() -> None:
     assert "--bf16" in flags
 
 
+def test_offloaded_inputs_are_named_with_what_transformer_engine_needs() -> None:
+    plan = sample.moe_plan()
+    target = plan.target.model_copy(update={"stack": "megatron-core-offload"})
+    launch = export(plan.model_copy(update={"target": target}))
+    assert ("--fine-grained-activation-offloading",) in launch.flags
+    assert ("--offload-modules", "core_attn", "attn_proj", "expert_fc1") in launch.flags
+    assert launch.environment["NVTE_CPU_OFFLOAD_V1"] == "1"
+    assert "--offload-modules" not in flags_of(plan)
+
+
 def test_learned_positions_biases_and_tied_embeddings() -> None:
     flags = flags_of(sample.single_device_plan())
     assert flags["--position-embedding-type"] == "learned_absolute"

@@ -115,6 +115,9 @@ def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count
     experts = False
+    host = request.cluster.groups[0].node.host_memory
+    if stack.offload is not None and stack.offload.inputs and host is None:
+        return False
     split = request.model.tensor_split
     if split is not None and split % x.tp:
         return False

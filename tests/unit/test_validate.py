@@ -82,6 +82,17 @@ def test_a_run_that_cannot_be_priced_says_why(changes: dict[str, str], reason: s
     assert row["scored"] is False
 
 
+@pytest.mark.parametrize(
+    ("framework", "stack"),
+    [("Megatron-Core", "megatron-core-mxfp8"), ("Megatron-LM", "megatron-core-mxfp8"),
+     ("Megatron-Bridge", "megatron-bridge-fp8"), ("NeMo", "nemo-fp8")],
+)  # fmt: skip
+def test_the_recipe_of_a_run_of_megatron_is_that_of_its_label(framework: str, stack: str) -> None:
+    row = row_of(framework=framework, precision="mxfp8", accelerator="B200")
+    assert (row["status"], row["stack"]) == ("priced", stack)
+    assert row_of(framework="Megatron-Core", precision="fp8")["stack"] == "megatron-core"
+
+
 def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
     row = row_of(gbs="62")
     assert row["status"] == "skipped"

@@ -1,0 +1,40 @@
+"""Bytes of modules' inputs that wait on the hosts (``cost_models.activation_offload``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from cost_models.activation_offload import moved_bytes
+from cost_models.graph import Bools, Int64, Shard
+from planner.request import Request
+
+
+class Pipelines(NamedTuple):
+    """What decides how many microbatches are alive, one entry per layout."""
+
+    pp: Int64
+    vpp: Int64
+    microbatches: Int64
+    gpipe: Bools
+
+
+def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int64:
+    """Bytes on each node whose devices are a first stage with as many layers as any: they hold most
+    microbatches. Room for them is needed whatever is run again instead."""
+    total = np.zeros_like(shard.tp)
+    modules = request.machine.offload.inputs
+    if not modules:
+        return total
+    for name, layers in Counter(request.workload.layers).items():
+        for size in moved_bytes(request.workload.kinds[name], shard, None, modules).values():
+            total = total + layers * size
+    pp, vpp, microbatches, gpipe = runs
+    # cost_models.schedule.live_peaks of rank 0.
+    chunks = np.where(vpp == 1, pp, 2 * (pp - 1) + (vpp - 1) * pp + 1)
+    chunks = np.where(gpipe, microbatches, np.minimum(chunks, microbatches * vpp))
+    each = -(-total * chunks // (pp * vpp))
+    result: Int64 = each * request.cluster.groups[0].node.devices_per_node
+    return result
