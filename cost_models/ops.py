@@ -82,6 +82,9 @@ class Attention:
     qk_head_dim: int
     v_head_dim: int
     causal: bool = True
+    last: bool | NDArray[np.bool_] = False
+    """Whether the queries are the last of a causal mask's, which see most keys, instead of an even
+    share of all."""
     modules: tuple[str, ...] = ("core_attn",)
 
 

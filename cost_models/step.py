@@ -306,12 +306,12 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
         case Attention():
             kernel = machine.stack.attention_kernel(device.name)
             dtype = "fp16" if machine.precision == "fp16" else "bf16"
-            # Context parallelism deals the blocks of a causal mask out evenly: a rank with a share
-            # of the queries has that share of the work of all of them.
+            # A rank with an even share of a causal mask's queries has that share of their work.
             batch: Reals = op.batch
             q_len = op.q_len
             if op.causal:
-                batch, q_len = np.asarray(op.batch) * (op.q_len / np.asarray(op.kv_len)), op.kv_len
+                share = np.where(op.last, 1.0, op.q_len / np.asarray(op.kv_len))
+                batch, q_len = op.batch * share, np.where(op.last, op.q_len, op.kv_len)
             forward, backward = (
                 compute.attention_time_s(
                     device, dtype, kernel, batch=batch, q_len=q_len, kv_len=op.kv_len,

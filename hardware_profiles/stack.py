@@ -118,6 +118,9 @@ class StackSpec(Profile):
     hybrid_sharding: bool
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
     cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
+    balanced_context: bool = True
+    """Whether context parallelism deals each rank an early and a late piece of the sequence, so
+    that all have as much of a causal mask; else one piece in order, and all wait for the last."""
     sequence_parallel: Literal["optional", "always", "never"]
     expert_tensor_parallel: bool
     layers: LayersSpec = LayersSpec()

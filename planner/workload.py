@@ -69,6 +69,7 @@ def build_workload(
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
         separate=frozenset(stack.layers.separate_projections),
+        balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}

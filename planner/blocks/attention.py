@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.graph import CP_KINDS, Int64, Shard, Weight
+from cost_models.graph import CP_KINDS, Bools, Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, Reals, SavedTensor
 from planner.blocks import splits as split
 from planner.blocks.context import (
@@ -131,6 +131,7 @@ def core(
                 "attention", packed(shard, span), span / shard.cp,
                 min(span, spec.window) if spec.window else span, heads, kv,
                 spec.head_dim, spec.head_dim, causal=spec.causal and not windowed,
+                last=last_queries(ctx, shard, span),
             ),
         )  # fmt: skip
     return unfused_core(ctx, shard, heads, spec.head_dim, spec.head_dim)
@@ -139,6 +140,16 @@ def core(
 def packed(shard: Shard, span: int) -> Reals:
     """Pieces of ``span`` tokens in a microbatch: each is a sample of its own to the kernel."""
     return shard.microbatch * (shard.sequence / span) if span < shard.sequence else shard.microbatch
+
+
+def last_queries(ctx: BlockContext, shard: Shard, span: int) -> bool | Bools:
+    """Where the rank that all others wait for has the last queries of the sequence: it was dealt
+    out in order and not exchanged for heads. Documents and chunks within which tokens see each
+    other are taken as spread over the ranks."""
+    if ctx.balanced_context or span < shard.sequence:
+        return False
+    result: Bools = shard.cp_kind != CP_KINDS.index("a2a")
+    return result
 
 
 def unfused_core(

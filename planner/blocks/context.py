@@ -55,6 +55,8 @@ class BlockContext:
     logit_working_bytes_split: float | None = None
     """As ``logit_working_bytes``, where the vocabulary is split over tp."""
 
+    balanced_context: bool = True
+    """Whether the ranks of context parallelism have equal parts of a causal mask."""
     whole_vocabulary: bool = False
     """Whether every tp rank has embedding and head whole."""
 

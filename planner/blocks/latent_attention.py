@@ -13,6 +13,7 @@ from planner.blocks.attention import (
     context_parallel,
     core_saved,
     exchange_working,
+    last_queries,
     output_copy,
     packed,
     unfused_core,
@@ -104,7 +105,17 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     else:
         span = ctx.span(shard)
         result.append(
-            Attention("attention", packed(shard, span), span / shard.cp, span, heads, heads, qk, v)
+            Attention(
+                "attention",
+                packed(shard, span),
+                span / shard.cp,
+                span,
+                heads,
+                heads,
+                qk,
+                v,
+                last=last_queries(ctx, shard, span),
+            )
         )
     result.append(MatMul("proj", x, ctx.hidden, heads * v))
     result += leave_tensor_parallel("proj", ctx, shard)

@@ -15,7 +15,7 @@ from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
 from planner.blocks import latent_attention
 from planner.blocks import splits as split
-from planner.blocks.attention import CORE, core_saved, packed, unfused_core
+from planner.blocks.attention import CORE, core_saved, last_queries, packed, unfused_core
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -134,7 +134,7 @@ def _core(
     return (
         Attention(
             "attention", packed(shard, span), span / shard.cp, keys, heads, np.ones_like(heads),
-            _key(spec), latent, causal=keys >= span,
+            _key(spec), latent, causal=keys >= span, last=last_queries(ctx, shard, span),
         ),
     )  # fmt: skip
 
