@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from hardware_profiles.units import format_bytes
 from planner.report import parts
 
 if TYPE_CHECKING:
@@ -33,16 +34,20 @@ def communication_tables(
 
 
 def _table(groups: Mapping[str, Sequence[Calls]], *, named: bool) -> Table:
-    """One row per call; the owner's name on its first."""
+    """One row per call: below its layer where calls are ``named``, else beside its stage."""
     table = parts.grid(
-        ("layer" if named else "stage", "left"), *((("op", "left"),) if named else ()),
-        ("pass", "left"), ("collective", "left"), ("group", "left"), ("ranks", "right"),
-        ("calls", "right"), ("bytes", "right"),
+        ("op" if named else "stage", "left"), ("pass", "left"), ("collective", "left"),
+        ("group", "left"), ("ranks", "right"), ("calls", "right"), ("bytes", "right"),
     )  # fmt: skip
+    for column in table.columns[2:]:
+        column.no_wrap = True
     for owner, calls in groups.items():
+        if named:
+            table.add_row("", owner)
         for index, call in enumerate(calls):
+            name = f"  {call.name.removeprefix(owner + '.')}"
             table.add_row(
-                "", owner if index == 0 else "", *((call.name,) if named else ()), call.phase,
-                call.kind, call.group, str(call.ranks), f"{call.count:,}", f"{call.bytes:,}",
+                "", name if named else owner if index == 0 else "", call.phase, call.kind,
+                call.group, str(call.ranks), f"{call.count:,}", format_bytes(call.bytes),
             )  # fmt: skip
     return table
