@@ -26,9 +26,11 @@ bounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cost_models.leaf import Leaf, RankCosts
+from cost_models.leaf import Leaf, RankCosts, Recompute
+from cost_models.step import Field
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,48 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
         update=max(label.update, costs.update_ns),
         tail=tail if leaf.schedule == "1f1b" else 0,
     )
+
+
+def least_work(leaf: Leaf, options: Sequence[Recompute], cutoff_ns: int) -> list[int]:
+    """``result[i]``: least forward, backward and recomputation of the first ``i`` layers.
+
+    With ``n`` layers recomputed at the front of each stage, a stage of at most ``most`` layers
+    recomputes at least ``n / max(n, most)`` of them; a longer one is above the cutoff by itself.
+    """
+    mode = options[0][0] if len(options) == 1 else "none"
+    extra_row, share = leaf.modes[mode].extra, (1, 1)
+    if mode == "full":
+        cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
+        most = min(len(leaf.sequence), cutoff_ns // max(1, leaf.microbatches * cheapest))
+        share = (options[0][1], max(1, options[0][1], most))
+    total, result = 0, [0]
+    for index in leaf.sequence:
+        kind = leaf.kinds[index]
+        total += kind[Field.FORWARD] + kind[Field.BACKWARD]
+        extra = min(k[extra_row] for k in leaf.kinds) if mode == "full" else kind[extra_row]
+        total += extra * share[0] // share[1]
+        result.append(total)
+    return result
+
+
+def least_objective_ns(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
+    """A bound in ns on every completion of a label: the layers left cost at least ``work_left``,
+    and what the ranks before ``rank`` send."""
+    if rank:
+        on, back = leaf.least_sends
+        work_left += rank * on + (rank - 1) * back
+    total = label.work + work_left
+    bound = label.nested + work_left + 2 * rank * leaf.hop_ns
+    if rank:
+        bound = max(bound, -(-leaf.microbatches * work_left // rank))
+    if leaf.schedule == "1f1b":
+        loops = (leaf.microbatches - 1) // leaf.pp
+        bound = max(bound, (1 + loops) * (total + 2 * (leaf.pp - 1) * leaf.hop_ns) + label.tail)
+    elif leaf.schedule == "gpipe":
+        widest = max(label.widest, -(-work_left // rank) if rank else 0)
+        trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
+        bound = max(bound, trip + (leaf.microbatches - 1) * widest)
+    return max(bound, label.ends) + label.update + leaf.sync_ns
 
 
 def surrogate_ns(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> int:

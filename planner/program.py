@@ -43,8 +43,13 @@ from cost_models.leaf import (
     chunk_costs,
     rank_costs,
 )
-from cost_models.step import Field
-from cost_models.surrogate import EMPTY_LABEL, Label, extend_label
+from cost_models.surrogate import (
+    EMPTY_LABEL,
+    Label,
+    extend_label,
+    least_objective_ns,
+    least_work,
+)
 from planner.ranges import Ranges, Table
 
 UNLIMITED = 1 << 62
@@ -130,14 +135,14 @@ def solve_chain(
     layers = len(leaf.sequence)
     if not fits and not reaches(rows, choices):
         return ProgramSolution("infeasible", None, None, "dynamic_program")
-    least_work = _least_work(leaf, choices, cutoff_ns)
+    least = least_work(leaf, choices, cutoff_ns)
     states: dict[int, list[_Node]] = {layers: [_Node(EMPTY_LABEL, layers, ("none", 0), None)]}
     for rank in reversed(range(leaf.pp)):
         following: dict[int, list[_Node]] = {}
         tables = [(option, rows.room(rank, room or option)) for option in choices]
         for last, nodes in states.items():
             for first in rows.firsts(rank, last):
-                if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff_ns:
+                if leaf.microbatches * (least[last] - least[first]) >= cutoff_ns:
                     break
                 for option, holds in tables:
                     if not holds[first, last]:
@@ -147,7 +152,7 @@ def solve_chain(
                         continue
                     for node in nodes:
                         label = extend_label(leaf, node.label, rank, costs)
-                        if _optimistic(leaf, label, rank, least_work[first]) < cutoff_ns:
+                        if least_objective_ns(leaf, label, rank, least[first]) < cutoff_ns:
                             _insert(
                                 following.setdefault(first, []),
                                 _Node(label, first, option, node),
@@ -180,48 +185,6 @@ class _Node:
     def completion(self, layers: int) -> Completion:
         key = self.key()
         return Completion((*(first for first, _ in key), layers), tuple(o for _, o in key))
-
-
-def _least_work(leaf: Leaf, options: tuple[Recompute, ...], cutoff_ns: int) -> list[int]:
-    """``result[i]``: least forward, backward and recomputation of the first ``i`` layers.
-
-    With ``n`` layers recomputed at the front of each stage, a stage of at most ``most`` layers
-    recomputes at least ``n / max(n, most)`` of them; a longer one is above the cutoff by itself.
-    """
-    mode = options[0][0] if len(options) == 1 else "none"
-    extra_row, share = leaf.modes[mode].extra, (1, 1)
-    if mode == "full":
-        cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
-        most = min(len(leaf.sequence), cutoff_ns // max(1, leaf.microbatches * cheapest))
-        share = (options[0][1], max(1, options[0][1], most))
-    total, result = 0, [0]
-    for index in leaf.sequence:
-        kind = leaf.kinds[index]
-        total += kind[Field.FORWARD] + kind[Field.BACKWARD]
-        extra = min(k[extra_row] for k in leaf.kinds) if mode == "full" else kind[extra_row]
-        total += extra * share[0] // share[1]
-        result.append(total)
-    return result
-
-
-def _optimistic(leaf: Leaf, label: Label, rank: int, work_left: int) -> int:
-    """A bound on every completion of a label: the layers left cost at least ``work_left``, and
-    what the ranks before ``rank`` send."""
-    if rank:
-        on, back = leaf.least_sends
-        work_left += rank * on + (rank - 1) * back
-    total = label.work + work_left
-    bound = label.nested + work_left + 2 * rank * leaf.hop_ns
-    if rank:
-        bound = max(bound, -(-leaf.microbatches * work_left // rank))
-    if leaf.schedule == "1f1b":
-        loops = (leaf.microbatches - 1) // leaf.pp
-        bound = max(bound, (1 + loops) * (total + 2 * (leaf.pp - 1) * leaf.hop_ns) + label.tail)
-    elif leaf.schedule == "gpipe":
-        widest = max(label.widest, -(-work_left // rank) if rank else 0)
-        trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
-        bound = max(bound, trip + (leaf.microbatches - 1) * widest)
-    return max(bound, label.ends) + label.update + leaf.sync_ns
 
 
 def _insert(nodes: list[_Node], new: _Node) -> None:
@@ -262,7 +225,7 @@ def enumerate_chain(
     """
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
-    least_work = _least_work(leaf, choices, cutoff())
+    least = least_work(leaf, choices, cutoff())
 
     def descend(node: _Node, last: int, rank: int) -> Iterator[_Node]:
         tick()
@@ -271,14 +234,14 @@ def enumerate_chain(
                 yield node
             return
         for first in rows.firsts(rank, last):
-            if leaf.microbatches * (least_work[last] - least_work[first]) >= cutoff():
+            if leaf.microbatches * (least[last] - least[first]) >= cutoff():
                 break
             for option in choices:
                 costs = rows.get(rank, first, last, option)
                 if costs is None:
                     continue
                 label = extend_label(leaf, node.label, rank, costs)
-                if _optimistic(leaf, label, rank, least_work[first]) < cutoff():
+                if least_objective_ns(leaf, label, rank, least[first]) < cutoff():
                     yield from descend(_Node(label, first, option, node), first, rank - 1)
 
     root = _Node(EMPTY_LABEL, layers, ("none", 0), None)

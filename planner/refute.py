@@ -6,6 +6,7 @@ partition, until its own bound or its simulated time is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 from cost_models.configs import Configs, cp_kind_code, price_configs
 from cost_models.layout import SCHEDULES
 from cost_models.leaf import (
-    ChunkCosts,
     Completion,
     Leaf,
+    RankCosts,
     Recompute,
     chunk_costs,
     fits,
@@ -27,8 +28,14 @@ from cost_models.leaf import (
 )
 from cost_models.partitions import interleaved_bounds
 from cost_models.relaxation import Relaxation
-from cost_models.step import Field
-from cost_models.surrogate import EMPTY_LABEL, Label, extend_label, surrogate_ns
+from cost_models.surrogate import (
+    EMPTY_LABEL,
+    Label,
+    extend_label,
+    least_objective_ns,
+    least_work,
+    surrogate_ns,
+)
 from planner.recount import every_layout, every_mesh, recompute_modes, wanted
 from planner.request import Request
 
@@ -108,27 +115,10 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]
     budget = [LARGEST_LEAF]
     for group in groups:
-        found = _descend(
-            leaf, least, group, leaf.pp - 1, len(leaf.sequence), EMPTY_LABEL, [], budget
-        )
+        found = _Chain(leaf, least, group, budget).better()
         if found is not None:
             return found
-        if budget[0] <= 0:
-            return "takes too long to check"
-        if group[0][0] == "full" and _time_only(leaf, group[0]) >= least:
-            break
     return None
-
-
-def _time_only(leaf: Leaf, option: Recompute) -> int:
-    """Work of the widest rank, at least the average, with at least ``option`` layers recomputed on
-    every stage that has as many: none is counted where a stage may have fewer."""
-    work = sum(
-        leaf.kinds[kind][Field.FORWARD] + leaf.kinds[kind][Field.BACKWARD] for kind in leaf.sequence
-    )
-    if option[1] >= len(leaf.sequence):
-        work += sum(leaf.kinds[kind][leaf.modes["full"].extra] for kind in leaf.sequence)
-    return leaf.microbatches * work // leaf.pp
 
 
 def _better_interleaved(leaf: Leaf, least: int, options: list[Recompute]) -> str | None:
@@ -148,66 +138,80 @@ def _better_interleaved(leaf: Leaf, least: int, options: list[Recompute]) -> str
     return None
 
 
-def _descend(
-    leaf: Leaf, least: int, options: list[Recompute], rank: int, last: int, label: Label,
-    chosen: list[tuple[int, Recompute, ChunkCosts]], budget: list[int],
-) -> str | None:  # fmt: skip
-    """Depth first over partitions, last rank first, while the surrogate stays below ``least``."""
-    budget[0] -= 1
-    if budget[0] <= 0:
-        return None
-    if rank < 0:
-        ranks = tuple(rank_costs(leaf, (chunk,)) for _, _, chunk in reversed(chosen))
-        if last == 0 and simulate_step(leaf, ranks).total_ns < least:
-            return f"takes {simulate_step(leaf, ranks).total_ns / 1e9:.6g} s"
-        return None
-    layers = len(leaf.sequence)
-    fewest = 0 if leaf.pp > 1 and rank in (0, leaf.pp - 1) else 1
-    if leaf.uneven:
-        firsts = range(last - fewest, -1, -1) if rank else range(0, -1, -1)
-    else:
-        firsts = range(rank * layers // leaf.pp, rank * layers // leaf.pp - 1, -1)
-    for first in firsts:
-        if first > last - fewest:
-            continue
-        slow = True
-        for option in options:
-            chunk = chunk_costs(leaf, rank, first, last, option)
-            costs = rank_costs(leaf, (chunk,))
-            if leaf.microbatches * costs.work_ns >= least:
-                continue
-            slow = False
-            if peak_bytes(leaf, rank, (chunk,)) > leaf.capacity_bytes:
-                continue
-            extended = extend_label(leaf, label, rank, costs)
-            if _least_total(leaf, extended, rank, first) >= least:
-                continue
-            chosen.append((first, option, chunk))
-            found = _descend(leaf, least, options, rank - 1, first, extended, chosen, budget)
-            chosen.pop()
-            if found is not None:
-                return found
-        if slow:
-            break
-    return None
+class _Chain:
+    """All partitions of a leaf under one group of options: depth first, last rank first, while a
+    bound stays below ``least`` ns.
 
+    Where no partition was reached from a partial one, none is from one that is dominated by it:
+    bounds grow with the label, and what fits does not depend on it.
+    """
 
-def _least_total(leaf: Leaf, label: Label, rank: int, left: int) -> int:
-    """A bound on all ways to place the first ``left`` layers on the ranks before ``rank``."""
-    counts = leaf.counts[left]
-    work = sum(
-        count * (kind[Field.FORWARD] + kind[Field.BACKWARD])
-        for kind, count in zip(leaf.kinds, counts, strict=True)
-    )
-    total = max(label.ends, label.nested + work)
-    if rank:
-        total = max(total, -(-leaf.microbatches * work // rank))
-    if leaf.schedule == "1f1b":
-        trips = 1 + (leaf.microbatches - 1) // leaf.pp
-        total = max(total, trips * (label.work + work) + label.tail)
-    elif leaf.schedule == "gpipe":
-        # One trip of all layers, and the widest rank, at least the average of those left, for
-        # every other microbatch.
-        widest = max(label.widest, -(-work // rank) if rank else 0)
-        total = max(total, label.work + work + (leaf.microbatches - 1) * widest)
-    return total + label.update + leaf.sync_ns
+    def __init__(
+        self, leaf: Leaf, least: int, options: Sequence[Recompute], budget: list[int]
+    ) -> None:
+        self.leaf, self.least, self.options, self.budget = leaf, least, options, budget
+        self.work = least_work(leaf, options, least)
+        self.reached = 0
+        self._closed: dict[tuple[int, int], list[Label]] = {}
+        self._stages: dict[tuple[int, int, int, Recompute], tuple[RankCosts, bool]] = {}
+
+    def better(self) -> str | None:
+        """A completion that simulates below ``least``, in words."""
+        return self._descend(self.leaf.pp - 1, len(self.leaf.sequence), EMPTY_LABEL, ())
+
+    def _descend(
+        self, rank: int, last: int, label: Label, chosen: tuple[RankCosts, ...]
+    ) -> str | None:
+        leaf = self.leaf
+        self.budget[0] -= 1
+        if self.budget[0] <= 0:
+            return "takes too long to check"
+        if rank < 0:
+            self.reached += 1
+            total = simulate_step(leaf, chosen).total_ns
+            return f"takes {total / 1e9:.6g} s" if total < self.least else None
+        closed = self._closed.setdefault((rank, last), [])
+        if any(other.dominates(label) for other in closed):
+            return None
+        before = self.reached
+        for first in self._firsts(rank, last):
+            slow = True
+            for option in self.options:
+                costs, holds = self._stage(rank, first, last, option)
+                if leaf.microbatches * costs.work_ns >= self.least:
+                    continue
+                slow = False
+                if not holds:
+                    continue
+                extended = extend_label(leaf, label, rank, costs)
+                if least_objective_ns(leaf, extended, rank, self.work[first]) >= self.least:
+                    continue
+                found = self._descend(rank - 1, first, extended, (costs, *chosen))
+                if found is not None:
+                    return found
+            if slow:
+                break
+        if self.reached == before:
+            closed.append(label)
+        return None
+
+    def _firsts(self, rank: int, last: int) -> range:
+        """First layers of a rank that ends before layer ``last``, smallest stage first."""
+        leaf, layers = self.leaf, len(self.leaf.sequence)
+        fewest = 0 if leaf.pp > 1 and rank in (0, leaf.pp - 1) else 1
+        if not leaf.uneven:
+            first = rank * layers // leaf.pp
+            return range(first, first - 1, -1) if first <= last - fewest else range(0)
+        if rank:
+            return range(last - fewest, -1, -1)
+        return range(0, -1, -1) if last >= fewest else range(0)
+
+    def _stage(self, rank: int, first: int, last: int, option: Recompute) -> tuple[RankCosts, bool]:
+        """Costs of a stage, and whether it fits."""
+        key = (rank, first, last, option)
+        known = self._stages.get(key)
+        if known is None:
+            chunk = chunk_costs(self.leaf, rank, first, last, option)
+            holds = peak_bytes(self.leaf, rank, (chunk,)) <= self.leaf.capacity_bytes
+            known = self._stages[key] = rank_costs(self.leaf, (chunk,)), holds
+        return known
