@@ -81,11 +81,13 @@ def _fields(residuals: Residuals) -> list[str]:
     runs = sum(len(each) for each in residuals.values())
     margin = quantile(residuals)
     families = ", ".join(f"{name} {len(each)}" for name, each in sorted(residuals.items()))
+    left_out = coverage(residuals)
+    covers = f"covers {CONFIDENCE:.0%} of measured peaks ({left_out:.0%} of a family left out)"
     return [
         f"margin: {margin:.3f}",
         f"runs: {runs}",
-        f"covered_left_out: {coverage(residuals):.2f}",
-        f'source: "covers {CONFIDENCE:.0%} of measured peaks: {families}"',
+        f"covered_left_out: {left_out:.2f}",
+        f'source: "{covers}: {families}"',
     ]
 
 
