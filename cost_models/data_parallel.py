@@ -95,25 +95,21 @@ def price_kind(
         narrower=narrower, sharded=fsdp, again=again,
     )  # fmt: skip
     contention = stack.overlap_contention.si
+    in_backward = reduce_s + np.where(again, seconds["again"], 0.0)
     per_microbatch = {
         "forward": to_ns(
             np.where(each, expose(gather_s, forward, contention), 0.0) + copies["forward"]
         ),
         "backward": to_ns(
-            np.where(
-                fsdp,
-                expose(
-                    reduce_s + np.where(again, seconds["again"], 0.0),
-                    backward, contention,
-                ),
-                0.0,
-            )
+            np.where(fsdp, expose(in_backward, backward, contention), 0.0)
             + np.where(data.pp == 1, sums_s, 0.0)
             + copies["backward"]
         ),
     }  # fmt: skip
     last_s = np.where(fsdp, 0.0, reduce_s) + seconds["replicas"]
-    gradient = expose(last_s, backward, contention) if stack.overlap_dp_gradients else last_s
+    # What each microbatch's backward hides leaves so much less for what comes once per step.
+    beside = np.maximum(backward - np.where(fsdp, in_backward, 0.0), 0.0)
+    gradient = expose(last_s, beside, contention) if stack.overlap_dp_gradients else last_s
     parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
     buffers = held.step
     if rules.dummy_wgrad and kind.name == "head":

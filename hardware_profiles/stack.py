@@ -101,7 +101,8 @@ class StackSpec(Profile):
     runs_on: dict[str, str] = Field(default_factory=dict)
     """Vendors whose devices it runs on, each with where that is said; empty: any device."""
     launchable: bool = True
-    """Whether people start new runs on it; past stacks ship to price published measurements."""
+    """Whether it is a way out where another stack's plan does not fit: software that people start
+    new runs on, not a past version and not a variant of another file."""
     schedules: Annotated[tuple[Literal["gpipe", "1f1b", "interleaved"], ...], Field(min_length=1)]
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``."""
