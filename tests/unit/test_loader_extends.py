@@ -122,6 +122,9 @@ def test_extends_that_goes_round_in_circles_says_how(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("zero_stages: []", "zero_stages: must have at least 1 item"),
+        ("rules: [no_such_rule]", "no_such_rule"),
+        ("fused: [grouped_gem]", "grouped_gem"),
+        ("rank_order: [tp, dp]", "dp"),
         ("recompute: [foo]", "recompute names 'foo'"),
         ("rank_order: [tp]", "rank_order must hold each of tp, cp"),
         ("optimizers: [foo]", r"optimizers\[0\]: must be 'adamw'"),

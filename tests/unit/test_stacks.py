@@ -110,21 +110,6 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
     }
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("rules: [no_such_rule]", "no_such_rule"),
-        ("fused: [grouped_gem]", "grouped_gem"),
-        ("rank_order: [tp, dp]", "dp"),
-    ],
-)
-def test_a_slip_in_a_stack_of_ones_own_is_refused(tmp_path: Path, line: str, says: str) -> None:
-    path = tmp_path / "stack.yaml"
-    path.write_text(f"extends: torchtitan\nname: ours\n{line}\n")
-    with pytest.raises(DocumentError, match=says):
-        load_stack(str(path))
-
-
 def test_a_long_hint_is_cut() -> None:
     with pytest.raises(InputError) as caught:
         read_request("llama-3.1-8b", "dgx-h100", None, {"stack": "torchgpipe"})
