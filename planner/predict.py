@@ -122,8 +122,8 @@ def run_class(priced: Priced, request: Request, time: tuple[Term, ...] | None = 
     )
 
 
-UNFAMILIAR = "unfamiliar"
-"""Stands for the device of a run of which nothing like it was ever measured."""
+UNFAMILIAR = "anything like it"
+"""Stands for the device of a run of which nothing like it was ever measured; printed as it is."""
 
 
 def _is_familiar(request: Request) -> bool:
