@@ -116,7 +116,8 @@ def price_kind(
         buffers = buffers + dummy_wgrad_bytes(
             kind, shard, vocab_divisor, element_bytes=rules.gather_bytes
         )
-    lasting = np.where(data.zero_stage == 2, held.gathered, 0)
+    lasting = np.where(data.zero_stage <= 2, held.gathered, 0)
+    whole_gradients = (lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1))
     half_open = unsharded.partly_gathered(
         held, attention_mesh.ways, data, group=machine.reshard_group
     )
@@ -153,11 +154,11 @@ def price_kind(
     if drop_tied is not None:
         used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
     unsharded.add_unsharded(
-        rows, kind, shard, used, lasting=lasting, pipelined=(data.pp > 1) & (lasting > 0),
+        rows, kind, shard, used, lasting=lasting, whole_gradients=whole_gradients,
         rules=rules, ahead=stack.prefetched_units,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
-    rows[Field.IN_FLIGHT] = unsharded.in_flight(used, data.pp, rules=rules)
+    rows[Field.IN_FLIGHT] = unsharded.in_flight(used, data, rules=rules)
     rows[Field.PARAMETERS] = local.total
     rows[Field.WEIGHT_BYTES] = held.weights + lasting + half_open
     rows[Field.GRADIENT_BYTES] = held.gradients

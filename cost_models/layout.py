@@ -18,10 +18,12 @@ SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 
 
 OutputKind = Literal[
-    "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul"
-]
+    "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul",
+    "qkv", "out_proj", "mlp_in", "mlp_out",
+]  # fmt: skip
 """Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
-layer, products that stand for several (q, k and v) counted one by one."""
+layer, products that stand for several (q, k and v) counted one by one. The last four are tensors
+that some frameworks name (``cost_models.named_outputs``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class RecomputePolicy:
     to_the_end: bool = False
     """Whether the layer runs again to its last op, its reduced output, while the gradient of that
     waits all-gathered."""
+    needed_only: bool = False
+    """Whether what no gradient needs is left out of what runs again
+    (``cost_models.named_outputs``)."""
 
 
 FULL = RecomputePolicy("full", keeps=frozenset())

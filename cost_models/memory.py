@@ -11,6 +11,7 @@ import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import OutputKind, RecomputePolicy
+from cost_models.named_outputs import NAMED, REDUCED, unneeded
 from cost_models.ops import Attention, Collective, GroupedMatMul, Ints, MatMul, Op, Reals
 
 Sizes: TypeAlias = tuple[Int64, Int64]
@@ -31,7 +32,9 @@ def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | No
         return everything, working
     if policy.keeps is not None:
         kept = zero + kind.boundary_bytes(shard)
-        for name, size in _outputs(kind.ops(shard), shard, kind.element_bytes):
+        ops = kind.ops(shard)
+        dropped = unneeded(ops) if policy.needed_only else frozenset()
+        for name, size in _outputs(ops, shard, kind.element_bytes, dropped):
             if name in policy.keeps:
                 kept = kept + size
         kept = np.minimum(kept, everything)
@@ -61,9 +64,9 @@ def _output_again(kind: LayerKind, shard: Shard) -> Int64:
 
 
 def _outputs(
-    ops: tuple[Op, ...], shard: Shard, element_bytes: int
+    ops: tuple[Op, ...], shard: Shard, element_bytes: int, dropped: frozenset[str]
 ) -> list[tuple[OutputKind, Int64]]:
-    """Bytes on one device of the outputs that a save list may name."""
+    """Bytes on one device of the outputs that a save list may name, without ``dropped`` ops."""
     found: list[tuple[OutputKind, Int64]] = []
     products = 0
 
@@ -71,8 +74,15 @@ def _outputs(
         found.append((kind, np.ceil(np.asarray(size) + np.zeros_like(shard.tp)).astype(np.int64)))
 
     for op in ops:
+        if op.name in dropped:
+            continue
+        if isinstance(op, MatMul | GroupedMatMul):
+            named = next((kind for kind, names in NAMED.items() if op.name in names), None)
+            if named is not None:
+                ways = shard.sp if named in REDUCED and isinstance(op, MatMul) else 1
+                add(named, _product_elements(op) * element_bytes / ways)
         if isinstance(op, MatMul):
-            size = np.asarray(op.m) * op.n * op.batch * element_bytes
+            size = _product_elements(op) * element_bytes
             add("matmul", size)
             whole = sum(np.asarray(part) for part in op.parts)
             for part in op.parts:
@@ -80,7 +90,7 @@ def _outputs(
                 if products % 2:
                     add("odd_matmul", size * np.asarray(part) // whole)
         elif isinstance(op, GroupedMatMul):
-            add("grouped_matmul", np.asarray(op.groups) * op.rows * op.n * element_bytes)
+            add("grouped_matmul", _product_elements(op) * element_bytes)
         elif isinstance(op, Attention):
             rows = np.asarray(op.batch) * op.q_len * op.heads
             # The output and its fp32 statistics.
@@ -91,6 +101,12 @@ def _outputs(
             size = np.asarray(op.forward_bytes) / ways
             add(op.forward_kind, np.where(np.asarray(op.active) & _used(op, shard), size, 0))
     return found
+
+
+def _product_elements(op: MatMul | GroupedMatMul) -> Reals:
+    if isinstance(op, MatMul):
+        return np.asarray(op.m) * op.n * op.batch
+    return np.asarray(op.groups) * op.rows * op.n
 
 
 def _used(op: Collective, shard: Shard) -> Bools:

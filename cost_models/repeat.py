@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Int64
 from cost_models.layout import OutputKind, RecomputePolicy
+from cost_models.named_outputs import spared_by, unneeded
 from cost_models.ops import Attention, Collective, GroupedMatMul, MatMul, Op, Reals
 
 Real: TypeAlias = NDArray[np.float64]
@@ -42,15 +43,23 @@ class Work:
 class ForwardLog:
     """The work of each op of a forward, summed by what recomputation may tell apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: tuple[Op, ...]) -> None:
         self.modules: dict[tuple[str, ...], Work] = {}
         self.outputs: dict[OutputKind, Work] = {}
+        self.unneeded: dict[OutputKind | None, Work] = {}
         self.products = 0
+        self._ops, self._last = ops, unneeded(ops)
 
     def add(self, op: Op, work: Work) -> None:
         """Count the forward of one op; ops come in the order in which they run."""
         if op.modules:
             self._module(op.modules, work)
+        name = spared_by(op, self._ops)
+        if op.name in self._last:
+            known = self.unneeded.get(name)
+            self.unneeded[name] = work if known is None else known + work
+        if name is not None:
+            self._output(name, work)
         match op:
             case MatMul():
                 self._output("matmul", work)
@@ -96,6 +105,8 @@ class Repeats:
     """One wait of the host for the device."""
     exchange_hidden: Real | float = 0.0
     """Expert exchange of the forward that hides behind the backward of another microbatch."""
+    unneeded: dict[OutputKind | None, Work] = field(default_factory=dict)
+    """The end of the layer, which no gradient needs, by the name that else spares it."""
 
     def seconds(self, policy: RecomputePolicy) -> Real:
         """Device time of what runs again, and what it adds to the wait for the host: less than
@@ -121,6 +132,10 @@ class Repeats:
             )
         kept = _sum((w for kind, w in self.outputs.items() if kind in policy.keeps), nothing)
         left = self.whole - kept
+        if policy.needed_only:
+            left = left - _sum(
+                (w for kind, w in self.unneeded.items() if kind not in policy.keeps), nothing
+            )
         hidden = 0.0 if "all_to_all" in policy.keeps else self.exchange_hidden
         return Work(
             np.maximum(left.device - hidden, 0.0), np.maximum(left.host, 0.0),
@@ -137,6 +152,7 @@ class Repeats:
             self.backward_ahead[index],
             self.sync_s,
             np.broadcast_to(self.exchange_hidden, self.forward_ahead.shape)[index],
+            {kind: work.take(index) for kind, work in self.unneeded.items()},
         )
 
 

@@ -191,7 +191,7 @@ def state_bytes(
 ) -> StateBytes:
     """State of ``weights`` sharded from the given ZeRO stage on; all of one mesh.
 
-    Stage 2 keeps unsharded 16-bit weights through the step when the stack holds fp32 shards
+    Stages 1 and 2 keep unsharded 16-bit weights through the step when the stack holds fp32 shards
     (FSDP2 without resharding after forward); Megatron-style stacks keep their weights replicated.
     Under a pipeline FSDP2 reduces gradients once per step: until then they are whole on each rank
     (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
@@ -243,10 +243,11 @@ def narrower_bytes(weight: Weight, local: LocalTensor, rules: StateRules) -> Int
 
 
 def weights_sharded(zero_stage: Int64, rules: StateRules) -> Bools:
-    """Whether weights are split over data parallelism: in stage 3, and in stage 2 where the stack
-    holds fp32 shards."""
+    """Whether weights are split over data parallelism: in stage 3, and from stage 1 on where the
+    stack holds fp32 weights, which are split as the optimizer's state is (MaxText,
+    ``maybe_update_params_sharding_with_opt``)."""
     fsdp = rules.weight_bytes > rules.gather_bytes
-    result: Bools = (zero_stage >= 3) | ((zero_stage >= 2) & fsdp)
+    result: Bools = (zero_stage >= 3) | ((zero_stage >= 1) & fsdp)
     return result
 
 

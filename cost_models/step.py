@@ -188,14 +188,14 @@ def to_ns(seconds: Real) -> Int64:
 class _Accumulator:
     """Adds op times to categories and remembers kernel windows by name."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ops: tuple[Op, ...]) -> None:
         self.terms = {c: {p: np.zeros(size) for p in PHASES} for c in CATEGORIES}
         self.windows = Windows()
         self.exchanges: list[Visible] = []
         self.wire = {w: {p: np.zeros(size) for p in PHASES} for w in ("inside", "across")}
         self.host = {p: np.zeros(size) for p in PHASES}
         self.busy = {p: np.zeros(size) for p in PHASES}
-        self.log = ForwardLog()
+        self.log = ForwardLog(ops)
         self.drains = False
 
     def add(self, category: str, forward: Real | float, backward: Real | float) -> None:
@@ -224,6 +224,7 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
         Work(acc.busy["forward"], acc.host["forward"], acc.drains), acc.log.modules,
         acc.log.outputs, acc.host["forward"] - acc.busy["forward"],
         acc.host["backward"] - acc.busy["backward"], machine.stack.expert_sync.si,
+        unneeded=acc.log.unneeded,
     )  # fmt: skip
     wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:
@@ -233,7 +234,7 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
 
 def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumulator:
     """Kernels, then the collectives that may hide behind them, then what is repeated."""
-    acc = _Accumulator(len(shard.tp))
+    acc = _Accumulator(len(shard.tp), ops)
     for op in sorted(ops, key=lambda op: isinstance(op, Collective | Repeat)):
         device, host = acc.busy["forward"].copy(), acc.host["forward"].copy()
         match op:

@@ -19,7 +19,8 @@ from cost_models.communication import group_of, routed
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
-from cost_models.ops import Collective, Reals, collectives
+from cost_models.named_outputs import spared_by, unneeded
+from cost_models.ops import Collective, Op, Reals, collectives
 from cost_models.step import Machine
 
 Pass = Literal["forward", "backward", "recompute", "step"]
@@ -72,19 +73,22 @@ def recomputed_calls(
     kind: LayerKind, shard: Shard, machine: Machine, policy: RecomputePolicy
 ) -> tuple[Calls, ...]:
     """Collectives that recomputation of one layer calls again in the backward."""
+    ops = kind.ops(shard)
     return tuple(
         replace(call, phase="recompute")
-        for op in kind.ops(shard)
-        if isinstance(op, Collective) and _runs_again(op, policy)
+        for op in ops
+        if isinstance(op, Collective) and _runs_again(op, ops, policy)
         for call in _op_calls(op, shard, machine)
         if call.phase == "forward"
     )
 
 
-def _runs_again(op: Collective, policy: RecomputePolicy) -> bool:
+def _runs_again(op: Collective, ops: tuple[Op, ...], policy: RecomputePolicy) -> bool:
     if policy.keeps is None:
         return bool(policy.modules.intersection(op.modules))
-    return op.forward_kind not in policy.keeps
+    if policy.needed_only and op.name in unneeded(ops):
+        return False
+    return not policy.keeps.intersection((op.forward_kind, spared_by(op, ops)))
 
 
 def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]:

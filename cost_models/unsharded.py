@@ -19,12 +19,13 @@ from hardware_profiles.schema import StackSpec
 
 def add_unsharded(
     rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
-    pipelined: Bools, rules: StateRules, ahead: int, policies: tuple[str, ...],
+    whole_gradients: Bools, rules: StateRules, ahead: int, policies: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
 
-    Under a pipeline gradients are reduced once per step, layer by layer, where fewer microbatches
-    are in flight than at the peak; each layer's sum is gone when its shard is there.
+    Under a pipeline and in stage 1 (``whole_gradients``) gradients are reduced once per step, layer
+    by layer, where fewer microbatches are in flight than at the peak; each layer's sum is gone when
+    its shard is there.
     ``used`` is the state of the weights that the layer uses, also of those that another one holds;
     ``lasting`` says where weights stay gathered all step. The layer takes the larger of two
     moments: its kernels, with ``ahead`` more layers gathered; and the end of its backward, when its
@@ -49,17 +50,18 @@ def add_unsharded(
                 + rules.gather_bytes * elements
                 + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
             )
-        reducing = np.where((used.gathered > 0) & ~pipelined, reducing, 0)
+        reducing = np.where((used.gathered > 0) & ~whole_gradients, reducing, 0)
     for modes in mode_rows(policies).values():
         kept = 0 if pieces else rows[modes.kept]
         rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
 
 
-def in_flight(used: StateBytes, pp: Int64, *, rules: StateRules) -> Int64:
+def in_flight(used: StateBytes, data: DataParallel, *, rules: StateRules) -> Int64:
     """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
     if not rules.unit_gradients:
-        return np.zeros_like(pp)
-    return np.where(pp == 1, rules.gradient_bytes * used.unsharded, 0)
+        return np.zeros_like(data.pp)
+    each = (data.pp == 1) & (data.zero_stage != 1)
+    return np.where(each, rules.gradient_bytes * used.unsharded, 0)
 
 
 def add_output(

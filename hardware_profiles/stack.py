@@ -20,7 +20,8 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 StackRule = Literal[
     "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
     "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
-    "zero_0_is_replicate_only", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
+    "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_tied_embeddings_in_pipeline",
+    "needs_block_scaled_products",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""
@@ -46,6 +47,10 @@ def _plain_dispatcher() -> dict[str, Dispatcher]:
     return {"default": "alltoall"}
 
 
+OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]
+"""Outputs of a layer by what they are; ``attention`` with its statistics."""
+
+
 class SelectiveRecompute(Profile):
     """Selective recomputation: of some modules, or of all but the outputs of some ops."""
 
@@ -62,6 +67,16 @@ class SelectiveRecompute(Profile):
     ) = None  # fmt: skip
     """Ops whose outputs are kept while the rest of the layer is run again; ``odd_matmul`` is every
     second product of a layer, the first included."""
+
+
+class SaveLists(Profile):
+    """Recomputation of a layer but for named outputs, as frameworks on XLA state it."""
+
+    policies: dict[str, tuple[OutputName, ...]]
+    """Outputs kept under each mode of the stack's own names."""
+    outputs: tuple[OutputName, ...]
+    """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
+    source: str
 
 
 class LayersSpec(Profile):
@@ -105,11 +120,17 @@ class StackSpec(Profile):
     new runs on, not a past version and not a variant of another file."""
     schedules: Annotated[tuple[Literal["gpipe", "1f1b", "interleaved"], ...], Field(min_length=1)]
     recompute: tuple[str, ...]
-    """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``."""
+    """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``, names of
+    ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does
+    where nobody says."""
     recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
     selective_recompute: SelectiveRecompute = SelectiveRecompute(modules=("core_attn",))
     """What the stack means by ``selective``."""
+    save_lists: SaveLists | None = None
+    """Lists of outputs that are kept while the rest of a layer runs again."""
+    recompute_needed_only: bool = False
+    """Whether what no gradient needs is left out of what runs again: a compiler drops it."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_per_stage: bool
@@ -274,7 +295,8 @@ class StackSpec(Profile):
     def _consistent(self) -> Self:
         for mode in self.recompute:
             parts = set(mode.split("+")) - {*self.recompute_modules}
-            if parts and mode not in ("none", "selective", "full"):
+            listed = () if self.save_lists is None else (*self.save_lists.policies, "custom")
+            if parts and mode not in ("none", "selective", "full", *listed):
                 known = ", ".join(self.recompute_modules) or "none"
                 raise ValueError(
                     f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "

@@ -30,7 +30,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
             )
     _require_numbers(raw)
     base = {key: value for key, value in raw.items() if value is not None}
-    recompute = str(base.pop("recompute", "none"))
+    recompute = str(base.pop("recompute", request.stack.recompute[0]))
     limit = base.pop("recompute_layers", None)
     degree = _degrees(base, request)
     vpp = degree["vpp"]

@@ -1,23 +1,28 @@
 """Recomputation modes by name: what a stack offers, and what of it a model can tell apart.
 
-A mode is ``none``, ``full``, ``selective`` (each stack's own meaning), or names of the stack's
-modules in alphabetical order, joined by ``+``.
+A mode is ``none``, ``full``, ``selective`` (each stack's own meaning), names of the stack's modules
+in alphabetical order, joined by ``+``, the stack's own name of a list of outputs that are kept, or
+``custom:`` and such a list, likewise joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, combinations
 
 import numpy as np
 
 from cost_models.graph import LayerKind, Shard
-from cost_models.layout import FULL, RecomputeMode, RecomputePolicy
+from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
+from cost_models.named_outputs import NAMED, unneeded
+from cost_models.ops import Attention, Op
 from hardware_profiles.schema import StackSpec
 from planner.errors import InputError, did_you_mean
 from planner.specs import JobSpec
 
 NONE = RecomputePolicy("none")
+CUSTOM = "custom"
 
 
 def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
@@ -25,8 +30,12 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     if name in ("none", "full", "selective"):
         if name not in stack.recompute:
             raise _unknown(name, name, stack)
-        full = replace(FULL, to_the_end=_to_the_end(stack))
+        full = replace(FULL, to_the_end=_to_the_end(stack), needed_only=stack.recompute_needed_only)
         return {"none": NONE, "full": full, "selective": _selective(stack)}[name]
+    if stack.save_lists is not None and name in stack.save_lists.policies:
+        return _keeping(name, stack.save_lists.policies[name], stack)
+    if CUSTOM in stack.recompute and name.startswith(f"{CUSTOM}:"):
+        return _custom(name, stack)
     modules = frozenset(name.split("+"))
     for module in sorted(modules):
         if module not in stack.recompute_modules:
@@ -39,6 +48,26 @@ def _selective(stack: StackSpec) -> RecomputePolicy:
     keeps = None if spec.keeps is None else frozenset(spec.keeps)
     to_the_end = keeps is not None and _to_the_end(stack)
     return RecomputePolicy("selective", frozenset(spec.modules), keeps, to_the_end)
+
+
+def _keeping(name: str, outputs: Iterable[OutputKind], stack: StackSpec) -> RecomputePolicy:
+    return RecomputePolicy(name, keeps=frozenset(outputs), needed_only=stack.recompute_needed_only)
+
+
+def _custom(name: str, stack: StackSpec) -> RecomputePolicy:
+    """The policy of a list of one's own, under the stack's own name where it has one."""
+    known = () if stack.save_lists is None else stack.save_lists.outputs
+    outputs = [part for part in known if part in name.removeprefix(f"{CUSTOM}:").split("+")]
+    for part in name.removeprefix(f"{CUSTOM}:").split("+"):
+        if part not in known:
+            raise InputError(
+                f"recompute is {name!r}; {stack.name} keeps any of {', '.join(known)}",
+                hint=did_you_mean(part, list(known)),
+            )
+    for mode in stack.recompute:
+        if mode not in ("none", CUSTOM) and named_policy(mode, stack).keeps == frozenset(outputs):
+            return named_policy(mode, stack)
+    return _keeping(f"{CUSTOM}:{'+'.join(sorted(outputs))}", outputs, stack)
 
 
 def _to_the_end(stack: StackSpec) -> bool:
@@ -79,22 +108,56 @@ def searched_policies(
             return (named_policy(asked, stack),)
         except InputError:
             return ()
+    kinds = tuple(kinds)
     present = {module for kind in kinds for module in modules_of(kind)}
-    found: dict[RecomputeMode, RecomputePolicy] = {}
-    for name in stack.recompute:
+    told_apart = frozenset(output for kind in kinds for output in outputs_of(kind))
+    found: dict[object, RecomputePolicy] = {}
+    for name in _names(stack):
         policy = named_policy(name, stack)
         if policy.keeps is None:
             modules = policy.modules & present
             if not modules:
                 continue
             policy = _of_modules(modules, stack)
-        found.setdefault(policy.name, policy)
+        by_name = policy.needed_only and policy.keeps is not None
+        found.setdefault(
+            (policy.keeps or frozenset()) & told_apart if by_name else policy.name, policy
+        )
     return tuple(found.values())
+
+
+def _names(stack: StackSpec) -> Iterator[RecomputeMode]:
+    """Modes of the stack's list, with every list of outputs for ``custom``."""
+    for name in stack.recompute:
+        if name != CUSTOM or stack.save_lists is None:
+            yield name
+            continue
+        outputs = stack.save_lists.outputs
+        lists = chain.from_iterable(combinations(outputs, n) for n in range(1, len(outputs) + 1))
+        yield from (f"{CUSTOM}:{'+'.join(kept)}" for kept in lists)
 
 
 def modules_of(kind: LayerKind) -> set[str]:
     """Modules that any op or saved tensor of a layer belongs to."""
-    one = np.ones(1, dtype=np.int64)
-    shard = Shard(1, one, one, one, one, one, one.astype(bool), one * 0)
-    items = (*kind.ops(shard), *kind.saved(shard))
+    items = (*kind.ops(_ONE), *kind.saved(_ONE))
     return {module for item in items for module in item.modules}
+
+
+def outputs_of(kind: LayerKind) -> set[OutputKind]:
+    """Outputs by which lists of what is kept differ for a layer: those that a gradient needs."""
+    ops = kind.ops(_ONE)
+    last = unneeded(ops)
+    needed: tuple[Op, ...] = tuple(op for op in ops if op.name not in last)
+    found = {kind for kind, names in NAMED.items() if any(op.name in names for op in needed)}
+    attends: set[OutputKind] = (
+        {"attention"} if any(isinstance(op, Attention) for op in ops) else set()
+    )
+    return found | attends
+
+
+def _one_device() -> Shard:
+    one = np.ones(1, dtype=np.int64)
+    return Shard(1, one, one, one, one, one, one.astype(bool), one * 0)
+
+
+_ONE = _one_device()

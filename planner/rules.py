@@ -183,6 +183,11 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: replication alone (DDP) does not combine with tp, cp or pp",
             lambda m, x: (x.zero_stage == 0) & (m.tp * m.cp * m.pp > 1) & (m.dp > 1),
         )
+    if "zero_1_shards_over_all" in stack.rules:
+        yield (
+            f"{label}: the optimizer's state alone is split over all of dp or not at all",
+            lambda _, x: (x.zero_stage == 1) & (x.dp_replicate > 1),
+        )
     if "no_zero_3_with_pipeline" in stack.rules:
         yield (
             f"{label}: parameters stay gathered under a pipeline",

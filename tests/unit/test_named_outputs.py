@@ -1,0 +1,178 @@
+"""Lists of named outputs that stay while a compiled layer runs again, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cost_models import traffic
+from cost_models.graph import LayerKind, Shard
+from cost_models.layout import FULL, OutputKind, RecomputePolicy
+from cost_models.memory import activation_bytes
+from cost_models.named_outputs import spared_by, unneeded
+from cost_models.ops import Elementwise, MatMul
+from cost_models.step import price_layer
+from hardware_profiles.loader import load_stack
+from planner.errors import InputError
+from planner.pipeline import evaluate, plan, read_request
+from planner.recompute import named_policy, outputs_of
+from planner.request import Request
+
+PARAMETERS = 8_030_261_248
+LLAMA = "llama-3.1-8b"
+"""4096 wide, 32 heads and 8 KV heads of 128, feed-forward of 14336, gated."""
+
+
+def request(model: str = LLAMA, **overrides: object) -> Request:
+    return read_request(
+        model, "dgx-h100:1", None,
+        {"stack": "maxtext-gpu", "sequence_length": 1024, "global_batch": 32} | overrides,
+    )  # fmt: skip
+
+
+def layer(model: str = LLAMA) -> LayerKind:
+    return list(request(model).workload.kinds.values())[-1]
+
+
+def shard(tp: int = 1) -> Shard:
+    one = np.ones(1, dtype=np.int64)
+    return Shard(1024, one, tp * one, one, one, one, np.array([tp > 1]), one)
+
+
+def keeping(*outputs: OutputKind) -> RecomputePolicy:
+    return RecomputePolicy("kept", keeps=frozenset(outputs), needed_only=True)
+
+
+def kept(policy: RecomputePolicy, tp: int = 1, model: str = LLAMA) -> int:
+    return int(activation_bytes(layer(model), shard(tp), policy)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "per_token"),
+    [
+        ((), 0),
+        (("qkv",), (32 + 2 * 8) * 128 * 2),
+        (("out_proj",), 4096 * 2),
+        # The output, and a statistic of 4 bytes for each head.
+        (("attention",), 32 * (128 * 2 + 4)),
+        (("mlp_in",), 2 * 14336 * 2),
+        # Nothing needs the output of a layer's last product.
+        (("mlp_out",), 0),
+        (("qkv", "out_proj"), (32 + 2 * 8) * 128 * 2 + 4096 * 2),
+    ],
+)
+def test_a_list_keeps_the_layers_input_and_what_it_names(
+    outputs: tuple[OutputKind, ...], per_token: int
+) -> None:
+    assert kept(keeping(*outputs)) == 1024 * (4096 * 2 + per_token)
+
+
+def test_tensors_named_behind_their_reduction_are_scattered() -> None:
+    """Over two ranks with sequence parallelism the input, too, is half of the sequence."""
+    assert kept(keeping("out_proj"), tp=2) == 2 * 512 * 4096 * 2
+    assert kept(keeping("mlp_in"), tp=2) == 512 * 4096 * 2 + 1024 * 14336 * 2
+
+
+def again(policy: RecomputePolicy, model: str = LLAMA) -> float:
+    found = request(model)
+    times = price_layer(layer(model), shard(), found.machine)
+    return float(times.repeats.seconds(policy)[0])
+
+
+def ops_seconds(*names: str) -> float:
+    """Forward time of some ops of the layer, each priced as a layer of its own."""
+    found, kind = request(), layer()
+    total = 0.0
+    for op in kind.ops(shard()):
+        if op.name in names:
+            alone = replace(kind, ops=lambda _, op=op: (op,))
+            times = price_layer(alone, shard(), found.machine)
+            total += sum(float(term["forward"][0]) for term in times.terms.values())
+    return total
+
+
+def test_what_runs_again_is_what_a_gradient_needs_and_no_list_spares() -> None:
+    whole = again(FULL)
+    last = ops_seconds("fc2", "mlp_residual")
+    assert last > 0.2 * whole
+    assert again(keeping()) == pytest.approx(whole - last)
+    assert again(keeping("mlp_out")) == pytest.approx(whole - last)
+    assert again(keeping("qkv")) == pytest.approx(whole - last - ops_seconds("qkv", "rope"))
+    assert again(keeping("attention", "mlp_in")) == pytest.approx(
+        whole - last - ops_seconds("attention", "fc1")
+    )
+
+
+def test_the_end_of_a_layer_is_needed_where_something_reads_it() -> None:
+    """Gemma 2 has a norm behind the feed-forward; experts' outputs are weighed by the router."""
+    ends = {
+        model: unneeded(layer(model).ops(shard(2)))
+        for model in (LLAMA, "gemma-2-9b", "mixtral-8x7b")
+    }
+    assert ends[LLAMA] == {"fc2", "fc2.scatter", "fc2.reduce", "mlp_residual"}
+    assert ends["gemma-2-9b"] == frozenset()
+    assert ends["mixtral-8x7b"] == {"moe_residual"}
+    assert "mlp_out" not in outputs_of(layer())
+    assert "mlp_out" in outputs_of(layer("mixtral-8x7b"))
+
+
+def test_queries_behind_a_norm_of_their_own_need_their_product_again() -> None:
+    ops = (MatMul("qkv", 8, 8, 8), Elementwise("rope", 1.0, 1.0))
+    normed = (*ops, Elementwise("qk_norm", 1.0, 1.0))
+    assert [spared_by(op, ops) for op in ops] == ["qkv", "qkv"]
+    assert [spared_by(op, normed) for op in normed] == [None, "qkv", None]
+
+
+def test_a_kept_output_spares_its_collective() -> None:
+    found, kind = request(), layer()
+
+    def called(policy: RecomputePolicy) -> list[str]:
+        calls = traffic.recomputed_calls(kind, shard(2), found.machine, policy)
+        return [call.name for call in calls]
+
+    assert called(FULL) == ["qkv.gather", "proj.scatter", "fc1.gather", "fc2.scatter"]
+    assert called(keeping()) == ["qkv.gather", "proj.scatter", "fc1.gather"]
+    assert called(keeping("qkv", "out_proj")) == ["fc1.gather"]
+
+
+def test_a_list_of_ones_own_has_the_stacks_name_where_it_has_one() -> None:
+    stack = load_stack("maxtext-tpu")
+    assert named_policy("custom:qkv", stack).name == "save_qkv_proj"
+    assert named_policy("custom:qkv+attention", stack).name == "custom:attention+qkv"
+    assert named_policy("full", stack).needed_only
+    with pytest.raises(InputError, match="keeps any of qkv, attention"):
+        named_policy("custom:context", stack)
+    with pytest.raises(InputError, match="maxtext-tpu knows full, minimal_with_context"):
+        named_policy("none", stack)
+
+
+def test_the_search_offers_every_list_that_a_model_can_tell_apart() -> None:
+    """Four outputs of a dense layer, five of one with experts; the empty list is full."""
+    assert len(request().workload.policies) == 2**4
+    assert len(request("mixtral-8x7b").workload.policies) == 2**5
+    assert {"full", "save_dot_except_mlp"} <= {p.name for p in request().workload.policies}
+
+
+def test_a_layout_without_a_mode_gets_the_stacks_default() -> None:
+    found = evaluate(request(), {"dp_shard": 8, "zero_stage": 3})
+    assert {part.mode for part in found.layout.stages[0].recompute} == {"full"}
+
+
+def test_the_plan_is_no_slower_than_without_the_lists() -> None:
+    free = plan(request())
+    fixed = plan(request(constraints={"recompute": "full"}))
+    assert free.prediction.step_time_s <= fixed.prediction.step_time_s
+
+
+def test_the_optimizers_state_alone_is_split_over_all_of_data() -> None:
+    """8 ranks: fp32 weights and moments are split, 16-bit weights and gradients are whole."""
+    layout = {"dp_shard": 8, "zero_stage": 1, "recompute": "full"}
+    (stage,) = evaluate(request(), layout).prediction.stages
+    held = {term.name: term.bytes or 0 for term in stage.memory}
+    assert held["weights"] == pytest.approx(PARAMETERS * (4 / 8 + 2), rel=1e-3)
+    assert held["gradients"] == pytest.approx(PARAMETERS * 4, rel=1e-3)
+    assert held["optimizer"] == pytest.approx(PARAMETERS * 8 / 8, rel=1e-3)
+    with pytest.raises(InputError, match="split over all of dp or not at all"):
+        evaluate(request(), {"dp_replicate": 2, "dp_shard": 4, "zero_stage": 1})
