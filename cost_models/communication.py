@@ -123,13 +123,19 @@ def merge_passes(
 
 def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
     """Ranks of a collective's group, and the stride between them."""
-    one = np.ones_like(shard.tp)
-    return {
-        "tp": (shard.tp, one),
-        "cp": (shard.cp, shard.tp),
-        "ep": (shard.ep, shard.etp),
-        "etp": (shard.etp, one),
-    }[op.group]
+    match op.group:
+        case "tp":
+            return shard.tp, np.ones_like(shard.tp)
+        case "cp":
+            return shard.cp, shard.tp
+        case "cp_exchange":
+            return shard.cp_exchange, shard.tp
+        case "cp_ring":
+            return shard.cp_ring, shard.tp * shard.cp_exchange
+        case "ep":
+            return shard.ep, shard.etp
+        case "etp":
+            return shard.etp, np.ones_like(shard.tp)
 
 
 def _exchange(

@@ -14,7 +14,7 @@ import numpy as np
 from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel
-from cost_models.graph import CP_KINDS, Bools, Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
 from cost_models.repeat import Real
@@ -31,6 +31,7 @@ class Configs:
     tp: Int64
     cp: Int64
     cp_kind: Int64
+    """Codes of ``cost_models.cp_kinds``."""
     ep: Int64
     etp: Int64
     sequence_parallel: Bools
@@ -275,8 +276,3 @@ def _take_shard(shard: Shard, index: Int64) -> Shard:
         sequence_parallel=shard.sequence_parallel[index],
         cp_kind=shard.cp_kind[index],
     )
-
-
-def cp_kind_code(name: str) -> int:
-    """Index of a context-parallel kind."""
-    return CP_KINDS.index(name)

@@ -14,13 +14,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.layout import CpKind, RecomputePolicy
+from cost_models import cp_kinds
+from cost_models.layout import RecomputePolicy
 from cost_models.ops import Op, SavedTensor
 
 Int64: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
-
-CP_KINDS: tuple[CpKind, ...] = ("p2p", "all_gather", "a2a", "a2a_p2p")
 
 WeightSharding = Literal["column", "row", "replicated", "vocab", "expert_column", "expert_row"]
 """How tensor parallelism splits a weight.
@@ -70,7 +69,7 @@ class Shard:
     etp: Int64
     sequence_parallel: Bools
     cp_kind: Int64
-    """Index into :data:`CP_KINDS`."""
+    """Codes of ``cost_models.cp_kinds``."""
 
     @property
     def tokens(self) -> Int64:
@@ -81,6 +80,16 @@ class Shard:
     def sp(self) -> Int64:
         """By how much the residual stream is split over tp."""
         return np.where(self.sequence_parallel, self.tp, 1)
+
+    @property
+    def cp_exchange(self) -> Int64:
+        """Context-parallel ranks that exchange heads for sequence; neighbours."""
+        return cp_kinds.exchange_ways(self.cp_kind, self.cp)
+
+    @property
+    def cp_ring(self) -> Int64:
+        """Context-parallel ranks that pass keys and values round."""
+        return cp_kinds.ring_ways(self.cp_kind, self.cp)
 
     @property
     def residual_tokens(self) -> Int64:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from cost_models.communication import group_of
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import OutputKind, RecomputePolicy
 from cost_models.named_outputs import NAMED, REDUCED, unneeded
@@ -111,6 +112,5 @@ def _product_elements(op: MatMul | GroupedMatMul) -> Reals:
 
 def _used(op: Collective, shard: Shard) -> Bools:
     """Whether the collective's group has more than one rank."""
-    sizes = {"tp": shard.tp, "cp": shard.cp, "ep": shard.ep, "etp": shard.etp}
-    used: Bools = sizes[op.group] > 1
+    used: Bools = group_of(op, shard)[0] > 1
     return used

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.integer[Any]] | int
 Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
-Group = Literal["tp", "cp", "ep", "etp"]
+Group = Literal["tp", "cp", "cp_exchange", "cp_ring", "ep", "etp"]
+"""``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
+keys and values round: two levels of groups under ``a2a_p2p``, else one of them is all of cp."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
 
 
@@ -150,7 +152,7 @@ class Collective:
     ``"name:fprop"``, ``"name:dgrad"`` or ``"name:wgrad"``; exposure is decided in
     ``cost_models.communication``. ``forward_product`` and ``backward_product`` name the product
     that a stack may cut in chunks and run with it in a pipeline: it reads what is gathered, or
-    makes what is scattered. ``ring`` is cp - 1 neighbour exchanges of ``bytes`` each.
+    makes what is scattered. ``ring`` is size - 1 neighbour exchanges of ``bytes`` each.
     """
 
     name: str

@@ -4,7 +4,7 @@ Nothing here is a share of a total: each term is what one library holds, times h
 layout has (``hardware_profiles.holdings.ReserveSpec``). Communicators are those that a rank of
 Megatron-Core or torchtitan joins: tensor, context, data (with context) and expert parallel groups,
 expert data parallelism, the model-parallel group of the gradient norm, the world, and the
-pipeline's neighbours.
+pipeline's neighbours; hierarchical context parallelism has two levels of groups more.
 """
 
 from __future__ import annotations
@@ -187,6 +187,10 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
         (span * replicas * pp, ones), (np.where(experts > 1, span // experts, 1), experts),
         (shard.etp, ones),
     ]  # fmt: skip
+    levels = (shard.cp_exchange > 1) & (shard.cp_ring > 1)
+    if levels.any():
+        groups.append((np.where(levels, shard.cp_exchange, 1), tp))
+        groups.append((np.where(levels, shard.cp_ring, 1), tp * shard.cp_exchange))
     if spec.loss_group:
         groups.append((degrees.dp_shard * replicas, tp * cp))
     total = np.zeros_like(tp)

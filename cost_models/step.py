@@ -383,7 +383,7 @@ def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: 
         return
     if op.routing is not None and machine.stack.expert_overlap == "across_nodes":
         acc.exchanges.append(seen)
-    category = f"{'ep' if op.group in ('ep', 'etp') else op.group}_comm"
+    category = f"{'ep' if op.group == 'etp' else op.group[:2]}_comm"
     acc.add(category, seen.forward, seen.backward)
     for phase, busy in zip(PHASES, seen.wire, strict=True):
         acc.wire["across"][phase] += np.where(seen.spans_nodes, busy, 0.0)

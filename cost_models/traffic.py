@@ -32,7 +32,8 @@ class Calls:
 
     name: str
     group: str
-    """Dimension of the mesh: tp, cp, ep, etp, dp_shard, dp_replicate, expert_dp, pp, world."""
+    """Dimension of the mesh: tp, cp, ep, etp, dp_shard, dp_replicate, expert_dp, pp, world; the
+    levels of hierarchical context parallelism are cp_exchange and cp_ring."""
     ranks: int
     phase: Pass
     kind: str
@@ -112,7 +113,8 @@ def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]
             kind, count = "send_recv", side.count * (ranks - 1)
         each = round(_first(payload))
         phase: Pass = "backward" if back else "forward"
-        yield Calls(op.name, op.group, ranks, phase, kind, count, count * each)
+        group = "cp" if op.group.startswith("cp") and ranks == shard.cp[0] else op.group
+        yield Calls(op.name, group, ranks, phase, kind, count, count * each)
 
 
 def data_calls(

@@ -11,6 +11,8 @@ from hardware_profiles.sourced import Profile, Sourced
 
 Value = TypeVar("Value")
 
+AttentionSort = Literal["sliding windows", "latent attention"]
+ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
 EXCHANGE_LIBRARIES = ("deepep", "hybridep")
@@ -139,7 +141,9 @@ class StackSpec(Profile):
     zero_stages: Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
     hybrid_sharding: bool
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
-    cp_kinds: tuple[Literal["p2p", "all_gather", "a2a", "a2a_p2p"], ...]
+    cp_kinds: tuple[ContextKind, ...]
+    cp_kinds_of: dict[AttentionSort, tuple[ContextKind, ...]] = Field(default_factory=dict)
+    """Those of ``cp_kinds`` that run some sort of attention, where it is not all of them."""
     balanced_context: bool = True
     """Whether context parallelism deals each rank an early and a late piece of the sequence, so
     that all have as much of a causal mask; else one piece in order, and all wait for the last."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.configs import Configs, cp_kind_code
+from cost_models.configs import Configs
+from cost_models.cp_kinds import cp_kind_code
 from cost_models.layout import RecomputeMode
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
 from cost_models.step import Field
+from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.recompute import named_policy
@@ -57,8 +59,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
             f"{base['zero_stage']} does {resharding}",
             hint="leave it out, or set reshard_group in a stack that extends this one",
         )
-    if request.stack.cp_kinds and "cp_kind" not in base:
-        base["cp_kind"] = request.stack.cp_kinds[0]
+    _complete_context(base, degree["cp"], request)
     base |= degree
     layout = _validated(base)
     if layout.stages:
@@ -69,6 +70,25 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
+
+
+def _complete_context(base: dict[str, Any], cp: int, request: Request) -> None:
+    """Fill the kind of context parallelism in: the stack's first that runs the model's attention.
+    Inner groups belong to ``a2a_p2p``, which has no meaning without."""
+    stack = request.stack
+    if stack.cp_kinds and "cp_kind" not in base:
+        limits = [stack.cp_kinds_of.get(s, stack.cp_kinds) for s in attention_sorts(request.model)]
+        runs = [kind for kind in stack.cp_kinds if all(kind in limit for limit in limits)]
+        base["cp_kind"] = (runs or stack.cp_kinds)[0]
+    inner = base.get("cp_inner", 1)
+    if base.get("cp_kind") != "a2a_p2p":
+        if inner != 1:
+            raise InputError(f"cp_inner = {inner} belongs to cp_kind a2a_p2p")
+    elif cp > 1 and (not 1 < inner < cp or cp % inner):
+        raise InputError(
+            f"a2a_p2p: cp_inner = {inner} is no divisor of cp = {cp} between 1 and it",
+            hint="cp_inner is the number of ranks that exchange heads; cp / cp_inner make a ring",
+        )
 
 
 def _require_numbers(raw: Mapping[str, Any]) -> None:
@@ -297,7 +317,7 @@ def configs_of(layout: Layout) -> Configs:
         microbatch=one(layout.microbatch_size),
         tp=one(layout.tp),
         cp=one(layout.cp),
-        cp_kind=one(cp_kind_code(layout.cp_kind)),
+        cp_kind=one(cp_kind_code(layout.cp_kind, layout.cp_inner)),
         ep=one(layout.ep),
         etp=one(layout.etp),
         sequence_parallel=np.array([layout.sequence_parallel]),

@@ -50,7 +50,7 @@ class Candidate:
 
 _ORDER = (
     "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
-    "sequence_parallel", "cp_kind", "schedule",
+    "sequence_parallel", "cp_kind", "cp_inner", "schedule",
 )  # fmt: skip
 
 

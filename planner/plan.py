@@ -61,6 +61,8 @@ class Layout(Document):
     dp_shard: Annotated[int, Field(ge=1)]
     cp: Annotated[int, Field(ge=1)] = 1
     cp_kind: Literal["p2p", "all_gather", "a2a", "a2a_p2p"] = "p2p"
+    cp_inner: Annotated[int, Field(ge=1)] = 1
+    """Under ``a2a_p2p``, ranks that exchange heads; rings join ``cp / cp_inner`` of them."""
     tp: Annotated[int, Field(ge=1)] = 1
     sequence_parallel: bool = False
     pp: Annotated[int, Field(ge=1)] = 1

@@ -33,6 +33,7 @@ class Mesh:
     sp: bool
     cp: int
     cp_kind: str
+    cp_inner: int
     pp: int
     ep: int
     etp: int
@@ -42,8 +43,9 @@ class Mesh:
     @staticmethod
     def of(layout: Layout) -> Mesh:
         return Mesh(
-            layout.tp, layout.sequence_parallel, layout.cp, layout.cp_kind, layout.pp, layout.ep,
-            layout.etp, layout.microbatch_size, layout.dp_replicate * layout.dp_shard,
+            layout.tp, layout.sequence_parallel, layout.cp, layout.cp_kind, layout.cp_inner,
+            layout.pp, layout.ep, layout.etp, layout.microbatch_size,
+            layout.dp_replicate * layout.dp_shard,
         )  # fmt: skip
 
 
@@ -82,15 +84,27 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
                 if batch % dp:
                     continue
                 for sp in flags[stack.sequence_parallel] if tp > 1 else (False,):
-                    for kind in stack.cp_kinds if cp > 1 else stack.cp_kinds[:1] or ("p2p",):
+                    for kind, inner in _context(stack, cp):
                         for ep in (e for e in eps if (dp * cp * tp) % e == 0):
                             for etp in (
                                 _divisors(tp) if experts and stack.expert_tensor_parallel else [1]
                             ):
                                 for mbs in _divisors(batch // dp):
-                                    mesh = Mesh(tp, sp, cp, kind, pp, ep, etp, mbs, dp)
+                                    mesh = Mesh(tp, sp, cp, kind, inner, pp, ep, etp, mbs, dp)
                                     if impossible_mesh(mesh, request) is None:
                                         yield mesh
+
+
+def _context(stack: StackSpec, cp: int) -> Iterator[tuple[str, int]]:
+    """Kinds of context parallelism and their inner groups."""
+    if cp == 1:
+        yield (stack.cp_kinds or ("p2p",))[0], 1
+        return
+    for kind in stack.cp_kinds:
+        if kind != "a2a_p2p":
+            yield kind, 1
+        else:
+            yield from ((kind, inner) for inner in _divisors(cp)[1:-1])
 
 
 def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
@@ -149,17 +163,24 @@ def _impossible_mixer(
     """Why this mixer cannot be split as the mesh says, or None."""
     over_tp: list[int] = []
     over_cp: list[int] = []
+    ways, runs = mesh.cp, stack.cp_kinds
+    exchanges = mesh.cp_kind in ("a2a", "a2a_p2p")
     match mixer:
         case AttentionSpec():
             over_tp = [mixer.heads]
-            over_cp = [mixer.kv_heads] if mesh.cp_kind == "a2a" else []
+            over_cp = [mixer.kv_heads] if exchanges else []
+            ways = mesh.cp_inner if mesh.cp_kind == "a2a_p2p" else mesh.cp
+            if mixer.window is not None:
+                runs = stack.cp_kinds_of.get("sliding windows", runs)
             if mixer.kv_heads % mesh.tp and (
                 mesh.tp % mixer.kv_heads or not stack.kv_head_replication
             ):
                 return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
         case LatentAttentionSpec():
             over_tp = [mixer.heads]
-            over_cp = [mixer.heads] if mesh.cp_kind == "a2a" else []
+            over_cp = [mixer.heads] if exchanges else []
+            ways = mesh.cp_inner if mesh.cp_kind == "a2a_p2p" else mesh.cp
+            runs = stack.cp_kinds_of.get("latent attention", runs)
         case SparseLatentAttentionSpec():
             over_tp = [mixer.latent.heads]
         case MambaSpec():
@@ -172,8 +193,10 @@ def _impossible_mixer(
         if count % mesh.tp:
             return f"{count} heads do not split over tp {mesh.tp}"
     for count in over_cp if mesh.cp > 1 and not in_tower else []:
-        if count % (mesh.tp * mesh.cp):
+        if count % (mesh.tp * ways):
             return f"{count} heads do not split over tp x cp"
+    if mesh.cp > 1 and not in_tower and mesh.cp_kind not in runs:
+        return f"the stack has no {mesh.cp_kind} context parallelism for this attention"
     return None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cost_models.configs import cp_kind_code
+from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
 from planner.request import Request
 
@@ -19,7 +19,8 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int], request: Request) -> int:
     the layers taken as any stage's. ``run`` is schedule, virtual stages and microbatches."""
     schedule, vpp, m = run
     shard = Shard(
-        sequence=request.sequence, cp_kind=np.array([cp_kind_code(mesh.cp_kind)]),
+        sequence=request.sequence,
+        cp_kind=np.array([cp_kind_code(mesh.cp_kind, mesh.cp_inner)]),
         sequence_parallel=np.array([mesh.sp]),
         **{
             name: np.array([value])

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.configs import Configs, cp_kind_code, price_configs
+from cost_models.configs import Configs, price_configs
+from cost_models.cp_kinds import cp_kind_code
 from cost_models.layout import SCHEDULES
 from cost_models.leaf import (
     Completion,
@@ -50,8 +51,8 @@ def better_layout(request: Request, least_ns: int) -> str | None:
     batch: list[tuple[int, ...]] = []
     for mesh in every_mesh(request):
         degrees = (
-            mesh.tp, int(mesh.sp), mesh.cp, cp_kind_code(mesh.cp_kind), mesh.pp, mesh.ep, mesh.etp,
-            mesh.mbs,
+            mesh.tp, int(mesh.sp), mesh.cp, cp_kind_code(mesh.cp_kind, mesh.cp_inner), mesh.pp,
+            mesh.ep, mesh.etp, mesh.mbs,
         )  # fmt: skip
         layouts = every_layout(mesh, request)
         batch += [(*degrees, *entry) for entry in layouts if wanted(mesh, entry, request)]

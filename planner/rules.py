@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cost_models.configs import cp_kind_code
+from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
-from planner.blocks.registry import model_splits
+from hardware_profiles.stack import ContextKind
+from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
@@ -107,8 +108,12 @@ def _splits_kv(kv_heads: int, *, replicates: bool) -> Callable[[Meshes], Bools]:
 
 
 def _exchanges(heads: int) -> Callable[[Meshes], Bools]:
-    exchange = cp_kind_code("a2a")
-    return lambda m: (m.cp > 1) & (m.cp_kind == exchange) & (heads % (m.tp * m.cp) != 0)
+    def broken(m: Meshes) -> Bools:
+        ways = exchange_ways(m.cp_kind, m.cp)
+        result: Bools = (ways > 1) & (heads % (m.tp * ways) != 0)
+        return result
+
+    return broken
 
 
 def _stack_rules(request: Request) -> Iterator[Rule]:
@@ -116,6 +121,10 @@ def _stack_rules(request: Request) -> Iterator[Rule]:
     label = f"{stack.name} {stack.version}"
     if not stack.cp_kinds:
         yield f"{label} has no context parallelism", lambda m: m.cp > 1
+    for sort, kinds in stack.cp_kinds_of.items():
+        if sort in attention_sorts(request.model):
+            words = " or ".join(kinds) or "missing"
+            yield f"{label}: context parallelism of {sort} is {words}", _other_context(kinds)
     if stack.tensor_parallel_max is not None:
         most = stack.tensor_parallel_max
         yield f"{label} splits tensors at most {most} ways", lambda m: m.tp > most
@@ -124,6 +133,10 @@ def _stack_rules(request: Request) -> Iterator[Rule]:
             reason, broken = STACK_RULES[name]
             if reason is not None and _concerns(name, request):
                 yield f"{label}: {reason}", broken
+
+
+def _other_context(kinds: tuple[ContextKind, ...]) -> Callable[[Meshes], Bools]:
+    return lambda m: (m.cp > 1) & ~is_kind(m.cp_kind, *kinds)
 
 
 def _concerns(rule: str, request: Request) -> bool:
@@ -272,8 +285,8 @@ def check_layout(request: Request, layout: Layout) -> None:
 
     meshes = Meshes(
         tp=one(layout.tp), sp=one(layout.sequence_parallel), cp=one(layout.cp),
-        cp_kind=one(cp_kind_code(layout.cp_kind)), pp=one(layout.pp), ep=one(layout.ep),
-        etp=one(layout.etp), microbatch=one(layout.microbatch_size),
+        cp_kind=one(cp_kind_code(layout.cp_kind, layout.cp_inner)), pp=one(layout.pp),
+        ep=one(layout.ep), etp=one(layout.etp), microbatch=one(layout.microbatch_size),
         dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
     )  # fmt: skip
     for reason, broken in mesh_rules(request):

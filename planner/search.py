@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cost_models.cp_kinds import cp_kind_of
 from cost_models.leaf import Leaf
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
 from planner.meshes import SCHEDULE_NAMES, Meshes
 from planner.program import UNLIMITED
 from planner.request import Request
-from planner.space import build_space, cp_kind_name, expand, layout_rules
+from planner.space import build_space, expand, layout_rules
 from planner.tables import (
     PricedLayouts,
     mesh_bounds,
@@ -256,12 +257,14 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -
     meshes, own = layouts.meshes, layouts.layouts
     mesh = int(own.mesh[index])
     zero = int(own.zero_stage[index])
+    cp_kind, cp_inner = cp_kind_of(int(meshes.cp_kind[mesh]))
     ranks = int(meshes.dp[mesh] * meshes.cp[mesh] * meshes.tp[mesh])
     return {
         "dp_replicate": int(own.dp_replicate[index]),
         "dp_shard": int(own.dp_shard[index]),
         "cp": int(meshes.cp[mesh]),
-        "cp_kind": cp_kind_name(int(meshes.cp_kind[mesh])),
+        "cp_kind": cp_kind,
+        "cp_inner": cp_inner,
         "tp": int(meshes.tp[mesh]),
         "sequence_parallel": bool(meshes.sp[mesh]),
         "pp": int(meshes.pp[mesh]),

@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import gcd
 
 import numpy as np
 
-from cost_models.configs import cp_kind_code
-from cost_models.graph import CP_KINDS, Bools, Int64
+from cost_models.cp_kinds import cp_kind_code
+from cost_models.graph import Bools, Int64
 from cost_models.layout import RecomputeMode, Schedule
 from planner import rules
+from planner.blocks.registry import model_splits
 from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes, joined
 from planner.request import Request
 from planner.rules import LayoutRule, Rule
@@ -79,12 +81,12 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
     devices, stack = request.devices, request.stack
     experts = request.workload.expert_count
     sp_options = {"optional": (0, 1), "always": (1,), "never": (0,)}[stack.sequence_parallel]
-    kinds = [cp_kind_code(kind) for kind in stack.cp_kinds] or [cp_kind_code("p2p")]
     weights: dict[tuple[int, int], int] = {}
     eps = divisors(experts) if experts else (1,)
     for tp in divisors(devices):
         etps = divisors(tp) if experts and stack.expert_tensor_parallel else (1,)
         for cp in divisors(devices // tp):
+            kinds = context_options(request, tp, cp)
             blocks: list[Int64] = []
             for pp in divisors(devices // tp // cp):
                 dp = devices // (tp * cp * pp)
@@ -98,11 +100,26 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
                 blocks.append(
                     _product(
                         (tp,), sp_options if tp > 1 else (0,), (cp,),
-                        kinds if cp > 1 else kinds[:1], (pp,), eps, etps, microbatches, (dp,),
+                        kinds, (pp,), eps, etps, microbatches, (dp,),
                         (weights[key],),
                     )
                 )  # fmt: skip
             yield Meshes(*np.ascontiguousarray(np.concatenate(blocks).T))
+
+
+def context_options(request: Request, tp: int, cp: int) -> tuple[int, ...]:
+    """Codes of the kinds of context parallelism of cp ranks. The inner groups of ``a2a_p2p`` deal
+    out what heads tp leaves, as ep deals out experts."""
+    kinds = request.stack.cp_kinds or ("p2p",)
+    if cp == 1:
+        return (cp_kind_code(kinds[0]),)
+    heads = gcd(*(s.size for s in model_splits(request.model) if s.over == "exchange"))
+    most = gcd(cp, heads // tp) if heads % tp == 0 else 1
+    inner = [size for size in divisors(most) if 1 < size < cp]
+    codes = [cp_kind_code(kind) for kind in kinds if kind != "a2a_p2p"]
+    if "a2a_p2p" in kinds:
+        codes += [cp_kind_code("a2a_p2p", size) for size in inner]
+    return tuple(codes)
 
 
 def _product(*axes: Sequence[int]) -> Int64:
@@ -225,8 +242,3 @@ def _layout_constraint_rules(request: Request) -> Iterator[LayoutRule]:
 
 def _on_layout(column: str, broken: Callable[[Int64], Bools]) -> Callable[[Meshes, Layouts], Bools]:
     return lambda _, layouts: broken(getattr(layouts, column))
-
-
-def cp_kind_name(code: int) -> str:
-    """Name of a context-parallel kind."""
-    return CP_KINDS[code]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.graph import CP_KINDS, Bools, Int64, Shard, Weight
+from cost_models.cp_kinds import is_kind
+from cost_models.graph import Bools, Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, Reals, SavedTensor
 from planner.blocks import splits as split
 from planner.blocks.context import (
@@ -148,7 +149,7 @@ def last_queries(ctx: BlockContext, shard: Shard, span: int) -> bool | Bools:
     other are taken as spread over the ranks."""
     if ctx.balanced_context or span < shard.sequence:
         return False
-    result: Bools = shard.cp_kind != CP_KINDS.index("a2a")
+    result: Bools = ~is_kind(shard.cp_kind, "a2a")
     return result
 
 
@@ -188,27 +189,29 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
     passes K and V around the ring behind the attention of each block, and their gradients back
     (Liu et al., arXiv 2310.01889); ``all_gather`` gathers K and V before the attention (Llama 3,
     arXiv 2407.21783, section 3.3.2); ``a2a`` exchanges heads for sequence (Ulysses, arXiv
-    2309.14509). ``a2a_p2p`` is priced as its ring level: the outer, slower one.
+    2309.14509). ``a2a_p2p`` exchanges inside its inner groups; what then goes round the ring is as
+    many bytes, more tokens of fewer heads (Transformer Engine, ``AttnFuncWithCPAndKVP2P``, whose
+    backward exchanges the output too, kept as it left the forward).
     """
-
-    def kind(*names: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        codes = [CP_KINDS.index(name) for name in names]
-        return np.isin(shard.cp_kind, codes) & (shard.cp > 1)
-
+    hierarchical = is_kind(shard.cp_kind, "a2a_p2p")
+    size = qkvo_bytes // 4
     return [
         Collective(
-            "cp_ring", "cp", "ring", kv_bytes, "ring", 2 * kv_bytes,
-            forward_hidden="attention:fprop", backward_hidden="attention:dgrad",
-            active=kind("p2p", "a2a_p2p"), modules=CORE,
+            "cp_ring", "cp_ring", "ring", kv_bytes, "ring", 2 * kv_bytes,
+            forward_hidden="attention:fprop", backward_hidden="attention:dgrad", modules=CORE,
         ),
         Collective(
             "cp_gather", "cp", "all_gather", kv_bytes * shard.cp // 2, "reduce_scatter",
             kv_bytes * shard.cp // 2, forward_count=2, backward_count=2,
-            active=kind("all_gather"), modules=CORE,
+            active=is_kind(shard.cp_kind, "all_gather"), modules=CORE,
         ),
         Collective(
-            "cp_exchange", "cp", "all_to_all", qkvo_bytes // 4, "all_to_all", qkvo_bytes // 4,
-            forward_count=4, backward_count=4, active=kind("a2a"), modules=CORE,
+            "cp_exchange", "cp_exchange", "all_to_all", size, "all_to_all", size,
+            forward_count=4, backward_count=4, modules=CORE,
+        ),
+        Collective(
+            "cp_exchange_output", "cp_exchange", None, 0, "all_to_all", size,
+            active=hierarchical, modules=CORE,
         ),
     ]  # fmt: skip
 
@@ -242,14 +245,11 @@ def output_copy(size: Int64, ctx: BlockContext) -> tuple[SavedTensor, ...]:
 def exchange_working(kv_bytes: Int64, shard: Shard) -> Int64:
     """Buffers of context parallelism beside the tensors of this rank.
 
-    ``p2p`` receives the keys and values of the next block, and their gradients, while it sends
+    A ring receives the keys and values of the next block, and their gradients, while it sends
     those at hand; ``all_gather`` holds all of them, and their gradients before they are scattered.
     """
-    codes = [CP_KINDS.index(name) for name in ("p2p", "a2a_p2p")]
-    ring = np.where(np.isin(shard.cp_kind, codes), 4 * kv_bytes, 0)
-    gathered = np.where(
-        shard.cp_kind == CP_KINDS.index("all_gather"), 2 * kv_bytes * shard.cp, ring
-    )
+    ring = np.where(shard.cp_ring > 1, 4 * kv_bytes, 0)
+    gathered = np.where(is_kind(shard.cp_kind, "all_gather"), 2 * kv_bytes * shard.cp, ring)
     return np.where(shard.cp > 1, gathered, 0)
 
 

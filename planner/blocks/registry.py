@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Op, SavedTensor
+from hardware_profiles.stack import AttentionSort
 from planner.blocks import (
     attention,
     gated_delta_net,
@@ -120,6 +121,18 @@ def model_splits(model: Model) -> list[Split]:
         for part in parts(model.vision.block):
             found |= {s for s in kind_of(part).splits(part) if s.over in ("tp", "kv")}
     return sorted(found)
+
+
+def attention_sorts(model: Model) -> list[AttentionSort]:
+    """Sorts of attention that not every kind of context parallelism runs, in the words of
+    ``StackSpec.cp_kinds_of``. Images of a vision tower stay whole."""
+    mixers = [block.mixer for block in model.blocks.values()]
+    found: list[AttentionSort] = []
+    if any(isinstance(mixer, LatentAttentionSpec) for mixer in mixers):
+        found.append("latent attention")
+    if any(isinstance(mixer, AttentionSpec) and mixer.window is not None for mixer in mixers):
+        found.append("sliding windows")
+    return found
 
 
 def model_kinds(model: Model) -> list[str]:

@@ -26,7 +26,7 @@ TARGET = "megatron-core"
 STACKS = (TARGET, "megatron-core-deepep", "megatron-core-mxfp8", "megatron-core-offload")
 """Stacks that are this software, with other flags."""
 
-_CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a"}
+_CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a", "a2a_p2p": "a2a+p2p"}
 _PRECISION: dict[str, tuple[Flag, ...]] = {
     "bf16": (("--bf16",),),
     "fp16": (("--fp16",),),
@@ -99,7 +99,10 @@ def _degree_flags(layout: Layout, *, has_experts: bool) -> list[Flag]:
     flags.append(("--pipeline-model-parallel-size", str(layout.pp)))
     if layout.cp > 1:
         flags.append(("--context-parallel-size", str(layout.cp)))
-        flags.append(("--cp-comm-type", _CP_KINDS.get(layout.cp_kind, layout.cp_kind)))
+        flags.append(("--cp-comm-type", _CP_KINDS[layout.cp_kind]))
+    if layout.cp > 1 and layout.cp_kind == "a2a_p2p":
+        sizes = (str(layout.cp_inner), str(layout.cp // layout.cp_inner))
+        flags.append(("--hierarchical-context-parallel-sizes", *sizes))
     if has_experts:
         flags.append(("--expert-model-parallel-size", str(layout.ep)))
         flags.append(("--expert-tensor-parallel-size", str(layout.etp)))
@@ -171,8 +174,6 @@ def _layout_problems(layout: Layout) -> list[str]:
     problems = []
     if layout.pp > 1 and layout.schedule == "gpipe":
         problems.append("the GPipe schedule")
-    if layout.cp > 1 and layout.cp_kind not in _CP_KINDS:
-        problems.append(f"cp_kind {layout.cp_kind} (the sizes of its two levels are not in a plan)")
     inner = [name for name in layout.rank_order if name not in ("pp", "dp_replicate")]
     if inner and inner != ["tp", "cp", "dp_shard"]:
         problems.append(f"rank order {', '.join(layout.rank_order)}")

@@ -25,7 +25,8 @@ def degrees(layout: Layout) -> str:
         if name == "tp" and layout.sequence_parallel:
             text += " + sp"
         if name == "cp" and value > 1:
-            text += f" ({layout.cp_kind})"
+            inner = f", {layout.cp_inner} x {value // layout.cp_inner}"
+            text += f" ({layout.cp_kind}{inner if layout.cp_kind == 'a2a_p2p' else ''})"
         parts.append(text)
     return " · ".join(parts)
 
@@ -108,7 +109,7 @@ def span(first: int, last_exclusive: int) -> str:
 
 def changes(base: Layout, other: Layout) -> str:
     """How ``other`` differs from ``base``: ``vpp 2 -> 1, zero_stage 0 -> 1``."""
-    names = (*_DEGREES, "cp_kind", "sequence_parallel", "microbatch_size", "zero_stage",
+    names = (*_DEGREES, "cp_kind", "cp_inner", "sequence_parallel", "microbatch_size", "zero_stage",
              "reshard_after_forward", "schedule", "optimizer_offload")  # fmt: skip
     parts = [
         f"{name} {_plain(getattr(base, name))} -> {_plain(getattr(other, name))}"

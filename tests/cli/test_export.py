@@ -168,11 +168,16 @@ def test_pipeline_inside_data_parallel_has_its_own_mapping() -> None:
     assert "--use-tp-pp-dp-mapping" not in flags_of(sample.dense_plan())
 
 
+def test_hierarchical_context_parallelism_says_both_sizes() -> None:
+    flags = export(with_layout(sample.dense_plan(), cp=8, cp_kind="a2a_p2p", cp_inner=2)).flags
+    assert ("--cp-comm-type", "a2a+p2p") in flags
+    assert ("--hierarchical-context-parallel-sizes", "2", "4") in flags
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"schedule": "gpipe"}, "the GPipe schedule"),
-        ({"cp": 2, "cp_kind": "a2a_p2p"}, "cp_kind a2a_p2p"),
         ({"rank_order": ("dp_shard", "tp", "cp", "pp")}, "rank order dp_shard, tp, cp, pp"),
     ],
 )

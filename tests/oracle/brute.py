@@ -100,7 +100,11 @@ def _configs(layouts: Sequence[Layout]) -> Configs:
 
     return Configs(
         microbatch=column("microbatch"), tp=column("tp"), cp=column("cp"),
-        cp_kind=np.array([CP_KINDS.index(x.cp_kind) for x in layouts], dtype=np.int64),
+        cp_kind=np.array(
+            [3 + 4 * x.cp_inner if x.cp_kind == "a2a_p2p" else CP_KINDS.index(x.cp_kind)
+             for x in layouts],
+            dtype=np.int64,
+        ),
         ep=column("ep"), etp=column("etp"), sequence_parallel=column("sp").astype(bool),
         dp_replicate=column("dp_replicate"), dp_shard=column("dp_shard"), pp=column("pp"),
         zero_stage=column("zero"),

@@ -37,10 +37,15 @@ class _Counting(Search):
         self.alive += sum(removed.values()) == before and self.pruned == pruned
 
 
-def compare(seed: int, answer: Answer | None = None, stack: str | None = None) -> Compared:
+def compare(
+    seed: int,
+    answer: Answer | None = None,
+    stack: str | None = None,
+    request: Request | None = None,
+) -> Compared:
     """Solve the instance of ``seed`` twice; ``answer`` is brute force's where it is known, and
-    ``stack`` a shipped one to draw it with."""
-    request = draw(seed, stack)
+    ``stack`` a shipped one to draw it with. ``request`` is what was made of the instance."""
+    request = request or draw(seed, stack)
     answer = answer or brute_force(request)
     search = _Counting(request)
     try:

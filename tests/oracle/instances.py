@@ -179,6 +179,11 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["reshard_group"] = own.choice((2, 3, "node"))
     if own.random() < 0.4:
         changes["replica_reduction"] = "step"
+    if own.random() < 0.4:
+        kinds = changes.get("cp_kinds", stack.cp_kinds)
+        changes["cp_kinds"] = (*(kind for kind in kinds if kind != "a2a_p2p"), "a2a_p2p")
+    if own.random() < 0.3:
+        changes["cp_kinds_of"] = {"sliding windows": ("a2a", "all_gather")}
     return stack.model_copy(update=changes)
 
 

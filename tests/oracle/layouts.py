@@ -19,6 +19,7 @@ class Layout:
     sp: int
     cp: int
     cp_kind: str
+    cp_inner: int
     pp: int
     ep: int
     etp: int
@@ -35,7 +36,7 @@ class Layout:
 
     def config(self) -> tuple[object, ...]:
         """What prices depend on: all but schedule and virtual stages."""
-        return astuple(self)[:11]
+        return astuple(self)[:12]
 
 
 def factors(number: int) -> list[int]:
@@ -59,15 +60,15 @@ def every_layout(request: Request) -> Iterator[Layout]:
                 if request.global_batch % dp:
                     continue
                 for sp in _sequence_parallel(stack.sequence_parallel, tp):
-                    for kind in stack.cp_kinds if cp > 1 else _no_cp(stack.cp_kinds):
+                    for kind, inner in _context(stack.cp_kinds, cp):
                         for ep in factors(experts) if experts else [1]:
                             for etp in _expert_tp(request, experts, tp):
                                 for mbs in factors(request.global_batch // dp):
                                     for rep, shard, zero in _sharding(request, dp):
                                         for schedule, vpp in _schedules(request, pp):
                                             layout = Layout(
-                                                tp, sp, cp, kind, pp, ep, etp, mbs, rep, shard,
-                                                zero, schedule, vpp,
+                                                tp, sp, cp, kind, inner, pp, ep, etp, mbs, rep,
+                                                shard, zero, schedule, vpp,
                                             )  # fmt: skip
                                             if runs(request, layout) and wanted(request, layout):
                                                 yield layout
@@ -79,8 +80,15 @@ def _sequence_parallel(rule: str, tp: int) -> list[int]:
     return [1] if rule == "always" else [0, 1]
 
 
-def _no_cp(kinds: tuple[str, ...]) -> list[str]:
-    return [kinds[0]] if kinds else ["p2p"]
+def _context(kinds: tuple[str, ...], cp: int) -> Iterator[tuple[str, int]]:
+    """Kinds of context parallelism, and the inner group of those that have two levels."""
+    if cp == 1:
+        yield (kinds[0] if kinds else "p2p"), 1
+        return
+    for kind in kinds:
+        for inner in range(2, cp) if kind == "a2a_p2p" else [1]:
+            if cp % inner == 0:
+                yield kind, inner
 
 
 def _expert_tp(request: Request, experts: int, tp: int) -> list[int]:
@@ -134,7 +142,13 @@ def runs(request: Request, x: Layout) -> bool:
                 repeats = request.stack.kv_head_replication and x.tp % mixer.kv_heads == 0
                 if mixer.kv_heads % x.tp and not repeats:
                     return False
-            if x.cp > 1 and x.cp_kind == "a2a" and exchanged % (x.tp * x.cp):
+            dealt = {"a2a": x.cp, "a2a_p2p": x.cp_inner}.get(x.cp_kind, 1)
+            if x.cp > 1 and exchanged % (x.tp * dealt):
+                return False
+            sort = "latent attention"
+            if isinstance(mixer, AttentionSpec):
+                sort = "sliding windows" if mixer.window is not None else "plain"
+            if x.cp > 1 and x.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
                 return False
         if isinstance(feed, MlpSpec) and feed.intermediate % x.tp:
             return False

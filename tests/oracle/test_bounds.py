@@ -14,14 +14,13 @@ from planner.space import (
     Layouts,
     Meshes,
     build_space,
-    cp_kind_name,
     expand,
     layout_rules,
 )
 from planner.tables import mesh_bounds, price_layouts
 from tests.oracle.brute import BruteForce
 from tests.oracle.instances import draw
-from tests.oracle.layouts import Layout, every_layout
+from tests.oracle.layouts import CP_KINDS, Layout, every_layout
 
 
 def surviving(request: Request) -> tuple[Meshes, Layouts]:
@@ -40,7 +39,8 @@ def as_tuple(meshes: Meshes, layouts: Layouts, index: int) -> Layout:
         tp=int(meshes.tp[mesh]),
         sp=int(meshes.sp[mesh]),
         cp=int(meshes.cp[mesh]),
-        cp_kind=cp_kind_name(int(meshes.cp_kind[mesh])),
+        cp_kind=CP_KINDS[int(meshes.cp_kind[mesh]) % 4],
+        cp_inner=max(1, int(meshes.cp_kind[mesh]) // 4),
         pp=int(meshes.pp[mesh]),
         ep=int(meshes.ep[mesh]),
         etp=int(meshes.etp[mesh]),

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.graph import CP_KINDS, LayerKind, Shard
+from cost_models.cp_kinds import cp_kind_code
+from cost_models.graph import LayerKind, Shard
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.memory import activation_bytes
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
@@ -99,7 +100,7 @@ def saved_of(precision: str, cp_kind: str = "p2p", cp: int = 1) -> tuple[dict[st
     (kind,) = request.workload.kinds.values()
     one = np.ones(1, dtype=np.int64)
     place = Shard(
-        64 * cp, one, one, cp * one, one, one, one.astype(bool), CP_KINDS.index(cp_kind) * one
+        64 * cp, one, one, cp * one, one, one, one.astype(bool), cp_kind_code(cp_kind) * one
     )
     tensors = {tensor.name: int(np.asarray(tensor.bytes)[0]) for tensor in kind.saved(place)}
     return tensors, int(np.asarray(kind.working_bytes(place))[0])

@@ -144,6 +144,22 @@ def test_context_parallel_counts(kind: str, expected: Totals) -> None:
     assert summed(call for call in found.layers["decoder"] if call.group == "cp") == expected
 
 
+def test_two_levels_of_context_parallelism() -> None:
+    """The same with two ranks that exchange heads and two on a ring, which carries as much. The
+    backward exchanges the output as well as its gradient, at the four tensors' mean size."""
+    job = {"stack": "megatron-core", "sequence_length": 8192, "global_batch": 2}
+    layout = {"cp": 4, "cp_kind": "a2a_p2p", "cp_inner": 2}
+    calls = of_layout("llama-3.1-8b", 8, job, layout).layers["decoder"]
+    assert summed(call for call in calls if call.group == "cp_exchange") == {
+        ("all_to_all", 2, "forward"): (4, 40 * 2**20),
+        ("all_to_all", 2, "backward"): (5, 50 * 2**20),
+    }
+    assert summed(call for call in calls if call.group == "cp_ring") == {
+        ("send_recv", 2, "forward"): (1, 2 * 4 * 2**20),
+        ("send_recv", 2, "backward"): (1, 4 * 4 * 2**20),
+    }
+
+
 def test_pipeline_traffic_of_interleaved_stages() -> None:
     """Four ranks of two virtual stages, 8 microbatches: the first rank sends both chunks' outputs
     and receives one chunk's input; sequence parallelism sends 1/tp of 2,048 x 4,096 x 2 bytes."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cost_models.configs import cp_kind_code
+from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.blocks.registry import model_kinds
@@ -101,7 +101,7 @@ def test_the_recheck_allows_the_meshes_that_the_rules_allow(name: str) -> None:
         strict=True,
     )  # fmt: skip
     own = {
-        (m.tp, int(m.sp), m.cp, cp_kind_code(m.cp_kind), m.pp, m.ep, m.etp, m.mbs)
+        (m.tp, int(m.sp), m.cp, cp_kind_code(m.cp_kind, m.cp_inner), m.pp, m.ep, m.etp, m.mbs)
         for m in every_mesh(request)
     }
     assert own == set(columns)

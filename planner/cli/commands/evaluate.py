@@ -46,6 +46,9 @@ def evaluate(
     cp_kind: Annotated[
         str | None, typer.Option("--cp-kind", help="p2p, all_gather, a2a or a2a_p2p.")
     ] = None,
+    cp_inner: Annotated[
+        int | None, typer.Option("--cp-inner", help="Of a2a_p2p: ranks that exchange heads.")
+    ] = None,
     pp: Annotated[int | None, typer.Option("--pp", help="Pipeline stages.")] = None,
     vpp: Annotated[int | None, typer.Option("--vpp", help="Virtual stages per rank.")] = None,
     ep: Annotated[int | None, typer.Option("--ep", help="Expert parallel degree.")] = None,
@@ -82,8 +85,9 @@ def evaluate(
     read, 2 when it was not JSON lines.
     """
     named = {
-        "tp": tp, "sequence_parallel": sequence_parallel, "cp": cp, "cp_kind": cp_kind, "pp": pp,
-        "vpp": vpp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard,
+        "tp": tp, "sequence_parallel": sequence_parallel, "cp": cp, "cp_kind": cp_kind,
+        "cp_inner": cp_inner, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp,
+        "dp_replicate": dp_replicate, "dp_shard": dp_shard,
         "microbatch_size": microbatch_size, "zero_stage": zero_stage, "schedule": schedule,
         "recompute": recompute,
     }  # fmt: skip
