@@ -248,7 +248,8 @@ def _optimizer_seconds(
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
     rule = machine.rules.optimizer
-    per_element = 8 + 8 + rule.step_bytes + machine.rules.gather_bytes
+    updated = 2 * machine.rules.updated_bytes
+    per_element = 8 + updated + rule.step_bytes + machine.rules.gather_bytes
     sharded = data.zero_stage >= 1
     elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)

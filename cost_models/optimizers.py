@@ -3,10 +3,12 @@
 State beside the master weight, per element or per tensor, and the traffic and work of a step. AdamW
 keeps two fp32 moments. 8-bit AdamW keeps them in one byte each, with an fp32 scale per block of 256
 (Dettmers et al., arXiv 2110.02861). Lion and momentum SGD keep one (Chen et al., arXiv 2302.06675).
-Adafactor keeps a row and a column of second moments per matrix, a full one per vector, and no first
-moment (Shazeer and Stern, arXiv 1804.04235; Hugging Face's defaults). Muon keeps one moment of each
-matrix and orthogonalises its update by Newton-Schulz iterations; embedding, head and vectors are
-AdamW's (Jordan et al. 2024; Liu et al., arXiv 2502.16982).
+Adagrad and RMSprop keep one second moment, NovoGrad a first one and a norm per tensor, AdaMax,
+Adadelta and Rprop two of their own (torch.optim; Ginsburg et al., arXiv 1905.11286). Adafactor keeps
+a row and a column of second moments per matrix, a full one per vector, and no first moment (Shazeer
+and Stern, arXiv 1804.04235; Hugging Face's defaults). Muon keeps one moment of each matrix and
+orthogonalises its update by Newton-Schulz iterations; embedding, head and vectors are AdamW's (Jordan
+et al. 2024; Liu et al., arXiv 2502.16982).
 """
 
 from __future__ import annotations
@@ -89,6 +91,12 @@ OPTIMIZERS = {
         OptimizerRule("adamw_bf16", "AdamW with 16-bit moments", 4, 8.0),
         OptimizerRule("sgd", "SGD with momentum", 4, 8.0),
         OptimizerRule("lion", "Lion", 4, 8.0),
+        OptimizerRule("adagrad", "Adagrad", 4, 8.0),
+        OptimizerRule("rmsprop", "RMSprop without momentum", 4, 8.0),
+        OptimizerRule("novograd", "NovoGrad", 4, 8.0),
+        OptimizerRule("adamax", "AdaMax", 8, 16.0),
+        OptimizerRule("adadelta", "Adadelta", 8, 16.0),
+        OptimizerRule("rprop", "Rprop", 8, 16.0),
         OptimizerRule("adam8bit", "AdamW with 8-bit states", 2, 4.0, _scales),
         OptimizerRule("adafactor", "Adafactor", 0, 8.0, _factored),
         OptimizerRule("muon", "Muon, AdamW for what is no hidden matrix", 4, 8.0, _adam_elsewhere,

@@ -137,6 +137,9 @@ class StateRules:
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
     optimizer: OptimizerRule = OPTIMIZERS["adamw"]
+    updated_bytes: int = 4
+    """Bytes per parameter that the optimizer reads and writes beside its state: those of the master
+    weight, or of a weight that has none."""
 
     def least_bucket(self, ways: Int64) -> Int64:
         """Least elements of a bucket of the contiguous buffer; as good as all without one."""
@@ -354,4 +357,5 @@ def state_rules(
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,
         optimizer=rule,
+        updated_bytes=(spec.master_bytes or weight) if master_weights else 4,
     )

@@ -25,9 +25,9 @@ class StateSpec(Profile):
 
     layout: Literal["contiguous", "flat", "per_parameter", "dim0"]
     source: str
-    master_bytes: Annotated[int, Field(ge=2, le=4)] = 4
-    """Bytes per parameter of the copy of 16-bit weights that the optimizer keeps: fp32, or the
-    lower 16 bits of it."""
+    master_bytes: Annotated[int, Field(ge=0, le=4)] = 4
+    """Bytes per parameter of the copy of 16-bit weights that the optimizer keeps: fp32, the lower
+    16 bits of it, or none where it rounds the weights themselves stochastically."""
     unit_gradients: bool = False
     """Whether a sharded unit's gradients are whole until they are reduced, two units' at a time
     (``dim0`` always is)."""

@@ -35,7 +35,10 @@ Module = Literal[
     "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts"
 ]
 """Parts of a layer that can be run again, by the tags of ``planner.blocks``."""
-OptimizerName = Literal["adamw", "adamw_bf16", "sgd", "lion", "adam8bit", "adafactor", "muon"]
+OptimizerName = Literal[
+    "adamw", "adamw_bf16", "sgd", "lion", "adagrad", "rmsprop", "novograd", "adamax", "adadelta",
+    "rprop", "adam8bit", "adafactor", "muon",
+]  # fmt: skip
 """Entries of ``cost_models.optimizers``."""
 Trainable = Literal[
     "attention", "latent_attention", "sparse_latent_attention", "mamba", "mamba2",

@@ -20,7 +20,10 @@ Size = Annotated[int, Field(ge=1, le=10**9)]
 Tokens = Annotated[int, Field(ge=1, le=10**12)]
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8", "nvfp4"]
-Optimizer = Literal["adamw", "adamw_bf16", "sgd", "lion", "adam8bit", "adafactor", "muon"]
+Optimizer = Literal[
+    "adamw", "adamw_bf16", "sgd", "lion", "adagrad", "rmsprop", "novograd", "adamax", "adadelta",
+    "rprop", "adam8bit", "adafactor", "muon",
+]  # fmt: skip
 
 
 class ConstraintSpec(Spec):

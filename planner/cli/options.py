@@ -61,7 +61,10 @@ Optimizer = Annotated[
     typer.Option(
         "--optimizer",
         metavar="NAME",
-        help="adamw, adamw_bf16, sgd, lion, adam8bit, adafactor or muon.",
+        help=(
+            "adamw, adamw_bf16, sgd, lion, adagrad, rmsprop, novograd, adamax, adadelta, rprop, "
+            "adam8bit, adafactor or muon."
+        ),
     ),
 ]
 Stack = Annotated[

@@ -255,3 +255,18 @@ def test_communicators_that_multicast_hold_buffers_for_each_rank_of_a_node() -> 
     request = Request(MODEL, load_cluster("dgx-a100:1"), job, stack)
     found = evaluate(request, {"microbatch_size": 1} | layout).prediction.stages[0]
     assert terms(found)["communicators"] == pytest.approx(2 * pair + 3 * more, abs=10)
+
+
+def test_bf16_with_stochastic_rounding_has_no_master_weights() -> None:
+    """NxD Training's bf16SR: weights and gradients in bf16; moments in bf16 or, of
+    adamw_fp32OptState, in fp32, over 8 ranks that cut first dimensions evenly."""
+    for name, moments in (("adamw_bf16", 4), ("adamw", 8)):
+        rounded = terms(
+            stage(load_stack("neuron-bf16-sr"), optimizer=name, layout={"zero_stage": 1})
+        )
+        assert rounded["weights"] == 2 * PARAMETERS
+        assert rounded["gradients"] == 2 * PARAMETERS
+        assert rounded["optimizer"] == pytest.approx(moments * PARAMETERS / 8, rel=1e-6)
+    mixed = terms(stage(load_stack("neuron"), layout={"zero_stage": 1}))
+    assert mixed["gradients"] == 4 * PARAMETERS
+    assert mixed["optimizer"] == pytest.approx(12 * PARAMETERS / 8, rel=1e-6)

@@ -36,6 +36,12 @@ def optimizer_bytes(name: str, *weights: Weight, zero: int = 0, ways: int = 1) -
         ("adamw_bf16", 4 * 600_000, 4 * 512),
         ("sgd", 4 * 600_000, 4 * 512),
         ("lion", 4 * 600_000, 4 * 512),
+        ("adagrad", 4 * 600_000, 4 * 512),
+        ("rmsprop", 4 * 600_000, 4 * 512),
+        ("novograd", 4 * 600_000, 4 * 512),
+        ("adamax", 8 * 600_000, 8 * 512),
+        ("adadelta", 8 * 600_000, 8 * 512),
+        ("rprop", 8 * 600_000, 8 * 512),
         # Two bytes, and two fp32 scales per 256: 2344 blocks, and 2.
         ("adam8bit", 2 * 600_000 + 8 * 2344, 2 * 512 + 16),
         # A row and a column of second moments; a vector's in full.
@@ -104,10 +110,13 @@ def test_muon_on_a_decoder() -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_planned_and_proved(name: str) -> None:
-    aware = name == "adamw_bf16"
-    stack = "megatron-core-precision-aware" if aware else "torch-pipelining"
-    model = "llama-3.2-3b" if aware else "t5-3b"
-    found = plan(read_request(model, "dgx-a100", None, {"stack": stack, "optimizer": name}))
+    decoder = "llama-3.2-3b"
+    model, cluster, stack = {
+        "adamw_bf16": (decoder, "dgx-a100", "megatron-core-precision-aware"),
+        "rprop": (decoder, "dgx-a100", "pytorch-fsdp1"),
+        "novograd": (decoder, "aws-trn1", "neuron"),
+    }.get(name, ("t5-3b", "dgx-a100", "torch-pipelining"))
+    found = plan(read_request(model, cluster, None, {"stack": stack, "optimizer": name}))
     assert found.prediction.fits
     assert found.certificate.status == "optimal"
 
