@@ -4,11 +4,11 @@ State beside the master weight, per element or per tensor, and the traffic and w
 keeps two fp32 moments. 8-bit AdamW keeps them in one byte each, with an fp32 scale per block of 256
 (Dettmers et al., arXiv 2110.02861). Lion and momentum SGD keep one (Chen et al., arXiv 2302.06675).
 Adagrad and RMSprop keep one second moment, NovoGrad a first one and a norm per tensor, AdaMax,
-Adadelta and Rprop two of their own (torch.optim; Ginsburg et al., arXiv 1905.11286). Adafactor keeps
-a row and a column of second moments per matrix, a full one per vector, and no first moment (Shazeer
-and Stern, arXiv 1804.04235; Hugging Face's defaults). Muon keeps one moment of each matrix and
-orthogonalises its update by Newton-Schulz iterations; embedding, head and vectors are AdamW's (Jordan
-et al. 2024; Liu et al., arXiv 2502.16982).
+Adadelta and Rprop two of their own (torch.optim; Ginsburg et al., arXiv 1905.11286). Adafactor
+keeps a row and a column of second moments per matrix, a full one per vector, and no first moment
+(Shazeer and Stern, arXiv 1804.04235; Hugging Face's defaults). Muon keeps one moment of each matrix
+and orthogonalises its update by Newton-Schulz iterations; embedding, head and vectors are AdamW's
+(Jordan et al. 2024; Liu et al., arXiv 2502.16982).
 """
 
 from __future__ import annotations
