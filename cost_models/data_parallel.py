@@ -158,6 +158,7 @@ def price_kind(
         rules=rules, ahead=stack.prefetched_units,
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
+    rows[Field.ACT_NONE] += unsharded.held_by_graph(kind, used, data, rules=rules)
     rows[Field.IN_FLIGHT] = unsharded.in_flight(used, data, rules=rules)
     rows[Field.PARAMETERS] = local.total
     rows[Field.WEIGHT_BYTES] = held.weights + lasting + half_open

@@ -17,14 +17,14 @@ import numpy as np
 from cost_models import state
 from cost_models.activation_offload import staying_bytes
 from cost_models.buffers import dummy_wgrad_bytes
-from cost_models.graph import Int64, Shard, WorkloadGraph
+from cost_models.graph import Bools, Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
 INSIDE = (
     "workspace", "dummy_gradients", "live_parameters", "reduction_buffers", "inputs_on_device",
 )  # fmt: skip
 """Terms that the caching allocator counts as allocated."""
-CACHED = ("fragmentation", "graph_pool", "gather_buffers", "idle_logits")
+CACHED = ("fragmentation", "graph_pool", "gather_buffers", "reduction_block", "idle_logits")
 """Terms that it holds beyond that."""
 OUTSIDE = ("context", "communicators", "overlap_buffers")
 """Terms that only the driver sees."""
@@ -84,6 +84,7 @@ def reserve_bytes(
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
             "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
             "gather_buffers": _gather_bytes(workload, machine, shard, degrees),
+            "reduction_block": _reduction_block(workload, machine, shard, degrees),
             "idle_logits": _idle_logits(workload, machine, shard, degrees),
             "inputs_on_device": staying_bytes(workload.kinds.values(), shard, machine),
             "context": int(spec.context.si) * ones,
@@ -98,6 +99,7 @@ def reserve_bytes(
             "graph_pool": graphs.source if graphs else "",
             "reduction_buffers": "flat copies in which gradients are reduced",
             "gather_buffers": "flat buffers of gathered weights, on a stream of their own",
+            "reduction_block": "flat buffer of a unit's gradients, made after the last backward",
             "idle_logits": "16-bit logits, whose block no fp32 copy fits into",
             "inputs_on_device": "what the layer whose backward is next does not send to the host",
             "context": spec.context.source,
@@ -158,8 +160,32 @@ def _gather_bytes(
             held = held + local.total * rules.gather_bytes
             held = held - state.narrower_bytes(weight, local, rules)
         largest = np.maximum(largest, held * count)
-    gathered = (degrees.zero_stage >= 2) & (degrees.dp_shard * shard.cp > 1)
-    return np.where(gathered, largest, 0)
+    return np.where(_sharded(shard, degrees), largest, 0)
+
+
+def _sharded(shard: Shard, degrees: Degrees) -> Bools:
+    """Where data-parallel ranks hold parts of weights or gradients."""
+    result: Bools = (degrees.zero_stage >= 2) & (degrees.dp_shard * shard.cp > 1)
+    return result
+
+
+def _reduction_block(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Int64:
+    """The largest unit's flat gradients, where a pipeline reduces all of them after its last
+    backward.
+
+    Every activation is gone by then, but the allocator joins no blocks that were asked for apart,
+    and this one is as large as a unit; the blocks of the gradients themselves are a tensor's each
+    (PyTorch, ``_fsdp_collectives.foreach_reduce``; pipelining, ``perform_reduce_grad`` of a stage).
+    """
+    rules, largest = machine.rules, np.zeros_like(shard.tp)
+    if not rules.unit_gradients:
+        return largest
+    for kind in (*workload.kinds.values(), workload.embedding, workload.head):
+        elements = state.local_parameters(kind, shard, workload.vocab_divisor)
+        largest = np.maximum(largest, (elements.dense + elements.expert) * rules.gradient_bytes)
+    return np.where(_sharded(shard, degrees) & (degrees.pp > 1), largest, 0)
 
 
 def _idle_logits(

@@ -134,6 +134,7 @@ class StateRules:
     """Of 64 elements of a linear layer's weight on their way; 0: as all others."""
     dummy_wgrad: bool = False
     unit_gradients: bool = False
+    graph_keeps_gathered: bool = False
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
     optimizer: OptimizerRule = OPTIMIZERS["adamw"]
@@ -354,6 +355,7 @@ def state_rules(
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",
+        graph_keeps_gathered=spec.graph_keeps_gathered,
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,
         optimizer=rule,

@@ -56,6 +56,22 @@ def add_unsharded(
         rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
 
 
+def held_by_graph(
+    kind: LayerKind, used: StateBytes, data: DataParallel, *, rules: StateRules
+) -> Int64:
+    """Gathered weights whose memory autograd keeps from forward to backward.
+
+    A linear layer's backward reads a transposed view of its weight, and the view keeps the memory
+    when ZeRO stage 3 has emptied the parameter; the backward gathers the weights again beside it.
+    DeepSpeed's own linear function keeps none, but only models made under ``zero.Init`` run it
+    (DeepSpeed, ``runtime/zero/linear.py``; deepspeedai/DeepSpeed pull request 8189). A lookup reads
+    no weight in its backward.
+    """
+    if not rules.graph_keeps_gathered or kind.name == "embedding":
+        return np.zeros_like(used.gathered)
+    return np.where(data.zero_stage == 3, used.gathered, 0)
+
+
 def in_flight(used: StateBytes, data: DataParallel, *, rules: StateRules) -> Int64:
     """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
     if not rules.unit_gradients:

@@ -42,6 +42,9 @@ class StateSpec(Profile):
     """Wider copies of the gradients, tensor by tensor, that their norm is taken of: flat buffers of
     the step fit into none of those blocks. In stage 3 the step works by tensor too and takes them
     over."""
+    graph_keeps_gathered: bool = False
+    """Whether autograd holds the gathered weights of a layer, in stage 3, until its backward has
+    run, where its activations are kept."""
     quantised_bytes_per_64: ByPrecision = Field(default_factory=dict)
     """Low-precision copies of 64 elements of a linear layer's weight, scales included, kept
     between microbatches."""

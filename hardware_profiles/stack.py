@@ -270,6 +270,9 @@ class StackSpec(Profile):
     accumulating in buffers that stay."""
     optimizer_step_copies: Annotated[int, Field(ge=0)] = 0
     """fp32 copies of the local parameters that the optimizer step makes for a moment."""
+    norm_copy_bytes: Annotated[int, Field(ge=2, le=4)] = 4
+    """Per element of the normalised copy that a norm run op by op keeps: 2 where it is cast back
+    before it is scaled."""
     rotary_cache_bytes: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=lambda: {"default": 0}
     )

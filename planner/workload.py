@@ -62,6 +62,7 @@ def build_workload(
         ),
         saved_input_bytes_per_64=stack.saved_input_bytes_per_64.get(job.precision),
         optimizer_scalar_bytes=stack.optimizer_scalar_bytes,
+        norm_copy_bytes=stack.norm_copy_bytes,
         loss_chunks=stack.loss_chunks if job.loss == "chunked" else 1,
         rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,

@@ -48,6 +48,8 @@ class BlockContext:
     rotary_cache_bytes: int = 0
     expert_buffer_bytes: int = 0
     """Bytes per position and head dimension of the rotary factors that each layer holds."""
+    norm_copy_bytes: int = 4
+    """Per element of the normalised copy of a norm that is not fused."""
     loss_chunks: int = 1
     """Pieces of the sequence that go through head and loss one after the other."""
     loss_gradient_bytes: int = 0
@@ -206,7 +208,7 @@ def norm_saved(
     """What a norm keeps of ``elements`` in ``rows``, without its output.
 
     A fused kernel keeps its input and an fp32 statistic per row. Op by op PyTorch casts the input
-    to fp32, keeps that copy and the normalised one, and the statistic.
+    to fp32, keeps that copy and the normalised one as it is scaled, and the statistic.
     """
     statistics = SavedTensor(f"{name}_statistics", 4 * rows, modules=modules)
     if "norm" in ctx.fused:
@@ -214,7 +216,7 @@ def norm_saved(
         return (kept, statistics)
     return (
         SavedTensor(f"{name}_input_fp32", 4 * elements),
-        SavedTensor(f"{name}_normalised_fp32", 4 * elements, modules=modules),
+        SavedTensor(f"{name}_normalised", ctx.norm_copy_bytes * elements, modules=modules),
         statistics,
     )
 

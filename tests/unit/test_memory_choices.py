@@ -270,3 +270,37 @@ def test_bf16_with_stochastic_rounding_has_no_master_weights() -> None:
     mixed = terms(stage(load_stack("neuron"), layout={"zero_stage": 1}))
     assert mixed["gradients"] == 4 * PARAMETERS
     assert mixed["optimizer"] == pytest.approx(12 * PARAMETERS / 8, rel=1e-6)
+
+
+def test_autograd_keeps_the_weights_that_stage_3_has_let_go() -> None:
+    """16-bit weights of 32 layers and of the head, which a linear layer's backward reads; with full
+    recomputation the head's only. A lookup reads none."""
+    stack = load_stack("deepspeed-transformers")
+    own = changed(stack.name, state=stack.state.model_copy(update={"graph_keeps_gathered": False}))
+    head = 2 * (VOCABULARY + 4096)
+    for recompute, more in (("none", 2 * 32 * LAYER + head), ("full", head)):
+        layout = {"recompute": recompute}
+        kept, let_go = (terms(stage(each, layout=layout)) for each in (stack, own))
+        assert kept["activations"] - let_go["activations"] == more
+    below = {"zero_stage": 2}
+    assert terms(stage(stack, layout=below)) == terms(stage(own, layout=below))
+
+
+def test_a_norm_that_scales_in_16_bits_keeps_16() -> None:
+    """2 bytes less of 4,096 x 4,096 numbers for each of 65 norms."""
+    narrow, wide = (
+        terms(stage(changed("deepspeed-transformers", norm_copy_bytes=n))) for n in (2, 4)
+    )
+    assert wide["activations"] - narrow["activations"] == 2 * 65 * 4096 * 4096
+
+
+def test_a_pipeline_reduces_a_unit_at_a_time_in_a_block_of_its_own() -> None:
+    """fp32 gradients of head and final norm; without a pipeline the buffers of two units are in the
+    backward's own peak, and one device reduces nothing."""
+    layout = {"zero_stage": 2, "pp": 2}
+    assert terms(stage(load_stack("torchtitan"), layout=layout))["reduction_block"] == 4 * (
+        VOCABULARY + 4096
+    )
+    assert "reduction_block" not in terms(stage(load_stack("torchtitan")))
+    layout = {"zero_stage": 1, "pp": 2}
+    assert "reduction_block" not in terms(stage(load_stack("megatron-core"), layout=layout))
