@@ -26,6 +26,7 @@ from cost_models.data_traffic import (
     DataParallel,
     GatheredBytes,
     Mesh,
+    Wire,
     backward_mesh,
     calls,
     gathered_bytes,
@@ -212,7 +213,8 @@ def _data_parallel_times(
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
     microbatch alone sums them over replicas) and to gather the weights for the forward
     (``gather``) and the backward (``again``), in so many collectives."""
-    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered)
+    wire = Wire(machine.stack.layers, machine.fabric.devices_per_node)
+    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire)
     late = machine.stack.replica_reduction == "step"
     gradients = [call for call in found if call.role == "gradient"]
     parts = {
@@ -222,7 +224,7 @@ def _data_parallel_times(
     }
     kept = backward_mesh(mesh, machine.reshard_group)
     if kept is not mesh:
-        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered)
+        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered, wire)
         parts["again"] = [call for call in again if call.role == "parameter"]
     seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
     seconds.setdefault("again", seconds["gather"])

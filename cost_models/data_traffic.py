@@ -70,6 +70,50 @@ class DataCall:
     """Whether it sums shards that other groups hold too."""
 
 
+@dataclass(frozen=True)
+class Wire:
+    """How weights and gradients travel: ``StackSpec.layers``, and the devices of a node."""
+
+    layers: LayersSpec
+    per_node: int
+
+    def levels(self, mesh: Mesh) -> tuple[Int64, Bools]:
+        """Ranks of a node that share the state, and where several whole nodes of them do."""
+        inner = np.maximum(self.per_node // mesh.stride, 1)
+        aligned = (self.per_node % mesh.stride == 0) & (mesh.ways % inner == 0)
+        return inner, aligned & (mesh.ways > inner) & (inner > 1)
+
+    def exchanges(
+        self, elements: Int64, mesh: Mesh, wanted: Bools
+    ) -> tuple[Bools, tuple[DataCall, ...]]:
+        """Where gradients are exchanged in few bits instead of reduced, and the two exchanges: all
+        of them inside the nodes, then each rank's part of the sum across."""
+        per_64 = self.layers.gradient_wire_bytes_per_64
+        if not per_64:
+            return np.zeros_like(wanted), ()
+        inner, split = self.levels(mesh)
+        active, sent = split & wanted, elements * (per_64 / 64)
+        across = sent / inner, np.maximum(mesh.ways // inner, 1), mesh.stride * inner
+        return active, (
+            DataCall("gradient", "all_to_all", sent, inner, mesh.stride, active),
+            DataCall("gradient", "all_to_all", *across, active),
+        )
+
+    def crossings(
+        self, weights: Payload, pieces: int, mesh: Mesh, wanted: Bools
+    ) -> tuple[Int64, tuple[DataCall, ...]]:
+        """Ranks of the gathers of ``weights`` bytes each, and what comes before those inside the
+        nodes: a node's part of them from the others."""
+        if not self.layers.hierarchical_gathers:
+            return mesh.ways, ()
+        inner, split = self.levels(mesh)
+        call = DataCall(
+            "parameter", "all_gather", weights / inner, np.maximum(mesh.ways // inner, 1),
+            mesh.stride * inner, split & wanted, pieces,
+        )  # fmt: skip
+        return np.where(split, inner, mesh.ways), (call,)
+
+
 def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> int:
     """Collectives in which the weights of a layer, or of its experts, are gathered."""
     if not layers.gathers_each_tensor:
@@ -106,7 +150,7 @@ def backward_mesh(mesh: Mesh, group: int | None) -> Mesh:
 
 def calls(
     elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int,
-    gathered: GatheredBytes,
+    gathered: GatheredBytes, wire: Wire,
 ) -> tuple[DataCall, ...]:  # fmt: skip
     """Reductions and gathers of ``elements`` parameters held on a device before sharding.
 
@@ -114,23 +158,32 @@ def calls(
 
     Unsharded: one all-reduce of gradients. Sharded: reduce-scatter of gradients in their dtype
     over the shards, all-reduce of the shard over replicas, all-gather of weights in
-    so many ``pieces``.
+    so many ``pieces``. Quantised gradients are exchanged instead, inside nodes and across
+    (DeepSpeed, runtime/comm/coalesced_collectives.py, ``all_to_all_quant_reduce``).
     """
     gradient = elements * float(rules.gradient_bytes)
     weights = elements * float(rules.gather_bytes) - gathered.narrower
     sharded = zero_stage > 0
     some = elements > 0
     ranks = mesh.ways * mesh.replicas
+    narrow = wire.layers.weight_wire_bytes_per_64
+    weights = elements * (narrow / 64) if narrow else weights
+    exchanged, exchanges = wire.exchanges(elements, mesh, sharded & some)
+    near, crossings = wire.crossings(weights / pieces, pieces, mesh, sharded & some)
     return (
         DataCall("gradient", "all_reduce", gradient, ranks, mesh.stride, ~sharded & some),
-        DataCall("gradient", "reduce_scatter", gradient, mesh.ways, mesh.stride, sharded & some),
+        DataCall(
+            "gradient", "reduce_scatter", gradient, mesh.ways, mesh.stride,
+            sharded & some & ~exchanged,
+        ),
+        *exchanges,
+        *crossings,
         DataCall(
             "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
             sharded & some, over_replicas=True,
         ),
         DataCall(
-            "parameter", "all_gather", weights / pieces, mesh.ways, mesh.stride, sharded & some,
-            pieces,
+            "parameter", "all_gather", weights / pieces, near, mesh.stride, sharded & some, pieces
         ),
         DataCall(
             "parameter", "all_gather", gathered.frozen.astype(np.float64), mesh.ways, mesh.stride,

@@ -17,6 +17,7 @@ import numpy as np
 from cost_models import state
 from cost_models.activation_offload import staying_bytes
 from cost_models.buffers import dummy_wgrad_bytes
+from cost_models.data_traffic import Mesh, Wire
 from cost_models.graph import Bools, Int64, Shard, WorkloadGraph
 from cost_models.step import Machine
 
@@ -217,6 +218,12 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
     if levels.any():
         groups.append((np.where(levels, shard.cp_exchange, 1), tp))
         groups.append((np.where(levels, shard.cp_ring, 1), tp * shard.cp_exchange))
+    layers = machine.stack.layers
+    if layers.gradient_wire_bytes_per_64 or layers.hierarchical_gathers:
+        ways = degrees.dp_shard * cp
+        inner, apart = Wire(layers, per_node).levels(Mesh(ways, tp, replicas, span))
+        groups.append((np.where(apart, inner, 1), tp))
+        groups.append((np.where(apart, ways // inner, 1), tp * inner))
     if spec.loss_group:
         groups.append((degrees.dp_shard * replicas, tp * cp))
     total = np.zeros_like(tp)
@@ -225,5 +232,7 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
         together = np.minimum(size, np.maximum(per_node // stride, 1))
         total = total + np.where(together > 2, together * each, 0)
     total = total + (np.minimum(shard.ep, per_node) - 1) * int(spec.exchange_peer.si)
+    if layers.gradient_wire_bytes_per_64:
+        total = total + np.where(apart, inner - 1, 0) * int(spec.exchange_peer.si)
     result: Int64 = total + np.minimum(pp - 1, 2) * int(spec.pipeline_peer.si)
     return result

@@ -142,13 +142,14 @@ def data_calls(
         gathered = data_traffic.gathered_bytes(
             kind, shard, machine.rules, vocab_divisor, experts=group == "expert_dp"
         )
+        wire = data_traffic.Wire(machine.stack.layers, machine.fabric.devices_per_node)
         for call in data_traffic.calls(
-            elements, mesh, data.zero_stage, machine.rules, pieces, gathered
+            elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire
         ):
             if not call.active[0] or call.size[0] == 1:
                 continue
             whole = int(data.zero_stage[0]) == 0
-            replicas = call.kind == "all_reduce" and not whole
+            replicas = call.over_replicas
             name = f"{kind.name}.{call.role}"
             late = replicas and machine.stack.replica_reduction == "step"
             late |= call.role == "parameter" and not each
@@ -160,9 +161,10 @@ def data_calls(
             )  # fmt: skip
             found.append(base)
             if again and call.role == "parameter":
-                ways = data_traffic.backward_mesh(mesh, machine.reshard_group).ways
-                if ways[0] > 1:
-                    found.append(replace(base, phase="backward", ranks=int(ways[0])))
+                kept = data_traffic.backward_mesh(mesh, machine.reshard_group)
+                ways = int((call.size if kept is mesh else kept.ways)[0])
+                if ways > 1:
+                    found.append(replace(base, phase="backward", ranks=ways))
     for call in data_traffic.tensor_parallel_sums(
         kind, shard, data, machine.stack.layers, machine.rules
     ):

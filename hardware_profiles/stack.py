@@ -24,6 +24,7 @@ StackRule = Literal[
     "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_tied_embeddings_in_pipeline",
     "needs_block_scaled_products",
+    "shards_fill_nodes",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""
@@ -100,6 +101,15 @@ class LayersSpec(Profile):
     vocabulary: Literal["split", "whole"] = "split"
     """Whether tp splits embedding and head by rows of the vocabulary, or every rank has them whole
     and computes all logits (AutoTP)."""
+    weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
+    """Bytes of 64 elements of sharded weights on their way, scales included, where they are
+    quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""
+    gradient_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
+    """The same of gradients, which then go through two all-to-alls instead of a reduce-scatter,
+    inside nodes and across, where their ranks fill several nodes (qgZ of ZeRO++)."""
+    hierarchical_gathers: bool = False
+    """Whether weights whose ranks fill several nodes are gathered across nodes first, then inside
+    (MiCS)."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
     pays the latency of a ring over all ranks."""

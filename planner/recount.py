@@ -252,6 +252,9 @@ def impossible_layout(
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
         return "parameters stay gathered under a pipeline"
     group, ways = request.machine.reshard_group, shard * mesh.cp
+    node = request.cluster.groups[0].node.devices_per_node
+    if "shards_fill_nodes" in stack.rules and (ways == node or ways % node or ways < node):
+        return f"the weights' {ways} ranks do not fill several nodes"
     if zero == 3 and group is not None and ways > group and ways % group:
         return f"the weights' {ways} ranks are no multiple of the {group} that keep a copy"
     if not stack.uneven_stages and layers % stages:

@@ -206,6 +206,12 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: parameters stay gathered under a pipeline",
             lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
         )
+    if "shards_fill_nodes" in stack.rules:
+        node = request.cluster.groups[0].node.devices_per_node
+        yield (
+            f"{label}: dp_shard x cp does not fill several nodes of {node} devices",
+            lambda m, x: (x.dp_shard * m.cp <= node) | ((x.dp_shard * m.cp) % node != 0),
+        )
     group = request.machine.reshard_group
     if group is not None:
         yield (

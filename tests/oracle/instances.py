@@ -184,6 +184,10 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["cp_kinds"] = (*(kind for kind in kinds if kind != "a2a_p2p"), "a2a_p2p")
     if own.random() < 0.3:
         changes["cp_kinds_of"] = {"sliding windows": ("a2a", "all_gather")}
+    if own.random() < 0.3:
+        moved = {"weight_wire_bytes_per_64": 65, "gradient_wire_bytes_per_64": 33}
+        moved = own.choice((moved, {"hierarchical_gathers": True}))
+        changes["layers"] = stack.layers.model_copy(update=moved)
     return stack.model_copy(update=changes)
 
 

@@ -194,6 +194,9 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "zero_1_shards_over_all" in rules and x.zero == 1 and x.dp_shard != x.dp:
         return False
+    nodes_filled, rest = divmod(x.dp_shard * x.cp, request.cluster.groups[0].node.devices_per_node)
+    if "shards_fill_nodes" in rules and (rest or nodes_filled < 2):
+        return False
     keeps = stack.reshard_group
     if keeps == "node":
         keeps = request.cluster.groups[0].node.devices_per_node

@@ -21,8 +21,11 @@ LAYER = 218_112_000
 VOCABULARY = 128_256 * 4096
 
 
-def price(stack: str, *, nodes: int = 2, **layout: Any) -> tuple[Request, EvaluatedLayout]:
-    job = JobSpec(sequence_length=4096, global_batch=16 * nodes, stack=stack)
+def price(
+    stack: str, *, nodes: int = 2, precision: Any = "bf16", **layout: Any
+) -> tuple[Request, EvaluatedLayout]:
+    batch = 16 * nodes
+    job = JobSpec(sequence_length=4096, global_batch=batch, stack=stack, precision=precision)
     request = Request(MODEL, load_cluster(f"dgx-h100:{nodes}"), job, load_stack(stack))
     return request, evaluate(request, {"microbatch_size": 1, **layout})
 
@@ -120,3 +123,54 @@ def test_autotp_reduces_the_input_gradient_of_each_projection() -> None:
     assert sum(call.count for call in found if call.phase == "forward") == 2
     assert sum(call.count for call in found if call.phase == "backward") == 5
     assert {call.bytes // call.count for call in found} == {4096 * 4096 * 2}
+
+
+def test_quantised_traffic_goes_inside_nodes_and_across() -> None:
+    """Two nodes of 8: weights in 65 bytes of 64 elements, from all ranks forward and from the node
+    backward; gradients in 33, all of them inside the node, an eighth of them across."""
+    found = calls("deepspeed-zeropp", precision="fp16")
+    weights, gradients = LAYER * 65 // 64, LAYER * 33 / 64
+    assert [(call.phase, call.kind, call.ranks, call.bytes) for call in found] == [
+        ("backward", "all_to_all", 8, gradients), ("backward", "all_to_all", 2, gradients / 8),
+        ("forward", "all_gather", 16, weights), ("backward", "all_gather", 8, weights),
+    ]  # fmt: skip
+
+
+def test_quantised_traffic_pays_on_slow_networks_only() -> None:
+    """Its kernels cost what 8 ports of 400 Gb/s hide anyway, less than an Ethernet's waits."""
+
+    def step_s(stack: str, cluster: str) -> float:
+        spec = JobSpec(sequence_length=2048, global_batch=64, stack=stack, precision="fp16")
+        request = Request(MODEL, load_cluster(cluster), spec, load_stack(stack))
+        layout = {"microbatch_size": 1, "recompute": "full"}
+        return evaluate(request, layout).prediction.step_time_s
+
+    stacks = ("deepspeed-zeropp", "deepspeed-hpz")
+    quantised, plain = (step_s(stack, "dgx-h100:8") for stack in stacks)
+    assert quantised > plain
+    quantised, plain = (step_s(stack, "aws-p3-16xlarge:8") for stack in stacks)
+    assert quantised < 0.7 * plain
+
+
+def test_one_node_reduces_as_ever() -> None:
+    """The gradients' exchange is for several nodes (stage3.py: num_nodes == 1 reduces)."""
+    kinds = {call.kind for call in calls("deepspeed-zeropp", nodes=1, precision="fp16")}
+    assert kinds == {"all_gather", "reduce_scatter"}
+
+
+def test_hierarchical_gathers_cross_nodes_first() -> None:
+    """Sixteen ranks of two nodes: pairs across gather an eighth, then the eight of a node all."""
+    gathers = [
+        (call.phase, call.ranks, call.bytes)
+        for call in calls("deepspeed-mics-hierarchical", nodes=4, dp_replicate=2, dp_shard=16)
+        if call.kind == "all_gather"
+    ]
+    once = [(2, 2 * LAYER // 8), (8, 2 * LAYER)]
+    assert sorted(gathers) == sorted(
+        (phase, *each) for phase in ("forward", "backward") for each in once
+    )
+
+
+def test_hierarchical_gathers_need_several_nodes() -> None:
+    with pytest.raises(InputError, match="does not fill several nodes"):
+        price("deepspeed-mics-hierarchical", dp_replicate=2, dp_shard=8)
