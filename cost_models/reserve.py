@@ -25,7 +25,14 @@ INSIDE = (
     "workspace", "dummy_gradients", "live_parameters", "reduction_buffers", "inputs_on_device",
 )  # fmt: skip
 """Terms that the caching allocator counts as allocated."""
-CACHED = ("fragmentation", "graph_pool", "gather_buffers", "reduction_block", "idle_logits")
+CACHED = (
+    "fragmentation",
+    "graph_pool",
+    "gather_buffers",
+    "reduction_block",
+    "first_gather",
+    "idle_logits",
+)
 """Terms that it holds beyond that."""
 OUTSIDE = ("context", "communicators", "overlap_buffers")
 """Terms that only the driver sees."""
@@ -86,6 +93,7 @@ def reserve_bytes(
             "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
             "gather_buffers": _gather_bytes(workload, machine, shard, degrees),
             "reduction_block": _reduction_block(workload, machine, shard, degrees),
+            "first_gather": _first_gather(workload, machine, shard, degrees),
             "idle_logits": _idle_logits(workload, machine, shard, degrees),
             "inputs_on_device": staying_bytes(workload.kinds.values(), shard, machine),
             "context": int(spec.context.si) * ones,
@@ -101,6 +109,7 @@ def reserve_bytes(
             "reduction_buffers": "flat copies in which gradients are reduced",
             "gather_buffers": "flat buffers of gathered weights, on a stream of their own",
             "reduction_block": "flat buffer of a unit's gradients, made after the last backward",
+            "first_gather": "block of the head's weights as the first step gathered them",
             "idle_logits": "16-bit logits, whose block no fp32 copy fits into",
             "inputs_on_device": "what the layer whose backward is next does not send to the host",
             "context": spec.context.source,
@@ -187,6 +196,22 @@ def _reduction_block(
         elements = state.local_parameters(kind, shard, workload.vocab_divisor)
         largest = np.maximum(largest, (elements.dense + elements.expert) * rules.gradient_bytes)
     return np.where(_sharded(shard, degrees) & (degrees.pp > 1), largest, 0)
+
+
+def _first_gather(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, degrees: Degrees
+) -> Int64:
+    """The head's weights where the loss reads them outside their module, in stage 3.
+
+    DeepSpeed learns of that in the first step and gathers them there and then, on the stream of the
+    computation; from the second step on it gathers them ahead, on a stream of its own, whose blocks
+    are others (``runtime/zero/parameter_offload.py``, ``ZeROOrderedDict``; ``fetch_sub_module``).
+    """
+    if not machine.stack.loss_reads_head:
+        return np.zeros_like(shard.tp)
+    head = state.local_parameters(workload.head, shard, workload.vocab_divisor)
+    apart = (degrees.zero_stage >= 3) & _sharded(shard, degrees)
+    return np.where(apart, head.total * machine.rules.gather_bytes, 0)
 
 
 def _idle_logits(

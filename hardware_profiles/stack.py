@@ -268,6 +268,9 @@ class StackSpec(Profile):
     idle_logits: bool = False
     """Whether the block of the 16-bit logits lies idle under a loss that works on fp32 copies: none
     of those fits into it."""
+    loss_reads_head: bool = False
+    """Whether the loss multiplies by the head's weights itself, outside their module, under a stage
+    3 that gathers modules' weights ahead of them."""
     expert_buffer_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes per expert that a layer of experts keeps beside its weights (counts, routing bias)."""
     loss_chunks: Annotated[int, Field(ge=1)] = 1

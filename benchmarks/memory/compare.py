@@ -13,7 +13,8 @@ from planner.studies.communication import Communication
 
 NOT_TRACED = frozenset({
     "context", "communicators", "workspace", "fragmentation", "reserve", "margin", "graphs",
-    "stream_blocks", "gather_buffers", "reduction_block", "idle_forward", "idle_logits",
+    "stream_blocks", "gather_buffers", "reduction_block", "first_gather", "idle_forward",
+    "idle_logits",
 })  # fmt: skip
 """Terms of a prediction that a trace without a device cannot have."""
 

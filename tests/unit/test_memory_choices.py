@@ -304,3 +304,11 @@ def test_a_pipeline_reduces_a_unit_at_a_time_in_a_block_of_its_own() -> None:
     assert "reduction_block" not in terms(stage(load_stack("torchtitan")))
     layout = {"zero_stage": 1, "pp": 2}
     assert "reduction_block" not in terms(stage(load_stack("megatron-core"), layout=layout))
+
+
+def test_the_first_step_gathers_the_head_where_the_loss_asks_for_it() -> None:
+    """Its 16-bit weights and the final norm's once more, in stage 3 only."""
+    held = terms(stage(load_stack("deepspeed-hf")))
+    assert held["first_gather"] == 2 * (VOCABULARY + 4096)
+    assert "first_gather" not in terms(stage(load_stack("deepspeed-hf"), layout={"zero_stage": 2}))
+    assert "first_gather" not in terms(stage(load_stack("deepspeed-transformers")))
