@@ -21,11 +21,14 @@ from cost_models.ops import Op, SavedTensor
 Int64: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 
-WeightSharding = Literal["column", "row", "replicated", "vocab", "expert_column", "expert_row"]
+WeightSharding = Literal[
+    "column", "row", "replicated", "vocab", "vocab_without_context", "expert_column", "expert_row"
+]
 """How tensor parallelism splits a weight.
 
 ``column`` splits the output dimension over tp, ``row`` the input dimension, ``vocab`` the rows of
-an embedding or head over tp; ``replicated`` is whole on each tp rank. ``expert_*`` weights are
+an embedding or head over tp, ``vocab_without_context`` only where there is no context parallelism;
+``replicated`` is whole on each tp rank. ``expert_*`` weights are
 split over ep by expert and over etp by column or row.
 """
 

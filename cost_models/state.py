@@ -55,8 +55,9 @@ def local_tensor(weight: Weight, shard: Shard, vocab_divisor: int) -> LocalTenso
     match weight.sharding:
         case "replicated":
             pass
-        case "vocab":
-            rows = ceil_div(rows, vocab_divisor * tp) * vocab_divisor
+        case "vocab" | "vocab_without_context":
+            ways = tp if weight.sharding == "vocab" else np.where(shard.cp > 1, 1, tp)
+            rows = ceil_div(rows, vocab_divisor * ways) * vocab_divisor
         case "column":
             rows = ceil_div(rows, np.minimum(tp, weight.kv_heads) if weight.kv_heads else tp)
         case "row":

@@ -21,10 +21,10 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 
 StackRule = Literal[
     "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
-    "no_expert_parallelism", "no_experts", "no_pipeline", "no_zero_3_with_pipeline",
-    "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_tied_embeddings_in_pipeline",
-    "needs_block_scaled_products",
-    "shards_fill_nodes",
+    "no_expert_parallelism", "no_experts", "no_experts_with_tp", "no_pipeline",
+    "no_zero_3_with_pipeline", "zero_0_is_replicate_only", "zero_1_shards_over_all",
+    "no_sequence_parallelism_with_context", "no_tied_embeddings_in_pipeline",
+    "needs_block_scaled_products", "shards_fill_nodes",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""
@@ -98,9 +98,9 @@ class LayersSpec(Profile):
     separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     """Projections of one input that are products of their own: without sequence parallelism each
     has its own reduction of the input's gradient."""
-    vocabulary: Literal["split", "whole"] = "split"
-    """Whether tp splits embedding and head by rows of the vocabulary, or every rank has them whole
-    and computes all logits (AutoTP)."""
+    vocabulary: Literal["split", "whole", "split_without_context"] = "split"
+    """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
+    computes all logits (AutoTP); or context parallelism takes the embedding whole, not the head."""
     weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
     """Bytes of 64 elements of sharded weights on their way, scales included, where they are
     quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""

@@ -127,6 +127,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
                 mesh.tp > 1 and not mesh.sp
             ):
                 return "experts with tp need sequence parallelism"
+            if mesh.tp > 1 and "no_experts_with_tp" in stack.rules:
+                return "no mixture of experts under tp"
             if "no_experts" in stack.rules:
                 return "the stack has no mixture of experts"
     if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
@@ -139,6 +141,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return f"the sequence does not split over cp {mesh.cp}"
     if mesh.sp and sequence % (mesh.cp * mesh.tp):
         return "the sequence does not split over cp x tp"
+    if mesh.sp and mesh.cp > 1 and "no_sequence_parallelism_with_context" in stack.rules:
+        return "sequence and context parallelism exclude each other"
     if mesh.sp and stack.sequence_parallel == "never":
         return "the stack has no sequence parallelism"
     if stack.tensor_parallel_max is not None and mesh.tp > stack.tensor_parallel_max:

@@ -145,6 +145,7 @@ def _concerns(rule: str, request: Request) -> bool:
     return request.workload.expert_count > 0 or rule not in {
         "moe_with_tp_needs_sequence_parallel",
         "no_experts",
+        "no_experts_with_tp",
         "no_expert_parallelism",
     }
 
@@ -154,7 +155,12 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
         "experts with tp need sequence parallelism",
         lambda m: (m.tp > 1) & (m.sp == 0),
     ),
+    "no_sequence_parallelism_with_context": (
+        "sequence parallelism does not combine with context parallelism",
+        lambda m: (m.cp > 1) & (m.sp == 1),
+    ),
     "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
+    "no_experts_with_tp": ("no mixture of experts under tp", lambda m: m.tp > 1),
     "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
     "no_tied_embeddings_in_pipeline": ("no tied embeddings under a pipeline", lambda m: m.pp > 1),
     "no_pipeline": ("no pipeline parallelism", lambda m: m.pp > 1),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph
+from cost_models.graph import Int64, LayerKind, Shard, Weight, WeightSharding, WorkloadGraph
 from cost_models.ops import Op, SavedTensor
 from hardware_profiles.schema import DeviceSpec, StackSpec
 from planner.blocks import ends, vision
@@ -72,6 +72,7 @@ def build_workload(
         separate=frozenset(stack.layers.separate_projections),
         balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
+        whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
     mtp_runs = model.mtp if job.mtp else ()
@@ -148,7 +149,7 @@ def _embedding(model: ModelSpec, images: vision.Images, ctx: BlockContext) -> La
 
     return LayerKind(
         "embedding",
-        _held(embedding_weights(model), ctx),
+        _held(embedding_weights(model), ctx, embedding=True),
         ops,
         saved,
         lambda shard: shard.tokens * 8,
@@ -156,11 +157,17 @@ def _embedding(model: ModelSpec, images: vision.Images, ctx: BlockContext) -> La
     )
 
 
-def _held(weights: tuple[Weight, ...], ctx: BlockContext) -> tuple[Weight, ...]:
+def _held(
+    weights: tuple[Weight, ...], ctx: BlockContext, *, embedding: bool = False
+) -> tuple[Weight, ...]:
     """The weights of an end as the stack's tensor parallelism shards them."""
-    if not ctx.whole_vocabulary:
+    if ctx.whole_vocabulary:
+        sharding: WeightSharding = "replicated"
+    elif embedding and ctx.whole_embedding_in_context:
+        sharding = "vocab_without_context"
+    else:
         return weights
-    return tuple(replace(w, sharding="replicated") if w.sharding == "vocab" else w for w in weights)
+    return tuple(replace(w, sharding=sharding) if w.sharding == "vocab" else w for w in weights)
 
 
 def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> LayerKind:

@@ -61,6 +61,8 @@ class BlockContext:
     """Whether the ranks of context parallelism have equal parts of a causal mask."""
     whole_vocabulary: bool = False
     """Whether every tp rank has embedding and head whole."""
+    whole_embedding_in_context: bool = False
+    """Whether every tp rank has the embedding whole under context parallelism."""
 
     def vocabulary_shard(self, shard: Shard) -> Shard:
         """The shard as embedding and head see it."""

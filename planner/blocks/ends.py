@@ -23,11 +23,12 @@ def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     rows = Elementwise("embedding", 2.0 * full, 3.0 * full)
     if ctx.whole_vocabulary:
         return (rows,)
+    split = (shard.cp == 1) | (not ctx.whole_embedding_in_context)
     return (
         rows,
         Collective("embedding.scatter", "tp", "reduce_scatter", full, "all_gather", full,
-                   active=sp),
-        Collective("embedding.reduce", "tp", "all_reduce", full, None, 0, active=~sp),
+                   active=sp & split),
+        Collective("embedding.reduce", "tp", "all_reduce", full, None, 0, active=~sp & split),
     )  # fmt: skip
 
 

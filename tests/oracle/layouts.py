@@ -181,6 +181,10 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
         return False
+    if "no_sequence_parallelism_with_context" in rules and x.sp and x.cp > 1:
+        return False
+    if "no_experts_with_tp" in rules and experts and x.tp > 1:
+        return False
     if "no_experts" in rules and experts:
         return False
     if "no_tied_embeddings_in_pipeline" in rules and request.model.tied_embeddings and x.pp > 1:

@@ -1,0 +1,89 @@
+"""Context parallelism and schedules of MindFormers, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cost_models.cp_kinds import cp_kind_code
+from cost_models.graph import Shard
+from cost_models.state import local_parameters
+from planner.errors import InputError
+from planner.pipeline import evaluate, plan, read_request
+from planner.request import Request
+from planner.studies.communication import communication
+
+VOCABULARY = 128_256 * 4096
+
+
+def request(model: str = "llama-3.1-8b", **overrides: object) -> Request:
+    asked = {"stack": "mindformers", "sequence_length": 8192, "global_batch": 16} | overrides
+    return read_request(model, "atlas-910b:2", None, asked)
+
+
+def weights(**layout: object) -> int:
+    found = evaluate(request(), {"zero_stage": 0, "tp": 4, **layout})
+    terms = {term.name: term.bytes or 0 for term in found.prediction.stages[0].memory}
+    return terms["weights"]
+
+
+def test_the_embedding_is_whole_on_every_rank_under_context_parallelism() -> None:
+    """Over 4 ranks a quarter of the table becomes all of it, two bytes a weight."""
+    split = weights(dp_replicate=4, sequence_parallel=False)
+    whole = weights(dp_replicate=2, cp=2, sequence_parallel=False)
+    assert whole - split == 2 * VOCABULARY * 3 // 4
+
+
+def test_a_whole_embedding_reduces_nothing() -> None:
+    def names(**layout: object) -> list[str]:
+        asked = {"zero_stage": 0, "tp": 4, "sequence_parallel": False, **layout}
+        found = communication(request(), evaluate(request(), asked))
+        return [call.name for call in found.layers["embedding"] if call.phase == "forward"]
+
+    assert names(dp_replicate=4) == ["embedding.reduce"]
+    assert names(dp_replicate=2, cp=2) == []
+
+
+def test_sequence_parallelism_and_context_parallelism_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="does not combine with context parallelism"):
+        evaluate(request(), {"tp": 2, "cp": 2, "sequence_parallel": True})
+    with pytest.raises(InputError, match="latent attention is missing"):
+        evaluate(request("deepseek-v3"), {"cp": 2, "ep": 1})
+
+
+def test_all_ranks_wait_for_the_one_with_the_last_queries() -> None:
+    """Gathered, the last of two ranks does 3/2 of the average; exchanged, all do as much."""
+    layout = {"dp_replicate": 8, "cp": 2, "zero_stage": 0}
+    seconds = {}
+    for kind in ("all_gather", "a2a"):
+        found = evaluate(request(), {**layout, "cp_kind": kind})
+        terms = {term.name: term.seconds or 0.0 for term in found.prediction.time}
+        seconds[kind] = terms["attention"]
+    assert seconds["all_gather"] == pytest.approx(1.5 * seconds["a2a"], rel=0.05)
+
+
+def test_gpipe_is_searched_and_keeps_more_than_1f1b() -> None:
+    asked = request(constraints={"fix": {"pp": 4}, "schedule": "gpipe"})
+    assert plan(asked).layout.schedule == "gpipe"
+    peaks = {
+        schedule: evaluate(
+            request(), {"pp": 4, "dp_replicate": 4, "zero_stage": 0, "schedule": schedule}
+        ).prediction.max_peak_bytes
+        for schedule in ("gpipe", "1f1b")
+    }  # fmt: skip
+    assert peaks["gpipe"] >= peaks["1f1b"]
+
+
+def test_the_operators_of_select_recompute_are_searched() -> None:
+    names = {policy.name for policy in request().workload.policies}
+    assert names == {"selective", "layernorm+mlp_act", "core_attn+layernorm+mlp_act", "full"}
+
+
+def test_local_parameters_of_the_embedding() -> None:
+    one = np.ones(2, dtype=np.int64)
+    place = Shard(
+        8192, one, 4 * one, np.array([1, 2]), one, one, np.zeros(2, dtype=bool),
+        one * cp_kind_code("all_gather"),
+    )  # fmt: skip
+    held = local_parameters(request().workload.embedding, place, 1)
+    assert held.dense.tolist() == [VOCABULARY // 4, VOCABULARY]
