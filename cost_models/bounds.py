@@ -14,6 +14,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.layout import SPLIT_BACKWARD, V_SHAPED, codes_of
+
 Real: TypeAlias = NDArray[np.float64]
 Int64: TypeAlias = NDArray[np.int64]
 
@@ -56,7 +58,7 @@ class Shape:
     vpp: Int64
     microbatches: Int64
     height: Int64
-    """Layers of a full virtual stage in the interleaved schedule: ``ceil(layers / stages)``."""
+    """Layers of a full virtual stage where ranks hold several: ``ceil(layers / stages)``."""
     spare: Int64
     """Layers by which the first and last virtual stages fall short of ``height``, together."""
 
@@ -96,7 +98,8 @@ def gpipe(shape: Shape, totals: Totals) -> Real:
 
 
 def interleaved(shape: Shape, totals: Totals) -> Real:
-    """Interleaved 1F1B with equal virtual stages, the first and last lighter at most.
+    """Interleaved 1F1B, or breadth-first, with equal virtual stages, the first and last lighter at
+    most.
 
     A rank works ``m`` times its chunks after the first chunks of the ranks before it. Averaged over
     ranks this needs no partition; for the last-but-one rank, whose chunks are all full, it is
@@ -113,32 +116,43 @@ def interleaved(shape: Shape, totals: Totals) -> Real:
     return np.maximum(average, np.where(pp >= 3, rank, 0.0))
 
 
-def occupied(shape: Shape, totals: Totals) -> Totals:
+def split(shape: Shape, totals: Totals) -> Real:
+    """A schedule that splits the backward: each rank's own work, after transfers through the ranks
+    before it. Where three ranks or more have chunks, one of them has full chunks only."""
+    m, pp = shape.microbatches, shape.pp
+    average = m * totals.work / pp + (pp - 1) / 2 * totals.hop
+    rank = m * totals.rank_work + (pp - 2) * totals.hop
+    return np.maximum(average, np.where(pp >= 3, rank, 0.0))
+
+
+def occupied(shape: Shape, totals: Totals, turns: NDArray[np.bool_]) -> Totals:
     """The same layouts with the transfers that a rank waits for counted as its work.
 
     Every virtual stage but the last sends on and every one but the first sends back, so the whole
     pipeline has ``2 (stages - 1)`` sends a microbatch. The tallest rank sends twice, or is an end,
     which sends once and holds embedding or head too. The last-but-one rank of an interleaved
     pipeline (of three ranks or more) has no end and sends twice per chunk; of the first chunks of
-    the ``pp - 2`` ranks before it all send on and all but the very first send back.
+    the ``pp - 2`` ranks before it all send on and all but the very first send back. Where virtual
+    stages lie on a V (``turns``), the two at the turn share a rank, at worst the one that counts.
     """
     pp, vpp = shape.pp, shape.vpp
     send = np.where(pp > 1, totals.send, 0.0)
     return replace(
         totals,
-        work=totals.work + 2 * (pp * vpp - 1) * send,
+        work=totals.work + 2 * (pp * vpp - 1 - turns) * send,
         tallest_work=totals.tallest_work + send + np.minimum(send, totals.end_work),
-        rank_work=totals.rank_work + 2 * vpp * send,
+        rank_work=totals.rank_work + 2 * (vpp - turns) * send,
         first_work=totals.first_work + np.maximum(2 * pp - 5, 0) * send,
     )
 
 
 def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
-    """Lower bound on the step by schedule code (0 gpipe, 1 1f1b, 2 interleaved)."""
-    totals = occupied(shape, totals)
+    """Lower bound on the step by schedule code (``cost_models.layout.SCHEDULES``)."""
+    totals = occupied(shape, totals, turns=np.isin(schedule, codes_of(V_SHAPED)))
     pipeline = np.select(
-        [schedule == 0, schedule == 1],
-        [gpipe(shape, totals), one_f_one_b(shape, totals)],
+        [schedule == code for code in codes_of(("gpipe", "1f1b"))]
+        + [np.isin(schedule, codes_of(SPLIT_BACKWARD))],
+        [gpipe(shape, totals), one_f_one_b(shape, totals), split(shape, totals)],
         interleaved(shape, totals),
     )
     average = (shape.microbatches * totals.work + totals.gradient) / shape.pp

@@ -39,11 +39,12 @@ from cost_models.data_traffic import (
 from cost_models.fabric import Fabric
 from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
-from cost_models.layout import RecomputePolicy
+from cost_models.layout import SPLIT_BACKWARD, RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
 from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
-from cost_models.step import Field, LayerTimes, Machine, to_ns
+from cost_models.split_backward import deferred_bytes, weight_groups
+from cost_models.step import NS, Field, LayerTimes, Machine, to_ns
 
 
 def price_kind(
@@ -140,6 +141,11 @@ def price_kind(
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
         held, copies=stack.optimizer_step_copies, moments=max(1, rules.optimizer.moment_bytes // 4)
     )
+    rows[[Field.WEIGHT_BACKWARD, Field.WEIGHT_GROUPS, Field.DEFERRED]] = 0
+    if not set(SPLIT_BACKWARD).isdisjoint(stack.schedules):
+        rows[Field.WEIGHT_BACKWARD] = np.floor(times.weights * NS)
+        rows[Field.WEIGHT_GROUPS] = weight_groups(kind)
+        rows[Field.DEFERRED] = deferred_bytes(kind, shard)
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
     full = mode_rows(tuple(policy.name for policy in policies)).get("full")

@@ -6,15 +6,54 @@ Vocabulary of the field: ``dp_replicate * dp_shard * cp * tp * pp`` devices; exp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
+from hardware_profiles.stack import Schedule as Schedule
+
 RecomputeMode: TypeAlias = str
 """``none``, ``full``, or the name of one of the stack's policies (:class:`RecomputePolicy`)."""
 CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
 
-SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+CHUNKED: tuple[Schedule, ...] = (
+    "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+)  # fmt: skip
+"""Schedules whose ranks hold several virtual stages."""
+ALL_AT_ONCE: tuple[Schedule, ...] = ("gpipe", "looped_bfs")
+"""Schedules with all forwards before the first backward."""
+IN_ROUNDS: tuple[Schedule, ...] = ("interleaved", "interleaved_zero_bubble")
+"""The ones that take the microbatches in rounds (``cost_models.orders``)."""
+V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev")
+"""The ones whose second virtual stages run from the last rank back to the first."""
+SPLIT_BACKWARD: tuple[Schedule, ...] = ("interleaved_zero_bubble", "zbv", "dualpipev")
+"""Schedules that compute the gradients of inputs and of weights apart."""
+
+
+def codes_of(names: Iterable[Schedule]) -> list[int]:
+    """What stands for these schedules in arrays of layouts."""
+    return [SCHEDULES.index(name) for name in names]
+
+
+def stage_of(schedule: Schedule, pp: int, rank: int, chunk: int) -> int:
+    """Virtual stage that ``rank`` holds as its ``chunk``."""
+    if schedule in V_SHAPED and chunk:
+        return 2 * pp - 1 - rank
+    return chunk * pp + rank
+
+
+def place_of(schedule: Schedule, pp: int, stage: int) -> tuple[int, int]:
+    """Rank and chunk of a virtual stage."""
+    if schedule in V_SHAPED and stage >= pp:
+        return 2 * pp - 1 - stage, 1
+    return stage % pp, stage // pp
+
+
+def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
+    """Whether ``stage`` sends its output to another rank: all but the last stage do, and but the
+    one at the turn of a V."""
+    return stage + 1 != pp if schedule in V_SHAPED else pp > 1
 
 
 OutputKind = Literal[

@@ -17,9 +17,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from cost_models.layout import RecomputeMode, Schedule
+from cost_models.layout import (
+    SPLIT_BACKWARD,
+    V_SHAPED,
+    RecomputeMode,
+    Schedule,
+    crosses_ranks,
+    place_of,
+    stage_of,
+)
 from cost_models.recompute import ModeRows, mode_rows
-from cost_models.schedule import Timeline, live_peaks, simulate
+from cost_models.schedule import Durations, Timeline, live_peaks, simulate
+from cost_models.split_backward import SplitBackward, split_backward
 from cost_models.step import Field
 
 Row = tuple[int, ...]
@@ -71,13 +80,28 @@ class Leaf:
     def received_bytes(self, rank: int) -> int:
         """Receive buffers of a rank: activations but on the first virtual stage, gradients but on
         the last."""
-        neighbours = 2 * self.vpp - (rank == 0) - (rank == self.pp - 1)
+        held = [stage_of(self.schedule, self.pp, rank, chunk) for chunk in range(self.vpp)]
+        neighbours = sum([self.sends_on(j - 1) + self.sends_on(j) for j in held])
         return self.receive_bytes * self.microbatches * neighbours
+
+    def sends_on(self, stage: int) -> bool:
+        """Whether a virtual stage sends its output to another rank (-1: there is none)."""
+        return 0 <= stage < self.stages - 1 and crosses_ranks(self.schedule, self.pp, stage)
 
     @property
     def stages(self) -> int:
         """Virtual stages."""
         return self.pp * self.vpp
+
+    @property
+    def tied_ns(self) -> int:
+        """Reduction of a tied embedding's gradient: not where one rank has both ends."""
+        return 0 if self.pp == 1 or self.schedule in V_SHAPED else self.tied_sync_ns
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are computed apart."""
+        return self.schedule in SPLIT_BACKWARD
 
     @property
     def modes(self) -> dict[RecomputeMode, ModeRows]:
@@ -147,6 +171,8 @@ class ChunkCosts:
     """Transfer of the output to the next virtual stage, beyond the least hop."""
     late_back_ns: int = 0
     """Transfer of that output's gradient back, beyond the least hop."""
+    split: SplitBackward | None = None
+    """Where the schedule splits the backward."""
 
     @property
     def late_ns(self) -> int:
@@ -165,7 +191,7 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     split = last if mode != "full" else min(last, first + limit)
     held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
     front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
-    late = leaf.late[last] if leaf.late and stage < leaf.stages - 1 else (0, 0)
+    late = leaf.late[last] if leaf.late and leaf.sends_on(stage) else (0, 0)
     sent = sent_ns(leaf, stage, first, last)
     key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent)
     known = leaf.chunk_cache.get(key)
@@ -175,12 +201,12 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
 
 
 def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
-    """What a stage's forward and backward wait for: the transfers of its output, but on the last
-    stage, and of its input's gradient, but on the first."""
+    """What a stage's forward and backward wait for: the transfers of its output and of its input's
+    gradient, where these go to other ranks."""
     if not leaf.sends:
         return 0, 0
-    on = leaf.sends[last][0] if stage < leaf.stages - 1 else 0
-    return on, leaf.sends[first][1] if stage else 0
+    on = leaf.sends[last][0] if leaf.sends_on(stage) else 0
+    return on, leaf.sends[first][1] if leaf.sends_on(stage - 1) else 0
 
 
 def _chunk_costs(
@@ -219,7 +245,7 @@ def _chunk_costs(
         if present:
             forward += end[Field.FORWARD]
             backward += end[Field.BACKWARD]
-            gradient += end[Field.GRADIENT] + (leaf.tied_sync_ns if leaf.pp > 1 else 0)
+            gradient += end[Field.GRADIENT] + leaf.tied_ns
             update += end[Field.OPTIMIZER] + end[Field.PARAMETER]
             static += end[Field.STATIC]
             activation += end[Field.ACT_NONE]
@@ -243,9 +269,15 @@ def _chunk_costs(
         short = leaf.embedding[Field.WORK_NONE]
         draining = max(draining, leaf.embedding[Field.ACT_NONE] + short)
         working, freed = max((working, freed), (short - activation, activation))
+    split = None
+    if leaf.splits_backward:
+        split = split_backward(
+            backward, leaf.kinds, held, front,
+            extra=extra, head=leaf.head if at_end else None, at_start=at_start,
+        )  # fmt: skip
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,
-        step, *late,
+        step, *late, split,
     )  # fmt: skip
 
 
@@ -305,12 +337,13 @@ def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Mome
     step = sum([chunk.step_bytes for chunk in chunks])
     live, _ = live_activations(leaf, rank, chunks)
     working, freed = max([(chunk.working_bytes, chunk.freed_bytes) for chunk in chunks])
-    there = made if leaf.microbatches > 1 else 0
+    # Gradients come as activations go only where one backward makes both ends meet.
+    there = made if leaf.microbatches > 1 or leaf.splits_backward else 0
     most = Moment("first backward" if freed else "loss", there, live - freed, working + freed, 0)
-    if rank < leaf.pp - 1:
+    if rank != place_of(leaf.schedule, leaf.pp, leaf.stages - 1)[0]:
         most = replace(most, name="first backward")
     update = Moment("optimizer step", made, 0, 0, step)
-    if leaf.microbatches > 1:
+    if there or leaf.microbatches > 1:
         return most, update
     draining = max([chunk.draining_bytes for chunk in chunks])
     return (
@@ -326,9 +359,11 @@ def live_activations(
     """Most activation bytes alive at once, and the microbatches per chunk that they belong to."""
     peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
     sizes = [chunk.activation_bytes for chunk in chunks]
-    return max(
+    sizes += [chunk.split.deferred_bytes for chunk in chunks if chunk.split]
+    size, peak = max(
         (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
     )
+    return size, peak[: leaf.vpp]
 
 
 def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
@@ -338,7 +373,11 @@ def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
         chunk_costs(leaf, j, bounds[j], bounds[j + 1], completion.recompute[j])
         for j in range(leaf.stages)
     ]
-    return tuple(rank_costs(leaf, tuple(chunks[rank :: leaf.pp])) for rank in range(leaf.pp))
+    held = [
+        [chunks[stage_of(leaf.schedule, leaf.pp, rank, chunk)] for chunk in range(leaf.vpp)]
+        for rank in range(leaf.pp)
+    ]
+    return tuple([rank_costs(leaf, tuple(of_rank)) for of_rank in held])
 
 
 def peaks(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> tuple[int, ...]:
@@ -371,14 +410,17 @@ class StepTime:
 
 def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
     """The step's exact time under the schedule."""
-    chunks = [ranks[j % leaf.pp].chunks[j // leaf.pp] for j in range(leaf.stages)]
+    places = [place_of(leaf.schedule, leaf.pp, j) for j in range(leaf.stages)]
+    chunks = [ranks[rank].chunks[chunk] for rank, chunk in places]
     hop: int | list[tuple[int, int]] = leaf.hop_ns
     if leaf.late:
         hop = [(leaf.hop_ns + c.late_on_ns, leaf.hop_ns + c.late_back_ns) for c in chunks]
-    timeline = simulate(
-        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches,
-        [chunk.forward_ns for chunk in chunks], [chunk.backward_ns for chunk in chunks], hop,
+    halves = [chunk.split for chunk in chunks if chunk.split]
+    times = Durations(
+        [chunk.forward_ns for chunk in chunks], [chunk.backward_ns for chunk in chunks],
+        [half.inputs_ns for half in halves], [half.weights_ns for half in halves],
     )  # fmt: skip
+    timeline = simulate(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop)
     ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
     critical = ends.index(max(ends))
     updates = [rank.update_ns for rank in ranks]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
-from cost_models.layout import SCHEDULES
+from cost_models.layout import CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
@@ -43,10 +43,10 @@ def model_sum(priced: PricedConfigs, fields: Iterable[Field], *, ends: bool = Tr
 class Relaxation:
     """Bounds of layouts (arrays of one length) over priced configurations.
 
-    ``config`` is each layout's column in the tables, ``schedule`` 0 for GPipe, 1 for 1F1B and 2 for
-    interleaved; ``modes`` are the allowed recompute modes, and ``counted`` says whether full
-    recomputation may be limited to a number of layers. With ``per_stage`` only the stages that need
-    it recompute, so the time bound has none.
+    ``config`` is each layout's column in the tables, ``schedule`` its code; ``modes`` are the
+    allowed recompute modes, and ``counted`` says whether full recomputation may be limited to a
+    number of layers. With ``per_stage`` only the stages that need it recompute, so the time bound
+    has none.
     """
 
     def __init__(
@@ -137,8 +137,7 @@ class Relaxation:
             for end in (self.tables.embedding, self.tables.head)
         ]
         transfer = self.tables.hop_ns[self.config].astype(np.float64)
-        codes = [SCHEDULES.index(name) for name in self.tables.blocking]
-        blocking = np.isin(self.schedule, codes)
+        blocking = np.isin(self.schedule, codes_of(self.tables.blocking))
         totals = bounds.Totals(
             work=work,
             tallest_work=self.cheapest_layers(-(-self.layers // self.pp)) + tallest_extra,
@@ -213,12 +212,12 @@ class Relaxation:
         order = np.argsort(-self.pp[index], kind="stable")
         index = index[order]
         limit = count[order].astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
-        chunked = self.schedule[index] == 2
+        chunked = np.isin(self.schedule[index], codes_of(CHUNKED))
         ok = np.ones(len(index), dtype=bool)
         widest = np.zeros(len(index))
         if chunked.any():
             part = index[chunked]
-            ok[chunked] = self._interleaved(part, mode, limit[chunked])
+            ok[chunked] = self._chunked(part, mode, limit[chunked])
             widest[chunked] = np.minimum(self.layers, self.vpp[part] * self.height[part] * 2.0)
         if not chunked.all():
             part = index[~chunked]
@@ -291,11 +290,11 @@ class Relaxation:
             widest[has] = np.maximum(widest[has], np.minimum(holds, self.layers))
         return total, widest
 
-    def _interleaved(self, index: Int64, mode: str, limit: Real) -> Bools:
+    def _chunked(self, index: Int64, mode: str, limit: Real) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.
 
         The first and the last rank have one lighter chunk, which is left out, with the most
-        microbatches that it may have in flight.
+        microbatches that it may have in flight; on a V the first rank has both, and the last none.
         """
         config, tables = self.config[index], self.tables.kinds
         pp, vpp, m, height = self.pp[index], self.vpp[index], self.m[index], self.height[index]
@@ -308,20 +307,35 @@ class Relaxation:
         static = np.stack([self._static(t, index) for t in tables])
         front, rest = least(front_field), least(rest_field)
         room, first, last = self._rooms(index, self._short_lived(config, tables, work_field))
-        inner, ends = (self._least_sum(chunks * height, static) for chunks in (vpp, vpp - 1))
+        inner, one, none = (self._least_sum((vpp - n) * height, static) for n in (0, 1, 2))
+        turns = np.isin(self.schedule[index], codes_of(V_SHAPED))
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
             has = slice(int(np.searchsorted(-pp, -rank)))
             at_end = rank == pp[has] - 1
             left = room[has] - first[has] if rank == 0 else room[has]
-            left = left - np.where(at_end, last[has], 0.0)
-            lighter = at_end | (rank == 0)
-            in_flight = 2 * (pp[has] - rank - 1) + (vpp[has] - 1) * pp[has] + 1
-            in_flight = np.minimum(in_flight, m[has] * vpp[has]) - lighter * m[has]
-            held = np.where(lighter, ends[has], inner[has])
+            turned = turns[has]
+            left = left - np.where(np.where(turned, rank == 0, at_end), last[has], 0.0)
+            lighter = (rank == 0) * (1 + turned) + (at_end & ~turned & (rank > 0))
+            in_flight = self._in_flight(index[has], rank) - lighter * m[has]
+            held = np.select([lighter == 0, lighter == 1], [inner[has], one[has]], none[has])
             ok[has] &= held + np.maximum(in_flight, 0) * per_chunk[has] <= left
         return ok
+
+    def _in_flight(self, index: Int64, rank: int) -> Int64:
+        """Chunks times microbatches that a rank has in flight at least
+        (``cost_models.orders.warmup_forwards``, and one more)."""
+        pp, vpp, m, code = self.pp[index], self.vpp[index], self.m[index], self.schedule[index]
+        split = np.isin(code, codes_of(SPLIT_BACKWARD))
+        each_round = m // np.maximum(m // pp, 1)
+        begun = np.where(split, 1, 2) * (pp - rank - 1) + (vpp - 1) * each_round + 1
+        on_v = np.where(m >= 2 * pp - 1, 2 * pp, m)
+        begun = np.where(np.isin(code, codes_of(V_SHAPED)), on_v, begun)
+        everything = m * vpp
+        first = np.isin(code, codes_of(("looped_bfs",)))
+        result: Int64 = np.where(first, everything, np.minimum(begun, everything))
+        return result
 
     def _fields(self, mode: str) -> tuple[int, int, int]:
         """Activations of a layer in a mode and beyond its counted front, and working bytes."""

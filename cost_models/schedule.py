@@ -1,108 +1,99 @@
-"""Pipeline schedules: the order of work on each rank, exact timelines, live activations.
+"""Timelines of pipeline schedules, and the activations that are alive in them.
 
-A virtual stage ``j`` of ``pp * vpp`` sits on rank ``j % pp`` as its chunk ``j // pp``. Each rank
-runs its forward (F) and backward (B) actions in a fixed order; an action starts when the rank is
+A rank runs its actions in a fixed order (``cost_models.orders``); an action starts when the rank is
 free and its input has arrived, a transfer after the neighbour finished. Times are integers, so a
 timeline is exact.
-
-Orders: GPipe (Huang et al., arXiv 1811.06965), 1F1B (PipeDream-flush) and interleaved 1F1B
-(Narayanan et al., arXiv 2104.04473, section 2.2), the last two as Megatron-Core and PyTorch run
-them: ``tests/unit/test_schedule.py`` compares them with tables that PyTorch builds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.layout import Schedule
+from cost_models.layout import (
+    ALL_AT_ONCE,
+    SPLIT_BACKWARD,
+    V_SHAPED,
+    Schedule,
+    crosses_ranks,
+    stage_of,
+)
+from cost_models.orders import Pass, rank_order, round_size, warmup_forwards
 
-
-class Action(NamedTuple):
-    """One forward or backward of one microbatch on one chunk of a rank."""
-
-    forward: bool
-    chunk: int
-    microbatch: int
-
-
-def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> int:
-    """Forwards that a rank runs before it alternates."""
-    total = microbatches * vpp
-    if schedule == "gpipe":
-        return total
-    if schedule == "1f1b":
-        return min(pp - rank - 1, total)
-    return min(2 * (pp - rank - 1) + (vpp - 1) * pp, total)
-
-
-def rank_order(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
-) -> tuple[Action, ...]:
-    """The actions of ``rank`` in order; interleaving needs ``microbatches % pp == 0``."""
-    actions = []
-    for code in _order(schedule, pp, vpp, microbatches, rank):
-        stage, microbatch = divmod(code if code >= 0 else ~code, microbatches)
-        actions.append(Action(code >= 0, stage // pp, microbatch))
-    return tuple(actions)
-
-
-@lru_cache(maxsize=4096)
-def _order(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> tuple[int, ...]:
-    """A rank's order in numbers: ``virtual stage * microbatches + microbatch`` of a forward, the
-    complement of that of a backward."""
-    total = microbatches * vpp
-    group, position = np.divmod(np.arange(total), pp * vpp)
-    chunk, offset = np.divmod(position, pp)
-    if vpp == 1:
-        chunk, microbatch = np.zeros_like(chunk), np.arange(total)
-    else:
-        microbatch = group * pp + offset
-    forwards = (chunk * pp + rank) * microbatches + microbatch
-    backwards = ~(((vpp - 1 - chunk) * pp + rank) * microbatches + microbatch)
-    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
-    steady = np.stack([forwards[warmup:], backwards[: total - warmup]], axis=1).ravel()
-    order = np.concatenate([forwards[:warmup], steady, backwards[total - warmup :]])
-    return tuple(order.tolist())
+Vector = tuple[int, ...]
 
 
 @lru_cache(maxsize=65536)
 def live_peaks(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
-) -> tuple[tuple[int, ...], ...]:
-    """Largest numbers of microbatches whose activations a rank holds, per chunk.
+) -> tuple[Vector, ...]:
+    """Largest numbers of microbatches whose activations a rank holds, per chunk; where a schedule
+    splits the backward, followed by those that only wait for their weight gradients.
 
     Each entry is a vector over chunks; no entry is dominated by another. The peak of any
     activation sizes is the maximum over the entries.
     """
-    if schedule == "gpipe":
-        return ((microbatches,),)
+    if schedule in ALL_AT_ONCE:
+        return ((microbatches,) * vpp,)
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
+    if schedule in SPLIT_BACKWARD:
+        return _undominated(_walk(schedule, pp, vpp, microbatches, rank))
     # Each forward after the warm-up follows a backward: the number alive stays at its most, the
-    # warm-up's vectors are below the first of these, and the pattern repeats every pp microbatches
-    # of every chunk.
-    total, period = microbatches * vpp, pp * vpp
+    # warm-up's vectors are below the first of these, and the pattern repeats every round of every
+    # chunk.
+    size = round_size(pp, microbatches)
+    total, period = microbatches * vpp, size * vpp
     warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
     if warmup == total:
         return ((microbatches,) * vpp,)
     backwards = np.arange(min(total - warmup, period))
-    begun = _per_chunk(backwards + warmup + 1, pp, vpp)
-    live = begun - _per_chunk(backwards, pp, vpp)[:, ::-1]
+    begun = _per_chunk(backwards + warmup + 1, size, vpp)
+    live = begun - _per_chunk(backwards, size, vpp)[:, ::-1]
     return tuple(sorted(set(map(tuple, live.tolist()))))
 
 
-def _per_chunk(actions: NDArray[np.int64], pp: int, vpp: int) -> NDArray[np.int64]:
+def _per_chunk(actions: NDArray[np.int64], size: int, vpp: int) -> NDArray[np.int64]:
     """How many of a rank's first actions of one direction are of each chunk, in their order."""
-    periods, position = np.divmod(actions, pp * vpp)
-    begun: NDArray[np.int64] = np.clip(position[:, None] - pp * np.arange(vpp), 0, pp)
-    begun += pp * periods[:, None]
+    periods, position = np.divmod(actions, size * vpp)
+    begun: NDArray[np.int64] = np.clip(position[:, None] - size * np.arange(vpp), 0, size)
+    begun += size * periods[:, None]
     return begun
+
+
+def _walk(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> set[Vector]:
+    """What is alive, and what of it only waits for its weight gradients, after each action."""
+    alive, waiting, met = [0] * vpp, [0] * vpp, set()
+    for work, chunk, _ in rank_order(schedule, pp, vpp, microbatches, rank):
+        alive[chunk] += (work == Pass.FORWARD) - (work in (Pass.BACKWARD, Pass.WEIGHT))
+        waiting[chunk] += (work == Pass.INPUT) - (work == Pass.WEIGHT)
+        met.add((*alive, *waiting))
+    return met
+
+
+def _undominated(vectors: Iterable[Vector]) -> tuple[Vector, ...]:
+    """The vectors of which no other is at least as large in every entry."""
+    kept: list[Vector] = []
+    for vector in sorted(vectors, reverse=True):
+        if not any(all(a >= b for a, b in zip(other, vector, strict=True)) for other in kept):
+            kept.append(vector)
+    return tuple(sorted(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """Times in ns, one entry per virtual stage."""
+
+    forward: Sequence[int]
+    backward: Sequence[int]
+    """Gradients of inputs and weights together."""
+    inputs: Sequence[int] = ()
+    """Gradients of inputs alone, for the schedules that split the backward; likewise weights."""
+    weights: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,37 +109,40 @@ def simulate(
     pp: int,
     vpp: int,
     microbatches: int,
-    forward_ns: Sequence[int],
-    backward_ns: Sequence[int],
+    times: Durations,
     hop_ns: int | Sequence[tuple[int, int]],
 ) -> Timeline:
-    """Run the schedule; ``forward_ns[j]`` and ``backward_ns[j]`` are of virtual stage ``j``.
+    """Run the schedule.
 
     ``hop_ns`` is one transfer time for all, or per virtual stage that of its output to the next
-    stage and that of the gradient back.
+    stage and that of the gradient back; what stays on a rank takes none. Raises
+    :class:`ValueError` where the orders of the ranks wait for each other.
     """
-    stages = pp * vpp
-    hops = [(hop_ns, hop_ns)] * stages if isinstance(hop_ns, int) else hop_ns
+    stages, count = pp * vpp, microbatches
+    hops = [(hop_ns, hop_ns)] * stages if isinstance(hop_ns, int) else list(hop_ns)
+    if schedule in V_SHAPED:
+        hops = [h if crosses_ranks(schedule, pp, j) else (0, 0) for j, h in enumerate(hops)]
     arrives = [0, *(on for on, _ in hops)]
     returns = [back for _, back in hops]
-    count = microbatches
-    unknown = -1
+    taken = [times.forward, times.backward, times.inputs, times.weights]
+    forward, weight, unknown = times.forward, int(Pass.WEIGHT), -1
     forward_end = [unknown] * (stages * count)
     backward_end = [unknown] * (stages * count)
-    orders = [_order(schedule, pp, vpp, count, rank) for rank in range(pp)]
+    orders = [_coded(schedule, pp, vpp, count, rank) for rank in range(pp)]
     position = [0] * pp
     clock = [0] * pp
-    remaining = 2 * stages * count
+    remaining = sum(len(works) for works, _ in orders)
     last = (stages - 1) * count
     while remaining:
         before = remaining
         for rank in range(pp):
-            order, index, now = orders[rank], position[rank], clock[rank]
-            length = len(order)
+            works, slots = orders[rank]
+            index, now = position[rank], clock[rank]
+            length = len(works)
             while index < length:
-                slot = order[index]
-                if slot >= 0:
-                    stage = slot // count
+                work, slot = works[index], slots[index]
+                stage = slot // count
+                if not work:
                     if stage:
                         ready = forward_end[slot - count]
                         if ready < 0:
@@ -156,11 +150,11 @@ def simulate(
                         ready += arrives[stage]
                         if ready > now:
                             now = ready
-                    now += forward_ns[stage]
+                    now += forward[stage]
                     forward_end[slot] = now
+                elif work == weight:
+                    now += taken[work][stage]
                 else:
-                    slot = ~slot
-                    stage = slot // count
                     if slot < last:
                         ready = backward_end[slot + count]
                         if ready < 0:
@@ -172,15 +166,24 @@ def simulate(
                             break
                     if ready > now:
                         now = ready
-                    now += backward_ns[stage]
+                    now += taken[work][stage]
                     backward_end[slot] = now
                 index += 1
             remaining -= index - position[rank]
             position[rank], clock[rank] = index, now
         if remaining == before:
             raise ValueError(f"{schedule} with pp={pp}, vpp={vpp}, m={microbatches} deadlocks")
-    busy = tuple(
-        count * sum(forward_ns[j] + backward_ns[j] for j in range(rank, stages, pp))
-        for rank in range(pp)
-    )
-    return Timeline(tuple(clock), busy)
+    busy = [sum([taken[w][slot // count] for w, slot in zip(*o, strict=True)]) for o in orders]
+    return Timeline(tuple(clock), tuple(busy))
+
+
+@lru_cache(maxsize=4096)
+def _coded(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
+) -> tuple[list[int], list[int]]:
+    """A rank's order in numbers: passes, and ``virtual stage * microbatches + microbatch``."""
+    works, slots = [], []
+    for work, chunk, microbatch in rank_order(schedule, pp, vpp, microbatches, rank):
+        works.append(int(work))
+        slots.append(stage_of(schedule, pp, rank, chunk) * microbatches + microbatch)
+    return works, slots

@@ -88,6 +88,12 @@ class Field(IntEnum):
     unit before. Zero in a pipeline, which reduces when all backwards are over."""
     HOST_WAIT = 18
     """Of the forward and the backward, what they wait for activations on the link to the host."""
+    WEIGHT_BACKWARD = 19
+    """Of the backward, the products that give the gradients of weights."""
+    WEIGHT_GROUPS = 20
+    """Backward passes that gradients of weights alone take: a number, one per weight."""
+    DEFERRED = 21
+    """Gradients of outputs that weights need for theirs."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,8 @@ class LayerTimes:
     wire: dict[str, dict[str, Real]]
     """Seconds for which collectives keep links busy, ``inside`` nodes and ``across``, by phase."""
     repeats: Repeats
+    weights: Real
+    """Of the backward's matrix products, those that give the gradients of weights."""
     merged: dict[str, Real] | None = None
     """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
 
@@ -157,7 +165,7 @@ class LayerTimes:
         hidden = plain["forward"] - exchange["forward"]
         return LayerTimes(
             {**self.terms, "ep_comm": exchange}, self.wire,
-            replace(self.repeats, exchange_hidden=hidden),
+            replace(self.repeats, exchange_hidden=hidden), self.weights,
         )  # fmt: skip
 
     def nanoseconds(self, phase: str) -> Int64:
@@ -177,7 +185,7 @@ class LayerTimes:
             for table in (self.terms, self.wire)
         )
         merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
-        return LayerTimes(terms, wire, self.repeats.take(index), merged)
+        return LayerTimes(terms, wire, self.repeats.take(index), self.weights[index], merged)
 
 
 def to_ns(seconds: Real) -> Int64:
@@ -197,6 +205,7 @@ class _Accumulator:
         self.busy = {p: np.zeros(size) for p in PHASES}
         self.log = ForwardLog(ops)
         self.drains = False
+        self.weights = np.zeros(size)
 
     def add(self, category: str, forward: Real | float, backward: Real | float) -> None:
         for phase, seconds in zip(PHASES, (forward, backward), strict=True):
@@ -209,6 +218,7 @@ class _Accumulator:
             for key, phases in theirs.items():
                 for phase, time in phases.items():
                     own[key][phase] += count * time
+        self.weights += count * other.weights
         for phase in PHASES:
             self.host[phase] += count * other.host[phase]
             self.busy[phase] += count * other.busy[phase]
@@ -228,8 +238,8 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     )  # fmt: skip
     wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:
-        return LayerTimes(*forward_only(acc.terms, acc.wire))
-    return LayerTimes(acc.terms, acc.wire, repeats, merged)
+        return LayerTimes(*forward_only(acc.terms, acc.wire), 0.0 * acc.weights)
+    return LayerTimes(acc.terms, acc.wire, repeats, acc.weights, merged)
 
 
 def _price_ops(ops: tuple[Op, ...], shard: Shard, machine: Machine) -> _Accumulator:
@@ -270,6 +280,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             trained = op.backward and not op.frozen
             wgrad = time(op.k, op.n, op.m, "wgrad") if trained else none
             acc.add("matmul", fprop, dgrad + wgrad)
+            acc.weights += wgrad
             if dtype in compute.QUANTISATION_BYTES:
                 tokens = np.asarray(op.m) * op.batch
                 gradients = tokens * op.n if op.backward else 0
@@ -296,6 +307,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                     accumulate=machine.accumulates,
                 )  # fmt: skip
             acc.add("matmul", fprop, dgrad + wgrad)
+            acc.weights += wgrad
             if dtype in compute.QUANTISATION_BYTES:
                 rows = op.rows * np.asarray(op.groups)
                 _quantise(acc, machine, dtype, rows * op.k, rows * op.n, op.groups)

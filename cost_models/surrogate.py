@@ -18,6 +18,10 @@ Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and bac
 5. in GPipe, all forwards then all backwards are two flow shops of equal jobs:
    ``S_s + 2 (k-1) d + (m-1) max w``.
 
+6. where the backward is split, a rank may end with gradients of weights that no other rank waits
+   for, and where virtual stages lie on a V, with its second chunk: only its own work (1) counts,
+   after the first forwards of the ranks before it.
+
 Each is the length of a path in the graph of the schedule, so it cannot exceed the longest one.
 Where cuts carry different amounts, ``d`` is the least transfer of all cuts, and what the chosen
 cuts take beyond it (``late_ns``) is added to the paths that cross them: to ``S`` and to both nested
@@ -77,9 +81,9 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
     nested = m * costs.work_ns
     ends = 0
     if rank < leaf.pp - 1:
-        nested = max(
-            nested, first.forward_ns + first.backward_ns + 2 * hop + first.late_ns + label.nested
-        )
+        round_trip = first.forward_ns + first.backward_ns + 2 * hop + first.late_ns
+        if not leaf.splits_backward:
+            nested = max(nested, round_trip + label.nested)
         ends = first.forward_ns + hop + first.late_on_ns + label.ends
     loops, rest = divmod(m - 1, k)
     trip = work + 2 * (k - 1) * hop

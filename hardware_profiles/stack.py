@@ -19,6 +19,10 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 """Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
 
 
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
+"""Orders of work of a pipeline; see ``cost_models.orders``."""
 StackRule = Literal[
     "interleaved_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
     "no_expert_parallelism", "no_experts", "no_experts_with_tp", "no_pipeline",
@@ -133,7 +137,7 @@ class StackSpec(Profile):
     launchable: bool = True
     """Whether it is a way out where another stack's plan does not fit: software that people start
     new runs on, not a past version and not a variant of another file."""
-    schedules: Annotated[tuple[Literal["gpipe", "1f1b", "interleaved"], ...], Field(min_length=1)]
+    schedules: Annotated[tuple[Schedule, ...], Field(min_length=1)]
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``, names of
     ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does
@@ -195,7 +199,7 @@ class StackSpec(Profile):
     forward of such a layer."""
     overlap_dp_gradients: bool
     overlap_dp_parameters: bool
-    blocking_transfers: tuple[Literal["gpipe", "1f1b", "interleaved"], ...]
+    blocking_transfers: tuple[Schedule, ...]
     """Schedules in which a pipeline rank waits for the transfer of each output and gradient before
     it goes on; in the others a transfer runs beside the rank's next pass."""
     scattered_transfers: bool = False

@@ -26,7 +26,7 @@ from planner.layouts import completion_of
 from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
 from planner.predict import predict, price, run_class
-from planner.recount import Mesh, impossible_layout, impossible_mesh, recompute_modes
+from planner.recount import SPLIT, Mesh, impossible_layout, impossible_mesh, recompute_modes
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import JobSpec
@@ -119,6 +119,12 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield reason
 
 
+def _stage(layout: Layout, rank: int, index: int) -> int:
+    """Virtual stage that a rank holds as its chunk ``index``: row by row, or there and back."""
+    back = layout.schedule in ("zbv", "dualpipev") and index == 1
+    return 2 * layout.pp - 1 - rank if back else index * layout.pp + rank
+
+
 def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
     per_stage = request.devices // layout.pp
     chunks = {}
@@ -131,7 +137,7 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
         if stage.activation_offload_layers != full * request.job.activation_offload:
             yield f"stage {rank}: activation_offload_layers is not what the job asks"
         for index, chunk in enumerate(stage.chunks):
-            chunks[index * layout.pp + rank] = chunk
+            chunks[_stage(layout, rank, index)] = chunk
     position = 0
     for j, chunk in sorted(chunks.items()):
         if chunk.layers[0] != position or chunk.layers[1] < position:
@@ -152,7 +158,7 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
     kinds = request.workload.layers
     for rank, stage in enumerate(layout.stages):
         counts: dict[tuple[str, str], int] = {}
-        for j in range(rank, layout.pp * layout.vpp, layout.pp):
+        for j in [_stage(layout, rank, index) for index in range(layout.vpp)]:
             mode, limit = completion.recompute[j]
             first, last = completion.bounds[j], completion.bounds[j + 1]
             upto = min(last, first + limit) if mode == "full" else last
@@ -163,6 +169,8 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
             yield f"stage {rank}: recompute {stated} is not what its layers make, {counts}"
     modes = {mode for mode, _ in completion.recompute}
     allowed = set(recompute_modes(request))
+    if layout.schedule in SPLIT:
+        allowed &= {"none", "full"}
     if not modes <= allowed:
         yield f"recompute modes {sorted(modes - allowed)} are not allowed"
 

@@ -18,7 +18,8 @@ class Pipelines(NamedTuple):
     pp: Int64
     vpp: Int64
     microbatches: Int64
-    gpipe: Bools
+    at_once: Bools
+    """Whether all forwards come before the first backward."""
 
 
 def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int64:
@@ -31,10 +32,10 @@ def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int
     for name, layers in Counter(request.workload.layers).items():
         for size in moved_bytes(request.workload.kinds[name], shard, None, modules).values():
             total = total + layers * size
-    pp, vpp, microbatches, gpipe = runs
+    pp, vpp, microbatches, at_once = runs
     # cost_models.schedule.live_peaks of rank 0.
     chunks = np.where(vpp == 1, pp, 2 * (pp - 1) + (vpp - 1) * pp + 1)
-    chunks = np.where(gpipe, microbatches, np.minimum(chunks, microbatches * vpp))
+    chunks = np.where(at_once, microbatches * vpp, np.minimum(chunks, microbatches * vpp))
     each = -(-total * chunks // (pp * vpp))
     result: Int64 = each * request.cluster.groups[0].node.devices_per_node
     return result

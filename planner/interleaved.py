@@ -1,4 +1,4 @@
-"""The completions of an interleaved leaf, all of its partitions at once.
+"""The completions of a leaf with several virtual stages per rank, all of its partitions at once.
 
 There are few partitions (equal virtual stages, lighter ends: ``cost_models.leaf``), so they are
 listed, priced as arrays, and the ones that may win handed out one by one.
@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.layout import V_SHAPED, Schedule
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
 from cost_models.schedule import live_peaks
@@ -100,9 +101,10 @@ def _by_time(leaf: Leaf, options: Iterable[Recompute]) -> list[tuple[Recompute, 
 
 
 @lru_cache(maxsize=16384)
-def _live(pp: int, vpp: int, microbatches: int, rank: int) -> Ints:
-    """Microbatches alive per chunk (rows) at each candidate for the peak (columns)."""
-    vectors = live_peaks("interleaved", pp, vpp, microbatches, rank)
+def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> Ints:
+    """Microbatches alive per chunk (rows; then those that wait for their weight gradients) at each
+    candidate for the peak (columns)."""
+    vectors = live_peaks(schedule, pp, vpp, microbatches, rank)
     return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
 
 
@@ -120,12 +122,12 @@ class _Table:
         self.backward = self._sum(self.held, Field.BACKWARD)
         if leaf.sends:
             sends = np.array(leaf.sends, dtype=np.int64)
-            self.forward[:, :-1] += sends[self.last[:, :-1], 0]
-            self.backward[:, 1:] += sends[self.first[:, 1:], 1]
+            cuts = [stage for stage in range(leaf.stages - 1) if leaf.sends_on(stage)]
+            behind = [stage + 1 for stage in cuts]
+            self.forward[:, cuts] += sends[self.last[:, cuts], 0]
+            self.backward[:, behind] += sends[self.first[:, behind], 1]
         gradient = self._sum(self.held, Field.GRADIENT)
-        if leaf.pp > 1:
-            gradient[:, 0] += leaf.tied_sync_ns
-            gradient[:, -1] += leaf.tied_sync_ns
+        gradient[:, [0, -1]] += leaf.tied_ns
         self.reduction = leaf.bucket_ns + self._by_rank(gradient).sum(axis=1)
         update = self._sum(self.held, Field.OPTIMIZER) + self._sum(self.held, Field.PARAMETER)
         self.update = self._by_rank(update).sum(axis=1).max(axis=1)
@@ -162,11 +164,14 @@ class _Table:
 
     def _by_rank(self, values: Ints) -> Ints:
         """Shape (partitions, chunks, ranks)."""
-        return values.reshape(len(values), self.leaf.vpp, self.leaf.pp)
+        result = values.reshape(len(values), self.leaf.vpp, self.leaf.pp)
+        if self.leaf.schedule in V_SHAPED:
+            return np.stack([result[:, 0], result[:, 1, ::-1]], axis=1)
+        return result
 
     def _surrogate(self, rows: Ints, backward: Ints) -> Ints:
         """Surrogates of partitions ``rows`` with the given backward times per virtual stage."""
-        leaf = self.leaf
+        leaf, split = self.leaf, self.leaf.splits_backward
         forward, backward = self._by_rank(self.forward[rows]), self._by_rank(backward)
         reduction = self.reduction[rows].T
         work = leaf.microbatches * (forward + backward).sum(axis=1).T
@@ -175,7 +180,7 @@ class _Table:
         nested = work[-1]
         ends = nested + reduction[-1]
         for rank in reversed(range(leaf.pp - 1)):
-            nested = np.maximum(work[rank], both[rank] + nested)
+            nested = work[rank] if split else np.maximum(work[rank], both[rank] + nested)
             ends = np.maximum(out[rank] + ends, nested + reduction[rank])
         result: Ints = ends + self.update[rows] + leaf.sync_ns
         return result
@@ -219,12 +224,16 @@ class _Table:
         short_lived = self._by_rank(working).max(axis=1)
         last = self._by_rank(draining).max(axis=1)
         alive = self._by_rank(activation)
+        if leaf.splits_backward:
+            deferred = self._sum(held, Field.DEFERRED)
+            deferred[:, 0] = 0
+            alive = np.concatenate([alive, self._by_rank(deferred)], axis=1)
         ok = np.ones(len(held), dtype=bool)
         for rank in range(leaf.pp):
-            vectors = _live(leaf.pp, leaf.vpp, leaf.microbatches, rank)
+            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
             most = (alive[:, :, rank] @ vectors).max(axis=1)
             lively = most + short_lived[:, rank]
-            if leaf.microbatches > 1:
+            if leaf.microbatches > 1 or leaf.splits_backward:
                 peak = made[:, rank] + np.maximum(lively, step[:, rank])
             else:
                 peak = np.maximum(lively, made[:, rank] + np.maximum(last, step)[:, rank])

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cost_models.configs import Configs
 from cost_models.cp_kinds import cp_kind_code
-from cost_models.layout import RecomputeMode
+from cost_models.layout import (
+    CHUNKED,
+    IN_ROUNDS,
+    SPLIT_BACKWARD,
+    V_SHAPED,
+    RecomputeMode,
+    Schedule,
+    stage_of,
+)
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
+from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
@@ -37,11 +46,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     degree = _degrees(base, request)
     vpp = degree["vpp"]
     schedule = base.setdefault("schedule", "interleaved" if vpp > 1 else "1f1b")
-    if (schedule == "interleaved") != (vpp > 1):
-        raise InputError(
-            f"schedule {schedule} with vpp = {vpp}: interleaving is what vpp > 1 means"
-        )
-    _require_whole_groups(schedule, degree)
+    _require_runnable(schedule, degree)
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
         base.setdefault(key, constant)
@@ -63,8 +68,11 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     base |= degree
     layout = _validated(base)
     if layout.stages:
+        modes = [part.mode for stage in layout.stages for part in stage.recompute]
+        _require_possible(layout.schedule, modes)
         return layout
     recompute = named_policy(recompute, request.stack).name
+    _require_possible(layout.schedule, [recompute])
     count = int(limit) if limit is not None else request.model.layer_count
     mode: Recompute = (recompute, count if recompute == "full" else 0)
     bounds = even_bounds(request, degree["pp"], vpp)
@@ -101,15 +109,37 @@ def _require_numbers(raw: Mapping[str, Any]) -> None:
         raise InputError(f"layout: recompute_layers = {limit!r} is not a whole number")
 
 
-def _require_whole_groups(schedule: str, degree: Mapping[str, int]) -> None:
-    """Interleaved 1F1B takes turns between chunks after every ``pp`` microbatches: a last group of
-    fewer waits for forwards that come later in its own order."""
-    pp, microbatches = degree["pp"], degree["num_microbatches"]
-    if schedule == "interleaved" and microbatches % pp:
+def _require_runnable(schedule: Schedule, degree: Mapping[str, int]) -> None:
+    """Refuse what has no order of work: a schedule with too few or too many chunks, or a last round
+    of fewer microbatches, which waits for forwards that come later in its own order."""
+    pp, vpp, microbatches = degree["pp"], degree["vpp"], degree["num_microbatches"]
+    if (schedule in CHUNKED) != (vpp > 1):
         raise InputError(
-            f"interleaved 1F1B needs a multiple of pp = {pp} microbatches; {microbatches} = "
-            f"{microbatches // pp} x {pp} + {microbatches % pp}",
+            f"schedule {schedule} with vpp = {vpp}: virtual stages are what interleaving means",
+            hint="--vpp 2 for these schedules: " + ", ".join(CHUNKED),
+        )
+    if schedule in V_SHAPED and vpp != 2:
+        raise InputError(
+            f"schedule {schedule} with vpp = {vpp}: a V has two virtual stages per rank",
+            hint="--vpp 2",
+        )
+    rounds = max(1, microbatches // pp)
+    if schedule in IN_ROUNDS and microbatches % rounds:
+        raise InputError(
+            f"interleaving takes equal rounds of at least pp = {pp} microbatches; {microbatches} = "
+            f"{rounds} x {microbatches // rounds} + {microbatches % rounds}",
             hint="vpp 1, another microbatch_size, or another dp",
+        )
+
+
+def _require_possible(schedule: Schedule, modes: Iterable[RecomputeMode]) -> None:
+    """Refuse recomputation that a split backward cannot run."""
+    wrong = sorted(set(modes) - set(SPLIT_MODES)) if schedule in SPLIT_BACKWARD else []
+    if wrong:
+        raise InputError(
+            f"schedule {schedule} with recompute {wrong[0]}: its two backward passes go through a "
+            "layer twice, which a save list does not allow",
+            hint="--recompute none or full, or another schedule",
         )
 
 
@@ -235,7 +265,7 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
         chunks = []
         counts: dict[str, int] = {}
         mode: RecomputeMode = "none"
-        for j in range(rank, pp * vpp, pp):
+        for j in [stage_of(base["schedule"], pp, rank, chunk) for chunk in range(vpp)]:
             first, last = completion.bounds[j], completion.bounds[j + 1]
             chunks.append(
                 Chunk(
@@ -279,7 +309,7 @@ def completion_of(layout: Layout, request: Request) -> Completion:
     for rank, stage in enumerate(layout.stages):
         mode = _stage_mode(stage)
         for index, chunk in enumerate(stage.chunks):
-            j = index * layout.pp + rank
+            j = stage_of(layout.schedule, layout.pp, rank, index)
             bounds[j + 1] = chunk.layers[1]
             modes[j] = mode
     if bounds[-1] != request.model.layer_count:

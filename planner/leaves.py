@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from cost_models.leaf import Completion, Leaf, Recompute, peaks, simulate_step, stage_costs
+from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.interleaved import interleaved_candidates
 from planner.program import (
@@ -135,6 +136,8 @@ class Opening:
 
         ``per_stage`` says whether the ranks may differ in their recomputation.
         """
+        if self.leaf.splits_backward:
+            options = tuple(option for option in options if option[0] in SPLIT_MODES)
         if self.leaf.vpp > 1:
             return self._interleaved(options)
         return self._chain(options, per_stage=per_stage)

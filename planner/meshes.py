@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.graph import Bools, Int64
-from cost_models.layout import Schedule
 
 COLUMNS = ("tp", "sp", "cp", "cp_kind", "pp", "ep", "etp", "microbatch", "dp")
-SCHEDULE_NAMES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Layouts:
     dp_shard: Int64
     zero_stage: Int64
     schedule: Int64
-    """Index into :data:`SCHEDULE_NAMES`."""
+    """Index into ``cost_models.layout.SCHEDULES``."""
     vpp: Int64
 
     def __len__(self) -> int:

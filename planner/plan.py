@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hardware_profiles.stack import Schedule
+
 SCHEMA_VERSION: Final = "1.0"
 SIGNIFICANT_DIGITS = 9
 
@@ -74,7 +76,7 @@ class Layout(Document):
     num_microbatches: Annotated[int, Field(ge=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     reshard_after_forward: bool | int = False
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: Schedule = "1f1b"
     rank_order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     optimizer_offload: bool = False
     parameter_offload: bool = False

@@ -13,6 +13,7 @@ import numpy as np
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
+from cost_models.layout import ALL_AT_ONCE, stage_of
 from cost_models.leaf import (
     Completion,
     sent_ns,
@@ -157,7 +158,7 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     crossing += 2 * moved * layout.num_microbatches
     runs = Pipelines(
         np.array([layout.pp]), np.array([layout.vpp]), np.array([layout.num_microbatches]),
-        np.array([layout.schedule == "gpipe"]),
+        np.array([layout.schedule in ALL_AT_ONCE]),
     )  # fmt: skip
     shard = shard_of(request.workload, priced.tables.configs)
     held += int(input_bytes_per_node(request, shard, runs)[0])
@@ -278,7 +279,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
 
     times = {name: priced_alone(workload.kinds[name]) for name in names}
     parts: list[tuple[LayerTimes, int, tuple[int, ...]]] = []
-    own_stages = range(rank, leaf.stages, leaf.pp)
+    own_stages = [stage_of(leaf.schedule, leaf.pp, rank, chunk) for chunk in range(leaf.vpp)]
     for j in own_stages:
         first, last = completion.bounds[j], completion.bounds[j + 1]
         for index, name in enumerate(names):
@@ -303,14 +304,14 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         work += (row[Field.FORWARD] + row[Field.BACKWARD]) * count
     sent = sum(sum(sent_ns(leaf, j, *completion.bounds[j : j + 2])) for j in own_stages)
     totals["pp_comm"] = sent
-    totals["recompute"] = priced.ranks[rank].work_ns - work - sent
-    m = leaf.microbatches
+    m, busy = leaf.microbatches, step.timeline.busy_ns[rank]
+    # All else that the rank computes; a split backward may run a forward more than once again.
+    totals["recompute"] = busy // m - work - sent
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])
         for name, ns in totals.items()
         if ns
     ]
-    busy = step.timeline.busy_ns[rank]
     for name, ns, detail in (
         (
             "pipeline_idle",

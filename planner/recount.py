@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cost_models.layout import RecomputeMode
+from cost_models.layout import SCHEDULES, RecomputeMode
 from hardware_profiles.schema import StackSpec
 from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity
 from planner.models.spec import (
@@ -51,6 +51,10 @@ class Mesh:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
+"""Schedules that split the backward: they recompute whole layers or nothing."""
 
 
 def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
@@ -213,8 +217,12 @@ def impossible_layout(
     stages = mesh.pp * vpp
     if mesh.pp > 1 and schedule not in stack.schedules:
         return f"the stack has no schedule {schedule}"
-    if (vpp > 1) != (schedule == "interleaved"):
+    if (vpp > 1) != (schedule not in ("gpipe", "1f1b")):
         return "interleaving is what vpp > 1 means"
+    if schedule in ("zbv", "dualpipev") and vpp != 2:
+        return "a V has two virtual stages per rank"
+    if schedule == "dualpipev" and m < stages:
+        return "DualPipeV needs two microbatches per stage of the pipeline"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
     job = request.job
@@ -238,9 +246,12 @@ def impossible_layout(
             return "the hosts do not hold what is offloaded"
     if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:
         return "sharding over one rank is ZeRO stage 0"
-    if schedule == "interleaved":
+    if schedule in ("interleaved", "interleaved_zero_bubble"):
         if "interleaved_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
             return "interleaving needs a multiple of pp microbatches"
+        if m > mesh.pp and m % (m // mesh.pp):
+            return "interleaving needs equal rounds of microbatches"
+    if vpp > 1:
         height = -(-layers // stages)
         if stages * height - layers > (2 * height if stack.uneven_stages else 0):
             return "no even split into virtual stages"
@@ -272,16 +283,19 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
     pipelines = [("1f1b", 1)] if mesh.pp == 1 else []
     if mesh.pp > 1:
         most = (layers + 2) // mesh.pp if stack.uneven_stages else layers // mesh.pp
-        pipelines += [(name, 1) for name in stack.schedules if name != "interleaved"]
-        if "interleaved" in stack.schedules:
-            pipelines += [("interleaved", v) for v in range(2, most + 1)]
-    codes = {"gpipe": 0, "1f1b": 1, "interleaved": 2}
+        pipelines += [(name, 1) for name in stack.schedules if name in ("gpipe", "1f1b")]
+        pipelines += [
+            (name, v)
+            for name in stack.schedules
+            for v in range(2, most + 1)
+            if name not in ("gpipe", "1f1b")
+        ]
     for zero in stack.zero_stages:
         shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
         for shard in shards if zero else [1]:
             for schedule, vpp in pipelines:
                 if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
-                    yield mesh.dp // shard, shard, zero, codes[schedule], vpp
+                    yield mesh.dp // shard, shard, zero, SCHEDULES.index(schedule), vpp
 
 
 def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int], request: Request) -> bool:
@@ -292,12 +306,11 @@ def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int], request: Request) 
         "microbatch_size": mesh.mbs, "dp_replicate": entry[0], "dp_shard": entry[1],
         "zero_stage": entry[2], "vpp": entry[4],
     }  # fmt: skip
-    names = ("gpipe", "1f1b", "interleaved")
     schedule, sp = limits.schedule, limits.sequence_parallel
     return (
         all(values[name] == value for name, value in limits.fix.items())
         and all(values[name] <= value for name, value in limits.max.items())
         and all(values[n] <= (0 if n == "zero_stage" else 1) for n in limits.forbid)
-        and (schedule is None or mesh.pp == 1 or names[entry[3]] == schedule)
+        and (schedule is None or mesh.pp == 1 or SCHEDULES[entry[3]] == schedule)
         and (sp is None or mesh.tp == 1 or mesh.sp == sp)
     )

@@ -36,7 +36,7 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int], request: Request) -> int:
         for tensor in workload.kinds[name].saved(shard):
             if tensor.input_of in modules:
                 layer_bytes += int(np.broadcast_to(tensor.bytes, (1,))[0])
-    alive = {"gpipe": m, "1f1b": min(m, mesh.pp)}.get(schedule)
+    alive = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}.get(schedule)
     if alive is None:
         alive = min(m * vpp, (vpp + 1) * mesh.pp - 1)
     held = -(-layer_bytes * alive // (mesh.pp * vpp))

@@ -37,7 +37,7 @@ from cost_models.surrogate import (
     least_work,
     surrogate_ns,
 )
-from planner.recount import every_layout, every_mesh, recompute_modes, wanted
+from planner.recount import SPLIT, every_layout, every_mesh, recompute_modes, wanted
 from planner.request import Request
 
 BATCH = 20_000
@@ -111,6 +111,8 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
             options += [("full", count) for count in counts]
         else:
             options.append((mode, 0))
+    if leaf.schedule in SPLIT:
+        options = [option for option in options if option[0] in ("none", "full")]
     if leaf.vpp > 1:
         return _better_interleaved(leaf, least, options)
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]

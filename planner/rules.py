@@ -12,6 +12,7 @@ import numpy as np
 
 from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
+from cost_models.layout import ALL_AT_ONCE, CHUNKED, IN_ROUNDS, SCHEDULES, codes_of
 from hardware_profiles.stack import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
@@ -24,7 +25,7 @@ from planner.hosting import (
     host_capacity,
     overfilled,
 )  # fmt: skip
-from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
+from planner.meshes import Layouts, Meshes
 from planner.plan import Layout
 from planner.request import Request
 
@@ -170,7 +171,7 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
 
 def layout_rules(request: Request) -> Iterator[LayoutRule]:
     """Reasons why a layout cannot run. Meshes are already gathered to the layouts' length."""
-    stack, batch = request.stack, request.global_batch
+    stack = request.stack
     label = f"{stack.name} {stack.version}"
     yield (
         "ep x etp does not divide dp_shard x cp x tp",
@@ -185,17 +186,10 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         "sharding over one rank is ZeRO stage 0",
         lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in stack.zero_stages),
     )
-    interleaved = SCHEDULE_NAMES.index("interleaved")
-    if "interleaved_needs_multiple_of_pp" in stack.rules:
-        yield (
-            f"{label}: interleaving needs a multiple of pp microbatches",
-            lambda m, x: (
-                (x.schedule == interleaved) & ((batch // (m.dp * m.microbatch)) % m.pp != 0)
-            ),
-        )
+    yield from _microbatch_rules(request)
     yield (
         "no even split into virtual stages, the first and last lighter at most",
-        lambda m, x: (x.schedule == interleaved) & ~_even_enough(request, m.pp * x.vpp),
+        lambda m, x: np.isin(x.schedule, codes_of(CHUNKED)) & ~_even_enough(request, m.pp * x.vpp),
     )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
@@ -237,6 +231,34 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         )
 
 
+def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
+    """Numbers of microbatches that a schedule cannot run."""
+    stack, batch = request.stack, request.global_batch
+
+    def count(m: Meshes) -> Int64:
+        result: Int64 = np.maximum(batch // (m.dp * m.microbatch), 1)
+        return result
+
+    if "interleaved_needs_multiple_of_pp" in stack.rules:
+        yield (
+            f"{stack.name} {stack.version}: interleaving needs a multiple of pp microbatches",
+            lambda m, x: np.isin(x.schedule, codes_of(IN_ROUNDS)) & (count(m) % m.pp != 0),
+        )
+    else:
+        yield (
+            "interleaving needs equal rounds of at least pp microbatches",
+            lambda m, x: (
+                np.isin(x.schedule, codes_of(IN_ROUNDS))
+                & (count(m) % np.maximum(count(m) // m.pp, 1) != 0)
+            ),
+        )
+    if "dualpipev" in stack.schedules:
+        yield (
+            "DualPipeV needs two microbatches per pipeline stage",
+            lambda m, x: np.isin(x.schedule, codes_of(("dualpipev",))) & (count(m) < 2 * m.pp),
+        )
+
+
 def _host_rules(request: Request) -> Iterator[LayoutRule]:
     """What the hosts cannot hold."""
     if not request.machine.offload.anything:
@@ -271,8 +293,8 @@ def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts) -> Int64:
         sequence_parallel=m.sp.astype(bool), cp_kind=m.cp_kind,
     )  # fmt: skip
     microbatches = request.global_batch // (m.dp * m.microbatch)
-    gpipe = x.schedule == SCHEDULE_NAMES.index("gpipe")
-    return input_bytes_per_node(request, shard, Pipelines(m.pp, x.vpp, microbatches, gpipe))
+    at_once = np.isin(x.schedule, codes_of(ALL_AT_ONCE))
+    return input_bytes_per_node(request, shard, Pipelines(m.pp, x.vpp, microbatches, at_once))
 
 
 def _even_enough(request: Request, stages: Int64) -> Bools:
@@ -306,7 +328,7 @@ def check_layout(request: Request, layout: Layout) -> None:
             raise InputError(f"layout {_brief(layout)}: {reason}")
     layouts = Layouts(
         mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
-        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULE_NAMES.index(layout.schedule)),
+        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULES.index(layout.schedule)),
         vpp=one(layout.vpp),
     )  # fmt: skip
     if layout.zero_stage not in request.stack.zero_stages:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cost_models.cp_kinds import cp_kind_of
+from cost_models.layout import SCHEDULES
 from cost_models.leaf import Leaf
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
-from planner.meshes import SCHEDULE_NAMES, Meshes
+from planner.meshes import Meshes
 from planner.program import UNLIMITED
 from planner.request import Request
 from planner.space import build_space, expand, layout_rules
@@ -276,5 +277,5 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -
         "num_microbatches": leaf.microbatches,
         "zero_stage": zero,
         "reshard_after_forward": request.resharding(zero),
-        "schedule": SCHEDULE_NAMES[int(own.schedule[index])],
+        "schedule": SCHEDULES[int(own.schedule[index])],
     }

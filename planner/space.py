@@ -20,10 +20,10 @@ import numpy as np
 
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Bools, Int64
-from cost_models.layout import RecomputeMode, Schedule
+from cost_models.layout import CHUNKED, SCHEDULES, V_SHAPED, RecomputeMode, Schedule
 from planner import rules
 from planner.blocks.registry import model_splits
-from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes, joined
+from planner.meshes import Layouts, Meshes, joined
 from planner.request import Request
 from planner.rules import LayoutRule, Rule
 
@@ -50,12 +50,13 @@ def virtual_stage_options(request: Request, pp: int) -> tuple[tuple[Schedule, in
         return (("1f1b", 1),)
     options: list[tuple[Schedule, int]] = []
     for schedule in request.stack.schedules:
-        if schedule != "interleaved":
+        if schedule not in CHUNKED:
             options.append((schedule, 1))
             continue
         layers = request.model.layer_count
         most = (layers + 2) // pp if request.stack.uneven_stages else layers // pp
-        options += (("interleaved", vpp) for vpp in range(2, most + 1))
+        most = min(most, 2) if schedule in V_SHAPED else most
+        options += ((schedule, vpp) for vpp in range(2, most + 1))
     return tuple(options)
 
 
@@ -205,7 +206,7 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
             data[dp] = np.array(data_parallel_options(request, dp), dtype=np.int64)
         if pp not in stages:
             stages[pp] = np.array(
-                [(SCHEDULE_NAMES.index(s), v) for s, v in virtual_stage_options(request, pp)],
+                [(SCHEDULES.index(s), v) for s, v in virtual_stage_options(request, pp)],
                 dtype=np.int64,
             ).reshape(-1, 2)
         index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp))
@@ -233,7 +234,7 @@ def _layout_constraint_rules(request: Request) -> Iterator[LayoutRule]:
         for reason, broken in degree_limits(limits.fix, limits.max, limits.forbid, name):
             yield reason, _on_layout(name, broken)
     if limits.schedule is not None:
-        wanted = SCHEDULE_NAMES.index(limits.schedule)
+        wanted = SCHEDULES.index(limits.schedule)
         yield (
             f"asked for schedule {limits.schedule}",
             lambda m, x: (m.pp > 1) & (x.schedule != wanted),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hardware_profiles.stack import Schedule
 from planner.models.spec import Positive, Spec
 
 DEGREES = (
@@ -32,7 +33,7 @@ class ConstraintSpec(Spec):
     fix: dict[str, int] = Field(default_factory=dict)
     max: dict[str, int] = Field(default_factory=dict)
     forbid: tuple[str, ...] = ()
-    schedule: Literal["gpipe", "1f1b", "interleaved"] | None = None
+    schedule: Schedule | None = None
     recompute: str | None = None
     """Allow this mode only: ``none``, ``selective``, ``full`` or modules of the stack joined by
     ``+``."""

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of, unique_rows
 from cost_models.graph import Int64
+from cost_models.layout import SCHEDULES, SPLIT_BACKWARD
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import mode_rows
 from cost_models.relaxation import Relaxation, layer_counts, model_sum
 from cost_models.step import Field
 from cost_models.transfers import hop_ns
-from planner.meshes import SCHEDULE_NAMES, Layouts, Meshes
+from planner.meshes import Layouts, Meshes
 from planner.request import Request
 from planner.space import recompute_modes
 
@@ -56,8 +57,8 @@ def configs_of_meshes(
 def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     """Lower bound in ns on every layout of each mesh; infinity where none can fit.
 
-    Compute and in-layer communication only, without recomputation; the least of plain and
-    interleaved 1F1B (and GPipe), with as many virtual stages as there are layers. Memory: what no
+    Compute and in-layer communication only, without recomputation; the least of 1F1B and what the
+    stack's other schedules reach, with as many virtual stages as there are layers. Memory: what no
     sharding removes, averaged over stages, with one microbatch's boundaries alive.
     """
     # Meshes are many and their shards few: price the shards, on one data-parallel rank each. A
@@ -90,13 +91,17 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         work, zero, zero, zero, zero, zero, zero, zero, hop, zero, zero, send, zero
     )
     least = bounds.step_bound(ones, shape, totals)
-    if "interleaved" in request.stack.schedules or "gpipe" in request.stack.schedules:
+    if set(request.stack.schedules) - {"1f1b"}:
         # No schedule beats a rank's share of the work after the least fill (virtual stages of one
-        # layer: cost_models.bounds.interleaved), nor one microbatch's latency.
-        fill = layer * (meshes.pp - 1) * (meshes.pp - 2) / 2 / meshes.pp
-        latency = work + 2 * (meshes.pp - 1) * (hop + send)
+        # layer: cost_models.bounds.interleaved), nor one microbatch's latency; of both, only the
+        # share holds where gradients of weights fill the gaps.
         busy = work + 2 * (meshes.pp - 1) * send
-        relaxed = np.maximum(m * busy / meshes.pp + fill, latency) * bounds.SAFETY
+        relaxed = m * busy / meshes.pp
+        if set(request.stack.schedules).isdisjoint(SPLIT_BACKWARD):
+            fill = layer * (meshes.pp - 1) * (meshes.pp - 2) / 2 / meshes.pp
+            latency = work + 2 * (meshes.pp - 1) * (hop + send)
+            relaxed = np.maximum(relaxed + fill, latency)
+        relaxed = relaxed * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
     held = _least_state(request, parameters, meshes, m) + kept
     room = meshes.pp.astype(np.float64) * (request.usable_bytes - fixed)
@@ -175,7 +180,7 @@ class PricedLayouts:
         per_step = int(self.meshes.dp[mesh] * self.meshes.microbatch[mesh])
         return self.tables.leaf(
             int(self.config[index]),
-            schedule=SCHEDULE_NAMES[int(self.layouts.schedule[index])],
+            schedule=SCHEDULES[int(self.layouts.schedule[index])],
             vpp=int(self.layouts.vpp[index]),
             microbatches=self.request.global_batch // per_step,
             uneven=self.request.stack.uneven_stages,

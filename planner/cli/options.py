@@ -15,6 +15,7 @@ from planner.errors import InputError, did_you_mean
 
 Command: TypeAlias = Callable[..., None]
 
+SCHEDULE_HELP = "gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble, zbv or dualpipev."
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
     "zero_stage",
@@ -95,9 +96,7 @@ Forbid = Annotated[
     list[str] | None,
     typer.Option("--forbid", metavar="DEGREE", help="Keep a degree at 1. Repeatable."),
 ]
-ScheduleOnly = Annotated[
-    str | None, typer.Option("--schedule", metavar="NAME", help="gpipe, 1f1b or interleaved.")
-]
+ScheduleOnly = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help=SCHEDULE_HELP)]
 RecomputeOnly = Annotated[
     str | None,
     typer.Option(

@@ -172,8 +172,8 @@ def _pipeline_is_inside(layout: Layout) -> bool:
 
 def _layout_problems(layout: Layout) -> list[str]:
     problems = []
-    if layout.pp > 1 and layout.schedule == "gpipe":
-        problems.append("the GPipe schedule")
+    if layout.pp > 1 and layout.schedule not in ("1f1b", "interleaved"):
+        problems.append(f"the schedule {layout.schedule}")
     inner = [name for name in layout.rank_order if name not in ("pp", "dp_replicate")]
     if inner and inner != ["tp", "cp", "dp_shard"]:
         problems.append(f"rank order {', '.join(layout.rank_order)}")

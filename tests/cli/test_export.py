@@ -177,7 +177,7 @@ def test_hierarchical_context_parallelism_says_both_sizes() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schedule": "gpipe"}, "the GPipe schedule"),
+        ({"schedule": "gpipe"}, "the schedule gpipe"),
         ({"rank_order": ("dp_shard", "tp", "cp", "pp")}, "rank order dp_shard, tp, cp, pp"),
     ],
 )

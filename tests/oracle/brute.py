@@ -29,7 +29,7 @@ from tests.oracle.layouts import (
     partitions,
     recompute_choices,
 )
-from tests.oracle.timeline import finish_times, most_live_bytes
+from tests.oracle.timeline import LIGHT, SPLIT, finish_times, held, homes, most_live_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,10 @@ class Chunk:
     working: int
     draining: int
     step: int
+    inputs: int
+    """Of a backward in two halves, the first; then the second, and what waits for it."""
+    weights: int
+    waiting: int
 
 
 @dataclass
@@ -166,7 +170,7 @@ def sum_chunk(
         return prices.chunks[key]
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
-    draining = sent = behind = cached = 0
+    draining = sent = behind = cached = weights = waiting = repeats = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -175,6 +179,9 @@ def sum_chunk(
             kept, short, more = row[start_of : start_of + 3]
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD] + more
+        weights += row[Field.WEIGHT_BACKWARD]
+        waiting += row[Field.DEFERRED]
+        repeats += more * row[Field.WEIGHT_GROUPS]
         gradient += row[Field.GRADIENT]
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
@@ -209,9 +216,14 @@ def sum_chunk(
         short = prices.embedding[Field.WORK_NONE]
         draining = max(draining, prices.embedding[Field.ACT_NONE] + short)
         working = max(working, short - activation)
+        weights, waiting, repeats = backward, 0, 0
+    elif end:
+        weights += prices.head[Field.WEIGHT_BACKWARD]
+        waiting += prices.head[Field.DEFERRED]
     chunk = Chunk(
-        forward, backward, gradient, update, static, made, activation, working, draining, step
-    )
+        forward, backward, gradient, update, static, made, activation, working, draining, step,
+        backward - weights, weights + repeats, waiting,
+    )  # fmt: skip
     prices.chunks[key] = chunk
     return chunk
 
@@ -221,15 +233,20 @@ def chunks_of(
 ) -> list[Chunk]:
     """All virtual stages, in order; ``options`` per rank."""
     chunks, first, stages = [], 0, x.pp * x.vpp
+    home = homes(x.schedule, x.pp, x.vpp)
     for j, size in enumerate(sizes):
         start, end = j == 0, j == stages - 1
-        chunk = sum_chunk(prices, start, end, x.pp > 1, first, size, options[j % x.pp])
+        many = home[0] != home[-1]
+        chunk = sum_chunk(prices, start, end, many, first, size, options[home[j]])
         if x.schedule in prices.waiting:
-            # Sending is the rank's work: the output but on the last stage, the input's gradient
-            # but on the first.
-            on = 0 if end else transfer(prices, first + size)[0]
-            back = 0 if start else transfer(prices, first)[1]
-            chunk = replace(chunk, forward=chunk.forward + on, backward=chunk.backward + back)
+            # Sending is the rank's work: the output and the input's gradient, to other ranks.
+            stays, stayed = (end or home[j + 1] == home[j]), (start or home[j - 1] == home[j])
+            on = 0 if stays else transfer(prices, first + size)[0]
+            back = 0 if stayed else transfer(prices, first)[1]
+            halves = {"inputs": chunk.inputs + back} if j else {"weights": chunk.weights + back}
+            chunk = replace(
+                chunk, forward=chunk.forward + on, backward=chunk.backward + back, **halves
+            )
         chunks.append(chunk)
         first += size
     return chunks
@@ -243,13 +260,18 @@ def transfer(prices: Prices, cut: int) -> tuple[int, int]:
 
 def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]) -> int:
     """Peak bytes of a device of ``rank``."""
-    live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, [c.activation for c in own])
+    split = x.schedule in SPLIT
+    sizes = [c.activation for c in own] + [c.waiting for c in own if split]
+    live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes)
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
-    for j in range(rank, x.pp * x.vpp, x.pp):
-        static += m * prices.receive * ((j > 0) + (j < x.pp * x.vpp - 1))
-    moments = [live + max(c.working for c in own) + (made if m > 1 else 0)]
+    home = homes(x.schedule, x.pp, x.vpp)
+    for j in held(x.schedule, x.pp, x.vpp, rank):
+        beside = home[max(j - 1, 0) : j] + home[j + 1 : j + 2]
+        static += m * prices.receive * sum(other != rank for other in beside)
+    # A split backward keeps all activations until the last gradient of weights is there.
+    moments = [live + max(c.working for c in own) + (made if m > 1 or split else 0)]
     moments.append(made + sum(c.step for c in own))
-    if m == 1:
+    if m == 1 and not split:
         moments.append(made + max(c.draining for c in own))
     return static + max(moments)
 
@@ -265,15 +287,13 @@ def step_time(
     prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk], sizes: Sequence[int]
 ) -> int:
     """The step: pipeline and exposed reduction, then the update behind the norm's barrier."""
-    durations = [time for c in chunks for time in (c.forward, c.backward)]
+    durations = [t for c in chunks for t in (c.forward, c.backward, c.inputs, c.weights)]
+    own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, r)] for r in range(x.pp)]
     ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops_of(prices, x, sizes))
     reduced = max(
-        end + prices.bucket + sum(c.gradient for c in chunks[rank :: x.pp])
-        for rank, end in enumerate(ends)
+        end + prices.bucket + sum(c.gradient for c in own[rank]) for rank, end in enumerate(ends)
     )
-    return (
-        reduced + max(sum(c.update for c in chunks[r :: x.pp]) for r in range(x.pp)) + prices.sync
-    )
+    return reduced + max(sum(c.update for c in each) for each in own) + prices.sync
 
 
 def work_per_rank(request: Request, x: Layout, prices: Prices) -> float:
@@ -324,12 +344,14 @@ class BruteForce:
         for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
             height = max(sizes)
             useful = [o for o in self.choices if o[1] <= height or o == self.choices[-1]]
+            if x.schedule in SPLIT:
+                useful = [o for o in useful if o[0] in LIGHT]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if option[0] != "full" or option[1] >= height:
                         self._uniform(x, prices, m, sizes, option)
-            # The interleaved schedule has one option for all, whatever the stack allows.
-            if stack.recompute_per_stage and x.schedule != "interleaved":
+            # Ranks of several chunks have one option for all, whatever the stack allows.
+            if stack.recompute_per_stage and x.vpp == 1:
                 for options in product(useful, repeat=x.pp):
                     self._completion(x, prices, m, sizes, options)
             else:
@@ -359,7 +381,7 @@ class BruteForce:
         """The step's time where it fits and is below ``best``."""
         chunks = chunks_of(prices, x, sizes, options)
         for rank in range(x.pp):
-            own = chunks[rank :: x.pp]
+            own = [chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)]
             if best is not None and m * sum(c.forward + c.backward for c in own) >= best:
                 return None
             if rank_peak(prices, x, m, rank, own) > prices.capacity:

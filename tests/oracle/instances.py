@@ -13,6 +13,7 @@ from math import ceil
 from random import Random
 from typing import Any
 
+from cost_models.layout import SCHEDULES
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import (
     ClusterSpec,
@@ -36,6 +37,7 @@ from planner.request import Request
 from planner.specs import ConstraintSpec, JobSpec
 from tests.oracle.brute import Prices, chunks_of, price_all, rank_peak, work_per_rank
 from tests.oracle.layouts import Layout, Option, every_layout, partitions, recompute_choices
+from tests.oracle.timeline import held
 
 MOST_WORK = 14_000
 """Completions of an instance at most (layouts x partitions x recompute options)."""
@@ -188,6 +190,10 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         moved = {"weight_wire_bytes_per_64": 65, "gradient_wire_bytes_per_64": 33}
         moved = own.choice((moved, {"hierarchical_gathers": True}))
         changes["layers"] = stack.layers.model_copy(update=moved)
+    if own.random() < 0.5:
+        known = changes.get("schedules", stack.schedules)
+        more = [name for name in SCHEDULES if name not in known and own.random() < 0.5]
+        changes["schedules"] = (*known, *more)
     return stack.model_copy(update=changes)
 
 
@@ -245,7 +251,7 @@ def _work(request: Request, layouts: list[Layout]) -> int:
     total = 0
     for x in layouts:
         count = len(_sizes(request, x))
-        free = request.stack.recompute_per_stage and x.schedule != "interleaved"
+        free = request.stack.recompute_per_stage and x.vpp == 1
         total += count * (options**x.pp if free else options)
     return total
 
@@ -258,7 +264,8 @@ def _needs(request: Request, x: Layout, prices: Prices, sizes: list[int], option
     """Bytes that the fullest device needs."""
     m = request.global_batch // (x.dp * x.microbatch)
     chunks = chunks_of(prices, x, sizes, (option,) * x.pp)
-    return max(rank_peak(prices, x, m, rank, chunks[rank :: x.pp]) for rank in range(x.pp))
+    own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)] for rank in range(x.pp)]
+    return max(rank_peak(prices, x, m, rank, each) for rank, each in enumerate(own))
 
 
 def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | None:

@@ -110,12 +110,13 @@ def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
         yield "1f1b", 1
         return
     for schedule in request.stack.schedules:
-        if schedule != "interleaved":
+        if schedule in ("gpipe", "1f1b"):
             yield schedule, 1
         else:
-            # Every virtual stage but the first and the last holds a layer.
+            # Every virtual stage but the first and the last holds a layer; a V has two per rank.
             for vpp in range(2, request.model.layer_count + 3):
-                if pp * vpp <= request.model.layer_count + 2:
+                on_v = schedule in ("zbv", "dualpipev")
+                if pp * vpp <= request.model.layer_count + 2 and not (on_v and vpp > 2):
                     yield schedule, vpp
 
 
@@ -177,7 +178,12 @@ def runs(request: Request, x: Layout) -> bool:
     if not partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
         return False
     rules = set(stack.rules)
-    if "interleaved_needs_multiple_of_pp" in rules and x.schedule == "interleaved" and m % x.pp:
+    if x.schedule.startswith("interleaved"):
+        if "interleaved_needs_multiple_of_pp" in rules and m % x.pp:
+            return False
+        if m % (m // x.pp or 1):
+            return False
+    if x.schedule == "dualpipev" and m < 2 * x.pp:
         return False
     if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
         return False
@@ -237,7 +243,7 @@ def partitions(layers: int, schedule: str, pp: int, vpp: int, uneven: bool) -> l
         return [[layers // stages] * stages]
     if stages == 1:
         return [[layers]]
-    if schedule == "interleaved":
+    if schedule not in ("gpipe", "1f1b"):
         found = []
         for height in range(1, layers + 1):
             for first in range(height + 1):

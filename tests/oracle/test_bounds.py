@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from cost_models.layout import SCHEDULES
 from planner.request import Request
 from planner.space import (
-    SCHEDULE_NAMES,
     Layouts,
     Meshes,
     build_space,
@@ -48,7 +48,7 @@ def as_tuple(meshes: Meshes, layouts: Layouts, index: int) -> Layout:
         dp_replicate=int(layouts.dp_replicate[index]),
         dp_shard=int(layouts.dp_shard[index]),
         zero=int(layouts.zero_stage[index]),
-        schedule=SCHEDULE_NAMES[int(layouts.schedule[index])],
+        schedule=SCHEDULES[int(layouts.schedule[index])],
         vpp=int(layouts.vpp[index]),
     )
 

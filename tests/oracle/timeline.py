@@ -1,6 +1,6 @@
 """Pipeline schedules stated a second time: order of work, longest path, live activations.
 
-The step's pipeline is a graph: one node per forward or backward of a microbatch on a virtual
+The step's pipeline is a graph: one node per pass of a microbatch on a virtual
 stage, an edge from each action to the next on its rank, and an edge with the transfer's lag from
 each action to the one that consumes its result. A rank finishes at the longest path to its last
 action.
@@ -13,25 +13,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-Action = tuple[bool, int, int]
-"""Forward?, virtual stage, microbatch."""
+from cost_models.layout import Schedule
+from cost_models.orders import rank_order
+
+Action = tuple[str, int, int]
+"""F, B (or its halves: I for inputs, then W for weights), virtual stage, microbatch."""
+WORKS = "FBIW"
+SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
+LIGHT = {"none", "full"}
+"""What may be recomputed where the backward is split."""
 
 
-def rank_actions(schedule: str, pp: int, vpp: int, m: int, rank: int) -> list[Action]:
+def homes(schedule: Schedule, pp: int, vpp: int) -> list[int]:
+    """The rank of every virtual stage: round and round, or there and back."""
+    row = list(range(pp))
+    if schedule in ("zbv", "dualpipev"):
+        return row + row[::-1]
+    return row * vpp
+
+
+def held(schedule: Schedule, pp: int, vpp: int, rank: int) -> list[int]:
+    """The virtual stages of a rank."""
+    return [stage for stage, home in enumerate(homes(schedule, pp, vpp)) if home == rank]
+
+
+@lru_cache(maxsize=4096)
+def rank_actions(schedule: Schedule, pp: int, vpp: int, m: int, rank: int) -> list[Action]:
     """What ``rank`` runs, in order."""
+    if schedule in ("zbv", "dualpipev"):
+        # tests/unit/test_orders.py compares these with PyTorch's own tables.
+        own = held(schedule, pp, vpp, rank)
+        order = rank_order(schedule, pp, vpp, m, rank)
+        return [(WORKS[work], own[chunk], i) for work, chunk, i in order]
     forwards: list[Action] = []
     backwards: list[Action] = []
-    if schedule == "interleaved":
-        # Microbatches go in groups of pp; a group passes through chunk after chunk.
-        for group in range(0, m, pp):
+    if schedule == "looped_bfs":
+        forwards = [("F", chunk * pp + rank, i) for chunk in range(vpp) for i in range(m)]
+        return forwards + [("B", stage, i) for _, stage, i in reversed(forwards)]
+    if "interleaved" in schedule:
+        # Microbatches go in groups of pp or more; a group passes through chunk after chunk.
+        size = m // (m // pp or 1)
+        for group in range(0, m, size):
             for chunk in range(vpp):
-                forwards += [(True, chunk * pp + rank, i) for i in range(group, group + pp)]
+                forwards += [("F", chunk * pp + rank, i) for i in range(group, group + size)]
             for chunk in reversed(range(vpp)):
-                backwards += [(False, chunk * pp + rank, i) for i in range(group, group + pp)]
-        ahead = 2 * (pp - 1 - rank) + (vpp - 1) * pp
+                backwards += [("B", chunk * pp + rank, i) for i in range(group, group + size)]
+        hops = 1 if schedule in SPLIT else 2
+        ahead = hops * (pp - 1 - rank) + (vpp - 1) * size
     else:
-        forwards = [(True, rank, i) for i in range(m)]
-        backwards = [(False, rank, i) for i in range(m)]
+        forwards = [("F", rank, i) for i in range(m)]
+        backwards = [("B", rank, i) for i in range(m)]
         ahead = m if schedule == "gpipe" else pp - 1 - rank
     waiting_f, waiting_b = deque(forwards), deque(backwards)
     actions = [waiting_f.popleft() for _ in range(min(ahead, len(forwards)))]
@@ -39,26 +70,44 @@ def rank_actions(schedule: str, pp: int, vpp: int, m: int, rank: int) -> list[Ac
         actions.append(waiting_f.popleft())
         actions.append(waiting_b.popleft())
     actions.extend(waiting_b)
-    return actions
+    return _late_weights(actions, rank) if schedule in SPLIT else actions
+
+
+def _late_weights(actions: list[Action], most: int) -> list[Action]:
+    """The same with backwards in halves, of which at most ``most`` second ones are put off."""
+    result: list[Action] = []
+    put_off: deque[Action] = deque()
+    for work, stage, i in actions:
+        result.append(("I" if work == "B" else work, stage, i))
+        if work == "B":
+            put_off.append(("W", stage, i))
+            if len(put_off) > most:
+                result.append(put_off.popleft())
+    return result + list(put_off)
 
 
 @lru_cache(maxsize=4096)
 def live_vectors(
-    schedule: str, pp: int, vpp: int, m: int, rank: int
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Every combination of live microbatches per chunk that the walk of a rank's order meets."""
-    live = [0] * vpp
+    """Every combination of live microbatches per chunk that the walk of a rank's order meets,
+    followed by those of them that wait for their second half where the backward has two."""
+    live, waiting = [0] * vpp, [0] * vpp
+    own = held(schedule, pp, vpp, rank)
     met = set()
-    for forward, stage, _ in rank_actions(schedule, pp, vpp, m, rank):
-        live[stage // pp] += 1 if forward else -1
-        met.add(tuple(live))
+    for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank):
+        chunk = own.index(stage)
+        live[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[work]
+        waiting[chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[work]
+        met.add((*live, *waiting) if schedule in SPLIT else tuple(live))
     return tuple(sorted(met))
 
 
 def most_live_bytes(
-    schedule: str, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int]
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int]
 ) -> int:
-    """Largest sum of live activations over the walk, ``sizes`` bytes per microbatch and chunk."""
+    """Largest sum of live activations over the walk, ``sizes`` bytes per microbatch and chunk (and
+    of what waits beside them)."""
     return max(
         sum(count * size for count, size in zip(vector, sizes, strict=True))
         for vector in live_vectors(schedule, pp, vpp, m, rank)
@@ -75,23 +124,24 @@ class Graph:
 
 
 @lru_cache(maxsize=4096)
-def graph(schedule: str, pp: int, vpp: int, m: int) -> Graph:
-    """The graph of a schedule; slot ``2 j`` is the forward of virtual stage ``j``, ``2 j + 1`` its
-    backward."""
-    stages = pp * vpp
+def graph(schedule: Schedule, pp: int, vpp: int, m: int) -> Graph:
+    """The graph of a schedule; slot ``4 j + k`` is pass ``WORKS[k]`` of virtual stage ``j``."""
+    stages, home = pp * vpp, homes(schedule, pp, vpp)
     before: dict[Action, list[tuple[Action, bool]]] = {}
     finals: list[Action] = []
+    exist = {a for rank in range(pp) for a in rank_actions(schedule, pp, vpp, m, rank)}
     for rank in range(pp):
         previous: Action | None = None
         for action in rank_actions(schedule, pp, vpp, m, rank):
-            forward, stage, i = action
+            work, stage, i = action
             needs: list[tuple[Action, bool]] = [(previous, False)] if previous else []
-            if forward and stage > 0:
-                needs.append(((True, stage - 1, i), True))
-            elif not forward and stage < stages - 1:
-                needs.append(((False, stage + 1, i), True))
-            elif not forward:
-                needs.append(((True, stage, i), False))
+            if work == "F" and stage > 0:
+                needs.append((("F", stage - 1, i), home[stage - 1] != rank))
+            elif work in "BI" and stage < stages - 1:
+                arriving = "B" if ("B", stage + 1, i) in exist else "I"
+                needs.append(((arriving, stage + 1, i), home[stage + 1] != rank))
+            elif work in "BI":
+                needs.append((("F", stage, i), False))
             before[action] = needs
             previous = action
         assert previous is not None
@@ -109,7 +159,7 @@ def graph(schedule: str, pp: int, vpp: int, m: int) -> Graph:
         position[action] = len(nodes)
         nodes.append(
             (
-                2 * action[1] + (not action[0]),
+                4 * action[1] + WORKS.index(action[0]),
                 tuple(position[need] for need, lag in before[action] if not lag),
                 tuple(position[need] for need, lag in before[action] if lag),
             )
@@ -124,21 +174,21 @@ def graph(schedule: str, pp: int, vpp: int, m: int) -> Graph:
 
 
 def finish_times(
-    schedule: str, pp: int, vpp: int, m: int, durations: Sequence[int],
+    schedule: Schedule, pp: int, vpp: int, m: int, durations: Sequence[int],
     hop: int | Sequence[tuple[int, int]],
 ) -> list[int]:  # fmt: skip
-    """When each rank ends, in the unit of ``durations`` (two per virtual stage).
+    """When each rank ends, in the unit of ``durations`` (of each pass, per virtual stage).
 
     ``hop`` is one transfer time, or one per virtual stage for its output and for the gradient that
     comes back.
     """
     plan = graph(schedule, pp, vpp, m)
     lag = [0] * len(durations)
-    for stage in range(len(durations) // 2):
+    for stage in range(len(durations) // 4):
         on, back = (hop, hop) if isinstance(hop, int) else hop[stage]
-        lag[2 * stage + 1] = back
-        if 2 * stage + 2 < len(lag):
-            lag[2 * stage + 2] = on
+        lag[4 * stage + 1] = lag[4 * stage + 2] = back
+        if 4 * stage + 4 < len(lag):
+            lag[4 * stage + 4] = on
     end: list[int] = []
     for slot, direct, lagged in plan.nodes:
         start = 0

@@ -8,7 +8,15 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_models.layout import Schedule
+from cost_models.layout import (
+    CHUNKED,
+    IN_ROUNDS,
+    SCHEDULES,
+    SPLIT_BACKWARD,
+    V_SHAPED,
+    Schedule,
+    stage_of,
+)
 from cost_models.leaf import (
     Completion,
     Leaf,
@@ -16,12 +24,19 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
+from cost_models.orders import rank_order
 from cost_models.partitions import interleaved_bounds
-from cost_models.schedule import live_peaks, rank_order, simulate
+from cost_models.schedule import Durations, live_peaks, simulate
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions
 from tests.oracle.leaves import draw_leaf, draw_options
-from tests.oracle.timeline import finish_times, live_vectors, most_live_bytes, rank_actions
+from tests.oracle.timeline import (
+    WORKS,
+    finish_times,
+    live_vectors,
+    most_live_bytes,
+    rank_actions,
+)
 
 Shape = tuple[Schedule, int, int, int]
 """Schedule, pp, vpp, microbatches."""
@@ -29,10 +44,14 @@ Shape = tuple[Schedule, int, int, int]
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    schedule: Schedule = draw(st.sampled_from(("1f1b", "gpipe", "interleaved")))
-    pp = draw(st.integers(2 if schedule == "interleaved" else 1, 6))
-    vpp = draw(st.integers(2, 4)) if schedule == "interleaved" else 1
-    m = draw(st.integers(1, 4)) * pp if schedule == "interleaved" else draw(st.integers(1, 14))
+    schedule = draw(st.sampled_from(SCHEDULES))
+    if schedule not in CHUNKED:
+        return schedule, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14))
+    pp = draw(st.integers(2, 6))
+    vpp = 2 if schedule in V_SHAPED else draw(st.integers(2, 4))
+    m = draw(st.integers(2 * pp if schedule == "dualpipev" else 1, 4 * pp))
+    if schedule in IN_ROUNDS:
+        m -= m % max(1, m // pp)
     return schedule, pp, vpp, m
 
 
@@ -42,11 +61,14 @@ def test_orders_run_every_action_once(shape: Shape) -> None:
     schedule, pp, vpp, m = shape
     for rank in range(pp):
         order = [
-            (a.forward, a.chunk * pp + rank, a.microbatch)
+            (WORKS[a.work], stage_of(schedule, pp, rank, a.chunk), a.microbatch)
             for a in rank_order(schedule, pp, vpp, m, rank)
         ]
-        assert len(set(order)) == len(order) == 2 * vpp * m
         assert order == rank_actions(schedule, pp, vpp, m, rank)
+        done = [(work, s, i) for work, s, i in order if work in "FB"]
+        done += [("B", s, i) for work, s, i in order if work == "I" and ("W", s, i) in order]
+        assert len(set(done)) == len(done) == 2 * vpp * m
+        assert len(order) == len(set(order))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -59,12 +81,16 @@ def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
     hop: int | list[tuple[int, int]] = rng.choice((0, 1, 30))
     if rng.random() < 0.5:
         hop = [(rng.randint(0, 30), rng.randint(0, 30)) for _ in range(pp * vpp)]
-    durations = [time for pair in zip(forward, backward, strict=True) for time in pair]
-    timeline = simulate(schedule, pp, vpp, m, forward, backward, hop)
+    inputs, weights = ([rng.randint(0, 50) for _ in range(pp * vpp)] for _ in range(2))
+    each = zip(forward, backward, inputs, weights, strict=True)
+    durations = [time for times in each for time in times]
+    times = Durations(forward, backward, inputs, weights)
+    timeline = simulate(schedule, pp, vpp, m, times, hop)
     assert list(timeline.finish_ns) == finish_times(schedule, pp, vpp, m, durations, hop)
     for rank in range(pp):
-        assert timeline.busy_ns[rank] == m * sum(
-            forward[j] + backward[j] for j in range(rank, pp * vpp, pp)
+        assert timeline.busy_ns[rank] == sum(
+            durations[4 * stage + WORKS.index(work)]
+            for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank)
         )
         assert timeline.busy_ns[rank] <= timeline.finish_ns[rank]
 
@@ -77,7 +103,8 @@ def test_live_peaks_equal_a_walk(shape: Shape, seed: int) -> None:
     for rank in range(pp):
         listed = live_peaks(schedule, pp, vpp, m, rank)
         assert set(listed) <= set(live_vectors(schedule, pp, vpp, m, rank))
-        for sizes in ([1] * vpp, [rng.randint(0, 9) for _ in range(vpp)]):
+        width = 2 * vpp if schedule in SPLIT_BACKWARD else vpp
+        for sizes in ([1] * width, [rng.randint(0, 9) for _ in range(width)]):
             most = max(sum(n * s for n, s in zip(v, sizes, strict=True)) for v in listed)
             assert most == most_live_bytes(schedule, pp, vpp, m, rank, sizes)
 

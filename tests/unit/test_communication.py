@@ -116,7 +116,7 @@ def test_data_parallel_traffic_waits_for_the_ports() -> None:
         "ep_comm": {"forward": np.array([2.0] * 2)},
     }
     wire = {"inside": {"forward": np.array([0.5] * 2)}, "across": {"forward": np.array([2.0] * 2)}}
-    times = LayerTimes(terms, wire, repeats=None)  # type: ignore[arg-type]
+    times = LayerTimes(terms, wire, None, np.zeros(1))  # type: ignore[arg-type]
     # The first group spans both nodes, the second stays in one.
     window = _window(times, "forward", FABRIC, np.array([2, 8]), np.array([8, 1]))
     assert window.tolist() == pytest.approx([3.0, 4.5])

@@ -29,7 +29,7 @@ def copies(
     )  # fmt: skip
     terms = {c: {p: np.zeros(3) for p in PHASES} for c in CATEGORIES}
     terms["launch"]["backward"] += wait_s
-    times = LayerTimes(terms, {}, None)  # type: ignore[arg-type]
+    times = LayerTimes(terms, {}, None, np.zeros(1))  # type: ignore[arg-type]
     found = copy_seconds(
         PARAMETERS, times, machine, frozen=frozen * PARAMETERS, narrower=narrower * PARAMETERS,
         sharded=SHARDED, again=AGAIN,

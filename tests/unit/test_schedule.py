@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cost_models.layout import Schedule
-from cost_models.schedule import live_peaks, rank_order, simulate, warmup_forwards
+from cost_models.orders import Pass, rank_order, warmup_forwards
+from cost_models.schedule import Durations, live_peaks, simulate
 
 TABLES: dict[str, Any] = json.loads(
     (Path(__file__).parent / "data" / "pipeline_schedules.json").read_text()
@@ -25,8 +26,8 @@ def test_orders_equal_pytorch(schedule: Schedule, table: str) -> None:
     pp, vpp, m = theirs["pp"], theirs["vpp"], theirs["microbatches"]
     for rank in range(pp):
         ours = [
-            f"{action.chunk * pp + rank}{'F' if action.forward else 'B'}{action.microbatch}"
-            for action in rank_order(schedule, pp, vpp, m, rank)
+            f"{chunk * pp + rank}{'F' if work == Pass.FORWARD else 'B'}{microbatch}"
+            for work, chunk, microbatch in rank_order(schedule, pp, vpp, m, rank)
         ]
         assert ours == _actions(theirs["order"][str(rank)], m)
 
@@ -88,7 +89,7 @@ def test_1f1b_timeline() -> None:
     20-24     B1 (19 + hop)
     ========  ==========================  =========================
     """
-    timeline = simulate("1f1b", 2, 1, 2, [2, 3], [4, 5], 1)
+    timeline = simulate("1f1b", 2, 1, 2, Durations([2, 3], [4, 5]), 1)
     assert timeline.finish_ns == (24, 19)
     assert timeline.busy_ns == (2 * (2 + 4), 2 * (3 + 5))
 
@@ -99,8 +100,8 @@ def test_gpipe_timeline() -> None:
     Rank 0: F0 0-2, F1 2-4. Rank 1: F0 3-6, F1 6-9, B0 9-14, B1 14-19. Rank 0: B0 15-19, B1 20-24.
     A third microbatch adds a forward and a backward of the slower rank: 3 + 5.
     """
-    assert simulate("gpipe", 2, 1, 2, [2, 3], [4, 5], 1).finish_ns == (24, 19)
-    assert simulate("gpipe", 2, 1, 3, [2, 3], [4, 5], 1).finish_ns == (32, 27)
+    assert simulate("gpipe", 2, 1, 2, Durations([2, 3], [4, 5]), 1).finish_ns == (24, 19)
+    assert simulate("gpipe", 2, 1, 3, Durations([2, 3], [4, 5]), 1).finish_ns == (32, 27)
 
 
 def test_interleaved_timeline() -> None:
@@ -112,7 +113,7 @@ def test_interleaved_timeline() -> None:
     rank 0: 0F0 0-1, 0F1 1-2, 2F0 5-6, 2F1 7-8, 2B0 17-19, 2B1 26-28, 0B0 30-32, 0B1 34-36
     rank 1: 1F0 2-4, 1F1 4-6, 3F0 7-10, 3B0 10-16, 3F1 16-19, 3B1 19-25, 1B0 25-29, 1B1 29-33
     """
-    timeline = simulate("interleaved", 2, 2, 2, [1, 2, 1, 3], [2, 4, 2, 6], 1)
+    timeline = simulate("interleaved", 2, 2, 2, Durations([1, 2, 1, 3], [2, 4, 2, 6]), 1)
     assert timeline.finish_ns == (36, 33)
     assert timeline.busy_ns == (2 * (1 + 1 + 2 + 2), 2 * (2 + 3 + 4 + 6))
 
@@ -120,8 +121,11 @@ def test_interleaved_timeline() -> None:
 def test_equal_stages_reach_the_closed_form() -> None:
     # Without hops, 1F1B of equal stages takes (m + pp - 1) (f + b); interleaving by v divides the
     # fill by v: m v w + (pp - 1) w for chunks of w.
-    assert max(simulate("1f1b", 4, 1, 8, [2] * 4, [4] * 4, 0).finish_ns) == (8 + 3) * 6
-    assert max(simulate("interleaved", 4, 2, 8, [1] * 8, [2] * 8, 0).finish_ns) == 8 * 6 + 3 * 3
+    assert max(simulate("1f1b", 4, 1, 8, Durations([2] * 4, [4] * 4), 0).finish_ns) == (8 + 3) * 6
+    assert (
+        max(simulate("interleaved", 4, 2, 8, Durations([1] * 8, [2] * 8), 0).finish_ns)
+        == 8 * 6 + 3 * 3
+    )
 
 
 def test_live_activations() -> None:
@@ -136,7 +140,14 @@ def test_live_activations() -> None:
     assert live_peaks("interleaved", 2, 2, 2, 1) == ((2, 1),)
 
 
+def test_a_round_may_hold_more_than_pp_microbatches() -> None:
+    # Three microbatches on two ranks: one round of three.
+    assert warmup_forwards("interleaved", 2, 2, 3, 1) == 3
+    times = Durations([1] * 4, [1] * 4)
+    assert max(simulate("interleaved", 2, 2, 3, times, 0).finish_ns) >= 12
+
+
 def test_a_schedule_that_cannot_run_is_refused() -> None:
-    # Three microbatches do not fill groups of two: an action waits for one that never comes.
+    # Five microbatches make no two equal rounds: an action waits for one that never comes.
     with pytest.raises((ValueError, IndexError)):
-        simulate("interleaved", 2, 2, 3, [1] * 4, [1] * 4, 0)
+        simulate("interleaved", 2, 2, 5, Durations([1] * 4, [1] * 4), 0)

@@ -153,10 +153,7 @@ def test_interleaving_a_partial_group_of_microbatches_names_the_numbers() -> Non
     assumed = validate(text_of({**RUN, "gbs": "60", "vpp": ""}), changes={"vpp": 2})["rows"][0]
     for row in (stated, assumed):
         assert row["status"] == "skipped"
-        assert (
-            "interleaved 1F1B needs a multiple of pp = 2 microbatches; 15 = 7 x 2 + 1"
-            in (row["reason"])
-        )
+        assert "equal rounds of at least pp = 2 microbatches; 15 = 7 x 2 + 1" in (row["reason"])
     assert row_of(vpp="2")["status"] == "priced"
 
 

@@ -63,9 +63,7 @@ def evaluate(
         int | None, typer.Option("--microbatch-size", help="Samples per microbatch.")
     ] = None,
     zero_stage: Annotated[int | None, typer.Option("--zero-stage", help="0 to 3.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", help="gpipe, 1f1b or interleaved.")
-    ] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help=options.SCHEDULE_HELP)] = None,
     recompute: Annotated[
         str | None,
         typer.Option("--recompute", help="none, selective, full, or modules joined by +."),

@@ -1,0 +1,199 @@
+"""The order of work on each rank of a pipeline.
+
+A rank runs passes of microbatches on its virtual stages ("chunks"): forwards (F) and backwards
+(B), or, where a schedule splits them, the gradients of inputs (I) and later those of weights (W).
+
+* GPipe: all forwards, then all backwards (Huang et al., arXiv 1811.06965).
+* 1F1B (PipeDream-flush) and interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2):
+  microbatches go through the chunks in rounds of ``pp``, or in equal rounds of more.
+* Breadth-first, looped BFS (Lamy-Poirier, arXiv 2211.05953): all microbatches through one chunk,
+  then through the next; backwards the other way round.
+* Interleaved zero bubble: ZB1P of Qi et al. (arXiv 2401.10241) over chunks. Half the warm-up of
+  interleaved 1F1B, and rank ``r`` keeps ``r`` weight gradients for later.
+* ZB-V (the same, section 6): two chunks on a V, as much in flight on every rank.
+* DualPipeV (DeepSeek's DualPipe, cut in half): on the same V, forwards and backwards in pairs.
+
+Orders are those that ``torch.distributed.pipelining`` builds: ``tests/unit/test_orders.py``
+compares them with its own tables.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, SPLIT_BACKWARD, Schedule
+
+
+class Pass(IntEnum):
+    """What an action computes."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    """Gradients of inputs and weights."""
+    INPUT = 2
+    """Gradients of inputs alone."""
+    WEIGHT = 3
+    """Gradients of weights alone."""
+
+
+class Action(NamedTuple):
+    """One pass of one microbatch on one chunk of a rank."""
+
+    work: Pass
+    chunk: int
+    microbatch: int
+
+
+def round_size(pp: int, microbatches: int) -> int:
+    """Microbatches that go through a chunk before the next chunk has its turn: ``pp``, or more
+    where that makes rounds of equal size."""
+    return microbatches // max(1, microbatches // pp)
+
+
+def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> int:
+    """Forwards that a rank runs before it alternates."""
+    total = microbatches * vpp
+    if schedule in ALL_AT_ONCE:
+        return total
+    behind = pp - rank - 1
+    if schedule == "1f1b":
+        return min(behind, total)
+    if schedule == "interleaved":
+        behind *= 2
+    return min(behind + (vpp - 1) * round_size(pp, microbatches), total)
+
+
+@lru_cache(maxsize=1024)
+def rank_order(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
+) -> tuple[Action, ...]:
+    """The actions of ``rank`` in order."""
+    if schedule == "zbv":
+        return _zbv(pp, microbatches, rank)
+    if schedule == "dualpipev":
+        return _dualpipev(pp, microbatches, rank)
+    forwards, backwards = _streams(schedule, pp, vpp, microbatches)
+    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
+    backward, late = Pass.BACKWARD, len(forwards)
+    if schedule in SPLIT_BACKWARD:
+        backward, late = Pass.INPUT, min(rank, len(forwards))
+    actions = [Action(Pass.FORWARD, *each) for each in forwards[:warmup]]
+    for index, each in enumerate(backwards):
+        if warmup + index < len(forwards):
+            actions.append(Action(Pass.FORWARD, *forwards[warmup + index]))
+        actions.append(Action(backward, *each))
+        if index >= late:
+            actions.append(Action(Pass.WEIGHT, *backwards[index - late]))
+    if schedule in SPLIT_BACKWARD:
+        actions += [Action(Pass.WEIGHT, *each) for each in backwards[len(forwards) - late :]]
+    return tuple(actions)
+
+
+def _streams(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Chunk and microbatch of every forward, and of every backward, in the order of each."""
+    size = round_size(pp, microbatches) if schedule in IN_ROUNDS else microbatches
+    rounds = [range(first, first + size) for first in range(0, microbatches, size)]
+    forwards = [(chunk, i) for each in rounds for chunk in range(vpp) for i in each]
+    if schedule == "looped_bfs":
+        return forwards, forwards[::-1]
+    return forwards, [(chunk, i) for each in rounds for chunk in reversed(range(vpp)) for i in each]
+
+
+class _Counted:
+    """A rank's order, written as which pass comes next on which chunk: microbatches count up."""
+
+    def __init__(self) -> None:
+        self.actions: list[Action] = []
+        self.begun = np.zeros((len(Pass), 2), dtype=int)
+        self.waiting: deque[int] = deque()
+        """Chunks with gradients of weights still to come, oldest first."""
+
+    def run(self, work: Pass, chunk: int) -> None:
+        kind = Pass.INPUT if work == Pass.BACKWARD else work
+        self.actions.append(Action(work, chunk, int(self.begun[kind, chunk])))
+        self.begun[kind, chunk] += 1
+        if work == Pass.BACKWARD:
+            self.begun[Pass.WEIGHT, chunk] += 1
+        elif work == Pass.INPUT:
+            self.waiting.append(chunk)
+
+    def both(self, chunk: int) -> None:
+        """Gradients of inputs, then at once those of weights."""
+        self.run(Pass.INPUT, chunk)
+        self.waiting.pop()
+        self.run(Pass.WEIGHT, chunk)
+
+    def oldest_weights(self) -> None:
+        if self.waiting:
+            self.run(Pass.WEIGHT, self.waiting.popleft())
+
+
+def _zbv(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
+    """Written for at least ``2 pp - 1`` microbatches; of fewer, the others are left out."""
+    count = max(2 * pp - 1, microbatches)
+    order = _Counted()
+    begun = order.begun
+    for _ in range(2 * (pp - rank) - 1):
+        order.run(Pass.FORWARD, 0)
+    for _ in range(rank):
+        order.run(Pass.FORWARD, 1)
+        order.run(Pass.FORWARD, 0)
+    for _ in range(pp - rank):
+        order.run(Pass.FORWARD, 1)
+        order.both(1)
+    while begun[Pass.FORWARD, 1] < count:
+        if begun[Pass.FORWARD, 0] < count:
+            order.run(Pass.FORWARD, 0)
+        order.both(0)
+        order.run(Pass.FORWARD, 1)
+        order.both(1)
+    for _ in range(rank):
+        order.run(Pass.INPUT, 0)
+        order.run(Pass.INPUT, 1)
+    for _ in range(pp - rank):
+        order.run(Pass.INPUT, 0)
+        order.run(Pass.WEIGHT, 0)
+    for chunk in (1, 0):
+        while begun[Pass.WEIGHT, chunk] < begun[Pass.INPUT, chunk]:
+            order.run(Pass.WEIGHT, chunk)
+    return tuple(action for action in order.actions if action.microbatch < microbatches)
+
+
+def _dualpipev(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
+    """Needs ``2 pp`` microbatches. A pair of a forward and a backward runs one after the other."""
+    order = _Counted()
+    behind = pp - rank - 1
+    for _ in range(2 * behind):
+        order.run(Pass.FORWARD, 0)
+    for _ in range(rank + 1):
+        order.run(Pass.FORWARD, 0)
+        order.run(Pass.FORWARD, 1)
+    for _ in range(behind):
+        order.run(Pass.INPUT, 1)
+        order.oldest_weights()
+        order.run(Pass.FORWARD, 1)
+    for _ in range(microbatches - 2 * pp + rank + 1):
+        for forward, backward in ((0, 1), (1, 0)):
+            order.run(Pass.FORWARD, forward)
+            order.run(Pass.BACKWARD, backward)
+    for _ in range(behind):
+        order.run(Pass.BACKWARD, 1)
+        order.run(Pass.FORWARD, 1)
+        order.run(Pass.BACKWARD, 0)
+    # The second half of the last backwards puts its weight gradients off.
+    for index in range(2 * (rank + 1)):
+        split = index > rank
+        order.run(Pass.INPUT if split else Pass.BACKWARD, 1 - index % 2)
+    for _ in range(behind):
+        order.oldest_weights()
+        order.run(Pass.INPUT, 0)
+    while order.waiting:
+        order.oldest_weights()
+    return tuple(order.actions)
