@@ -15,12 +15,13 @@ from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
 from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
-from cost_models.step import Machine, price_layer, to_ns
+from cost_models.step import Machine, price_layer
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,13 @@ from cost_models.data_traffic import (
 from cost_models.fabric import Fabric
 from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
+from cost_models.layer_times import NS, LayerTimes, to_ns
 from cost_models.layout import SPLIT_BACKWARD, RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
 from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.split_backward import deferred_bytes, weight_groups
-from cost_models.step import NS, Field, LayerTimes, Machine, to_ns
+from cost_models.step import Field, Machine
 
 
 def price_kind(

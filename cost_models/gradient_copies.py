@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cost_models import compute
 from cost_models.graph import Bools, Int64
-from cost_models.step import LayerTimes, Machine
+from cost_models.layer_times import LayerTimes
+from cost_models.step import Machine
 
 Real = NDArray[np.float64]
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.layer_times import LayerTimes
 from cost_models.layout import RecomputeMode, RecomputePolicy
 from cost_models.memory import activation_bytes
-from cost_models.step import Field, LayerTimes
+from cost_models.step import Field
 
 
 class ModeRows(NamedTuple):

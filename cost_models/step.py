@@ -11,7 +11,7 @@ Data-parallel traffic, and with it the whole :class:`Field` table, is ``cost_mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -19,9 +19,9 @@ import numpy as np
 from cost_models import compute, state
 from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
-from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.graph import LayerKind, Shard
 from cost_models.host import wait_for_host
-from cost_models.layout import RecomputePolicy
+from cost_models.layer_times import LayerTimes
 from cost_models.offload import Offload
 from cost_models.ops import (
     Attention,
@@ -39,8 +39,6 @@ from cost_models.ops import (
 from cost_models.repeat import ForwardLog, Real, Repeats, Work, forward_only
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
-
-NS = 1_000_000_000
 
 CATEGORIES = (
     "matmul", "attention", "memory_bound", "launch", "tp_comm", "cp_comm", "ep_comm", "dp_comm",
@@ -141,56 +139,6 @@ class Machine:
         if self.precision in compute.QUANTISATION_BYTES and not low_precision:
             return "bf16"
         return self.precision
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """Seconds of one layer by category and phase; ``nanoseconds`` sums them exactly."""
-
-    terms: dict[str, dict[str, Real]]
-    wire: dict[str, dict[str, Real]]
-    """Seconds for which collectives keep links busy, ``inside`` nodes and ``across``, by phase."""
-    repeats: Repeats
-    weights: Real
-    """Of the backward's matrix products, those that give the gradients of weights."""
-    merged: dict[str, Real] | None = None
-    """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
-
-    def in_pipeline(self, pp: Int64) -> LayerTimes:
-        """The same layer in pipelines of ``pp`` stages: merging takes more than one."""
-        if self.merged is None:
-            return self
-        plain, merged = self.terms["ep_comm"], self.merged
-        exchange = {p: np.where(pp > 1, merged[p], plain[p]) for p in plain}
-        hidden = plain["forward"] - exchange["forward"]
-        return LayerTimes(
-            {**self.terms, "ep_comm": exchange}, self.wire,
-            replace(self.repeats, exchange_hidden=hidden), self.weights,
-        )  # fmt: skip
-
-    def nanoseconds(self, phase: str) -> Int64:
-        """Integer time of a phase: the sum of its rounded terms."""
-        parts = [to_ns(term[phase]) for term in self.terms.values()]
-        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
-        return total
-
-    def recompute_ns(self, policy: RecomputePolicy) -> Int64:
-        """Extra backward time: the forward of what ``policy`` runs again."""
-        return to_ns(self.repeats.seconds(policy))
-
-    def take(self, index: Int64) -> LayerTimes:
-        """The times of the configurations at ``index``."""
-        terms, wire = (
-            {name: {p: v[index] for p, v in by_phase.items()} for name, by_phase in table.items()}
-            for table in (self.terms, self.wire)
-        )
-        merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
-        return LayerTimes(terms, wire, self.repeats.take(index), self.weights[index], merged)
-
-
-def to_ns(seconds: Real) -> Int64:
-    """Seconds as integer nanoseconds."""
-    return np.rint(seconds * NS).astype(np.int64)
 
 
 class _Accumulator:

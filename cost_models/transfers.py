@@ -8,7 +8,8 @@ import numpy as np
 
 from cost_models import interconnect
 from cost_models.graph import Int64, Shard, WorkloadGraph
-from cost_models.step import Machine, to_ns
+from cost_models.layer_times import to_ns
+from cost_models.step import Machine
 
 if TYPE_CHECKING:
     from cost_models.configs import Configs

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cost_models.leaf import peak_bytes
+from cost_models.peaks import peak_bytes
 from hardware_profiles.schema import ClusterSpec
 from planner.accuracy import band, overlap
 from planner.errors import PlannerError

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from cost_models.leaf import Completion, Leaf, Recompute, peaks, simulate_step, stage_costs
+from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.peaks import peaks
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.interleaved import interleaved_candidates

@@ -13,6 +13,7 @@ import numpy as np
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
+from cost_models.layer_times import LayerTimes
 from cost_models.layout import ALL_AT_ONCE, stage_of
 from cost_models.leaf import (
     Completion,
@@ -21,7 +22,7 @@ from cost_models.leaf import (
     stage_costs,
 )
 from cost_models.offload import host_bytes_per_parameter
-from cost_models.step import CATEGORIES, Field, LayerTimes, price_layer
+from cost_models.step import CATEGORIES, Field, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.hosted_inputs import Pipelines, input_bytes_per_node

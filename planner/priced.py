@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models.configs import PricedConfigs
-from cost_models.leaf import Completion, Leaf, RankCosts, StepTime, fits
+from cost_models.leaf import Completion, Leaf, RankCosts, StepTime
+from cost_models.peaks import fits
 from planner.plan import Layout
 
 

@@ -21,13 +21,12 @@ from cost_models.leaf import (
     RankCosts,
     Recompute,
     chunk_costs,
-    fits,
-    peak_bytes,
     rank_costs,
     simulate_step,
     stage_costs,
 )
 from cost_models.partitions import interleaved_bounds
+from cost_models.peaks import fits, peak_bytes
 from cost_models.relaxation import Relaxation
 from cost_models.surrogate import (
     EMPTY_LABEL,

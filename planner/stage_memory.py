@@ -12,15 +12,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cost_models.leaf import (
-    Leaf,
-    RankCosts,
-    Row,
-    live_activations,
-    moments,
-    peak_bytes,
-    stage_costs,
-)  # fmt: skip
+from cost_models.leaf import Leaf, RankCosts, Row, stage_costs
+from cost_models.peaks import live_activations, moments, peak_bytes  # fmt: skip
 from cost_models.reserve import CACHED, INSIDE, OUTSIDE
 from cost_models.step import Field
 from planner.buffer_sizes import exact_state

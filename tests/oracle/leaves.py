@@ -5,7 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from cost_models.layout import Schedule
-from cost_models.leaf import Completion, Leaf, Recompute, Row, peaks, stage_costs
+from cost_models.leaf import Completion, Leaf, Recompute, Row, stage_costs
+from cost_models.peaks import peaks
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
 from tests.rows import POLICIES

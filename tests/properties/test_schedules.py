@@ -17,15 +17,10 @@ from cost_models.layout import (
     Schedule,
     stage_of,
 )
-from cost_models.leaf import (
-    Completion,
-    Leaf,
-    peak_bytes,
-    simulate_step,
-    stage_costs,
-)
+from cost_models.leaf import Completion, Leaf, simulate_step, stage_costs
 from cost_models.orders import rank_order
 from cost_models.partitions import interleaved_bounds
+from cost_models.peaks import peak_bytes
 from cost_models.schedule import Durations, live_peaks, simulate
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions

@@ -15,8 +15,9 @@ from cost_models.data_parallel import _window
 from cost_models.fabric import fabric_of
 from cost_models.graph import Shard
 from cost_models.interconnect import collective_time_s
+from cost_models.layer_times import LayerTimes
 from cost_models.ops import Collective
-from cost_models.step import Field, LayerTimes
+from cost_models.step import Field
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import ClusterSpec, NodeGroup, StackSpec
 from planner.pipeline import read_request

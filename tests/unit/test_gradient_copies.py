@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cost_models.gradient_copies import copy_seconds
-from cost_models.step import CATEGORIES, PHASES, LayerTimes, Machine
+from cost_models.layer_times import LayerTimes
+from cost_models.step import CATEGORIES, PHASES, Machine
 from hardware_profiles.loader import load_cluster, load_stack
 
 PARAMETERS = np.full(3, 10**9)

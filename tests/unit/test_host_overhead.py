@@ -7,9 +7,10 @@ import pytest
 
 from cost_models.compute import memory_bound_bandwidth_bytes_per_s
 from cost_models.graph import LayerKind, Shard
+from cost_models.layer_times import LayerTimes
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.ops import Elementwise, GroupedMatMul, Op
-from cost_models.step import LayerTimes, Machine, price_layer
+from cost_models.step import Machine, price_layer
 from hardware_profiles.loader import load_cluster, load_stack
 from hardware_profiles.schema import Kind, Sourced
 

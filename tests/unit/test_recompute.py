@@ -11,11 +11,12 @@ import pytest
 
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import LayerKind, Shard
+from cost_models.layer_times import LayerTimes
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.memory import activation_bytes
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
 from cost_models.repeat import Work
-from cost_models.step import LayerTimes, price_layer
+from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
 from planner.errors import InputError
 from planner.pipeline import read_request

@@ -1,0 +1,86 @@
+"""Peak bytes of a leaf's ranks: the moments of a step, and the activations alive in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cost_models.layout import place_of
+from cost_models.leaf import ChunkCosts, Leaf, RankCosts
+from cost_models.schedule import live_peaks
+
+
+def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
+    """Most bytes that a device of ``rank`` holds at once.
+
+    One of three moments: all activations in flight with the loss or the first backward; where a
+    step is one microbatch, the last backward with all gradients; the optimizer step. With more
+    microbatches the gradients of the first are there when the last are in flight.
+    """
+    static = leaf.fixed_bytes + leaf.received_bytes(rank)
+    static += sum([chunk.static_bytes for chunk in chunks])
+    return static + max([moment.total for moment in moments(leaf, rank, chunks)])
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes of a rank beside its static ones at one moment of the step."""
+
+    name: str
+    gradients: int
+    """Of those that the step's backward makes anew."""
+    activations: int
+    working: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.gradients + self.activations + self.working + self.step
+
+
+def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Moment, ...]:
+    """The moments of which one is the peak; see :func:`peak_bytes`."""
+    made = sum([chunk.gradient_bytes for chunk in chunks])
+    step = sum([chunk.step_bytes for chunk in chunks])
+    live, _ = live_activations(leaf, rank, chunks)
+    working, freed = max([(chunk.working_bytes, chunk.freed_bytes) for chunk in chunks])
+    # Gradients come as activations go only where one backward makes both ends meet.
+    there = made if leaf.microbatches > 1 or leaf.splits_backward else 0
+    most = Moment("first backward" if freed else "loss", there, live - freed, working + freed, 0)
+    if rank != place_of(leaf.schedule, leaf.pp, leaf.stages - 1)[0]:
+        most = replace(most, name="first backward")
+    update = Moment("optimizer step", made, 0, 0, step)
+    if there or leaf.microbatches > 1:
+        return most, update
+    draining = max([chunk.draining_bytes for chunk in chunks])
+    return (
+        most,
+        Moment("last backward", made, 0, draining, 0),
+        update,
+    )
+
+
+def live_activations(
+    leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Most activation bytes alive at once, and the microbatches per chunk that they belong to."""
+    peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
+    sizes = [chunk.activation_bytes for chunk in chunks]
+    sizes += [chunk.split.deferred_bytes for chunk in chunks if chunk.split]
+    size, peak = max(
+        (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
+    )
+    return size, peak[: leaf.vpp]
+
+
+def peaks(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> tuple[int, ...]:
+    """Peak bytes of every rank."""
+    return tuple(peak_bytes(leaf, rank, costs.chunks) for rank, costs in enumerate(ranks))
+
+
+def fits(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> bool:
+    """Whether every rank's peak is within capacity."""
+    return all(
+        peak_bytes(leaf, rank, costs.chunks) <= leaf.capacity_bytes
+        for rank, costs in enumerate(ranks)
+    )
