@@ -56,10 +56,10 @@ def test_a_named_stack_is_never_replaced() -> None:
 
 
 def test_hints_name_only_stacks_that_can_run_the_whole_request() -> None:
-    # Of the two stacks for networks of layers only torch-pipelining trains in bf16.
+    # Of the stacks for networks of layers torchgpipe alone does not train in bf16.
     with pytest.raises(InputError, match=r"torchgpipe 0\.0\.7 does not train in bf16") as caught:
         read_request("unet-2015", "dgx-a100", None, {"stack": "torchgpipe"})
-    assert caught.value.hint == "--stack torch-pipelining"
+    assert caught.value.hint == "--stack torch-pipelining or --stack deepspeed-pipe"
 
 
 def test_what_nothing_runs_is_said() -> None:

@@ -1,0 +1,76 @@
+"""Ways of running DeepSpeed that are stacks of their own: AutoTP's overlap, AutoEP, pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hardware_profiles.loader import load_cluster, load_stack
+from planner.errors import InputError
+from planner.models.reader import read_model
+from planner.pipeline import EvaluatedLayout, evaluate
+from planner.request import Request
+from planner.specs import JobSpec
+
+
+def price(model: str, stack: str, *, nodes: int = 2, **layout: Any) -> EvaluatedLayout:
+    job = JobSpec(sequence_length=4096, global_batch=64, stack=stack)
+    request = Request(read_model(model), load_cluster(f"dgx-h100:{nodes}"), job, load_stack(stack))
+    return evaluate(request, {"microbatch_size": 1, **layout})
+
+
+def seconds(found: EvaluatedLayout, name: str) -> float:
+    return sum(term.seconds or 0.0 for term in found.prediction.time if term.name == name)
+
+
+def test_overlap_hides_reductions_of_input_gradients_only() -> None:
+    """Of a layer's seven reductions the backward's five hide (q, k, v, gate and up); the forward's
+    two, of the outputs, stay, and what three weight gradients of narrow heads do not cover."""
+    plain, hidden = (
+        price("llama-3.1-8b", stack, nodes=1, tp=4, zero_stage=1)
+        for stack in ("deepspeed-autotp", "deepspeed-autotp-overlap")
+    )
+    assert 2 / 7 < seconds(hidden, "tp_comm") / seconds(plain, "tp_comm") < 0.75
+    assert seconds(hidden, "matmul") == seconds(plain, "matmul")
+
+
+def test_experts_are_dealt_out_and_zero_splits_what_several_ranks_hold() -> None:
+    """Mixtral's 8 experts on 8 of 16 ranks each: a rank holds one expert of every layer."""
+    dealt = price("mixtral-8x7b", "deepspeed-autoep", ep=8, zero_stage=2)
+    whole = price("mixtral-8x7b", "deepspeed-hf", zero_stage=2)
+    expert = 3 * 4096 * 14336 * 32
+    parameters = dealt.prediction.stages[0].parameters, whole.prediction.stages[0].parameters
+    assert parameters[1] - parameters[0] == 7 * expert
+    assert seconds(dealt, "ep_comm") > 0 == seconds(whole, "ep_comm")
+
+
+@pytest.mark.parametrize(
+    ("stack", "layout", "said"),
+    [
+        ("deepspeed-autoep", {"ep": 8, "zero_stage": 3}, "no ZeRO stage 3"),
+        ("deepspeed-autoep", {"pp": 2, "zero_stage": 1}, "no pipeline"),
+        ("deepspeed-pipe", {"pp": 2, "zero_stage": 2}, "no ZeRO stage 2"),
+        ("deepspeed-pipe", {"pp": 2, "zero_stage": 1, "ep": 2}, "no expert parallelism"),
+        ("deepspeed-pipe", {"pp": 2, "zero_stage": 1, "cp": 2}, "no context parallelism"),
+        ("deepspeed-autotp", {"tp": 2, "cp": 2, "zero_stage": 1}, "no context parallelism"),
+    ],
+)
+def test_what_deepspeed_refuses_is_refused(stack: str, layout: dict[str, Any], said: str) -> None:
+    model = "mixtral-8x7b" if "ep" in layout else "llama-3.1-8b"
+    with pytest.raises(InputError, match=said):
+        price(model, stack, **layout)
+
+
+def test_a_pipeline_waits_for_its_transfers_and_reduces_once() -> None:
+    """Gradients are summed after the last backward, in the open."""
+    found = price("llama-3.1-8b", "deepspeed-pipe", pp=4, zero_stage=1)
+    assert found.layout.schedule == "1f1b"
+    assert [stage.chunks[0].layers for stage in found.layout.stages] == [
+        (0, 8), (8, 16), (16, 24), (24, 32),
+    ]  # fmt: skip
+    overlapped = load_stack("deepspeed-pipe").model_copy(update={"overlap_dp_gradients": True})
+    job = JobSpec(sequence_length=4096, global_batch=64, stack="deepspeed-pipe")
+    request = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, overlapped)
+    hidden = evaluate(request, {"microbatch_size": 1, "pp": 4, "zero_stage": 1})
+    assert seconds(found, "gradient_reduction") > 2 * seconds(hidden, "gradient_reduction") > 0
