@@ -140,7 +140,7 @@ def price_kind(
     rows[Field.NEW_GRADIENTS] = made
     rows[Field.STATIC] += unsharded.reduced_apart(held, data, stack=stack, rules=rules) - made
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
-        held, copies=stack.optimizer_step_copies, moments=max(1, rules.optimizer.moment_bytes // 4)
+        held, copies=stack.optimizer_step_copies, state=max(4, rules.optimizer_bytes)
     )
     rows[[Field.WEIGHT_BACKWARD, Field.WEIGHT_GROUPS, Field.DEFERRED]] = 0
     if not set(SPLIT_BACKWARD).isdisjoint(stack.schedules):

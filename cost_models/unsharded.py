@@ -122,6 +122,6 @@ def reduced_apart(
     return np.where((data.pp > 1) & (data.zero_stage >= 2), shards, 0)
 
 
-def update_bytes(held: StateBytes, *, copies: int, moments: int) -> Int64:
-    """``copies`` fp32 copies of the local parameters, each as large as one moment."""
-    return copies * held.optimizer // moments
+def update_bytes(held: StateBytes, *, copies: int, state: int) -> Int64:
+    """``copies`` fp32 copies of the local parameters, each 4 of the ``state`` bytes of each."""
+    return copies * held.optimizer * 4 // state

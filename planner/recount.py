@@ -152,6 +152,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     if stack.tensor_parallel_max is not None and mesh.tp > stack.tensor_parallel_max:
         return f"the stack splits tensors at most {stack.tensor_parallel_max} ways"
     tied = request.workload.tied_embeddings and "no_tied_embeddings_in_pipeline" in stack.rules
+    if request.workload.tied_embeddings and "no_tied_embeddings" in stack.rules:
+        return "the stack ties no embeddings"
     if mesh.pp > 1 and tied:
         return "the stack ties no embeddings under a pipeline"
     if mesh.pp > 1 and "no_pipeline" in stack.rules:

@@ -141,7 +141,7 @@ def _other_context(kinds: tuple[ContextKind, ...]) -> Callable[[Meshes], Bools]:
 
 
 def _concerns(rule: str, request: Request) -> bool:
-    if rule == "no_tied_embeddings_in_pipeline":
+    if rule in ("no_tied_embeddings", "no_tied_embeddings_in_pipeline"):
         return request.workload.tied_embeddings
     return request.workload.expert_count > 0 or rule not in {
         "moe_with_tp_needs_sequence_parallel",
@@ -163,6 +163,7 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
     "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
     "no_experts_with_tp": ("no mixture of experts under tp", lambda m: m.tp > 1),
     "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
+    "no_tied_embeddings": ("no tied embeddings", lambda m: m.tp >= 1),
     "no_tied_embeddings_in_pipeline": ("no tied embeddings under a pipeline", lambda m: m.pp > 1),
     "no_pipeline": ("no pipeline parallelism", lambda m: m.pp > 1),
 }

@@ -195,6 +195,8 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "no_tied_embeddings_in_pipeline" in rules and request.model.tied_embeddings and x.pp > 1:
         return False
+    if "no_tied_embeddings" in rules and request.model.tied_embeddings:
+        return False
     if "no_pipeline" in rules and x.pp > 1:
         return False
     if "no_expert_parallelism" in rules and x.ep > 1:

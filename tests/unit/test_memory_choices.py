@@ -312,3 +312,24 @@ def test_the_first_step_gathers_the_head_where_the_loss_asks_for_it() -> None:
     assert held["first_gather"] == 2 * (VOCABULARY + 4096)
     assert "first_gather" not in terms(stage(load_stack("deepspeed-hf"), layout={"zero_stage": 2}))
     assert "first_gather" not in terms(stage(load_stack("deepspeed-transformers")))
+
+
+def test_megatron_fsdp_of_the_optimizers_state_alone() -> None:
+    """Weights (2 bytes) and main gradients (4) are whole; fp32 weights and moments are split."""
+    held = terms(stage(load_stack("megatron-fsdp"), layout={"zero_stage": 1}))
+    assert held["weights"] == 2 * PARAMETERS
+    assert held["gradients"] == 4 * PARAMETERS
+    assert held["optimizer"] == pytest.approx(12 * PARAMETERS / 8, rel=1e-6)
+
+
+def test_fsdp2_under_megatron_shards_bf16_weights_and_fp32_masters() -> None:
+    """2 + 2 + 12 bytes over 8 ranks; the step adds fp32 gradients of the shards."""
+    held = terms(stage(load_stack("megatron-torch-fsdp2"), layout={"recompute": "full"}))
+    shard = PARAMETERS / 8
+    for name, each in (
+        ("weights", 2),
+        ("gradients", 2),
+        ("optimizer", 12),
+        ("optimizer_update", 4),
+    ):
+        assert held[name] == pytest.approx(each * shard, rel=1e-6)
