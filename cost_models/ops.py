@@ -98,8 +98,8 @@ class Elementwise:
     name: str
     forward_bytes: Reals
     backward_bytes: Reals
-    forward_launches: int = 1
-    backward_launches: int = 1
+    forward_launches: Ints = 1
+    backward_launches: Ints = 1
     modules: tuple[str, ...] = ()
     forward_flops: Reals = 0.0
     backward_flops: Reals = 0.0

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.graph import Int64
+from cost_models.host import elapsed_s
 from cost_models.layout import OutputKind, RecomputePolicy
 from cost_models.named_outputs import spared_by, unneeded
 from cost_models.ops import Attention, Collective, GroupedMatMul, MatMul, Op, Reals
@@ -30,6 +31,16 @@ class Work:
 
     def __sub__(self, other: Work) -> Work:
         return Work(self.device - other.device, self.host - other.host, self.drains)
+
+    @property
+    def elapsed_s(self) -> Real:
+        """Seconds that the work takes, the host ahead of the device."""
+        return elapsed_s(self.device, self.host)
+
+    @property
+    def wait_s(self) -> Real:
+        """Of those, the seconds for which the device waits."""
+        return self.elapsed_s - self.device
 
     def share(self, part: Reals) -> Work:
         """Some of the work."""
@@ -98,9 +109,8 @@ class Repeats:
     whole: Work
     modules: dict[tuple[str, ...], Work]
     outputs: dict[OutputKind, Work]
-    forward_ahead: Real
-    """Host less device seconds of the forward, and of the backward."""
-    backward_ahead: Real
+    back: Work
+    """The backward itself."""
     sync_s: float
     """One wait of the host for the device."""
     exchange_hidden: Real | float = 0.0
@@ -109,18 +119,13 @@ class Repeats:
     """The end of the layer, which no gradient needs, by the name that else spares it."""
 
     def seconds(self, policy: RecomputePolicy) -> Real:
-        """Device time of what runs again, and what it adds to the wait for the host: less than
-        nothing where the device catches up with it."""
+        """Device time of what runs again, and what it adds to the wait for the host, or takes off
+        it where the device catches up."""
         work = self._work(policy)
-        slack = work.host - work.device
         if self.whole.drains and work.drains:
-            return work.device + np.maximum(slack, 0.0) + self.sync_s
-        ahead = self.backward_ahead
-        if not self.whole.drains:
-            ahead = ahead + self.forward_ahead
-        wait = np.maximum(ahead + slack, 0.0) - np.maximum(ahead, 0.0)
-        result: Real = work.device + wait
-        return result
+            return work.elapsed_s + self.sync_s
+        beside = self.back if self.whole.drains else self.whole + self.back
+        return (beside + work).elapsed_s - beside.elapsed_s
 
     def _work(self, policy: RecomputePolicy) -> Work:
         zero = np.zeros_like(self.whole.device)
@@ -148,10 +153,9 @@ class Repeats:
             self.whole.take(index),
             {name: work.take(index) for name, work in self.modules.items()},
             {kind: work.take(index) for kind, work in self.outputs.items()},
-            self.forward_ahead[index],
-            self.backward_ahead[index],
+            self.back.take(index),
             self.sync_s,
-            np.broadcast_to(self.exchange_hidden, self.forward_ahead.shape)[index],
+            np.broadcast_to(self.exchange_hidden, self.whole.device.shape)[index],
             {kind: work.take(index) for kind, work in self.unneeded.items()},
         )
 
@@ -172,4 +176,5 @@ def forward_only(terms: Table, wire: Table) -> tuple[Table, Table, Repeats]:
         for t in (terms, wire)
     )
     zero = 0.0 * next(iter(terms.values()))["forward"]
-    return terms, wire, Repeats(Work(zero, zero), {}, {}, zero, zero, 0.0)
+    nothing = Work(zero, zero)
+    return terms, wire, Repeats(nothing, {}, {}, nothing, 0.0)

@@ -180,9 +180,8 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
     repeats = Repeats(
         Work(acc.busy["forward"], acc.host["forward"], acc.drains), acc.log.modules,
-        acc.log.outputs, acc.host["forward"] - acc.busy["forward"],
-        acc.host["backward"] - acc.busy["backward"], machine.stack.expert_sync.si,
-        unneeded=acc.log.unneeded,
+        acc.log.outputs, Work(acc.busy["backward"], acc.host["backward"]),
+        machine.stack.expert_sync.si, unneeded=acc.log.unneeded,
     )  # fmt: skip
     wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:
@@ -261,8 +260,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 _quantise(acc, machine, dtype, rows * op.k, rows * op.n, op.groups)
             _launch(acc, machine, 1, 2)
             calls = np.asarray(op.groups) * machine.stack.expert_launch.si
-            acc.host["forward"] += calls
-            acc.host["backward"] += 2 * calls
+            _host(acc, machine, calls, 2 * calls)
             acc.drains = True
         case Attention():
             kernel = machine.stack.attention_kernel(device.name)
@@ -315,26 +313,38 @@ def _quantise(
     _launch(acc, machine, 1, int(again))
 
 
-def _elementwise(machine: Machine, bytes_moved: Reals, launches: int, flops: Reals) -> Real | float:
+def _elementwise(
+    machine: Machine, bytes_moved: Reals, launches: Ints, flops: Reals
+) -> Real | float:
     """``launches`` kernels that move ``bytes_moved`` together; no launch, no time.
 
     ``flops`` take their time at the fp32 vector peak where that is longer (devices that state no
     such peak are taken to be bound by memory).
     """
-    if not launches:
+    count = np.asarray(launches)
+    if not count.any():
         return 0.0
     device = machine.device
     time = compute.memory_bound_time_s(device, bytes_moved)
     if np.any(flops) and "fp32" in device.peak_flops:
         time = np.maximum(time, np.asarray(flops) / device.peak_flops["fp32"].si)
-    return time + device.kernels.memory_bound_latency.si * (launches - 1)
+    time = time + device.kernels.memory_bound_latency.si * (count - 1)
+    return np.where(count > 0, time, 0.0)
 
 
 def _launch(acc: _Accumulator, machine: Machine, forward: Ints, backward: Ints) -> None:
     """Host time of an op's launches."""
     each_s = machine.stack.launch_overhead.si
-    acc.host["forward"] += np.asarray(forward) * each_s
-    acc.host["backward"] += np.asarray(backward) * each_s
+    _host(acc, machine, np.asarray(forward) * each_s, np.asarray(backward) * each_s)
+
+
+def _host(acc: _Accumulator, machine: Machine, forward_s: Real, backward_s: Real) -> None:
+    """Host time by pass: beside the device's, or before it where each launch is waited for."""
+    if machine.stack.blocking_launches:
+        acc.add("launch", forward_s, backward_s)
+        return
+    acc.host["forward"] += forward_s
+    acc.host["backward"] += backward_s
 
 
 def _price_collective(op: Collective, acc: _Accumulator, shard: Shard, machine: Machine) -> None:

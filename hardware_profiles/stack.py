@@ -191,6 +191,9 @@ class StackSpec(Profile):
     """Host seconds per op that the cost model counts: dispatch, autograd, hooks, and the views and
     casts around it. It binds where the kernels of a layer are shorter (see ``cost_models.step``);
     next to nothing for replayed graphs and compiled programs."""
+    blocking_launches: bool = False
+    """Whether the host waits for each kernel (``CUDA_LAUNCH_BLOCKING=1``): its time then comes
+    before the device's instead of beside it."""
     expert_launch: Sourced
     """Host seconds per expert of a rank in each product of a grouped matrix multiplication: library
     calls, one per expert, and their hooks; 0 where one kernel serves all experts."""

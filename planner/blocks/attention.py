@@ -160,25 +160,52 @@ def unfused_core(
     q_len, kv_len = shard.sequence // shard.cp, shard.sequence
     batch = shard.microbatch * heads
     scores = 1.0 * batch * q_len * kv_len
-    e = ctx.element_bytes
-    fused = "masked_softmax" in ctx.fused
-    # The fused causal kernel reads the triangle and writes the square, zeros included.
-    passes, read = (1, 0.5) if fused else (3, 1.0)
     result: list[Op] = [
         MatMul("scores", q_len, kv_len, qk_dim, batch, weight=False, low_precision=False,
                modules=CORE),
-        Elementwise("softmax", e * passes * (read + 1) * scores,
-                    e * passes * (2 * read + 1) * scores, passes, passes,
-                    modules=CORE),
+        _softmax(ctx, batch, scores),
     ]  # fmt: skip
     if ctx.dropout:
-        size = (2 * e + 1) * scores
+        size = (2 * ctx.element_bytes + 1) * scores
         result.append(Elementwise("attention_dropout", size, size, modules=CORE))
     result.append(
         MatMul("context", q_len, v_dim, kv_len, batch, weight=False, low_precision=False,
                modules=CORE)
     )  # fmt: skip
     return tuple(result)
+
+
+def _softmax(ctx: BlockContext, batch: Int64, scores: Reals) -> Elementwise:
+    """The masked softmax of ``scores`` elements of ``batch`` samples and heads.
+
+    The fused causal kernel reads the triangle and writes the square, zeros included.
+    """
+    e = ctx.element_bytes
+    if "masked_softmax" not in ctx.fused:
+        return Elementwise("softmax", 6.0 * e * scores, 9.0 * e * scores, 3, 3, modules=CORE)
+    apart = op_by_op_softmax(ctx, batch)
+    forward, backward = (
+        np.where(apart, slow, fast * e) * scores
+        for slow, fast in zip(OP_BY_OP, (1.5, 2.0), strict=True)
+    )
+    launches = np.where(apart, 5, 1)
+    return Elementwise("softmax", forward, backward, launches, launches, modules=CORE)
+
+
+SOFTMAX_BATCH = 4
+"""Samples times heads of a rank that the fused kernel takes are multiples of this, one per warp of
+a block: Megatron-LM, megatron/model/fused_softmax.py, ``is_kernel_available``."""
+OP_BY_OP = (37.0, 41.0)
+"""Bytes per score of the five kernels that stand in for it (same file, ``forward_torch_softmax``):
+to fp32, times a scale, mask, softmax, back to 16 bits; and of their backwards."""
+
+
+def op_by_op_softmax(ctx: BlockContext, batch: Int64) -> Bools:
+    """Where a stack with Megatron's fused softmax has to do without it."""
+    if "masked_softmax" not in ctx.fused:
+        return np.zeros(np.shape(batch), dtype=np.bool_)
+    result: Bools = batch % SOFTMAX_BATCH != 0
+    return result
 
 
 def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[Op]:
@@ -258,7 +285,8 @@ def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTenso
     if ctx.attention_kernel != "unfused":
         return [SavedTensor("softmax_statistics", heads * shard.tokens * 4, modules=CORE)]
     scores = heads * shard.tokens * shard.sequence
-    result = [SavedTensor("softmax", scores * ctx.element_bytes, modules=CORE)]
+    kept = np.where(op_by_op_softmax(ctx, shard.microbatch * heads), 4, ctx.element_bytes)
+    result = [SavedTensor("softmax", scores * kept, modules=CORE)]
     if ctx.dropout:
         result.append(SavedTensor("attention_dropout", scores * ctx.element_bytes, modules=CORE))
         result.append(SavedTensor("attention_mask", scores, modules=CORE))

@@ -143,8 +143,7 @@ def test_time_is_the_forward_of_what_runs_again() -> None:
     again = times().repeats
     forward = again.whole.device
     free = replace(
-        again, forward_ahead=-forward, backward_ahead=-forward,
-        whole=Work(forward, 0 * forward),
+        again, whole=Work(forward, 0 * forward), back=Work(forward, 0 * forward),
         modules={k: Work(w.device, 0 * w.host) for k, w in again.modules.items()},
         outputs={k: Work(w.device, 0 * w.host) for k, w in again.outputs.items()},
     )  # fmt: skip
