@@ -93,14 +93,19 @@ def ops_seconds(*names: str) -> float:
     return total
 
 
+def close(seconds: float) -> object:
+    return pytest.approx(seconds, rel=1e-4)
+
+
 def test_what_runs_again_is_what_a_gradient_needs_and_no_list_spares() -> None:
+    """To a hundredth of a percent: a host far ahead of its device is waited for next to never."""
     whole = again(FULL)
     last = ops_seconds("fc2", "mlp_residual")
     assert last > 0.2 * whole
-    assert again(keeping()) == pytest.approx(whole - last)
-    assert again(keeping("mlp_out")) == pytest.approx(whole - last)
-    assert again(keeping("qkv")) == pytest.approx(whole - last - ops_seconds("qkv", "rope"))
-    assert again(keeping("attention", "mlp_in")) == pytest.approx(
+    assert again(keeping()) == close(whole - last)
+    assert again(keeping("mlp_out")) == close(whole - last)
+    assert again(keeping("qkv")) == close(whole - last - ops_seconds("qkv", "rope"))
+    assert again(keeping("attention", "mlp_in")) == close(
         whole - last - ops_seconds("attention", "fc1")
     )
 
