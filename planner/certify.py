@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from cost_models.peaks import peak_bytes
 from hardware_profiles.schema import ClusterSpec
 from planner.accuracy import band, overlap
-from planner.errors import PlannerError
+from planner.errors import LimitReachedError, PlannerError
 from planner.layouts import completion_of
 from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
@@ -36,7 +36,10 @@ SLACK = 1e-8
 
 
 def verify(plan: Plan) -> list[str]:
-    """What does not hold in ``plan``, as sentences; an empty list means that all of it does."""
+    """What does not hold in ``plan``, as sentences; an empty list means that all of it does.
+
+    Raises :class:`LimitReachedError` if all else holds and the bound is too much to check.
+    """
     findings = list(_check_inputs(plan))
     if findings:
         return findings
@@ -51,6 +54,8 @@ def verify(plan: Plan) -> list[str]:
         findings += _check_certificate(plan)
         if not findings:
             findings += _check_bound(plan, request)
+    except LimitReachedError:
+        raise
     except PlannerError as error:
         findings.append(error.message)
     return findings

@@ -36,17 +36,39 @@ from cost_models.surrogate import (
     least_work,
     surrogate_ns,
 )
+from planner.errors import LimitReachedError
 from planner.recount import SPLIT, every_layout, every_mesh, recompute_modes, wanted
 from planner.request import Request
 
 BATCH = 20_000
 """Layouts priced at once."""
 LARGEST_LEAF = 2_000_000
-"""Partial completions that one leaf may take; beyond it the bound counts as unchecked."""
+"""Partial completions that one leaf may take; beyond it the bound is unchecked there."""
+
+
+class _TooLargeError(Exception):
+    """A leaf has more partial completions than ``LARGEST_LEAF``."""
 
 
 def better_layout(request: Request, least_ns: int) -> str | None:
-    """A layout of the space that simulates below ``least_ns``, in words, or None."""
+    """A layout of the space that simulates below ``least_ns``, in words, or None.
+
+    Raises :class:`LimitReachedError` if none was found and one was too large to take apart.
+    """
+    unchecked: list[str] = []
+    found = _better_layout(request, least_ns, unchecked)
+    if found is None and unchecked:
+        more = f" (and {len(unchecked) - 1:,} other layouts)" if len(unchecked) > 1 else ""
+        raise LimitReachedError(
+            f"certificate.lower_bound_s is neither confirmed nor refuted: {unchecked[0]}{more} may "
+            f"be completed in more than {LARGEST_LEAF:,} ways that the bound does not exclude",
+            hint="everything else in the plan holds; a job whose constraints leave fewer degrees "
+            "open leaves less to check",
+        )
+    return found
+
+
+def _better_layout(request: Request, least_ns: int, unchecked: list[str]) -> str | None:
     batch: list[tuple[int, ...]] = []
     for mesh in every_mesh(request):
         degrees = (
@@ -56,15 +78,20 @@ def better_layout(request: Request, least_ns: int) -> str | None:
         layouts = every_layout(mesh, request)
         batch += [(*degrees, *entry) for entry in layouts if wanted(mesh, entry, request)]
         if len(batch) >= BATCH:
-            finding = _refute(np.array(batch, dtype=np.int64), least_ns, request)
+            finding = _refute(np.array(batch, dtype=np.int64), least_ns, request, unchecked)
             batch.clear()
             if finding:
                 return finding
-    return _refute(np.array(batch, dtype=np.int64), least_ns, request) if batch else None
+    if not batch:
+        return None
+    return _refute(np.array(batch, dtype=np.int64), least_ns, request, unchecked)
 
 
-def _refute(rows: np.ndarray[Any, np.dtype[np.int64]], least: int, request: Request) -> str | None:
-    """A layout among ``rows`` that beats the claimed bound, in words."""
+def _refute(
+    rows: np.ndarray[Any, np.dtype[np.int64]], least: int, request: Request, unchecked: list[str]
+) -> str | None:
+    """A layout among ``rows`` that beats the claimed bound, in words; what is too large to tell is
+    added to ``unchecked``."""
     tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp = rows.T
     tables = price_configs(
         request.workload, request.machine,
@@ -90,12 +117,17 @@ def _refute(rows: np.ndarray[Any, np.dtype[np.int64]], least: int, request: Requ
             microbatches=int(m[index]),
             uneven=request.stack.uneven_stages,
         )
-        better = _better_completion(leaf, least, request)
+        name = (
+            f"tp {tp[index]} cp {cp[index]} pp {pp[index]} ep {ep[index]} vpp {vpp[index]} "
+            f"microbatch {mbs[index]}"
+        )
+        try:
+            better = _better_completion(leaf, least, request)
+        except _TooLargeError:
+            unchecked.append(name)
+            continue
         if better is not None:
-            return (
-                f"tp {tp[index]} cp {cp[index]} pp {pp[index]} ep "
-                f"{ep[index]} vpp {vpp[index]} microbatch {mbs[index]} {better}"
-            )
+            return f"{name} {better}"
     return None
 
 
@@ -167,7 +199,7 @@ class _Chain:
         leaf = self.leaf
         self.budget[0] -= 1
         if self.budget[0] <= 0:
-            return "takes too long to check"
+            raise _TooLargeError
         if rank < 0:
             self.reached += 1
             total = simulate_step(leaf, chosen).total_ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from planner.lowering import lower
 from planner.request import Request
@@ -23,7 +24,7 @@ class Measured:
     formula_gib: float | None = None
     """A peak that the source computed by a formula of its own."""
     scored: bool = True
-    """False where the figure is not of a full training step, or not a measurement."""
+    """False where the figure is not of a full training step, or of other dimensions than stated."""
 
 
 def has_metric(run: Run) -> bool:
@@ -34,13 +35,16 @@ def has_metric(run: Run) -> bool:
 def measured(run: Run, request: Request | None = None) -> Measured:
     """The run's figures; a rate in FLOP/s needs ``request`` to become a time."""
     time, basis = _step_time(run, request)
-    rule = table("conventions")["not_full_training"]
-    partial = any(
-        pattern(rule["match"]).search(run.text(column).lower()) for column in rule["columns"]
-    )
-    if partial:
+    if any(_named(run, rule) for rule in table("conventions")["not_scored"]):
         return Measured(time, basis, scored=False)
     return Measured(time, basis, _peak_gib(run, "reading"), _peak_gib(run, "formula"))
+
+
+def _named(run: Run, rule: dict[str, Any]) -> bool:
+    """Whether one of the rule's columns holds what it looks for."""
+    return any(
+        pattern(rule["match"]).search(run.text(column).lower()) for column in rule["columns"]
+    )
 
 
 def _step_time(run: Run, request: Request | None) -> tuple[float | None, str | None]:

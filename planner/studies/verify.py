@@ -13,7 +13,8 @@ def verify(plan: Plan) -> list[str]:
     """What does not hold, as sentences; an empty list means that the plan is what it claims.
 
     A plan that a limit cut short (status ``feasible``) is not replayed: how far a search gets
-    depends on the machine.
+    depends on the machine. Raises :class:`LimitReachedError` where all that was checked holds and
+    the bound takes too long.
     """
     findings = certify(plan)
     if findings or plan.certificate.status != "optimal":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from planner import refute
+from planner.errors import LimitReachedError
 from planner.refute import better_layout
 from tests.oracle.brute import brute_force
 from tests.oracle.instances import draw
@@ -22,3 +24,15 @@ def test_a_bound_holds_up_to_the_optimum(start: int) -> None:
         assert better_layout(request, optimum) is None, f"seed {seed}"
         assert better_layout(request, optimum + 1) is not None, f"seed {seed}"
     assert feasible > 0
+
+
+def test_a_bound_that_takes_too_long_is_not_called_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the optimum there is nothing to find, only layouts that were not looked at."""
+    monkeypatch.setattr(refute, "LARGEST_LEAF", 1)
+    request = draw(7000)
+    optimum = brute_force(request).time
+    assert optimum is not None
+    with pytest.raises(LimitReachedError, match="neither confirmed nor refuted"):
+        better_layout(request, optimum)
+    monkeypatch.undo()
+    assert better_layout(request, optimum) is None

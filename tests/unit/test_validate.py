@@ -216,6 +216,13 @@ def test_an_adapter_run_is_priced_but_not_scored() -> None:
     assert (full["scored"], adapter["scored"]) == (True, False)
 
 
+def test_a_run_whose_source_calls_its_size_invalid_is_priced_but_not_scored() -> None:
+    stated, disowned = row_of(mem_gib="20"), row_of(mem_gib="20", notes="INVALID SIZE: ran 58B")
+    assert disowned["predicted_peak_gib"] == stated["predicted_peak_gib"]
+    assert (stated["scored"], disowned["scored"]) == (True, False)
+    assert (stated["measured_peak_gib"], disowned["measured_peak_gib"]) == (20, None)
+
+
 def test_more_than_the_peak_is_not_scored() -> None:
     # 3,513,778,176 causal FLOPs per token (see below) x 8192 tokens a device in 29.1 ms are
     # 989.2 TFLOP/s; the H100's dense bf16 peak is 989.

@@ -21,7 +21,8 @@ def verify(
 ) -> None:
     """Recheck every claim of PLAN without the solver, then replay the search for its counts.
 
-    Exit codes: 0 every claim holds; 2 not a plan; 6 refuted, with the findings on standard error.
+    Exit codes: 0 every claim holds; 2 not a plan; 4 all holds that could be checked, but the bound
+    takes too long; 6 refuted, with the findings on standard error.
     """
     document = read_plan(plan)
 
