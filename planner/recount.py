@@ -223,6 +223,8 @@ def impossible_layout(
         return "interleaving is what vpp > 1 means"
     if schedule in ("zbv", "dualpipev") and vpp != 2:
         return "a V has two virtual stages per rank"
+    if "pipeline_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
+        return "a pipeline needs a multiple of pp microbatches"
     if schedule == "dualpipev" and m < stages:
         return "DualPipeV needs two microbatches per stage of the pipeline"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):

@@ -253,6 +253,11 @@ def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
                 & (count(m) % np.maximum(count(m) // m.pp, 1) != 0)
             ),
         )
+    if "pipeline_needs_multiple_of_pp" in stack.rules:
+        yield (
+            f"{stack.name} {stack.version}: a pipeline needs a multiple of pp microbatches",
+            lambda m, x: (count(m) % m.pp != 0) & (x.vpp > 0),
+        )
     if "dualpipev" in stack.schedules:
         yield (
             "DualPipeV needs two microbatches per pipeline stage",

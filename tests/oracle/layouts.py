@@ -178,6 +178,8 @@ def runs(request: Request, x: Layout) -> bool:
     if not partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
         return False
     rules = set(stack.rules)
+    if "pipeline_needs_multiple_of_pp" in rules and m % x.pp:
+        return False
     if x.schedule.startswith("interleaved"):
         if "interleaved_needs_multiple_of_pp" in rules and m % x.pp:
             return False
