@@ -235,9 +235,10 @@ def _data_parallel_times(
         parts["again"] = [call for call in again if call.role == "parameter"]
     seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
     seconds.setdefault("again", seconds["gather"])
-    if machine.offload.parameters:
+    host = machine.stack.offload
+    if machine.offload.parameters and host is not None:
         shard = elements * float(machine.rules.gather_bytes) / mesh.ways
-        fetch = offload.fetch_seconds(shard, machine.cluster.groups[0].node)
+        fetch = offload.fetch_seconds(shard, machine.cluster.groups[0].node, host)
         seconds |= {name: seconds[name] + fetch for name in ("gather", "again")}
     return seconds
 
@@ -266,7 +267,10 @@ def _optimizer_seconds(
     host, node = machine.stack.offload, machine.cluster.groups[0].node
     if machine.offload.optimizer and host is not None:
         moments = round(rule.step_bytes / 8)
-        return offload.update_seconds(elements.astype(np.float64), moments, node, host)
+        weights = machine.rules.gather_bytes if machine.offload.parameters else 0
+        return offload.update_seconds(
+            elements.astype(np.float64), moments, node, host, weight_bytes=weights
+        )
     time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
     result: Real = np.where(elements > 0, time, 0.0)
     return result

@@ -5,6 +5,11 @@ per parameter with AdamW, at the host memory bandwidth that the devices of a nod
 (ZeRO-Offload, arXiv 2101.06840, section 5.1). Gradients leave and weights come back in 16 bits over
 each device's own link, beside the arithmetic: the slower of the two counts. Weights that live on
 the host come over the link before each gather.
+
+State on NVMe drives (ZeRO-Infinity, arXiv 2104.07857) is read group by group before the arithmetic
+and written after it, one after the other (DeepSpeed's ``pipeline_read`` and ``pipeline_write`` are
+off by default); gradients are written when they are reduced. The devices of a node share its
+drives. Weights are read from them before each gather, ahead of the link, and written once per step.
 """
 
 from __future__ import annotations
@@ -46,10 +51,14 @@ def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:
     return total
 
 
-def update_seconds(elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec) -> Real:
-    """The optimizer step of ``elements`` parameters of each device on the host.
+def update_seconds(
+    elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec, *, weight_bytes: int = 0
+) -> Real:
+    """The optimizer step of ``elements`` parameters of each device on the host; ``weight_bytes``
+    each go back to where weights live.
 
-    Nothing on a node whose host memory has no stated bandwidth: rules refuse every layout there.
+    Nothing on a node whose host memory (or drives) has no stated bandwidth: rules refuse every
+    layout there.
     """
     if node.host_memory_bandwidth is None:
         return np.zeros_like(elements)
@@ -57,10 +66,18 @@ def update_seconds(elements: Real, moments: int, node: NodeSpec, spec: OffloadSp
     arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
     link: Real = elements * float(spec.link_bytes) / node.host_link.si
     result: Real = np.maximum(arithmetic, link)
+    reads, writes = node.drives_read_bandwidth, node.drives_write_bandwidth
+    if spec.drives is not None and reads is not None and writes is not None:
+        read = spec.drives.read_bytes / reads.si
+        write = (spec.drives.write_bytes + weight_bytes) / writes.si
+        result = result + elements * (read + write) * node.devices_per_node
     return result
 
 
-def fetch_seconds(weights: Real, node: NodeSpec) -> Real:
+def fetch_seconds(weights: Real, node: NodeSpec, spec: OffloadSpec) -> Real:
     """Bringing so many bytes of weights from the host to each device."""
     result: Real = weights / node.host_link.si
+    if spec.drives is not None and node.drives_read_bandwidth is not None:
+        each = node.drives_read_bandwidth.si / node.devices_per_node
+        result = np.maximum(result, weights / each)
     return result

@@ -70,6 +70,21 @@ OffloadedInput = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "exp
 """Modules by Megatron-Core's names (``--offload-modules``), as ``planner.blocks`` tags them."""
 
 
+class DrivesSpec(Profile):
+    """State on a node's NVMe drives, of which the host holds what is in work (ZeRO-Infinity)."""
+
+    read_bytes: Annotated[int, Field(ge=1)]
+    """Bytes per parameter of a shard that the optimizer step reads."""
+    write_bytes: Annotated[int, Field(ge=1)]
+    """Bytes per parameter of a shard that a step writes: gradients, then weights and moments."""
+    buffer_elements: Annotated[int, Field(ge=1)]
+    """Most parameters of a shard that are updated at once."""
+    buffer_bytes: Annotated[int, Field(ge=1)]
+    """Host bytes for each of those."""
+    parameter_buffer_bytes: Annotated[int, Field(ge=0)] = 0
+    """Host bytes per device for weights on their way, where they are on the drives too."""
+
+
 class OffloadSpec(Profile):
     """What a stack can keep on the host, and how fast it works there."""
 
@@ -86,6 +101,8 @@ class OffloadSpec(Profile):
     """Whether the host can hold the layer inputs that full recomputation keeps."""
     inputs: tuple[OffloadedInput, ...] = ()
     """Modules whose inputs wait on the host for their backward, in every layer: fixed at launch."""
+    drives: DrivesSpec | None = None
+    """Set where what leaves the device goes on to NVMe drives; None: the host's memory holds it."""
     link_bytes: Annotated[int, Field(ge=1)] = 4
     """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
     adam_efficiency: Sourced

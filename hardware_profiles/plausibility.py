@@ -133,6 +133,9 @@ def node_findings(node: NodeSpec) -> Iterator[str]:
     memory, rate = node.host_memory, node.host_memory_bandwidth
     if memory is not None and memory.si < 1e9 * node.devices_per_node:
         yield f"{node.name}: {memory.si / 1e9:g} GB of host memory: is a unit wrong?"
+    drives = (node.drives, node.drives_read_bandwidth, node.drives_write_bandwidth)
+    if any(drives) and not all(drives):
+        yield f"{node.name}: drives need a capacity and both bandwidths"
     if rate is not None and rate.si < node.host_link.si:
         yield (
             f"{node.name}: host memory of {rate.si / 1e9:g} GB/s is slower than one device's link "

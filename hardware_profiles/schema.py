@@ -113,7 +113,9 @@ class KernelProfile(Profile):
 DIMENSIONS = {
     "bandwidth": "B/s", "memory_bandwidth": "B/s", "host_memory_bandwidth": "B/s",
     "host_link": "B/s", "link_bandwidth": "B/s", "memory_capacity": "B", "l2_capacity": "B",
-    "host_memory": "B", "latency": "s", "simple_latency": "s", "memory_bound_latency": "s",
+    "host_memory": "B", "drives": "B", "drives_read_bandwidth": "B/s",
+    "drives_write_bandwidth": "B/s", "latency": "s", "simple_latency": "s",
+    "memory_bound_latency": "s",
     "peak_flops": "FLOP/s", "best_matmul_flops": "FLOP/s", "power": "W", "price_per_hour": "USD/h",
     "compute_units": "", "efficiency": "", "efficiencies": "", "memory_bound_efficiency": "",
     "best_run_mfu": "", "launch_overhead": "s", "expert_launch": "s", "expert_sync": "s",
@@ -274,6 +276,12 @@ class NodeSpec(Profile):
     """Bytes of host memory of the node."""
     host_memory_bandwidth: Sourced | None = None
     """Bytes/s of the node's host memory, reads and writes together."""
+    drives: Sourced | None = None
+    """Bytes of the node's local NVMe drives that training may fill."""
+    drives_read_bandwidth: Sourced | None = None
+    """Bytes/s that all of them read together."""
+    drives_write_bandwidth: Sourced | None = None
+    """Bytes/s that all of them write together."""
     price_per_hour: Sourced | None = None
     """List price in USD per node hour; where there is none, the device's times the devices."""
     source: str | None = None

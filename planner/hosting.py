@@ -1,10 +1,11 @@
-"""What a request keeps in the memory of its hosts, and why a layout cannot."""
+"""What a request keeps in the memory of its hosts or on their drives, and why a layout cannot."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cost_models.graph import Int64
+from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
 from planner.request import Request
 
@@ -15,14 +16,19 @@ def host_bytes_per_node(request: Request, replicas: int) -> int:
     spec, offload = request.stack.offload, request.machine.offload
     if spec is None or not offload.anything:
         return 0
-    workload = request.workload
-    held = [workload.embedding, *(workload.kinds[name] for name in workload.layers), workload.head]
-    parameters = sum(
-        weight.elements for kind in held for weight in kind.weights if weight.name != "head.tied"
-    )
+    parameters = _parameters(request)
     each = spec.optimizer_bytes if offload.optimizer else 0
     each += (spec.parameter_bytes or 0) if offload.parameters else 0
     return -(-parameters * each * replicas // request.cluster.nodes)
+
+
+def _parameters(request: Request) -> int:
+    """Of the whole model, those that embedding and head share once."""
+    workload = request.workload
+    held = [workload.embedding, *(workload.kinds[name] for name in workload.layers), workload.head]
+    return sum(
+        weight.elements for kind in held for weight in kind.weights if weight.name != "head.tied"
+    )
 
 
 def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp: Int64) -> Int64:
@@ -36,10 +42,30 @@ def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp
     return tokens * request.workload.boundary_bytes_per_token * layers * devices
 
 
+def on_drives(request: Request) -> DrivesSpec | None:
+    """How the stack keeps on NVMe drives what leaves the devices, or None."""
+    spec = request.stack.offload
+    return spec.drives if spec is not None and request.machine.offload.optimizer else None
+
+
 def host_capacity(request: Request) -> int | None:
-    """Bytes of a node's host memory."""
-    memory = request.cluster.groups[0].node.host_memory
-    return None if memory is None else int(memory.si)
+    """Bytes of a node's host memory, or of its drives where the stack fills those."""
+    node = request.cluster.groups[0].node
+    room = node.host_memory if on_drives(request) is None else node.drives
+    return None if room is None else int(room.si)
+
+
+def buffer_bytes_per_node(request: Request) -> int:
+    """Bytes of host memory of each node for what is on its way to the drives and back, were all
+    state split over all devices."""
+    drives = on_drives(request)
+    if drives is None:
+        return 0
+    devices = request.cluster.groups[0].node.devices_per_node
+    working = min(drives.buffer_elements, -(-_parameters(request) // request.devices))
+    each = working * drives.buffer_bytes
+    each += drives.parameter_buffer_bytes if request.machine.offload.parameters else 0
+    return each * devices
 
 
 def cannot_offload(request: Request) -> str | None:
@@ -57,10 +83,22 @@ def cannot_offload(request: Request) -> str | None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
     if node.host_memory is None or (job.optimizer_offload and node.host_memory_bandwidth is None):
         return f"{node.name} states no host memory or no bandwidth of it"
+    if on_drives(request) is not None:
+        figures = (node.drives, node.drives_read_bandwidth, node.drives_write_bandwidth)
+        if None in figures:
+            return f"{node.name} states no NVMe drives (drives and their two bandwidths)"
+        buffers = buffer_bytes_per_node(request)
+        if buffers > node.host_memory.si:
+            return (
+                f"host memory of {format_bytes(int(node.host_memory.si))} per node does not hold "
+                f"{format_bytes(buffers)} of buffers for the drives"
+            )
     return None
 
 
 def overfilled(request: Request) -> str:
     """The reason of a layout whose state is more than the hosts have."""
     capacity = host_capacity(request)
-    return f"host memory of {format_bytes(capacity or 0)} per node does not hold what is offloaded"
+    room = "host memory" if on_drives(request) is None else "NVMe drives"
+    holds = "does" if on_drives(request) is None else "do"
+    return f"{room} of {format_bytes(capacity or 0)} per node {holds} not hold what is offloaded"

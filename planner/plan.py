@@ -114,11 +114,15 @@ class StagePrediction(Document):
 
 
 class HostPrediction(Document):
-    """What a layout keeps in host memory."""
+    """What a layout keeps in host memory, or on the hosts' drives."""
 
+    place: Literal["memory", "drives"] = "memory"
     bytes_per_node: int
     """Were the hosts filled evenly."""
     capacity_bytes_per_node: int | None
+    """Of that place."""
+    buffer_bytes_per_node: int = 0
+    """Of memory, for what is on its way to the drives and back."""
     link_bytes_per_step: int
     """Across each device's link to the host, both directions."""
 

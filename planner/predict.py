@@ -26,7 +26,12 @@ from cost_models.step import CATEGORIES, Field, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
-from planner.hosting import host_bytes_per_node, host_capacity
+from planner.hosting import (
+    buffer_bytes_per_node,
+    host_bytes_per_node,
+    host_capacity,
+    on_drives,
+)
 from planner.layouts import completion_of, configs_of
 from planner.models.spec import ModelSpec, MoeSpec
 from planner.plan import HostPrediction, Layout, Prediction, Term
@@ -167,8 +172,10 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     if layout.parameter_offload:
         crossing += 2 * elements * request.machine.rules.gather_bytes * layout.num_microbatches
     return HostPrediction(
+        place="memory" if on_drives(request) is None else "drives",
         bytes_per_node=held,
         capacity_bytes_per_node=host_capacity(request),
+        buffer_bytes_per_node=buffer_bytes_per_node(request),
         link_bytes_per_step=crossing,
     )
 

@@ -167,3 +167,73 @@ def test_checkpoints_that_overfill_the_host_are_refused() -> None:
     request = read_request("llama-3.1-405b", "dgx-h100:8", None, job)
     with pytest.raises(InputError, match=r"host memory of .* does not hold what is offloaded"):
         evaluate(request, {"zero_stage": 3, "recompute": "full", "microbatch_size": 1})
+
+
+def on_drives(cluster: str = "dgx-h100:1", model: str = "llama-3.1-8b", **job: Any) -> Prediction:
+    spec = JobSpec(sequence_length=2048, stack="deepspeed-nvme", global_batch=8, **job)
+    stack = load_stack("deepspeed-nvme")
+    request = Request(read_model(model), load_cluster(cluster), spec, stack)
+    layout = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
+    return evaluate(request, layout).prediction
+
+
+def test_drives_hold_what_the_host_only_passes_on() -> None:
+    """16 bytes per parameter on the drives; in memory 16 for each of a group's 10^9 (a shard has a
+    few more) and 3 GB a device for weights, where the drives hold them too."""
+    state = on_drives(optimizer_offload=True)
+    both = on_drives(optimizer_offload=True, parameter_offload=True)
+    assert state.host is not None
+    assert both.host is not None
+    assert (state.host.place, state.host.capacity_bytes_per_node) == ("drives", 30_720 * 10**9)
+    assert state.host.bytes_per_node == 16 * PARAMETERS
+    assert state.host.buffer_bytes_per_node == 8 * 16 * 10**9
+    assert both.host.bytes_per_node == 18 * PARAMETERS
+    assert both.host.buffer_bytes_per_node == state.host.buffer_bytes_per_node + 8 * 3 * 10**9
+    assert state.max_peak_bytes == predicted(global_batch=8, optimizer_offload=True).max_peak_bytes
+
+
+def test_a_step_reads_and_writes_all_state_on_the_drives() -> None:
+    """16 bytes of each parameter at 52 GB/s and 16 at 28 GB/s beside what the host's Adam takes;
+    2 more back where weights are there too."""
+    host = predicted(global_batch=8, optimizer_offload=True)
+    swapped = 16 * PARAMETERS / 52e9 + 16 * PARAMETERS / 28e9
+    state = on_drives(optimizer_offload=True)
+    assert state.step_time_s - host.step_time_s == pytest.approx(swapped, rel=1e-6)
+    weights = predicted(global_batch=8, optimizer_offload=True, parameter_offload=True)
+    both = on_drives(optimizer_offload=True, parameter_offload=True)
+    more = both.step_time_s - weights.step_time_s - swapped
+    # Each device's share of the drives, 6.5 GB/s, is slower than its link: gathers wait longer.
+    assert more > 2 * PARAMETERS / 28e9
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"drives": None}, "states no NVMe drives"),
+        ({"drives": {"value": 100, "unit": "GB"}}, "NVMe drives of 93.1 GiB per node do not hold"),
+        ({"host_memory": {"value": 100, "unit": "GB"}}, "buffers for the drives"),
+    ],
+)
+def test_drives_that_hold_too_little_are_refused(change: dict[str, Any], said: str) -> None:
+    cluster = load_cluster("dgx-h100:1")
+    node = cluster.groups[0].node
+    figures = {
+        name: value and node.host_memory and node.host_memory.model_copy(update=value)
+        for name, value in change.items()
+    }
+    group = cluster.groups[0].model_copy(update={"node": node.model_copy(update=figures)})
+    small = cluster.model_copy(update={"groups": (group,)})
+    spec = JobSpec(
+        sequence_length=2048, stack="deepspeed-nvme", global_batch=8, optimizer_offload=True
+    )
+    request = Request(read_model("llama-3.1-8b"), small, spec, load_stack("deepspeed-nvme"))
+    with pytest.raises(InputError, match=said):
+        evaluate(request, {"zero_stage": 3, "microbatch_size": 1})
+
+
+def test_a_plan_on_drives_is_verified() -> None:
+    spec = {"stack": "deepspeed-nvme", "optimizer_offload": True, "parameter_offload": True}
+    found = plan(read_request("llama-3.1-70b", "dgx-h100:1", None, {**spec, "global_batch": 32}))
+    assert found.prediction.host is not None
+    assert found.prediction.host.place == "drives"
+    assert verify(found) == []
