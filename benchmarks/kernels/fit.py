@@ -47,6 +47,8 @@ LOW_PRECISION = {H100: ("fp8",), H200: ("fp8",), B200: ("fp8", "nvfp4"), GB200: 
                  L40S: ("fp8",)}  # fmt: skip
 
 BF16_COLUMN, LOW_COLUMN = "us_sglang", "us_trtllm"
+DISTURBED = {H200: "us_trtllm"}
+"""Devices whose ``BF16_COLUMN`` was disturbed (``data/README.md``), and what stands in for it."""
 SIMUMAX = "MooreThreads/SimuMax (Apache-2.0), default memory-bound op"
 DECODE = "aiconfigurator-core 0.12.0 (Apache-2.0), KV read rate of decode attention"
 
@@ -144,7 +146,7 @@ def make_matmuls(report: list[Errors]) -> dict[str, dict[str, MatmulConstants]]:
     """Matmul constants by device and dtype."""
     burst: dict[str, dict[str, MatmulConstants]] = {}
     for name in (A100, H100, H200, B200, GB200, L40S):
-        found, errors = fit_matmul(name, "bf16", BF16_COLUMN)
+        found, errors = fit_matmul(name, "bf16", DISTURBED.get(name, BF16_COLUMN))
         burst[name] = {"bf16": found}
         report.append(errors)
         for dtype in LOW_PRECISION.get(name, ()):

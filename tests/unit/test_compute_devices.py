@@ -86,7 +86,7 @@ def _column(rows: list[dict[str, str]], name: str) -> Any:
     [
         ("a100-sxm-80gb", "bf16", "us_sglang", 0.03, 0.10),
         ("h100-sxm-80gb", "bf16", "us_sglang", 0.05, 0.11),
-        ("h200-sxm-141gb", "bf16", "us_sglang", 0.05, 0.21),
+        ("h200-sxm-141gb", "bf16", "us_trtllm", 0.05, 0.14),
         ("b200-sxm-180gb", "bf16", "us_sglang", 0.05, 0.10),
         ("gb200", "bf16", "us_sglang", 0.05, 0.11),
         ("h100-sxm-80gb", "fp8", "us_trtllm", 0.04, 0.12),
