@@ -76,8 +76,7 @@ def in_flight(used: StateBytes, data: DataParallel, *, rules: StateRules) -> Int
     """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
     if not rules.unit_gradients:
         return np.zeros_like(data.pp)
-    each = (data.pp == 1) & (data.zero_stage != 1)
-    return np.where(each, rules.gradient_bytes * used.unsharded, 0)
+    return np.where(data.per_microbatch, rules.gradient_bytes * used.unsharded, 0)
 
 
 def add_output(

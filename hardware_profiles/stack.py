@@ -24,11 +24,12 @@ Schedule = Literal[
 ]
 """Orders of work of a pipeline; see ``cost_models.orders``."""
 StackRule = Literal[
-    "interleaved_needs_multiple_of_pp", "pipeline_needs_multiple_of_pp", "moe_with_tp_needs_sequence_parallel",
-    "no_expert_parallelism", "no_experts", "no_experts_with_tp", "no_pipeline",
-    "no_zero_3_with_pipeline", "zero_0_is_replicate_only", "zero_1_shards_over_all",
-    "no_sequence_parallelism_with_context", "no_tied_embeddings", "no_tied_embeddings_in_pipeline",
-    "needs_block_scaled_products", "shards_fill_nodes",
+    "interleaved_needs_multiple_of_pp", "pipeline_needs_multiple_of_pp",
+    "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
+    "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
+    "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
+    "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
+    "shards_fill_nodes",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""

@@ -268,6 +268,8 @@ def impossible_layout(
         return "replication alone does not combine"
     if zero == 1 and shard < mesh.dp and "zero_1_shards_over_all" in stack.rules:
         return "the optimizer's state is split over all of dp"
+    if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:
+        return "no sharded gradients under a pipeline"
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
         return "parameters stay gathered under a pipeline"
     group, ways = request.machine.reshard_group, shard * mesh.cp

@@ -202,6 +202,11 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: the optimizer's state alone is split over all of dp or not at all",
             lambda _, x: (x.zero_stage == 1) & (x.dp_replicate > 1),
         )
+    if "no_zero_2_with_pipeline" in stack.rules:
+        yield (
+            f"{label}: gradients alone are not split under a pipeline",
+            lambda m, x: (x.zero_stage == 2) & (m.pp > 1),
+        )
     if "no_zero_3_with_pipeline" in stack.rules:
         yield (
             f"{label}: parameters stay gathered under a pipeline",

@@ -206,6 +206,8 @@ def runs(request: Request, x: Layout) -> bool:
     replicated = x.zero == 0 and x.dp > 1
     if "zero_0_is_replicate_only" in rules and replicated and x.tp * x.cp * x.pp > 1:
         return False
+    if "no_zero_2_with_pipeline" in rules and x.zero == 2 and x.pp > 1:
+        return False
     if "zero_1_shards_over_all" in rules and x.zero == 1 and x.dp_shard != x.dp:
         return False
     nodes_filled, rest = divmod(x.dp_shard * x.cp, request.cluster.groups[0].node.devices_per_node)
