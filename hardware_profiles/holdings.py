@@ -66,7 +66,9 @@ class StateSpec(Profile):
     """The least bucket also holds this many elements for each data-parallel rank."""
 
 
-OffloadedInput = Literal["attn_norm", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+OffloadedInput = Literal[
+    "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"
+]
 """Modules by Megatron-Core's names (``--offload-modules``), as ``planner.blocks`` tags them."""
 
 

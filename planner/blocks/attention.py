@@ -255,7 +255,7 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
     ]
     if spec.qk_norm != "none":
         rows = (heads + kv) * x if spec.qk_norm == "per_head" else 2 * x
-        result += norm_saved("qk_norm", (heads + kv) * hd * x, rows, ctx)
+        result += norm_saved("qk_norm", (heads + kv) * hd * x, rows, ctx, input_of="qkv_linear")
     if spec.output_gate:
         result.append(SavedTensor("gate_and_gated_output", 2 * heads * hd * x * e))
     result += core_saved(ctx, shard, heads)

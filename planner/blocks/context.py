@@ -166,12 +166,13 @@ def residual_saved(
     *,
     products: int = 1,
     norm_module: str | None = None,
+    product_module: str | None = None,
 ) -> tuple[SavedTensor, ...]:
     """The norm's input and output, and the dropout mask after the sub-block.
 
     ``modules`` are those that run the norm, ``norm_module`` is its own name where no product is
-    fused with it. Each of ``products`` that read the output keeps a
-    low-precision copy of its own; with 0 the output itself is kept.
+    fused with it, ``product_module`` that of the first products. Each of ``products`` that read
+    the output keeps a low-precision copy of its own; with 0 the output itself is kept.
     """
     size = ctx.residual_bytes(shard)
     inputs = product_input_bytes(ctx, shard)
@@ -184,9 +185,9 @@ def residual_saved(
             shard.residual_tokens,
             ctx,
             modules,
-            input_of=norm_module,
+            input_of=norm_module or product_module,
         ),
-        SavedTensor(f"{name}.input", inputs, modules=modules),
+        SavedTensor(f"{name}.input", inputs, modules=modules, input_of=product_module),
     ]
     if ctx.dropout:
         saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))

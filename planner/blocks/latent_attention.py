@@ -137,9 +137,13 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
     latent = (spec.q_lora_rank or 0) + spec.kv_lora_rank
     return (
-        SavedTensor("latent", (latent + spec.qk_rope_head_dim) * r * e),
+        SavedTensor(
+            "latent", (latent + spec.qk_rope_head_dim) * r * e, input_of="qkv_linear"
+        ),
         *within("mla_up_proj", (
-            SavedTensor("latent_normed", ctx.saved_input(latent * r * e)),
+            SavedTensor(
+                "latent_normed", ctx.saved_input(latent * r * e), input_of="qkv_linear"
+            ),
             SavedTensor("qkv", heads * (2 * qk + v) * x * e, input_of="core_attn"),
         )),
         SavedTensor("attention_output", heads * v * x * e, input_of="attn_proj"),

@@ -53,6 +53,7 @@ def layer_saved(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Save
                 _norm_modules(part, ctx),
                 products=_READERS.get(type(part), 1),
                 norm_module=_norm_name(part, ctx),
+                product_module=_product_name(part),
             )
         result += kind_of(part).saved(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):
@@ -125,6 +126,12 @@ def _norm_name(part: Mixer | FeedForward, ctx: BlockContext) -> str | None:
     if _norm_modules(part, ctx) != ("layernorm",):
         return None
     return "mlp_norm" if isinstance(part, MlpSpec | MoeSpec) else "attn_norm"
+
+
+def _product_name(part: Mixer | FeedForward) -> str | None:
+    """Megatron-Core's name of the products that make queries, keys and values, with all that they
+    do in between (attention.py and multi_latent_attention.py, ``offload_qkv_linear``)."""
+    return "qkv_linear" if isinstance(part, AttentionSpec | LatentAttentionSpec) else None
 
 
 def _one_norm(block: BlockSpec) -> bool:

@@ -115,3 +115,19 @@ def test_hosts_that_are_too_small_are_refused() -> None:
     )
     with pytest.raises(InputError, match=r"host memory of .* does not hold what is offloaded"):
         evaluate(request, LAYOUT)
+
+
+def test_the_region_of_queries_keys_and_values_sends_all_that_it_saves() -> None:
+    """Its products' input and that of the norm fused into them: the hidden size of 4,096 twice."""
+    stack = load_stack("megatron-core-offload")
+    assert stack.offload is not None
+    inputs = (*stack.offload.inputs, "qkv_linear")
+    more = stack.model_copy(update={"offload": stack.offload.model_copy(update={"inputs": inputs})})
+    job = JobSpec(sequence_length=TOKENS, stack=stack.name, global_batch=16)
+    model, cluster = read_model("llama-3.1-8b"), load_cluster("dgx-h100:1")
+    few, many = (
+        evaluate(Request(model, cluster, job, s), LAYOUT).prediction for s in (stack, more)
+    )
+    for rank in range(4):
+        gone = term(few, rank, "activations") - term(many, rank, "activations")
+        assert gone == (4 - rank) * 8 * 2 * 4096 * TOKENS * 2
