@@ -3,8 +3,9 @@
 Nothing here is a share of a total: each term is what one library holds, times how many of them the
 layout has (``hardware_profiles.holdings.ReserveSpec``). Communicators are those that a rank of
 Megatron-Core or torchtitan joins: tensor, context, data (with context) and expert parallel groups,
-expert data parallelism, the model-parallel group of the gradient norm, the world, and the
-pipeline's neighbours; hierarchical context parallelism has two levels of groups more.
+expert data parallelism, the model-parallel group of the gradient norm, the world, the
+ranks that share 8-bit scales, and the pipeline's neighbours; hierarchical context parallelism has
+two levels of groups more.
 """
 
 from __future__ import annotations
@@ -249,6 +250,8 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
         inner, apart = Wire(layers, per_node).levels(Mesh(ways, tp, replicas, span))
         groups.append((np.where(apart, inner, 1), tp))
         groups.append((np.where(apart, ways // inner, 1), tp * inner))
+    if machine.stack.delayed_scaling and machine.precision == "fp8":
+        groups.append((span * replicas, ones))
     if spec.loss_group:
         groups.append((degrees.dp_shard * replicas, tp * cp))
     total = np.zeros_like(tp)

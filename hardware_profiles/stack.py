@@ -291,6 +291,9 @@ class StackSpec(Profile):
     accumulating in buffers that stay."""
     optimizer_step_copies: Annotated[int, Field(ge=0)] = 0
     """fp32 copies of the local parameters that the optimizer step makes for a moment."""
+    delayed_scaling: bool = False
+    """Whether fp8 scales by the largest values of earlier steps, which are reduced over tensor and
+    data parallel ranks: a communicator of their own."""
     norm_copy_bytes: Annotated[int, Field(ge=2, le=4)] = 4
     """Per element of the normalised copy that a norm run op by op keeps: 2 where it is cast back
     before it is scaled."""

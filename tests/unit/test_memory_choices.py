@@ -333,3 +333,17 @@ def test_fsdp2_under_megatron_shards_bf16_weights_and_fp32_masters() -> None:
         ("optimizer_update", 4),
     ):
         assert held[name] == pytest.approx(each * shard, rel=1e-6)
+
+
+def test_delayed_scaling_has_a_communicator() -> None:
+    """Largest values are reduced over all eight ranks in fp8, not in bf16 nor with block scales."""
+    more = load_stack("megatron-core").reserve.communicator.si
+    assert communicators("megatron-core", "fp8") - communicators("megatron-core", "bf16") == int(
+        more
+    )
+    assert communicators("megatron-bridge", "fp8") == communicators("megatron-bridge", "bf16")
+
+
+def communicators(stack: str, precision: str) -> int:
+    found = stage(load_stack(stack), precision=precision, layout={"zero_stage": 1})
+    return terms(found)["communicators"]
