@@ -238,7 +238,7 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
     groups = [
         (tp, ones), (cp, tp), (degrees.dp_shard * cp, tp), (replicas, span), (tp * pp, ones),
         (span * replicas * pp, ones), (np.where(experts > 1, span // experts, 1), experts),
-        (shard.etp, ones),
+        (shard.etp if machine.stack.layers.experts == "dealt" else ones, ones),
     ]  # fmt: skip
     levels = (shard.cp_exchange > 1) & (shard.cp_ring > 1)
     if levels.any():

@@ -29,7 +29,7 @@ StackRule = Literal[
     "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
-    "shards_fill_nodes",
+    "shards_fill_nodes", "experts_follow_tp",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""
@@ -106,6 +106,9 @@ class LayersSpec(Profile):
     vocabulary: Literal["split", "whole", "split_without_context"] = "split"
     """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
     computes all logits (AutoTP); or context parallelism takes the embedding whole, not the head."""
+    experts: Literal["dealt", "sliced"] = "dealt"
+    """Whether tokens are sent to ranks that hold some experts (or, under expert tensor parallelism,
+    parts of some), or tp slices every expert as it does other layers: etp is tp then (AutoTP)."""
     weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
     """Bytes of 64 elements of sharded weights on their way, scales included, where they are
     quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""

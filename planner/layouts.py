@@ -156,8 +156,9 @@ _DEGREES = (
 
 def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
     degree: dict[str, int] = {}
+    sliced = "experts_follow_tp" in request.stack.rules and request.workload.expert_count
     for name in _DEGREES:
-        value = base.get(name, 1)
+        value = base.get(name, degree["tp"] if sliced and name == "etp" else 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"layout: {name} = {value!r} is not a positive whole number")
         degree[name] = value

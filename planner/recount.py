@@ -125,6 +125,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         if isinstance(feed_forward, MoeSpec):
             if feed_forward.experts % mesh.ep or feed_forward.intermediate % mesh.etp:
                 return "experts do not split over ep and etp"
+            if "experts_follow_tp" in stack.rules and mesh.etp != mesh.tp:
+                return "experts are split as tp is"
             if feed_forward.shared_intermediate % mesh.tp:
                 return "shared experts do not split over tp"
             if "moe_with_tp_needs_sequence_parallel" in stack.rules and (

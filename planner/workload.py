@@ -70,6 +70,7 @@ def build_workload(
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
         separate=frozenset(stack.layers.separate_projections),
+        sliced_experts=stack.layers.experts == "sliced",
         balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",

@@ -38,6 +38,8 @@ class BlockContext:
     """Whether tensor parallelism is DTensor's rather than Megatron's asynchronous layers."""
     separate: frozenset[str] = frozenset()
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
+    sliced_experts: bool = False
+    """Whether tp splits every expert over ranks that all have the same tokens."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
     saved_input_bytes_per_64: int | None = None

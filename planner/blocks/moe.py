@@ -2,7 +2,8 @@
 
 Each device routes its own tokens (the residual stream, so 1/tp of the sequence with sequence
 parallelism), sends them to the ranks that hold their ``top_k`` experts by the dispatcher of the
-stack, and with expert-tensor parallelism gathers the rows over etp.
+stack, and with expert-tensor parallelism gathers the rows over etp. Where experts are sliced as all
+other layers are, ranks send nothing to each other before they sum.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def imbalance(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> NDArray[np.floa
     return result
 
 
-def rows(spec: MoeSpec, shard: Shard) -> Int64:
-    """Balanced rows that one rank's experts see: its own tokens' copies, times etp."""
-    return shard.residual_tokens * spec.top_k * shard.etp
+def rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Balanced rows that one rank's experts see: its own tokens' copies, times etp where those of
+    its neighbours are gathered. Sliced experts see what all tensor-parallel ranks have alike."""
+    own = shard.residual_tokens * spec.top_k
+    return own if ctx.sliced_experts else own * shard.etp
 
 
 def reorderings(
@@ -111,14 +114,45 @@ def reorderings(
     )
 
 
+def exchanges(
+    spec: MoeSpec, ctx: BlockContext, own: Int64, gathered: Int64, routing: Routing
+) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
+    """Collectives before the experts and after them.
+
+    Sliced experts exchange nothing: each expert's output is summed over tp, and in the backward the
+    gradient of its input, once for each product that reads it (DeepSpeed, module_inject/auto_tp.py:
+    every expert's last product is a ``LinearAllreduce``, the others ``LinearLayer``).
+    """
+    if not ctx.sliced_experts:
+        return (
+            Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
+            Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
+        ), (
+            Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
+            Collective(
+                "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
+            ),
+        )  # fmt: skip
+    each, count = own / spec.experts, spec.experts
+    behind = None if ctx.dtensor else "expert_fc1:wgrad"
+    return (
+        Collective(
+            "expert_input", "tp", None, 0, "all_reduce", each, backward_hidden=behind,
+            backward_count=(2 if spec.gated else 1) * count,
+        ),
+    ), (
+        Collective("expert_output", "tp", "all_reduce", each, None, 0, forward_count=count),
+    )  # fmt: skip
+
+
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
     r, h, e = shard.residual_tokens, spec.latent or ctx.hidden, ctx.element_bytes
     own = r * spec.top_k * h * e
-    hot = rows(spec, shard) * imbalance(spec, ctx, shard)
+    hot = rows(spec, ctx, shard) * imbalance(spec, ctx, shard)
     local = spec.experts // shard.ep
     width = spec.intermediate // shard.etp
-    gathered = rows(spec, shard) * h * e
+    gathered = rows(spec, ctx, shard) * h * e
     router = 1.0 * r * spec.experts * 4
     fc1 = (2 if spec.gated else 1) * width
     inner = hot * width * e
@@ -128,24 +162,21 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         groups=spec.routing_groups, group_limit=spec.routing_group_limit,
     )  # fmt: skip
     before, arrived, leaving, after = reorderings(ctx, own, gathered, local)
+    inward, outward = exchanges(spec, ctx, own, gathered, routing)
     result: list[Op] = [
         MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         *_latent("latent_down", spec, r, h, ctx.hidden),
         *before,
         *_count_exchange(spec, ctx),
-        Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
-        Collective("etp_gather", "etp", "all_gather", gathered, "reduce_scatter", gathered),
+        *inward,
         *arrived,
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),
         *leaving,
-        Collective("etp_scatter", "etp", "reduce_scatter", gathered, "all_gather", gathered),
-        Collective(
-            "combine", "ep", "all_to_all", own, "all_to_all", own, routing=routing, back=True
-        ),
+        *outward,
         *after,
         *_latent("latent_up", spec, r, ctx.hidden, h),
     ]  # fmt: skip
@@ -171,7 +202,7 @@ def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
     h, e = spec.latent or ctx.hidden, ctx.element_bytes
-    hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
     inner = hot * (spec.intermediate // shard.etp) * e
     result = [
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
@@ -199,7 +230,7 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     backward holds three such tensors before: the gradient, and it times the weights and times the
     outputs.
     """
-    hot = np.ceil(rows(spec, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
     hidden = spec.latent or ctx.hidden
     inner = hot * (spec.intermediate // shard.etp)
     gradients = (2 * hot * hidden + (3 if spec.gated else 2) * inner) * ctx.element_bytes

@@ -193,6 +193,8 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "no_experts_with_tp" in rules and experts and x.tp > 1:
         return False
+    if "experts_follow_tp" in rules and experts and x.etp != x.tp:
+        return False
     if "no_experts" in rules and experts:
         return False
     if "no_tied_embeddings_in_pipeline" in rules and request.model.tied_embeddings and x.pp > 1:

@@ -12,6 +12,7 @@ from planner.models.reader import read_model
 from planner.pipeline import EvaluatedLayout, evaluate
 from planner.request import Request
 from planner.specs import JobSpec
+from planner.studies.communication import communication
 
 
 def price(model: str, stack: str, *, nodes: int = 2, **layout: Any) -> EvaluatedLayout:
@@ -74,3 +75,33 @@ def test_a_pipeline_waits_for_its_transfers_and_reduces_once() -> None:
     request = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, overlapped)
     hidden = evaluate(request, {"microbatch_size": 1, "pp": 4, "zero_stage": 1})
     assert seconds(found, "gradient_reduction") > 2 * seconds(hidden, "gradient_reduction") > 0
+
+
+def test_sliced_experts_send_nothing_and_sum_each_expert() -> None:
+    """Mixtral over tp 4, 4,096 tokens of 4,096 elements to 2 of 8 experts: each expert's output is
+    summed forward, the gradient of its input twice backward (gate and up)."""
+    job = JobSpec(sequence_length=4096, global_batch=64, stack="deepspeed-autotp")
+    stack, cluster = load_stack("deepspeed-autotp"), load_cluster("dgx-h100:2")
+    request = Request(read_model("mixtral-8x7b"), cluster, job, stack)
+    found = evaluate(request, {"microbatch_size": 1, "tp": 4, "zero_stage": 1})
+    assert (found.layout.etp, found.layout.ep) == (4, 1)
+    calls = communication(request, found).layers["decoder"]
+    copies = 4096 * 2 * 4096 * 2
+    summed = [(call.name, call.phase, call.kind, call.count, call.bytes) for call in calls]
+    assert [call for call in summed if "expert" in call[0]] == [
+        ("expert_input", "backward", "all_reduce", 16, 2 * copies),
+        ("expert_output", "forward", "all_reduce", 8, copies),
+    ]
+    assert not {call.group for call in calls} & {"ep", "etp"}
+
+
+def test_sliced_experts_are_a_part_of_each_expert() -> None:
+    """A quarter of every expert is as many weights as all of a quarter of them."""
+    sliced = price("mixtral-8x7b", "deepspeed-autotp", tp=4, zero_stage=1)
+    whole = price("mixtral-8x7b", "deepspeed-hf", zero_stage=1)
+    expert = 3 * 4096 * 14336 * 32
+    gone = whole.prediction.stages[0].parameters - sliced.prediction.stages[0].parameters
+    attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert gone == 3 * (8 * expert + attention) // 4
+    with pytest.raises(InputError, match="experts are split as tp splits all else"):
+        price("mixtral-8x7b", "deepspeed-autotp", tp=4, etp=2, zero_stage=1)
