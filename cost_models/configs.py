@@ -15,6 +15,7 @@ from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.host_outputs import refuse_without_room
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
@@ -177,12 +178,15 @@ def price_configs(
     shard = shard_of(workload, configs)
     reserve = reserve_of(workload, machine, shard, configs)
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
+    capacity = capacity_bytes or int(machine.device.memory_capacity.si)
+    kinds = tuple(table(workload.kinds[name], workload.policies) for name in names)
+    refuse_without_room(kinds, workload, shard, configs.pp, machine, capacity)
     return PricedConfigs(
         workload=workload,
         machine=machine,
         configs=configs,
         kind_names=names,
-        kinds=tuple(table(workload.kinds[name], workload.policies) for name in names),
+        kinds=kinds,
         embedding=table(workload.embedding),
         head=table(workload.head, drop=drop_tied),
         hop_ns=transfers.hop_ns(workload, machine, shard, configs),
@@ -197,7 +201,7 @@ def price_configs(
         reserve=reserve,
         fixed_bytes=reserve.total + reserve_bytes,
         receive_bytes=transfers.receive_bytes(workload, machine, shard, configs),
-        capacity_bytes=capacity_bytes or int(machine.device.memory_capacity.si),
+        capacity_bytes=capacity,
         late=transfers.late_ns(workload, machine, shard, configs),
         blocking=machine.stack.blocking_transfers,
     )  # fmt: skip

@@ -39,6 +39,7 @@ from cost_models.data_traffic import (
 from cost_models.fabric import Fabric
 from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
+from cost_models.host_outputs import move_outputs
 from cost_models.layer_times import NS, LayerTimes, to_ns
 from cost_models.layout import SPLIT_BACKWARD, RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
@@ -149,6 +150,7 @@ def price_kind(
         rows[Field.DEFERRED] = deferred_bytes(kind, shard)
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
+    move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)
     full = mode_rows(tuple(policy.name for policy in policies)).get("full")
     if machine.offload.checkpoints and full is not None:
         link = machine.cluster.groups[0].node.host_link.si

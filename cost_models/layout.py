@@ -79,6 +79,8 @@ class RecomputePolicy:
     to_the_end: bool = False
     """Whether the layer runs again to its last op, its reduced output, while the gradient of that
     waits all-gathered."""
+    offloads: frozenset[OutputKind] = frozenset()
+    """Of ``keeps``, what waits on the host (``cost_models.host_outputs``)."""
     needed_only: bool = False
     """Whether what no gradient needs is left out of what runs again
     (``cost_models.named_outputs``)."""

@@ -32,13 +32,11 @@ def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | No
     if policy is None:
         return everything, working
     if policy.keeps is not None:
-        kept = zero + kind.boundary_bytes(shard)
-        ops = kind.ops(shard)
-        dropped = unneeded(ops) if policy.needed_only else frozenset()
-        for name, size in _outputs(ops, shard, kind.element_bytes, dropped):
-            if name in policy.keeps:
-                kept = kept + size
+        stays = policy.keeps - policy.offloads
+        kept = zero + kind.boundary_bytes(shard) + _kept_bytes(kind, shard, policy, stays)
         kept = np.minimum(kept, everything)
+        if policy.offloads:
+            working = working + offloaded_bytes(kind, shard, policy)
         if policy.to_the_end:
             working = np.maximum(working, _output_again(kind, shard))
         return kept, working + everything - kept
@@ -50,6 +48,23 @@ def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | No
     total = zero + sum(freed.values())
     largest = np.max([zero, *freed.values()], axis=0)
     return everything - total, working + largest
+
+
+def offloaded_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> Int64:
+    """Bytes of one layer's outputs that a policy keeps on the host, one microbatch."""
+    return _kept_bytes(kind, shard, policy, policy.offloads)
+
+
+def _kept_bytes(
+    kind: LayerKind, shard: Shard, policy: RecomputePolicy, names: frozenset[OutputKind]
+) -> Int64:
+    ops = kind.ops(shard)
+    dropped = unneeded(ops) if policy.needed_only else frozenset()
+    total = np.zeros_like(shard.tp)
+    for name, size in _outputs(ops, shard, kind.element_bytes, dropped):
+        if name in names:
+            total = total + size
+    return total
 
 
 def _output_again(kind: LayerKind, shard: Shard) -> Int64:

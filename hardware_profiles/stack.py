@@ -85,6 +85,9 @@ class SaveLists(Profile):
 
     policies: dict[str, tuple[OutputName, ...]]
     """Outputs kept under each mode of the stack's own names."""
+    offloaded: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
+    """Outputs that wait on the host under further modes, where no pipeline keeps several
+    microbatches of them."""
     outputs: tuple[OutputName, ...]
     """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
     source: str
@@ -332,7 +335,8 @@ class StackSpec(Profile):
     def _consistent(self) -> Self:
         for mode in self.recompute:
             parts = set(mode.split("+")) - {*self.recompute_modules}
-            listed = () if self.save_lists is None else (*self.save_lists.policies, "custom")
+            lists = self.save_lists
+            listed = () if lists is None else (*lists.policies, *lists.offloaded, "custom")
             if parts and mode not in ("none", "selective", "full", *listed):
                 known = ", ".join(self.recompute_modules) or "none"
                 raise ValueError(

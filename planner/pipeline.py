@@ -245,9 +245,11 @@ def evaluate(request: Request, layout: Mapping[str, Any]) -> EvaluatedLayout:
     A layout that does not fit is priced too (``prediction.fits`` is False); one that cannot exist
     raises :class:`InputError`.
     """
+    from planner.hosted_outputs import check_hosted_outputs
     from planner.rules import check_layout
 
     complete = complete_layout(layout, request)
     check_layout(request, complete)
+    check_hosted_outputs(request, complete)
     priced = price(complete, request)
     return EvaluatedLayout(complete, predict(priced, request), priced)

@@ -26,6 +26,7 @@ from cost_models.step import CATEGORIES, Field, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
+from planner.hosted_outputs import hosted_bytes
 from planner.hosting import (
     buffer_bytes_per_node,
     host_bytes_per_node,
@@ -152,6 +153,13 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     """What is kept on the hosts, or None."""
     layout, request = priced.layout, request.offloading(priced.layout)
     spec = request.stack.offload
+    outputs = hosted_bytes(request, layout)
+    if outputs:
+        return HostPrediction(
+            bytes_per_node=outputs * request.cluster.groups[0].node.devices_per_node,
+            capacity_bytes_per_node=host_capacity(request),
+            link_bytes_per_step=2 * outputs * layout.num_microbatches,
+        )
     if spec is None or not request.machine.offload.anything:
         return None
     replicas = layout.dp_replicate * (1 if layout.zero_stage else layout.dp_shard * layout.cp)

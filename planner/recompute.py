@@ -34,6 +34,9 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
         return {"none": NONE, "full": full, "selective": _selective(stack)}[name]
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
+    if stack.save_lists is not None and name in stack.save_lists.offloaded:
+        policy = _keeping(name, stack.save_lists.offloaded[name], stack)
+        return replace(policy, offloads=policy.keeps or frozenset())
     if CUSTOM in stack.recompute and name.startswith(f"{CUSTOM}:"):
         return _custom(name, stack)
     modules = frozenset(name.split("+"))
@@ -65,8 +68,11 @@ def _custom(name: str, stack: StackSpec) -> RecomputePolicy:
                 hint=did_you_mean(part, list(known)),
             )
     for mode in stack.recompute:
-        if mode not in ("none", CUSTOM) and named_policy(mode, stack).keeps == frozenset(outputs):
-            return named_policy(mode, stack)
+        if mode in ("none", CUSTOM):
+            continue
+        policy = named_policy(mode, stack)
+        if policy.keeps == frozenset(outputs) and not policy.offloads:
+            return policy
     return _keeping(f"{CUSTOM}:{'+'.join(sorted(outputs))}", outputs, stack)
 
 
@@ -119,11 +125,15 @@ def searched_policies(
             if not modules:
                 continue
             policy = _of_modules(modules, stack)
-        by_name = policy.needed_only and policy.keeps is not None
-        found.setdefault(
-            (policy.keeps or frozenset()) & told_apart if by_name else policy.name, policy
-        )
+        found.setdefault(_told(policy, told_apart), policy)
     return tuple(found.values())
+
+
+def _told(policy: RecomputePolicy, outputs: frozenset[OutputKind]) -> object:
+    """What tells a policy from others for a model whose lists differ by ``outputs``."""
+    if policy.keeps is None or not policy.needed_only:
+        return policy.name
+    return policy.keeps & outputs, policy.offloads & outputs
 
 
 def _names(stack: StackSpec) -> Iterator[RecomputeMode]:

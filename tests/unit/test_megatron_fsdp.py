@@ -39,11 +39,11 @@ def test_fsdp2_under_megatron_refuses_what_its_arguments_refuse() -> None:
     found = request("megatron-torch-fsdp2")
     with pytest.raises(InputError, match="no pipeline parallelism"):
         evaluate(found, {"pp": 2, "dp_shard": 4, "zero_stage": 3})
+    tied = request("megatron-torch-fsdp2", "llama-3.2-1b")
     with pytest.raises(InputError, match="no tied embeddings"):
-        tied = request("megatron-torch-fsdp2", "llama-3.2-1b")
         evaluate(tied, {"dp_shard": 8, "zero_stage": 3})
+    experts = request("megatron-torch-fsdp2", "mixtral-8x7b")
     with pytest.raises(InputError, match="no expert parallelism"):
-        experts = request("megatron-torch-fsdp2", "mixtral-8x7b")
         evaluate(experts, {"dp_shard": 8, "ep": 8, "zero_stage": 3})
     best = plan(found).layout
     assert (best.pp, best.dp_replicate, best.zero_stage) == (1, 1, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from cost_models.named_outputs import spared_by, unneeded
 from cost_models.ops import Elementwise, MatMul
 from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
-from planner.errors import InputError
-from planner.pipeline import evaluate, plan, read_request
+from hardware_profiles.sourced import Sourced
+from planner.errors import InfeasibleError, InputError
+from planner.pipeline import EvaluatedLayout, evaluate, plan, read_request
 from planner.recompute import named_policy, outputs_of
 from planner.request import Request
 
@@ -154,9 +156,10 @@ def test_a_list_of_ones_own_has_the_stacks_name_where_it_has_one() -> None:
 
 
 def test_the_search_offers_every_list_that_a_model_can_tell_apart() -> None:
-    """Four outputs of a dense layer, five of one with experts; the empty list is full."""
-    assert len(request().workload.policies) == 2**4
-    assert len(request("mixtral-8x7b").workload.policies) == 2**5
+    """Four outputs of a dense layer, five of one with experts; the empty list is full. Two more
+    lists wait on the host."""
+    assert len(request().workload.policies) == 2**4 + 2
+    assert len(request("mixtral-8x7b").workload.policies) == 2**5 + 2
     assert {"full", "save_dot_except_mlp"} <= {p.name for p in request().workload.policies}
 
 
@@ -181,3 +184,62 @@ def test_the_optimizers_state_alone_is_split_over_all_of_data() -> None:
     assert held["optimizer"] == pytest.approx(PARAMETERS * 8 / 8, rel=1e-3)
     with pytest.raises(InputError, match="split over all of dp or not at all"):
         evaluate(request(), {"dp_replicate": 2, "dp_shard": 4, "zero_stage": 1})
+
+
+def offloaded(mode: str, link: str = "55 GB/s", **layout: object) -> EvaluatedLayout:
+    asked = request()
+    node = asked.cluster.groups[0].node
+    slower = node.model_copy(update={"host_link": Sourced.model_validate(
+        {"value": float(link.split()[0]), "unit": "GB/s", "kind": "assumed", "source": "a test"}
+    )})  # fmt: skip
+    group = replace_model(asked.cluster.groups[0], node=slower)
+    cluster = replace_model(asked.cluster, groups=(group,))
+    found = Request(asked.model, cluster, asked.job, asked.stack)
+    return evaluate(found, {"dp_shard": 8, "zero_stage": 3, "recompute": mode, **layout})
+
+
+def replace_model(model: Any, **changes: Any) -> Any:
+    return model.model_copy(update=changes)
+
+
+def test_offloaded_outputs_leave_the_device_and_are_not_run_again() -> None:
+    """A token's queries, keys and values are 48 heads of 128 in 16 bits; one layer's are on their
+    way beside those that the backward works with."""
+    policy = named_policy("qkv_proj_offloaded", load_stack("maxtext-gpu"))
+    assert policy.offloads == policy.keeps == {"qkv"}
+    assert kept(policy) == kept(keeping())
+    assert again(policy) == again(keeping("qkv"))
+    moved = 1024 * 48 * 128 * 2
+    working = [int(activation_bytes(layer(), shard(), each)[1][0]) for each in (policy, keeping())]
+    assert working[0] - working[1] == moved
+    found = offloaded("qkv_proj_offloaded")
+    host = found.prediction.host
+    assert host is not None
+    assert host.bytes_per_node == 8 * 32 * moved
+    assert host.link_bytes_per_step == 2 * 32 * moved * found.layout.num_microbatches
+
+
+def test_what_a_pass_does_not_hide_of_the_way_is_waited_for() -> None:
+    """On a link of 1 GB/s both ways of 32 layers' outputs take longer than the whole step."""
+    fast, slow = offloaded("qkv_proj_offloaded"), offloaded("qkv_proj_offloaded", "1 GB/s")
+    moved = 32 * 1024 * 48 * 128 * 2 * fast.layout.num_microbatches
+    assert fast.prediction.step_time_s < 2 * moved / 1e9
+    assert slow.prediction.step_time_s == pytest.approx(2 * moved / 1e9, rel=0.2)
+    assert slow.prediction.step_time_s > 2 * moved / 1e9
+
+
+def test_hosts_that_cannot_take_the_outputs_are_named() -> None:
+    with pytest.raises(InputError, match="a pipeline would hold several microbatches"):
+        offloaded("minimal_offloaded", pp=2, dp_shard=4, schedule="gpipe")
+    many = request(sequence_length=131072, global_batch=64)
+    layout = {"dp_shard": 8, "zero_stage": 3, "microbatch_size": 8}
+    with pytest.raises(InputError, match="they have no room for them"):
+        evaluate(many, {**layout, "recompute": "minimal_offloaded"})
+
+
+def test_no_plan_sends_outputs_where_there_is_no_room() -> None:
+    asked = request(constraints={"recompute": "minimal_offloaded", "fix": {"pp": 2}})
+    with pytest.raises(InfeasibleError):
+        plan(asked)
+    within = request(constraints={"recompute": "minimal_offloaded", "fix": {"pp": 1}})
+    assert plan(within).prediction.host is not None
