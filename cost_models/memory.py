@@ -5,6 +5,7 @@ Weights, gradients and optimizer state are ``cost_models.state``.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -20,51 +21,72 @@ Sizes: TypeAlias = tuple[Int64, Int64]
 
 
 def activation_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy | None) -> Sizes:
-    """Activations of one layer under ``policy`` (None: all are kept).
-
-    What is freed comes back while the layer's backward runs: the whole layer at once, or one module
-    after the other, the largest of which counts.
-    """
-    zero = np.zeros_like(shard.tp)
-    working = kind.working_bytes(shard) + zero
-    tensors = kind.saved(shard)
-    everything = zero + sum(tensor.bytes for tensor in tensors)
-    if policy is None:
-        return everything, working
-    if policy.keeps is not None:
-        stays = policy.keeps - policy.offloads
-        kept = zero + kind.boundary_bytes(shard) + _kept_bytes(kind, shard, policy, stays)
-        kept = np.minimum(kept, everything)
-        if policy.offloads:
-            working = working + offloaded_bytes(kind, shard, policy)
-        if policy.to_the_end:
-            working = np.maximum(working, _output_again(kind, shard))
-        return kept, working + everything - kept
-    freed: dict[str, Int64] = {}
-    for tensor in tensors:
-        module = next((name for name in tensor.modules if name in policy.modules), None)
-        if module is not None:
-            freed[module] = freed.get(module, zero) + tensor.bytes
-    total = zero + sum(freed.values())
-    largest = np.max([zero, *freed.values()], axis=0)
-    return everything - total, working + largest
+    """Activations of one layer under ``policy`` (None: all are kept)."""
+    return Activations(kind, shard).under(policy)
 
 
 def offloaded_bytes(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> Int64:
     """Bytes of one layer's outputs that a policy keeps on the host, one microbatch."""
-    return _kept_bytes(kind, shard, policy, policy.offloads)
+    if not policy.offloads:
+        return np.zeros_like(shard.tp)
+    return Activations(kind, shard).listed(policy, policy.offloads)
 
 
-def _kept_bytes(
-    kind: LayerKind, shard: Shard, policy: RecomputePolicy, names: frozenset[OutputKind]
-) -> Int64:
-    ops = kind.ops(shard)
-    dropped = unneeded(ops) if policy.needed_only else frozenset()
-    total = np.zeros_like(shard.tp)
-    for name, size in _outputs(ops, shard, kind.element_bytes, dropped):
-        if name in names:
-            total = total + size
-    return total
+class Activations:
+    """The tensors and the ops' outputs of one layer, for any number of policies."""
+
+    def __init__(self, kind: LayerKind, shard: Shard) -> None:
+        self.kind, self.shard = kind, shard
+        self.zero = np.zeros_like(shard.tp)
+        self.working = kind.working_bytes(shard) + self.zero
+        self.tensors = kind.saved(shard)
+        self.everything = self.zero + sum(tensor.bytes for tensor in self.tensors)
+
+    @cached_property
+    def ops(self) -> tuple[Op, ...]:
+        """Ops of the layer's forward."""
+        return self.kind.ops(self.shard)
+
+    @cached_property
+    def outputs(self) -> list[tuple[str, OutputKind, Int64]]:
+        """What a save list may name, with the op that makes it."""
+        return _outputs(self.ops, self.shard, self.kind.element_bytes)
+
+    def listed(self, policy: RecomputePolicy, names: frozenset[OutputKind]) -> Int64:
+        """Bytes of the outputs of those ``names`` that a policy needs."""
+        dropped = unneeded(self.ops) if policy.needed_only else frozenset()
+        return self.zero + sum(
+            size for op, name, size in self.outputs if name in names and op not in dropped
+        )
+
+    def under(self, policy: RecomputePolicy | None) -> Sizes:
+        """Kept and working bytes under ``policy`` (None: all are kept).
+
+        What is freed comes back while the layer's backward runs: the whole layer at once, or one
+        module after the other, the largest of which counts.
+        """
+        if policy is None:
+            return self.everything, self.working
+        if policy.keeps is not None:
+            return self._of_list(policy, policy.keeps)
+        freed: dict[str, Int64] = {}
+        for tensor in self.tensors:
+            module = next((name for name in tensor.modules if name in policy.modules), None)
+            if module is not None:
+                freed[module] = freed.get(module, self.zero) + tensor.bytes
+        total = self.zero + sum(freed.values())
+        largest = np.max([self.zero, *freed.values()], axis=0)
+        return self.everything - total, self.working + largest
+
+    def _of_list(self, policy: RecomputePolicy, keeps: frozenset[OutputKind]) -> Sizes:
+        kept = self.kind.boundary_bytes(self.shard) + self.listed(policy, keeps - policy.offloads)
+        kept = np.minimum(kept, self.everything)
+        working = self.working
+        if policy.offloads:
+            working = working + self.listed(policy, policy.offloads)
+        if policy.to_the_end:
+            working = np.maximum(working, _output_again(self.kind, self.shard))
+        return kept, working + self.everything - kept
 
 
 def _output_again(kind: LayerKind, shard: Shard) -> Int64:
@@ -80,18 +102,18 @@ def _output_again(kind: LayerKind, shard: Shard) -> Int64:
 
 
 def _outputs(
-    ops: tuple[Op, ...], shard: Shard, element_bytes: int, dropped: frozenset[str]
-) -> list[tuple[OutputKind, Int64]]:
-    """Bytes on one device of the outputs that a save list may name, without ``dropped`` ops."""
-    found: list[tuple[OutputKind, Int64]] = []
-    products = 0
+    ops: tuple[Op, ...], shard: Shard, element_bytes: int
+) -> list[tuple[str, OutputKind, Int64]]:
+    """Ops, what a save list calls their outputs, and bytes of those on one device."""
+    found: list[tuple[str, OutputKind, Int64]] = []
+    products, maker = 0, ""
 
     def add(kind: OutputKind, size: Reals | Ints) -> None:
-        found.append((kind, np.ceil(np.asarray(size) + np.zeros_like(shard.tp)).astype(np.int64)))
+        whole = np.ceil(np.asarray(size) + np.zeros_like(shard.tp)).astype(np.int64)
+        found.append((maker, kind, whole))
 
     for op in ops:
-        if op.name in dropped:
-            continue
+        maker = op.name
         if isinstance(op, MatMul | GroupedMatMul):
             named = next((kind for kind, names in NAMED.items() if op.name in names), None)
             if named is not None:

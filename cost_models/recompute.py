@@ -15,7 +15,7 @@ import numpy as np
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.layer_times import LayerTimes
 from cost_models.layout import RecomputeMode, RecomputePolicy
-from cost_models.memory import activation_bytes
+from cost_models.memory import Activations
 from cost_models.step import Field
 
 
@@ -49,11 +49,12 @@ def write_modes(
 ) -> None:  # fmt: skip
     """Fill the rows of ``none`` and of every policy."""
     places = mode_rows(tuple(policy.name for policy in policies))
-    rows[Field.ACT_NONE], rows[Field.WORK_NONE] = activation_bytes(kind, shard, None)
+    activations = Activations(kind, shard)
+    rows[Field.ACT_NONE], rows[Field.WORK_NONE] = activations.under(None)
     rows[Field.EXTRA_NONE] = 0
     for policy in policies:
         kept, working, extra = places[policy.name]
-        rows[kept], rows[working] = activation_bytes(kind, shard, policy)
+        rows[kept], rows[working] = activations.under(policy)
         rows[extra] = times.recompute_ns(policy)
 
 
