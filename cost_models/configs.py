@@ -41,6 +41,8 @@ class Configs:
     dp_shard: Int64
     pp: Int64
     zero_stage: Int64
+    reshard: Int64
+    """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -54,7 +56,7 @@ class Configs:
 
     def data_columns(self) -> list[Int64]:
         """What the data-parallel side adds."""
-        return [self.dp_replicate, self.dp_shard, self.pp, self.zero_stage]
+        return [self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard]
 
     @property
     def world(self) -> Int64:

@@ -122,9 +122,7 @@ def price_kind(
         )
     lasting = np.where(data.zero_stage <= 2, held.gathered, 0)
     whole_gradients = (lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1))
-    half_open = unsharded.partly_gathered(
-        held, attention_mesh.ways, data, group=machine.reshard_group
-    )
+    half_open = unsharded.partly_gathered(held, attention_mesh.ways, data)
     rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
@@ -231,7 +229,7 @@ def _data_parallel_times(
         "replicas": [call for call in gradients if late and call.over_replicas],
         "gather": [call for call in found if call.role == "parameter"],
     }
-    kept = backward_mesh(mesh, machine.reshard_group)
+    kept = backward_mesh(mesh, data)
     if kept is not mesh:
         again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered, wire)
         parts["again"] = [call for call in again if call.role == "parameter"]

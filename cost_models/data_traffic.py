@@ -34,6 +34,8 @@ class DataParallel:
     shard: Int64
     pp: Int64
     zero_stage: Int64
+    reshard: Int64
+    """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
 
     @property
     def per_microbatch(self) -> Bools:
@@ -143,9 +145,12 @@ def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:
     )
 
 
-def backward_mesh(mesh: Mesh, group: int | None) -> Mesh:
-    """The mesh over which the backward gathers weights: at most ``group`` neighbours."""
-    return mesh if group is None else replace(mesh, ways=np.minimum(mesh.ways, group))
+def backward_mesh(mesh: Mesh, data: DataParallel) -> Mesh:
+    """The mesh over which the backward gathers weights: of neighbours that keep a copy, if any."""
+    if not data.reshard.any():
+        return mesh
+    kept = np.where(data.reshard > 0, np.minimum(mesh.ways, data.reshard), mesh.ways)
+    return replace(mesh, ways=kept)
 
 
 def calls(

@@ -125,9 +125,12 @@ class Machine:
 
     @property
     def reshard_group(self) -> int | None:
-        """Ranks from which the backward gathers weights in stage 3; None: all that share them."""
+        """Ranks from which the backward gathers weights in stage 3 in every layout; None: all that
+        share them, or as the layout says."""
         group = self.stack.reshard_group
-        return self.cluster.groups[0].node.devices_per_node if group == "node" else group
+        if group == "node":
+            return self.cluster.groups[0].node.devices_per_node
+        return None if group == "any" else group
 
     @property
     def accumulates(self) -> bool:

@@ -161,7 +161,7 @@ def data_calls(
             )  # fmt: skip
             found.append(base)
             if again and call.role == "parameter":
-                kept = data_traffic.backward_mesh(mesh, machine.reshard_group)
+                kept = data_traffic.backward_mesh(mesh, data)
                 ways = int((call.size if kept is mesh else kept.ways)[0])
                 if ways > 1:
                     found.append(replace(base, phase="backward", ranks=ways))

@@ -99,15 +99,11 @@ def made_each_step(held: StateBytes, zero_stage: Int64, *, stack: StackSpec) -> 
     return np.where(own_blocks, 0, held.gradients)
 
 
-def partly_gathered(
-    held: StateBytes, ways: Int64, data: DataParallel, *, group: int | None
-) -> Int64:
-    """What of the gathered weights stays for the backward, over ``group`` ranks of ``ways``."""
-    if group is None:
-        return np.zeros_like(held.gathered)
-    return np.where(
-        (data.zero_stage == 3) & (ways > group), ceil_div(held.gathered, np.array(group)), 0
-    )
+def partly_gathered(held: StateBytes, ways: Int64, data: DataParallel) -> Int64:
+    """What of the gathered weights stays for the backward: a part of ``data.reshard`` each."""
+    group = np.maximum(data.reshard, 1)
+    kept = (data.zero_stage == 3) & (data.reshard > 0) & (ways > group)
+    return np.where(kept, ceil_div(held.gathered, group), 0)
 
 
 def reduced_apart(

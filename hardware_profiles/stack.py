@@ -263,10 +263,11 @@ class StackSpec(Profile):
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""
-    reshard_group: Annotated[int, Field(ge=2)] | Literal["node"] | None = None
+    reshard_group: Annotated[int, Field(ge=2)] | Literal["node", "any"] | None = None
     """In stage 3, ranks over which a 16-bit copy of the weights stays split for the backward, which
     gathers it from these alone (FSDP2's ``reshard_after_forward`` as a number, hpZ of ZeRO++);
-    ``node``: as many as a node has. None: the backward gathers from all that share them."""
+    ``node``: as many as a node has; ``any``: any number that divides them, or no such copy. None:
+    the backward gathers from all that share them."""
     replica_reduction: Literal["microbatch", "step"] = "microbatch"
     """When gradients that are reduced with every microbatch are summed over ``dp_replicate``: with
     each, or with the last one of the step only (MiCS)."""

@@ -110,7 +110,9 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield "expert_dp does not follow from the other degrees"
     if layout.rank_order != request.stack.rank_order:
         yield "rank_order is not the stack's"
-    if layout.reshard_after_forward != request.resharding(layout.zero_stage):
+    options = request.reshard_options(layout.zero_stage, layout.dp_shard * layout.cp)
+    resharding = [request.resharding(layout.zero_stage, group) for group in options]
+    if str(layout.reshard_after_forward) not in map(str, resharding):
         yield "reshard_after_forward does not follow from the ZeRO stage and the stack"
     if layout.optimizer_offload != request.job.optimizer_offload:
         yield "optimizer_offload is not the job's"

@@ -56,14 +56,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         and request.stack.sequence_parallel != "never"
         and request.model.splits_sequence,
     )
-    resharding = request.resharding(base["zero_stage"])
-    if base.setdefault("reshard_after_forward", resharding) != resharding:
-        asked = base["reshard_after_forward"]
-        raise InputError(
-            f"layout: reshard_after_forward = {asked}, but {request.stack.name} in ZeRO stage "
-            f"{base['zero_stage']} does {resharding}",
-            hint="leave it out, or set reshard_group in a stack that extends this one",
-        )
+    _complete_resharding(base, degree, request)
     _complete_context(base, degree["cp"], request)
     base |= degree
     layout = _validated(base)
@@ -78,6 +71,22 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
+
+
+def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], request: Request) -> None:
+    """What becomes of gathered weights: as the stack does; of a choice, a node's ranks."""
+    zero = base["zero_stage"]
+    options = request.reshard_options(zero, degree["dp_shard"] * degree["cp"])
+    node = request.cluster.groups[0].node.devices_per_node
+    usual = node if node in options else options[0]
+    asked = base.setdefault("reshard_after_forward", request.resharding(zero, usual))
+    found = [request.resharding(zero, group) for group in options]
+    if not any(asked == each and type(asked) is type(each) for each in found):
+        raise InputError(
+            f"layout: reshard_after_forward = {asked}, but {request.stack.name} in ZeRO stage "
+            f"{zero} does {' or '.join(map(str, found))}",
+            hint="leave it out, or set reshard_group in a stack that extends this one",
+        )
 
 
 def _complete_context(base: dict[str, Any], cp: int, request: Request) -> None:
@@ -356,4 +365,5 @@ def configs_of(layout: Layout) -> Configs:
         dp_shard=one(layout.dp_shard),
         pp=one(layout.pp),
         zero_stage=one(layout.zero_stage),
+        reshard=one(layout.reshard_group),
     )

@@ -52,7 +52,7 @@ class Candidate:
 
 _ORDER = (
     "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
-    "sequence_parallel", "cp_kind", "cp_inner", "schedule",
+    "sequence_parallel", "cp_kind", "cp_inner", "reshard_after_forward", "schedule",
 )  # fmt: skip
 
 

@@ -54,6 +54,8 @@ class Layouts:
     dp_replicate: Int64
     dp_shard: Int64
     zero_stage: Int64
+    reshard: Int64
+    """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
     schedule: Int64
     """Index into ``cost_models.layout.SCHEDULES``."""
     vpp: Int64
@@ -65,5 +67,5 @@ class Layouts:
         """The layouts at ``index``."""
         return Layouts(
             self.mesh[index], self.dp_replicate[index], self.dp_shard[index],
-            self.zero_stage[index], self.schedule[index], self.vpp[index],
+            self.zero_stage[index], self.reshard[index], self.schedule[index], self.vpp[index],
         )  # fmt: skip

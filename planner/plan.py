@@ -82,6 +82,11 @@ class Layout(Document):
     parameter_offload: bool = False
     stages: tuple[Stage, ...] = ()
 
+    @property
+    def reshard_group(self) -> int:
+        """Ranks that keep a copy of the weights for the backward; 0: none does."""
+        return 0 if isinstance(self.reshard_after_forward, bool) else self.reshard_after_forward
+
 
 class Term(Document):
     """One named part of a total, in seconds (time) or bytes (memory)."""

@@ -285,8 +285,9 @@ def impossible_layout(
     return None
 
 
-def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, int, int]]:
-    """``(replicate, shard, zero, schedule code, vpp)`` of every layout of a mesh."""
+def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """``(replicate, shard, zero, schedule code, vpp, ranks that keep weights)`` of every layout of
+    a mesh."""
     stack, layers = request.stack, request.model.layer_count
     pipelines = [("1f1b", 1)] if mesh.pp == 1 else []
     if mesh.pp > 1:
@@ -303,10 +304,18 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
         for shard in shards if zero else [1]:
             for schedule, vpp in pipelines:
                 if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
-                    yield mesh.dp // shard, shard, zero, SCHEDULES.index(schedule), vpp
+                    for keep in _kept(zero, shard * mesh.cp, request):
+                        yield mesh.dp // shard, shard, zero, SCHEDULES.index(schedule), vpp, keep
 
 
-def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int], request: Request) -> bool:
+def _kept(zero: int, ways: int, request: Request) -> list[int]:
+    """How many of the ranks that share the weights may keep a copy for the backward."""
+    if zero == 3 and request.stack.reshard_group == "any":
+        return [0, *_divisors(ways)[1:-1]]
+    return [request.machine.reshard_group or 0 if zero == 3 else 0]
+
+
+def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int, int], request: Request) -> bool:
     """Whether a layout respects the user's constraints."""
     limits = request.job.constraints
     values: dict[str, int] = {

@@ -92,10 +92,10 @@ def _refute(
 ) -> str | None:
     """A layout among ``rows`` that beats the claimed bound, in words; what is too large to tell is
     added to ``unchecked``."""
-    tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp = rows.T
+    tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp, keep = rows.T
     tables = price_configs(
         request.workload, request.machine,
-        Configs(mbs, tp, cp, kind, ep, etp, sp.astype(bool), replicate, shard, pp, zero),
+        Configs(mbs, tp, cp, kind, ep, etp, sp.astype(bool), replicate, shard, pp, zero, keep),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     m = request.global_batch // (replicate * shard * mbs)

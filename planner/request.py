@@ -74,9 +74,19 @@ class Request:
             "parameter_offload": self.job.parameter_offload,
         }
 
-    def resharding(self, zero_stage: int) -> bool | int:
+    def reshard_options(self, zero_stage: int, ways: int) -> tuple[int, ...]:
+        """How many ranks of the ``ways`` that share the weights may keep a copy of them for the
+        backward; 0: none does."""
+        if zero_stage < 3:
+            return (0,)
+        if self.stack.reshard_group != "any":
+            return (self.machine.reshard_group or 0,)
+        return (0, *(n for n in range(2, ways) if ways % n == 0))
+
+    @staticmethod
+    def resharding(zero_stage: int, group: int) -> bool | int:
         """What becomes of gathered weights after the forward (``Layout.reshard_after_forward``)."""
-        return (self.machine.reshard_group or True) if zero_stage == 3 else False
+        return (group or True) if zero_stage == 3 else False
 
     def offloading(self, layout: Layout) -> Request:
         """The request with what a layout keeps on the host."""

@@ -341,8 +341,8 @@ def check_layout(request: Request, layout: Layout) -> None:
             raise InputError(f"layout {_brief(layout)}: {reason}")
     layouts = Layouts(
         mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
-        zero_stage=one(layout.zero_stage), schedule=one(SCHEDULES.index(layout.schedule)),
-        vpp=one(layout.vpp),
+        zero_stage=one(layout.zero_stage), reshard=one(layout.reshard_group),
+        schedule=one(SCHEDULES.index(layout.schedule)), vpp=one(layout.vpp),
     )  # fmt: skip
     if layout.zero_stage not in request.stack.zero_stages:
         raise InputError(

@@ -276,6 +276,6 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -
         "microbatch_size": int(meshes.microbatch[mesh]),
         "num_microbatches": leaf.microbatches,
         "zero_stage": zero,
-        "reshard_after_forward": request.resharding(zero),
+        "reshard_after_forward": request.resharding(zero, int(own.reshard[index])),
         "schedule": SCHEDULES[int(own.schedule[index])],
     }

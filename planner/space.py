@@ -60,8 +60,10 @@ def virtual_stage_options(request: Request, pp: int) -> tuple[tuple[Schedule, in
     return tuple(options)
 
 
-def data_parallel_options(request: Request, dp: int) -> tuple[tuple[int, int, int], ...]:
-    """``(dp_replicate, dp_shard, zero_stage)`` for ``dp`` data-parallel ranks.
+def data_parallel_options(
+    request: Request, dp: int, cp: int
+) -> tuple[tuple[int, int, int, int], ...]:
+    """``(dp_replicate, dp_shard, zero_stage, reshard)`` for ``dp`` data-parallel ranks.
 
     Stage 0 shards nothing, so all ranks replicate. The other stages shard over every divisor
     where the stack can do hybrid sharding, else over all ranks.
@@ -74,7 +76,11 @@ def data_parallel_options(request: Request, dp: int) -> tuple[tuple[int, int, in
             options += ((dp // shard, shard, stage) for shard in divisors(dp))
         else:
             options.append((1, dp, stage))
-    return tuple(options)
+    return tuple(
+        (*option, keep)
+        for option in options
+        for keep in request.reshard_options(option[2], option[1] * cp)
+    )
 
 
 def enumerate_meshes(request: Request) -> Iterator[Meshes]:
@@ -82,7 +88,7 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
     devices, stack = request.devices, request.stack
     experts = request.workload.expert_count
     sp_options = {"optional": (0, 1), "always": (1,), "never": (0,)}[stack.sequence_parallel]
-    weights: dict[tuple[int, int], int] = {}
+    weights: dict[tuple[int, int, int], int] = {}
     eps = divisors(experts) if experts else (1,)
     for tp in divisors(devices):
         etps = divisors(tp) if experts and stack.expert_tensor_parallel else (1,)
@@ -91,9 +97,9 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
             blocks: list[Int64] = []
             for pp in divisors(devices // tp // cp):
                 dp = devices // (tp * cp * pp)
-                key = (dp, pp)
+                key = (dp, pp, _context_matters(request, cp))
                 if key not in weights:
-                    weights[key] = len(data_parallel_options(request, dp)) * len(
+                    weights[key] = len(data_parallel_options(request, dp, cp)) * len(
                         virtual_stage_options(request, pp)
                     )
                 batch, rest = divmod(request.global_batch, dp)
@@ -106,6 +112,11 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
                     )
                 )  # fmt: skip
             yield Meshes(*np.ascontiguousarray(np.concatenate(blocks).T))
+
+
+def _context_matters(request: Request, cp: int) -> int:
+    """cp, where the ways to shard depend on it: who may keep weights; else 1."""
+    return cp if request.stack.reshard_group == "any" else 1
 
 
 def context_options(request: Request, tp: int, cp: int) -> tuple[int, ...]:
@@ -198,28 +209,30 @@ def degree_limits(
 
 def expand(request: Request, meshes: Meshes) -> Layouts:
     """All layouts of ``meshes``, before any rule."""
-    data: dict[int, Int64] = {}
+    data: dict[tuple[int, int], Int64] = {}
     stages: dict[int, Int64] = {}
     blocks: list[Int64] = []
-    for dp, pp in set(zip(meshes.dp.tolist(), meshes.pp.tolist(), strict=True)):
-        if dp not in data:
-            data[dp] = np.array(data_parallel_options(request, dp), dtype=np.int64)
+    context = meshes.cp if _context_matters(request, 2) > 1 else np.ones_like(meshes.cp)
+    found = zip(meshes.dp.tolist(), meshes.pp.tolist(), context.tolist(), strict=True)
+    for dp, pp, cp in set(found):
+        if (dp, cp) not in data:
+            data[dp, cp] = np.array(data_parallel_options(request, dp, cp), dtype=np.int64)
         if pp not in stages:
             stages[pp] = np.array(
                 [(SCHEDULES.index(s), v) for s, v in virtual_stage_options(request, pp)],
                 dtype=np.int64,
             ).reshape(-1, 2)
-        index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp))
-        left, right = data[dp], stages[pp]
+        index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp) & (context == cp))
+        left, right = data[dp, cp], stages[pp]
         shape = (len(index), len(left), len(right))
-        block = np.empty((*shape, 6), dtype=np.int64)
+        block = np.empty((*shape, 7), dtype=np.int64)
         block[..., 0] = index[:, None, None]
-        block[..., 1:4] = left[None, :, None, :]
-        block[..., 4:6] = right[None, None, :, :]
-        blocks.append(block.reshape(-1, 6))
-    table = np.concatenate(blocks) if blocks else np.empty((0, 6), dtype=np.int64)
+        block[..., 1:5] = left[None, :, None, :]
+        block[..., 5:7] = right[None, None, :, :]
+        blocks.append(block.reshape(-1, 7))
+    table = np.concatenate(blocks) if blocks else np.empty((0, 7), dtype=np.int64)
     table = table[np.lexsort(table.T[::-1])]
-    return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(6)))
+    return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(7)))
 
 
 def layout_rules(request: Request) -> Iterator[LayoutRule]:

@@ -36,7 +36,7 @@ Real = NDArray[np.float64]
 
 
 def configs_of_meshes(
-    meshes: Meshes, dp_replicate: Int64, dp_shard: Int64, zero_stage: Int64
+    meshes: Meshes, dp_replicate: Int64, dp_shard: Int64, zero_stage: Int64, reshard: Int64
 ) -> Configs:
     """Configurations of meshes with their data-parallel side."""
     return Configs(
@@ -51,6 +51,7 @@ def configs_of_meshes(
         dp_shard=dp_shard,
         pp=meshes.pp,
         zero_stage=zero_stage,
+        reshard=reshard,
     )
 
 
@@ -77,7 +78,11 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
         np.concatenate(column)[where] for column in zip(*parts, strict=True)
     )
     configs = configs_of_meshes(
-        meshes, meshes.dp, np.ones_like(meshes.dp), np.zeros_like(meshes.dp)
+        meshes,
+        meshes.dp,
+        np.ones_like(meshes.dp),
+        np.zeros_like(meshes.dp),
+        np.zeros_like(meshes.dp),
     )
     shard = shard_of(request.workload, configs)
     hop = hop_ns(request.workload, request.machine, shard, configs).astype(np.float64)
@@ -115,7 +120,8 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     one = np.ones_like(tp)
     priced = price_configs(
         request.workload, request.machine,
-        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0),
+        Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0,
+                one * 0),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
@@ -204,7 +210,9 @@ def price_layouts(
     request: Request, meshes: Meshes, layouts: Layouts, *, cutoff_ns: float = np.inf
 ) -> PricedLayouts:
     """Price layouts and bound them; memory is only looked at where time stays below the cutoff."""
-    key = np.stack([layouts.mesh, layouts.dp_replicate, layouts.dp_shard, layouts.zero_stage])
+    key = np.stack(
+        [layouts.mesh, layouts.dp_replicate, layouts.dp_shard, layouts.zero_stage, layouts.reshard]
+    )
     changed = np.any(np.diff(key, axis=1) != 0, axis=0) if key.shape[1] else np.zeros(0, bool)
     config = np.concatenate([[0], np.cumsum(changed)]).astype(np.int64)[: len(layouts)]
     first = np.concatenate([[True], changed])[: len(layouts)]
@@ -212,7 +220,7 @@ def price_layouts(
         request.workload, request.machine,
         configs_of_meshes(
             meshes.take(layouts.mesh[first]), layouts.dp_replicate[first],
-            layouts.dp_shard[first], layouts.zero_stage[first],
+            layouts.dp_shard[first], layouts.zero_stage[first], layouts.reshard[first],
         ),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip

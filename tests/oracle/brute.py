@@ -111,7 +111,7 @@ def _configs(layouts: Sequence[Layout]) -> Configs:
         ),
         ep=column("ep"), etp=column("etp"), sequence_parallel=column("sp").astype(bool),
         dp_replicate=column("dp_replicate"), dp_shard=column("dp_shard"), pp=column("pp"),
-        zero_stage=column("zero"),
+        zero_stage=column("zero"), reshard=column("reshard"),
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
     # Drawn apart, so that the instances that follow stay what they were.
     own = Random(f"{name} {changes['launch_overhead'].value} {sorted(changes)} {moe}")
     if own.random() < 0.4:
-        changes["reshard_group"] = own.choice((2, 3, "node"))
+        changes["reshard_group"] = own.choice((2, 3, "node", "any"))
     if own.random() < 0.4:
         changes["replica_reduction"] = "step"
     if own.random() < 0.4:

@@ -27,6 +27,7 @@ class Layout:
     dp_replicate: int
     dp_shard: int
     zero: int
+    reshard: int
     schedule: str
     vpp: int
 
@@ -36,7 +37,7 @@ class Layout:
 
     def config(self) -> tuple[object, ...]:
         """What prices depend on: all but schedule and virtual stages."""
-        return astuple(self)[:12]
+        return astuple(self)[:13]
 
 
 def factors(number: int) -> list[int]:
@@ -64,11 +65,11 @@ def every_layout(request: Request) -> Iterator[Layout]:
                         for ep in factors(experts) if experts else [1]:
                             for etp in _expert_tp(request, experts, tp):
                                 for mbs in factors(request.global_batch // dp):
-                                    for rep, shard, zero in _sharding(request, dp):
+                                    for rep, shard, zero, keep in _sharding(request, dp, cp):
                                         for schedule, vpp in _schedules(request, pp):
                                             layout = Layout(
                                                 tp, sp, cp, kind, inner, pp, ep, etp, mbs, rep,
-                                                shard, zero, schedule, vpp,
+                                                shard, zero, keep, schedule, vpp,
                                             )  # fmt: skip
                                             if runs(request, layout) and wanted(request, layout):
                                                 yield layout
@@ -95,14 +96,23 @@ def _expert_tp(request: Request, experts: int, tp: int) -> list[int]:
     return factors(tp) if experts and request.stack.expert_tensor_parallel else [1]
 
 
-def _sharding(request: Request, dp: int) -> Iterator[tuple[int, int, int]]:
+def _sharding(request: Request, dp: int, cp: int) -> Iterator[tuple[int, int, int, int]]:
     for zero in request.stack.zero_stages:
         for shard in factors(dp):
             if zero == 0 and shard > 1:
                 continue
             if zero > 0 and shard < dp and not request.stack.hybrid_sharding:
                 continue
-            yield dp // shard, shard, zero
+            for keep in _keeping(request, shard * cp) if zero == 3 else [0]:
+                yield dp // shard, shard, zero, keep
+
+
+def _keeping(request: Request, spread: int) -> list[int]:
+    """Ranks that may hold weights for the backward, apart from all that share them."""
+    keeps = request.stack.reshard_group
+    if keeps == "any":
+        return [0] + [n for n in range(2, spread) if spread % n == 0]
+    return [request.cluster.groups[0].node.devices_per_node if keeps == "node" else keeps or 0]
 
 
 def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
@@ -219,7 +229,7 @@ def runs(request: Request, x: Layout) -> bool:
     if keeps == "node":
         keeps = request.cluster.groups[0].node.devices_per_node
     spread = x.dp_shard * x.cp
-    if x.zero == 3 and keeps is not None and spread > keeps and spread % keeps:
+    if x.zero == 3 and keeps not in (None, "any") and spread > keeps and spread % keeps:
         return False
     return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
 

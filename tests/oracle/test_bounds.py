@@ -48,6 +48,7 @@ def as_tuple(meshes: Meshes, layouts: Layouts, index: int) -> Layout:
         dp_replicate=int(layouts.dp_replicate[index]),
         dp_shard=int(layouts.dp_shard[index]),
         zero=int(layouts.zero_stage[index]),
+        reshard=int(layouts.reshard[index]),
         schedule=SCHEDULES[int(layouts.schedule[index])],
         vpp=int(layouts.vpp[index]),
     )

@@ -151,7 +151,7 @@ def test_gathering_each_tensor_pays_a_ring_for_each() -> None:
         configs = Configs(
             microbatch=one, tp=one, cp=one, cp_kind=np.array([0]), ep=one, etp=one,
             sequence_parallel=np.array([False]), dp_replicate=one, dp_shard=ranks, pp=one,
-            zero_stage=np.array([3]),
+            zero_stage=np.array([3]), reshard=np.array([0]),
         )  # fmt: skip
         priced = price_configs(request.workload, machine, configs)
         return int(priced.kinds[0][Field.FORWARD, 0])

@@ -8,9 +8,10 @@ import pytest
 
 from cost_models.traffic import Calls
 from hardware_profiles.loader import load_cluster, load_stack
+from planner.certify import verify
 from planner.errors import InputError
 from planner.models.reader import read_model
-from planner.pipeline import EvaluatedLayout, evaluate
+from planner.pipeline import EvaluatedLayout, evaluate, plan, read_request
 from planner.request import Request
 from planner.specs import JobSpec
 from planner.studies.communication import communication
@@ -62,8 +63,8 @@ STAGE_3 = ("deepspeed-hf", "deepspeed-hpz")
 
 
 def test_a_layout_cannot_ask_for_a_resharding_that_the_stack_does_not_do() -> None:
-    with pytest.raises(InputError, match="reshard_after_forward = 4"):
-        price("deepspeed-hpz", reshard_after_forward=4)
+    with pytest.raises(InputError, match="reshard_after_forward = 3"):
+        price("deepspeed-hpz", reshard_after_forward=3)
     request, _ = price("deepspeed-hpz", nodes=3)
     stack = request.stack.model_copy(update={"reshard_group": 16})
     with pytest.raises(InputError, match="no multiple of the 16 ranks"):
@@ -174,3 +175,33 @@ def test_hierarchical_gathers_cross_nodes_first() -> None:
 def test_hierarchical_gathers_need_several_nodes() -> None:
     with pytest.raises(InputError, match="does not fill several nodes"):
         price("deepspeed-mics-hierarchical", dp_replicate=2, dp_shard=8)
+
+
+def test_any_number_of_ranks_that_divides_them_may_keep_weights() -> None:
+    """Of 16 ranks 2, 4 or 8, or none: more ranks hold less each and gather from farther."""
+    held, waits = [], []
+    for group in (2, 4, 8, True):
+        layout = {"reshard_after_forward": group, "recompute": "full"}
+        found = price("deepspeed-hpz", **layout)[1]
+        assert found.layout.reshard_after_forward == group
+        held.append(memory("deepspeed-hpz", **layout)["weights"])
+        waits.append(calls("deepspeed-hpz", **layout)[-1].ranks)
+    assert waits == [2, 4, 8, 16]
+    for share, each in zip((2, 4, 8), held, strict=False):
+        assert each - held[-1] == pytest.approx(2 * PARAMETERS / share, rel=1e-6)
+
+
+def test_the_search_chooses_how_many_keep_weights() -> None:
+    """Of the numbers that fit the fastest, and the recheck agrees."""
+    spec = {"stack": "deepspeed-hpz", "precision": "fp16", "global_batch": 64}
+    found = plan(read_request("llama-3.1-8b", "aws-p3dn:8", None, spec))
+    assert found.layout.reshard_after_forward in (2, 4, 8, 16, 32, True)
+    assert verify(found) == []
+    times = []
+    request = read_request("llama-3.1-8b", "aws-p3dn:8", None, spec)
+    base = found.layout.model_dump(exclude={"reshard_after_forward", "stages"})
+    for group in (2, 4, 8, 16, 32, True):
+        other = evaluate(request, {**base, "reshard_after_forward": group, "recompute": "full"})
+        if other.prediction.fits:
+            times.append(other.prediction.step_time_s)
+    assert found.prediction.step_time_s <= min(times)

@@ -25,7 +25,7 @@ def one(value: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 def configs(*, sequence_parallel: bool) -> Configs:
     """tp 8 in a node, 8 stages."""
     return Configs(one(1), one(8), one(1), one(0), one(1), one(8), one(sequence_parallel) > 0,
-                   one(1), one(1), one(8), one(0))  # fmt: skip
+                   one(1), one(1), one(8), one(0), one(0))  # fmt: skip
 
 
 @pytest.mark.parametrize(
