@@ -38,8 +38,9 @@ Fusion = Literal[
     "masked_softmax", "grouped_gemm", "norm", "norm_linear",
 ]  # fmt: skip
 Module = Literal[
-    "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts"
-]
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts",
+    "sp_gather",
+]  # fmt: skip
 """Parts of a layer that can be run again, by the tags of ``planner.blocks``."""
 OptimizerName = Literal[
     "adamw", "adamw_bf16", "sgd", "lion", "adagrad", "rmsprop", "novograd", "adamax", "adadelta",
@@ -121,6 +122,10 @@ class LayersSpec(Profile):
     hierarchical_gathers: bool = False
     """Whether weights whose ranks fill several nodes are gathered across nodes first, then inside
     (MiCS)."""
+    gathered_inputs: Literal["again", "kept"] = "again"
+    """What Megatron-style layers keep of an input that sequence parallelism gathers: their part,
+    and gather it again beside the backward's products; or all of it, unless the module
+    ``sp_gather`` is run again."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
     pays the latency of a ring over all ranks."""

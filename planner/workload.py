@@ -73,6 +73,7 @@ def build_workload(
         sliced_experts=stack.layers.experts == "sliced",
         balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
+        keeps_gathered=stack.layers.gathered_inputs == "kept",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}

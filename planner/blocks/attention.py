@@ -97,7 +97,9 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     width = (2 if spec.output_gate else 1) * heads + (1 if spec.tied_kv else 2) * kv
     rotated = (heads + kv) * hd * x * e
     parts = (heads, kv, kv) if "qkv" in ctx.separate else (1,)
-    result: list[Op] = [*enter_tensor_parallel("qkv", ctx, shard, products=len(parts))]
+    result: list[Op] = [
+        *enter_tensor_parallel("qkv", ctx, shard, products=len(parts), kept=ctx.keeps_gathered)
+    ]
     result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=parts))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.

@@ -63,6 +63,8 @@ class BlockContext:
     """Whether the ranks of context parallelism have equal parts of a causal mask."""
     whole_vocabulary: bool = False
     """Whether every tp rank has embedding and head whole."""
+    keeps_gathered: bool = False
+    """Whether attention and feed-forward keep what sequence parallelism gathers for them."""
     whole_embedding_in_context: bool = False
     """Whether every tp rank has the embedding whole under context parallelism."""
 
@@ -98,8 +100,9 @@ def within(module: str, items: Iterable[Item]) -> tuple[Item, ...]:
 
 
 def enter_tensor_parallel(
-    name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True, products: int = 1
-) -> tuple[Collective, ...]:
+    name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True, products: int = 1,
+    kept: bool = False,
+) -> tuple[Collective, ...]:  # fmt: skip
     """Collectives at the input of column-parallel ``products`` of one input.
 
     With sequence parallelism: all-gather forward, reduce-scatter of the input's gradient backward.
@@ -107,7 +110,8 @@ def enter_tensor_parallel(
     asynchronous linear layer keeps the scattered input and gathers it again in the backward (for
     the weight gradient, behind the data gradient), and reduces behind the weight gradient
     (Korthikanti et al., arXiv 2205.05198, section 4.2.2). DTensor keeps the gathered input and
-    hides nothing. ``pipelined``: whether a stack that pipelines does so with this product.
+    hides nothing. ``pipelined``: whether a stack that pipelines does so with this product;
+    ``kept``: whether the gathered input is kept, unless ``sp_gather`` is run again.
     """
     size = ctx.gathered_bytes(shard)
     product = f"{name}:fprop" if pipelined else None
@@ -116,8 +120,9 @@ def enter_tensor_parallel(
     return (
         Collective(
             f"{name}.gather", "tp", "all_gather", size,
-            None if ctx.dtensor else "all_gather", 0 if ctx.dtensor else size,
+            None if ctx.dtensor or kept else "all_gather", 0 if ctx.dtensor or kept else size,
             backward_hidden=f"{name}:dgrad", active=sp, forward_product=product,
+            modules=("sp_gather",) if kept else (),
         ),
         Collective(
             f"{name}.scatter", "tp", None, 0, "reduce_scatter", size, backward_hidden=behind,
@@ -169,12 +174,14 @@ def residual_saved(
     products: int = 1,
     norm_module: str | None = None,
     product_module: str | None = None,
+    gathered: bool = False,
 ) -> tuple[SavedTensor, ...]:
     """The norm's input and output, and the dropout mask after the sub-block.
 
     ``modules`` are those that run the norm, ``norm_module`` is its own name where no product is
     fused with it, ``product_module`` that of the first products. Each of ``products`` that read
     the output keeps a low-precision copy of its own; with 0 the output itself is kept.
+    ``gathered``: whether they keep the parts of other ranks too.
     """
     size = ctx.residual_bytes(shard)
     inputs = product_input_bytes(ctx, shard)
@@ -191,6 +198,9 @@ def residual_saved(
         ),
         SavedTensor(f"{name}.input", inputs, modules=modules, input_of=product_module),
     ]
+    if gathered:
+        others = ctx.gathered_bytes(shard) - size
+        saved.append(SavedTensor(f"{name}.gathered", others, modules=("sp_gather",)))
     if ctx.dropout:
         saved.append(SavedTensor(f"{name}.dropout_mask", size // ctx.element_bytes))
     return tuple(saved)

@@ -54,6 +54,7 @@ def layer_saved(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Save
                 products=_READERS.get(type(part), 1),
                 norm_module=_norm_name(part, ctx),
                 product_module=_product_name(part),
+                gathered=ctx.keeps_gathered and isinstance(part, AttentionSpec | MlpSpec),
             )
         result += kind_of(part).saved(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):

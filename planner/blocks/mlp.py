@@ -69,7 +69,10 @@ def products(
     x, width = shard.tokens, intermediate // shard.tp
     parts = (1, 1) if gated and "gate_up" in ctx.separate else (1,)
     return (
-        *enter_tensor_parallel(f"{prefix}fc1", ctx, shard, products=len(parts)),
+        *enter_tensor_parallel(
+            f"{prefix}fc1", ctx, shard, products=len(parts),
+            kept=ctx.keeps_gathered and not prefix,
+        ),
         MatMul(
             f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
             parts=parts,

@@ -7,9 +7,13 @@ import pytest
 
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
+from cost_models.memory import activation_bytes
 from cost_models.state import local_parameters
+from cost_models.step import price_layer
+from cost_models.traffic import layer_calls, recomputed_calls
 from planner.errors import InputError
 from planner.pipeline import evaluate, plan, read_request
+from planner.recompute import named_policy
 from planner.request import Request
 from planner.studies.communication import communication
 
@@ -76,7 +80,31 @@ def test_gpipe_is_searched_and_keeps_more_than_1f1b() -> None:
 
 def test_the_operators_of_select_recompute_are_searched() -> None:
     names = {policy.name for policy in request().workload.policies}
-    assert names == {"selective", "layernorm+mlp_act", "core_attn+layernorm+mlp_act", "full"}
+    assert names == {
+        "selective", "sp_gather", "mlp_act+sp_gather", "layernorm+mlp_act+sp_gather",
+        "core_attn+layernorm+mlp_act+sp_gather", "full",
+    }  # fmt: skip
+
+
+def test_gathered_inputs_are_kept_or_gathered_again() -> None:
+    """Over four ranks with sequence parallelism attention and feed-forward gather 8,192 tokens of
+    4,096 each. Kept, they are not gathered in the backward; run again, three quarters go."""
+    one = np.ones(1, dtype=np.int64)
+    place = Shard(8192, one, 4 * one, one, one, one, np.ones(1, dtype=bool), one)
+    found = request()
+    (kind,) = found.workload.kinds.values()
+    again = named_policy("sp_gather", found.stack)
+    (kept, _), (less, _) = activation_bytes(kind, place, None), activation_bytes(kind, place, again)
+    assert int(kept[0] - less[0]) == 2 * 8192 * 4096 * 2 * 3 // 4
+    calls = layer_calls(kind, place, found.machine)
+    gathers = [call.name for call in calls if (call.kind, call.phase) == ("all_gather", "backward")]
+    assert gathers == ["proj.scatter", "fc2.scatter"]
+    more = recomputed_calls(kind, place, found.machine, again)
+    assert [call.name for call in more] == ["qkv.gather", "fc1.gather"]
+    forward = sum(call.bytes for call in calls if call.name in ("qkv.gather", "fc1.gather"))
+    assert sum(call.bytes for call in more) == forward
+    seconds = price_layer(kind, place, found.machine).repeats.seconds(again)
+    assert float(seconds[0]) > 0
 
 
 def test_local_parameters_of_the_embedding() -> None:
