@@ -17,10 +17,10 @@ from typing import Any
 
 from hardware_profiles.documents import read_document
 
-SHORT_LAYER_S = 0.006
-"""Twice what an eager stack's host needs for the ops of a layer, forward and backward."""
-HOST_BOUND = (0.05, 0.3)
-"""Shares of the step spent waiting for the host from which a run is partly, and wholly, bound."""
+SHORT_LAYER_S = 0.012
+"""Four times what an eager stack's host needs for the ops of a layer, forward and backward."""
+HOST_BOUND = {0.3: "host-bound", 0.1: "partly host-bound", 0.01: "at the host's pace"}
+"""What a run is called from which share of the step on that is spent waiting for the host."""
 FEW = 12
 """Runs below which a class's band is not its own: the wider class's is mixed in."""
 FILE = Path(__file__).parent / "accuracy_bands.yaml"
@@ -40,6 +40,8 @@ class RunClass:
     """Share of the predicted step for which the device waits for the host."""
     layer_s: float
     """Work of the busiest rank per layer and microbatch: short layers are near the host's pace."""
+    tensor_parallel: int
+    """Ranks that wait for each other several times a layer: for the slowest host, if hosts bind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,10 @@ def path_of(run: RunClass, families: Mapping[str, Mapping[str, list[str]]]) -> t
         (f"up to {limit} devices" for limit in (8, 128, 1024) if run.devices <= limit),
         "over 1024 devices",
     )
-    if run.launch_share > HOST_BOUND[0]:
-        size += ", host-bound" if run.launch_share > HOST_BOUND[1] else ", partly host-bound"
-    elif run.layer_s < SHORT_LAYER_S:
-        size += ", short layers"
+    short = "short layers" if run.layer_s < SHORT_LAYER_S else None
+    pace = next((name for share, name in HOST_BOUND.items() if run.launch_share > share), short)
+    if pace is not None:
+        size += f", {pace}, tp {run.tensor_parallel}"
     device, stack = _family(run.device, families["devices"]), _family(run.stack, families["stacks"])
     return device, bits, kind, stack, size
 

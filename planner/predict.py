@@ -127,6 +127,7 @@ def run_class(priced: Priced, request: Request, time: tuple[Term, ...] | None = 
         devices=request.devices,
         launch_share=waiting_s * SECOND / priced.step.total_ns,
         layer_s=max(_layer_ns(priced, rank) for rank in range(priced.leaf.pp)) / SECOND,
+        tensor_parallel=priced.layout.tp,
     )
 
 

@@ -33,7 +33,7 @@ FAMILIES = {
     },
     "stacks": {
         "Megatron before Transformer Engine": [
-            "megatron-lm-202*", "megatron-deepspeed", "deepspeed-zero3-2021",
+            "megatron-lm-202*", "megatron-deepspeed*", "deepspeed-zero3-2021",
         ],
         "Megatron-Core": ["megatron-core*", "nemo", "nemo-fp8", "megatron-bridge*"],
         "FSDP": ["torchtitan*", "llm-foundry*", "fms-fsdp", "nemo-automodel", "meta-llama3"],

@@ -76,6 +76,7 @@ def _row(line: Mapping[str, str], cells: Mapping[str, str]) -> Row:
     run = RunClass(
         line["device"], line["precision"], line["stack"], line["moe"] == "1", line["cp"] == "1",
         int(line["devices"]), float(line["launch_share"]), float(line["layer_s"]),
+        int(line["tp"]),
     )  # fmt: skip
     times = (float(line[name]) for name in ("measured_s", "fitted_s", "left_out_s"))
     return Row(

@@ -152,7 +152,7 @@ def _write_rows(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ("id", "source", "family", "stack", "device", "precision", "moe", "cp", "devices",
-             "launch_share", "layer_s", "zero_shot", "measured_s", "fitted_s", "left_out_s")
+             "launch_share", "layer_s", "tp", "zero_shot", "measured_s", "fitted_s", "left_out_s")
         )  # fmt: skip
         columns = zip(cases, classes, zero_shot(cases), fitted, left_out, strict=True)
         for case, run, alone, own, other in columns:
@@ -160,7 +160,7 @@ def _write_rows(
             writer.writerow(
                 (case.id, case.source, case.family, run.stack, run.device, run.precision,
                  int(run.moe), int(run.context_parallel), run.devices,
-                 f"{run.launch_share:.3f}", f"{run.layer_s:.3g}",
+                 f"{run.launch_share:.3f}", f"{run.layer_s:.3g}", run.tensor_parallel,
                  int(alone),
                  *(f"{time:.6g}" for time in times))
             )  # fmt: skip

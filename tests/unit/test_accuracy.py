@@ -9,7 +9,7 @@ import pytest
 from planner.accuracy import RunClass, band, band_of, path_of, table
 
 H100 = RunClass("h100-sxm-80gb", "bf16", "nemo", moe=False, context_parallel=False, devices=64,
-                launch_share=0.0, layer_s=0.01)  # fmt: skip
+                launch_share=0.0, layer_s=0.02, tensor_parallel=4)  # fmt: skip
 
 
 def test_a_class_narrows_from_the_device_to_the_size() -> None:
@@ -21,9 +21,17 @@ def test_a_class_narrows_from_the_device_to_the_size() -> None:
     assert path_of(sparse, families) == (
         "Hopper", "8-bit", "MoE with context parallelism", "Megatron-Core", "over 1024 devices",
     )  # fmt: skip
-    assert path_of(replace(H100, launch_share=0.2), families)[-1].endswith(", partly host-bound")
-    assert path_of(replace(H100, layer_s=0.001), families)[-1].endswith(", short layers")
-    assert path_of(replace(H100, launch_share=0.5), families)[-1].endswith(", host-bound")
+    sizes = {
+        share: path_of(replace(H100, launch_share=share), families)[-1]
+        for share in (0.02, 0.2, 0.5)
+    }
+    assert sizes == {
+        0.02: "up to 128 devices, at the host's pace, tp 4",
+        0.2: "up to 128 devices, partly host-bound, tp 4",
+        0.5: "up to 128 devices, host-bound, tp 4",
+    }
+    short = path_of(replace(H100, layer_s=0.001, tensor_parallel=1), families)
+    assert short[-1] == "up to 128 devices, short layers, tp 1"
 
 
 def test_a_profile_of_the_users_own_is_in_its_parents_family() -> None:
