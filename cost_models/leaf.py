@@ -77,11 +77,14 @@ class Leaf:
     receive_bytes: int = 0
     """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
 
+    def held(self, rank: int) -> list[int]:
+        """Virtual stages of a rank, by chunk."""
+        return [stage_of(self.schedule, self.pp, rank, chunk) for chunk in range(self.vpp)]
+
     def received_bytes(self, rank: int) -> int:
         """Receive buffers of a rank: activations but on the first virtual stage, gradients but on
         the last."""
-        held = [stage_of(self.schedule, self.pp, rank, chunk) for chunk in range(self.vpp)]
-        neighbours = sum([self.sends_on(j - 1) + self.sends_on(j) for j in held])
+        neighbours = sum([self.sends_on(j - 1) + self.sends_on(j) for j in self.held(rank)])
         return self.receive_bytes * self.microbatches * neighbours
 
     def sends_on(self, stage: int) -> bool:
@@ -256,6 +259,10 @@ def _chunk_costs(
     if at_end:
         sent = max(sent, leaf.head[Field.IN_FLIGHT])
         behind = behind if layers > 1 else leaf.head[Field.IN_FLIGHT]
+    if leaf.splits_backward and not at_start:
+        # Of the unit whose backward runs, the sum of the last microbatch's is not made yet.
+        unsummed = [k[Field.LATE_GRADIENTS] for k, n in zip(leaf.kinds, held, strict=True) if n]
+        sent += max(unsummed, default=0)
     working += sent
     draining += behind
     if at_end:
@@ -272,8 +279,7 @@ def _chunk_costs(
     split = None
     if leaf.splits_backward:
         split = split_backward(
-            backward, leaf.kinds, held, front,
-            extra=extra, head=leaf.head if at_end else None, at_start=at_start,
+            backward, leaf.kinds, held, head=leaf.head if at_end else None, at_start=at_start
         )  # fmt: skip
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,
@@ -309,11 +315,9 @@ def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
         chunk_costs(leaf, j, bounds[j], bounds[j + 1], completion.recompute[j])
         for j in range(leaf.stages)
     ]
-    held = [
-        [chunks[stage_of(leaf.schedule, leaf.pp, rank, chunk)] for chunk in range(leaf.vpp)]
-        for rank in range(leaf.pp)
-    ]
-    return tuple([rank_costs(leaf, tuple(of_rank)) for of_rank in held])
+    return tuple(
+        [rank_costs(leaf, tuple([chunks[j] for j in leaf.held(r)])) for r in range(leaf.pp)]
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,3 +226,5 @@ class SavedTensor:
     input_of: str | None = None
     """Module whose input it is, where a stack can keep that on the host until the backward
     (``cost_models.activation_offload``)."""
+    last: bool = False
+    """Whether no op with a weight comes behind the one that keeps it."""

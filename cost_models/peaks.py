@@ -50,7 +50,7 @@ def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Mome
     if rank != place_of(leaf.schedule, leaf.pp, leaf.stages - 1)[0]:
         most = replace(most, name="first backward")
     update = Moment("optimizer step", made, 0, 0, step)
-    if there or leaf.microbatches > 1:
+    if leaf.microbatches > 1 or leaf.splits_backward:
         return most, update
     draining = max([chunk.draining_bytes for chunk in chunks])
     return (
@@ -66,7 +66,9 @@ def live_activations(
     """Most activation bytes alive at once, and the microbatches per chunk that they belong to."""
     peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
     sizes = [chunk.activation_bytes for chunk in chunks]
-    sizes += [chunk.split.deferred_bytes for chunk in chunks if chunk.split]
+    halves = [chunk.split for chunk in chunks if chunk.split]
+    sizes += [half.deferred_bytes for half in halves]
+    sizes += [half.late_gradient_bytes for half in halves]
     size, peak = max(
         (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
     )

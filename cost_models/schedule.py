@@ -32,7 +32,8 @@ def live_peaks(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
 ) -> tuple[Vector, ...]:
     """Largest numbers of microbatches whose activations a rank holds, per chunk; where a schedule
-    splits the backward, followed by those that only wait for their weight gradients.
+    splits the backward, followed by those that only wait for their weight gradients, and by those
+    (0 or 1) whose weight gradients wait for the next backward of the chunk.
 
     Each entry is a vector over chunks; no entry is dominated by another. The peak of any
     activation sizes is the maximum over the entries.
@@ -66,12 +67,15 @@ def _per_chunk(actions: NDArray[np.int64], size: int, vpp: int) -> NDArray[np.in
 
 
 def _walk(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> set[Vector]:
-    """What is alive, and what of it only waits for its weight gradients, after each action."""
-    alive, waiting, met = [0] * vpp, [0] * vpp, set()
+    """What is alive, what of it only waits for its weight gradients, and whether the last of these
+    have not been followed by a backward, per chunk after each action."""
+    alive, waiting, late, met = [0] * vpp, [0] * vpp, [0] * vpp, set()
     for work, chunk, _ in rank_order(schedule, pp, vpp, microbatches, rank):
         alive[chunk] += (work == Pass.FORWARD) - (work in (Pass.BACKWARD, Pass.WEIGHT))
         waiting[chunk] += (work == Pass.INPUT) - (work == Pass.WEIGHT)
-        met.add((*alive, *waiting))
+        if work != Pass.FORWARD:
+            late[chunk] = int(work == Pass.WEIGHT)
+        met.add((*alive, *waiting, *late))
     return met
 
 

@@ -2,8 +2,10 @@
 
 As ``torch.distributed.pipelining`` does it (torch 2.13.0, ``_backward.py``; forwards that run again
 and tensors that wait were counted on it): the first half runs the whole autograd graph but for the
-weights, keeps it with all saved activations, and keeps the gradient of the output of every op that
-has a weight. The second half is one backward pass per weight from there.
+weights, keeps it with all saved activations but those behind the last weight, and keeps the
+gradient of the output of every op that has a weight. The second half is one backward pass per
+weight from there. FSDP2 sums a unit's gradients in fp32 when the unit's input has its gradient:
+what a second half made stays in 16 bits beside the sum until the next microbatch's first half.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from cost_models.layout import RecomputeMode
 from cost_models.ops import Elementwise, GroupedMatMul, MatMul, Op, Reals, Repeat
 from cost_models.step import Field
 
-SPLIT_MODES: tuple[RecomputeMode, ...] = ("none", "full")
-"""Recomputation that a split backward can run: PyTorch refuses to go back twice through a region
+SPLIT_MODES: tuple[RecomputeMode, ...] = ("none",)
+"""Recomputation that goes with a split backward. PyTorch refuses to go back twice through a region
 with a save list ("You are only allowed to backward once on any region computed under selective
-activation checkpoint")."""
+activation checkpoint"); through a layer that is recomputed whole it goes, and runs its forward
+again for every weight, with the inputs of all products kept: not worth a search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +36,39 @@ class SplitBackward:
     weights_ns: int
     deferred_bytes: int
     """Gradients of outputs that wait with the activations from the one to the other."""
+    late_gradient_bytes: int
+    """Gradients of weights that wait to be summed, of one microbatch."""
 
 
 def split_backward(
-    backward_ns: int, kinds: Sequence[Sequence[int]], held: Sequence[int], front: Sequence[int],
-    *, extra: int, head: Sequence[int] | None, at_start: bool,
+    backward_ns: int, kinds: Sequence[Sequence[int]], held: Sequence[int],
+    *, head: Sequence[int] | None, at_start: bool,
 ) -> SplitBackward:  # fmt: skip
-    """The halves of the backward of ``held`` layers per kind, the ``front`` ones of them recomputed
-    at the cost in row ``extra``, and of the model's ``head`` where the stage has it.
-
-    The first virtual stage has no input that needs a gradient: all of its backward is the second
-    half. Elsewhere a recomputed layer runs its forward again in the first half, and in the second
-    once more for every weight.
-    """
+    """The halves of the backward of ``held`` layers per kind, and of the model's ``head`` where the
+    stage has it. The first virtual stage has no input that needs a gradient: all of its backward is
+    the second half."""
     if at_start:
-        return SplitBackward(0, backward_ns, 0)
-    weights = deferred = again = 0
-    for kind, total, changed in zip(kinds, held, front, strict=True):
-        weights += total * kind[Field.WEIGHT_BACKWARD]
-        deferred += total * kind[Field.DEFERRED]
-        again += changed * kind[extra] * kind[Field.WEIGHT_GROUPS]
-    if head is not None:
-        weights += head[Field.WEIGHT_BACKWARD]
-        deferred += head[Field.DEFERRED]
-    return SplitBackward(backward_ns - weights, weights + again, deferred)
-
-
-def weight_groups(kind: LayerKind) -> int:
-    """Backward passes of the second half for one layer: one per trained weight, with its bias."""
-    return sum(
-        1 if state.is_expert(weight) else weight.count
-        for weight in kind.weights
-        if not weight.frozen and not weight.name.endswith(".bias")
+        return SplitBackward(0, backward_ns, 0, 0)
+    parts = [*zip(kinds, held, strict=True), *([(head, 1)] if head is not None else [])]
+    weights, deferred, late = (
+        sum([row[field] * count for row, count in parts])
+        for field in (Field.WEIGHT_BACKWARD, Field.DEFERRED, Field.LATE_GRADIENTS)
     )
+    return SplitBackward(backward_ns - weights, weights, max(deferred, 0), late)
 
 
 def deferred_bytes(kind: LayerKind, shard: Shard) -> Int64:
-    """Gradients of the outputs of ops with trained weights, in bytes on one device."""
+    """Gradients of the outputs of ops with trained weights, in bytes on one device, less what the
+    ops behind them keep."""
     total = _outputs(kind.ops(shard), kind.element_bytes) + np.zeros(len(shard.tp))
-    return np.ceil(total).astype(np.int64)
+    gone = sum(tensor.bytes for tensor in kind.saved(shard) if tensor.last)
+    return np.ceil(total).astype(np.int64) - gone
+
+
+def late_gradient_bytes(parameters: Int64, rules: state.StateRules) -> Int64:
+    """Gradients of so many weights on one device that wait for FSDP2 to sum them."""
+    wider = rules.layout == "dim0" and rules.held_gradient_bytes > rules.gather_bytes
+    return parameters * (rules.gather_bytes if wider else 0)
 
 
 def _outputs(ops: Sequence[Op], element_bytes: int) -> Reals:

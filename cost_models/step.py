@@ -88,10 +88,12 @@ class Field(IntEnum):
     """Of the forward and the backward, what they wait for activations on the link to the host."""
     WEIGHT_BACKWARD = 19
     """Of the backward, the products that give the gradients of weights."""
-    WEIGHT_GROUPS = 20
-    """Backward passes that gradients of weights alone take: a number, one per weight."""
-    DEFERRED = 21
-    """Gradients of outputs that weights need for theirs."""
+    DEFERRED = 20
+    """Gradients of outputs that weights need for theirs, less the activations that nothing but they
+    needed."""
+    LATE_GRADIENTS = 21
+    """Gradients of weights in the format in which the backward makes them, where they wait for the
+    next microbatch's backward to be summed."""
 
 
 @dataclass(frozen=True)

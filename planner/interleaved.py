@@ -102,7 +102,7 @@ def _by_time(leaf: Leaf, options: Iterable[Recompute]) -> list[tuple[Recompute, 
 
 @lru_cache(maxsize=16384)
 def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> Ints:
-    """Microbatches alive per chunk (rows; then those that wait for their weight gradients) at each
+    """Microbatches alive per chunk (rows; then what a split backward holds beside them) at each
     candidate for the peak (columns)."""
     vectors = live_peaks(schedule, pp, vpp, microbatches, rank)
     return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
@@ -207,6 +207,9 @@ class _Table:
         head = leaf.head
         behind[:, -1] = np.where(many[:, -1], behind[:, -1], head[reduced])
         sent[:, -1] = np.maximum(sent[:, -1], head[reduced])
+        if leaf.splits_backward:
+            unsummed = self._largest(held, Field.LATE_GRADIENTS)
+            sent[:, 1:] += unsummed[:, 1:]
         working, draining = working + sent, draining + behind
         activation[:, 0] += leaf.embedding[Field.ACT_NONE]
         activation[:, -1] += leaf.head[Field.ACT_NONE]
@@ -225,9 +228,11 @@ class _Table:
         last = self._by_rank(draining).max(axis=1)
         alive = self._by_rank(activation)
         if leaf.splits_backward:
-            deferred = self._sum(held, Field.DEFERRED)
-            deferred[:, 0] = 0
-            alive = np.concatenate([alive, self._by_rank(deferred)], axis=1)
+            deferred = np.maximum(self._sum(held, Field.DEFERRED), 0)
+            late = self._sum(held, Field.LATE_GRADIENTS)
+            deferred[:, 0] = late[:, 0] = 0
+            beside = [self._by_rank(deferred), self._by_rank(late)]
+            alive = np.concatenate([alive, *beside], axis=1)
         ok = np.ones(len(held), dtype=bool)
         for rank in range(leaf.pp):
             vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)

@@ -14,7 +14,7 @@ from cost_models.activation_offload import moved_bytes
 from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
 from cost_models.layer_times import LayerTimes
-from cost_models.layout import ALL_AT_ONCE, stage_of
+from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import (
     Completion,
     sent_ns,
@@ -296,7 +296,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
 
     times = {name: priced_alone(workload.kinds[name]) for name in names}
     parts: list[tuple[LayerTimes, int, tuple[int, ...]]] = []
-    own_stages = [stage_of(leaf.schedule, leaf.pp, rank, chunk) for chunk in range(leaf.vpp)]
+    own_stages = leaf.held(rank)
     for j in own_stages:
         first, last = completion.bounds[j], completion.bounds[j + 1]
         for index, name in enumerate(names):
@@ -322,7 +322,6 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     sent = sum(sum(sent_ns(leaf, j, *completion.bounds[j : j + 2])) for j in own_stages)
     totals["pp_comm"] = sent
     m, busy = leaf.microbatches, step.timeline.busy_ns[rank]
-    # All else that the rank computes; a split backward may run a forward more than once again.
     totals["recompute"] = busy // m - work - sent
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])

@@ -143,7 +143,7 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
         else:
             options.append((mode, 0))
     if leaf.schedule in SPLIT:
-        options = [option for option in options if option[0] in ("none", "full")]
+        options = [option for option in options if option[0] == "none"]
     if leaf.vpp > 1:
         return _better_interleaved(leaf, least, options)
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]

@@ -46,13 +46,16 @@ class Comparison:
 
 
 def compare(id_: str, trace: Mapping[str, Any], stage: StagePrediction) -> Comparison:
-    """One rank's prediction against its trace, of the step without PyTorch's tracker."""
+    """One rank's prediction against its trace, of the step without PyTorch's tracker. Where the
+    tracker could not run, the state is taken to be what was predicted."""
     terms = {term.name: term.bytes or 0 for term in stage.memory if term.name not in NOT_TRACED}
     predicted = sum(terms.values())
-    peak, between = trace["peak_bytes"], trace["between_steps_bytes"]
     state = sum(terms.get(name, 0) for name in STATE) - _lasting(trace, stage)
-    traced_state = sum(between[name] for name in ("Sharded Param", "OptState", "Buffer"))
-    total = trace["untracked_peak_bytes"] - peak["Inputs"]
+    traced_state, total = state, trace["untracked_peak_bytes"]
+    if "peak_bytes" in trace:
+        between = trace["between_steps_bytes"]
+        traced_state = sum(between[name] for name in ("Sharded Param", "OptState", "Buffer"))
+        total -= trace["peak_bytes"]["Inputs"]
     return Comparison(
         id_, trace["case"]["stage"], (predicted, total), (state, traced_state),
         (predicted - state, total - traced_state),

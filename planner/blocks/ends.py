@@ -76,12 +76,14 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
             *norms,
             SavedTensor("lm_head_input", whole),
             SavedTensor("lm_head_input_gradients_of_chunks", whole),
-            SavedTensor("logits_of_a_chunk", logits // ctx.loss_chunks * ctx.element_bytes),
+            SavedTensor(
+                "logits_of_a_chunk", logits // ctx.loss_chunks * ctx.element_bytes, last=True
+            ),
         )
     return (
         *norms,
         SavedTensor("lm_head_input", product_input_bytes(ctx, shard)),
-        SavedTensor("loss", _scaled(logits, ctx.logit_saved_bytes)),
+        SavedTensor("loss", _scaled(logits, ctx.logit_saved_bytes), last=True),
     )
 
 

@@ -93,7 +93,7 @@ class _Counter:
     def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode]]:
         workload, completion = self.request.workload, self.priced.completion
         stages = self.priced.leaf.stages
-        for j in range(rank, stages, self.layout.pp):
+        for j in self.priced.leaf.held(rank):
             first, last = completion.bounds[j], completion.bounds[j + 1]
             mode, limit = completion.recompute[j]
             upto = min(last, first + limit) if mode == "full" else last
@@ -106,11 +106,11 @@ class _Counter:
 
     def _pipeline(self, rank: int) -> Iterator[Calls]:
         """Boundaries sent and received: activations forward, their gradients backward."""
-        pp, stages = self.layout.pp, self.priced.leaf.stages
-        for j in range(rank, stages, pp):
-            if j > 0:
+        leaf = self.priced.leaf
+        for j in leaf.held(rank):
+            if leaf.sends_on(j - 1):
                 yield from self._cut(j, ("recv", "send"))
-            if j < stages - 1:
+            if leaf.sends_on(j):
                 yield from self._cut(j + 1, ("send", "recv"))
 
     def _cut(self, stage: int, kinds: tuple[str, str]) -> Iterator[Calls]:
@@ -132,6 +132,10 @@ class _Counter:
         workload = self.request.workload
         if self.request.devices > 1:
             yield Calls("gradient_norm", "world", self.request.devices, "step", "all_reduce", 1, 4)
-        if workload.tied_embeddings and self.layout.pp > 1 and rank in (0, self.layout.pp - 1):
+        if (
+            workload.tied_embeddings
+            and self.priced.leaf.tied_ns
+            and rank in (0, self.layout.pp - 1)
+        ):
             size = round(tied_gradient_bytes(workload, self.machine, self.shard).item())
             yield Calls("tied_embedding", "pp", 2, "step", "all_reduce", 1, size)

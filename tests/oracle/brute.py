@@ -29,7 +29,7 @@ from tests.oracle.layouts import (
     partitions,
     recompute_choices,
 )
-from tests.oracle.timeline import LIGHT, SPLIT, finish_times, held, homes, most_live_bytes
+from tests.oracle.timeline import SPLIT, finish_times, held, homes, most_live_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Chunk:
     """Of a backward in two halves, the first; then the second, and what waits for it."""
     weights: int
     waiting: int
+    unsummed: int
+    """Gradients of weights that wait for the next microbatch."""
 
 
 @dataclass
@@ -161,16 +163,18 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
 
 
 def sum_chunk(
-    prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option
-) -> Chunk:
+    prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option,
+    *, halves: bool,
+) -> Chunk:  # fmt: skip
     """A virtual stage of ``size`` layers from ``first`` on; ``start`` and ``end`` of the model,
-    ``many`` pipeline ranks."""
-    key = (start, end, many, first, size, option)
+    ``many`` pipeline ranks, a backward in ``halves``."""
+    key = (start, end, many, first, size, option, halves)
     if key in prices.chunks:
         return prices.chunks[key]
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
-    draining = sent = behind = cached = weights = waiting = repeats = 0
+    draining = sent = behind = cached = weights = waiting = 0
+    unsummed = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -181,7 +185,7 @@ def sum_chunk(
         backward += row[Field.BACKWARD] + more
         weights += row[Field.WEIGHT_BACKWARD]
         waiting += row[Field.DEFERRED]
-        repeats += more * row[Field.WEIGHT_GROUPS]
+        unsummed += row[Field.LATE_GRADIENTS]
         gradient += row[Field.GRADIENT]
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
@@ -207,6 +211,9 @@ def sum_chunk(
     if end:
         sent = max(sent, prices.head[Field.IN_FLIGHT])
         behind = behind if size > 1 else prices.head[Field.IN_FLIGHT]
+    if halves and not start:
+        late = (row[Field.LATE_GRADIENTS] for row in prices.layers[first : first + size])
+        sent += max(late, default=0)
     working, draining = working + sent, draining + behind
     # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
     if end:
@@ -216,13 +223,14 @@ def sum_chunk(
         short = prices.embedding[Field.WORK_NONE]
         draining = max(draining, prices.embedding[Field.ACT_NONE] + short)
         working = max(working, short - activation)
-        weights, waiting, repeats = backward, 0, 0
+        weights, waiting, unsummed = backward, 0, 0
     elif end:
         weights += prices.head[Field.WEIGHT_BACKWARD]
         waiting += prices.head[Field.DEFERRED]
+        unsummed += prices.head[Field.LATE_GRADIENTS]
     chunk = Chunk(
         forward, backward, gradient, update, static, made, activation, working, draining, step,
-        backward - weights, weights + repeats, waiting,
+        backward - weights, weights, max(waiting, 0), unsummed,
     )  # fmt: skip
     prices.chunks[key] = chunk
     return chunk
@@ -237,7 +245,9 @@ def chunks_of(
     for j, size in enumerate(sizes):
         start, end = j == 0, j == stages - 1
         many = home[0] != home[-1]
-        chunk = sum_chunk(prices, start, end, many, first, size, options[home[j]])
+        chunk = sum_chunk(
+            prices, start, end, many, first, size, options[home[j]], halves=x.schedule in SPLIT
+        )
         if x.schedule in prices.waiting:
             # Sending is the rank's work: the output and the input's gradient, to other ranks.
             stays, stayed = (end or home[j + 1] == home[j]), (start or home[j - 1] == home[j])
@@ -262,6 +272,7 @@ def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]
     """Peak bytes of a device of ``rank``."""
     split = x.schedule in SPLIT
     sizes = [c.activation for c in own] + [c.waiting for c in own if split]
+    sizes += [c.unsummed for c in own if split]
     live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes)
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
     home = homes(x.schedule, x.pp, x.vpp)
@@ -345,7 +356,7 @@ class BruteForce:
             height = max(sizes)
             useful = [o for o in self.choices if o[1] <= height or o == self.choices[-1]]
             if x.schedule in SPLIT:
-                useful = [o for o in useful if o[0] in LIGHT]
+                useful = [o for o in useful if o[0] == "none"]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if option[0] != "full" or option[1] >= height:

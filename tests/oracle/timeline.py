@@ -20,8 +20,6 @@ Action = tuple[str, int, int]
 """F, B (or its halves: I for inputs, then W for weights), virtual stage, microbatch."""
 WORKS = "FBIW"
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
-LIGHT = {"none", "full"}
-"""What may be recomputed where the backward is split."""
 
 
 def homes(schedule: Schedule, pp: int, vpp: int) -> list[int]:
@@ -90,16 +88,18 @@ def _late_weights(actions: list[Action], most: int) -> list[Action]:
 def live_vectors(
     schedule: Schedule, pp: int, vpp: int, m: int, rank: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Every combination of live microbatches per chunk that the walk of a rank's order meets,
-    followed by those of them that wait for their second half where the backward has two."""
-    live, waiting = [0] * vpp, [0] * vpp
+    """Every combination of live microbatches per chunk that the walk of a rank's order meets; where
+    the backward has two halves, followed by those of them that wait for their second, and whether a
+    chunk's last action but forwards was a second half."""
+    live, waiting, ended = [0] * vpp, [0] * vpp, [0] * vpp
     own = held(schedule, pp, vpp, rank)
     met = set()
     for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank):
         chunk = own.index(stage)
         live[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[work]
         waiting[chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[work]
-        met.add((*live, *waiting) if schedule in SPLIT else tuple(live))
+        ended[chunk] = {"F": ended[chunk], "B": 0, "I": 0, "W": 1}[work]
+        met.add((*live, *waiting, *ended) if schedule in SPLIT else tuple(live))
     return tuple(sorted(met))
 
 

@@ -28,7 +28,7 @@ from tests.oracle.layouts import partitions
 from tests.oracle.leaves import draw_leaf
 from tests.properties.test_schedules import Shape, shapes
 
-CODES = {"gpipe": 0, "1f1b": 1, "interleaved": 2}
+CODES = {name: code for code, name in enumerate(SCHEDULES)}
 FEW = 400
 """Completions simulated per leaf at most; the quickest by work are always among them."""
 

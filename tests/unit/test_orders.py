@@ -71,13 +71,15 @@ def test_live_microbatches_equal_a_walk_along_pytorchs_orders(name: str) -> None
         if isinstance(case["order"], str):
             continue
         for rank, line in enumerate(case["order"]):
-            alive, waiting, seen = [0] * vpp, [0] * vpp, set()
+            alive, waiting, late, seen = [0] * vpp, [0] * vpp, [0] * vpp, set()
             for action in line.split():
                 work = next(letter for letter in action if letter.isalpha())
                 _, chunk = place_of(schedule, pp, int(action.split(work)[0]))
                 alive[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[work]
                 waiting[chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[work]
-                seen.add((*alive, *waiting) if schedule in SPLIT_BACKWARD else tuple(alive))
+                late[chunk] = {"F": late[chunk], "B": 0, "I": 0, "W": 1}[work]
+                split = schedule in SPLIT_BACKWARD
+                seen.add((*alive, *waiting, *late) if split else tuple(alive))
             listed = set(live_peaks(schedule, pp, vpp, m, rank))
             assert listed <= seen
             for vector in seen:

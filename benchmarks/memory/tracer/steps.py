@@ -68,7 +68,12 @@ def whole_model(
     return step
 
 
-SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B"}
+SCHEDULES = {
+    "gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "looped_bfs": "LoopedBFS",
+    "interleaved_zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble",
+    "dualpipev": "DualPipeV",
+}  # fmt: skip
+ON_A_V = ("zbv", "dualpipev")
 
 
 def pipeline_rank(
@@ -83,6 +88,8 @@ def pipeline_rank(
     stages = []
     for index, part in enumerate(built.parts):
         number, last = index * pp + case["stage"], pp * count - 1
+        if index and layout["schedule"] in ON_A_V:
+            number = last - case["stage"]
         enters, leaves = number > 0, number < last
         stages.append(
             PipelineStage(
@@ -95,7 +102,7 @@ def pipeline_rank(
         )  # fmt: skip
     kind = get_schedule_class(SCHEDULES[layout["schedule"]])
     schedule = kind(
-        stages if layout["schedule"] == "interleaved" else stages[0],
+        stages if count > 1 else stages[0],
         n_microbatches=case["microbatches"], loss_fn=cross_entropy_loss, scale_grads=False,
     )  # fmt: skip
     # Stages agree by messages whether to infer shapes; no neighbour answers here, shapes are given.
@@ -104,7 +111,7 @@ def pipeline_rank(
     ]
     batch = tokens.repeat(case["microbatches"], 1)
     targets = labels.repeat(case["microbatches"], 1)
-    first, last = stages[0].is_first, stages[-1].is_last
+    first, last = stages[0].is_first, any(stage.is_last for stage in stages)
 
     def step() -> None:
         counter.phase = "pipeline"
