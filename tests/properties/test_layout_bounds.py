@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
-from cost_models.layout import RecomputePolicy
+from cost_models.layout import SCHEDULES, RecomputePolicy
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
 from cost_models.peaks import fits, peaks
 from cost_models.relaxation import Relaxation
