@@ -306,9 +306,12 @@ class Relaxation:
 
         static = np.stack([self._static(t, index) for t in tables])
         front, rest = least(front_field), least(rest_field)
-        room, first, last = self._rooms(index, self._short_lived(config, tables, work_field))
-        inner, one, none = (self._least_sum((vpp - n) * height, static) for n in (0, 1, 2))
         turns = np.isin(self.schedule[index], codes_of(V_SHAPED))
+        # The first rank of a V has both ends of the model and holds no layer where these are bare.
+        bare = turns & (self.layers % np.maximum(pp * vpp - 2, 1) == 0)
+        short_lived = np.where(bare, 0.0, self._short_lived(config, tables, work_field))
+        room, first, last = self._rooms(index, short_lived)
+        inner, one, none = (self._least_sum((vpp - n) * height, static) for n in (0, 1, 2))
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):

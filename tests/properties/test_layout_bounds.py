@@ -146,6 +146,38 @@ def test_layout_bound_is_at_most_every_completion_that_fits(
     assert bound <= best
 
 
+def with_fields(row: tuple[int, ...], values: dict[Field, int]) -> tuple[int, ...]:
+    return tuple(values.get(field, value) for field, value in enumerate(row))  # type: ignore[call-overload]
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(shapes(chunked=True), st.integers(1, 2), st.integers(0, 2**32 - 1))
+def test_ranks_without_layers_do_not_need_what_layers_work_in(
+    shape: Shape, height: int, seed: int
+) -> None:
+    """Ends of much state and layers that work in much: a V has both ends, bare, on one rank."""
+    schedule, pp, vpp, m = shape
+    rng = Random(seed)
+    leaf = draw_leaf(
+        rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m,
+        layers=height * max(1, pp * vpp - 2), tight=False,
+    )  # fmt: skip
+    wide = {Field.WORK_NONE: rng.randint(0, 100_000)}
+    large = {Field.STATIC: rng.randint(0, 100_000)}
+    leaf = replace(
+        leaf,
+        kinds=tuple(with_fields(row, wide) for row in leaf.kinds),
+        embedding=with_fields(leaf.embedding, large),
+        head=with_fields(leaf.head, large),
+    )
+    choices: list[Recompute] = [("none", 0)]
+    leaf = tightened(leaf, choices, rng)
+    bound = bound_of(leaf, ("none",), counted=False, per_stage=False)
+    best = least_time(leaf, choices, per_stage=False, rng=rng)
+    assert best is not None
+    assert bound <= best
+
+
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(shapes(), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_step_bound_is_at_most_every_completion(shape: Shape, layers: int, seed: int) -> None:

@@ -38,8 +38,8 @@ Shape = tuple[Schedule, int, int, int]
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
-    schedule = draw(st.sampled_from(SCHEDULES))
+def shapes(draw: st.DrawFn, *, chunked: bool = False) -> Shape:
+    schedule = draw(st.sampled_from(CHUNKED if chunked else SCHEDULES))
     if schedule not in CHUNKED:
         return schedule, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14))
     pp = draw(st.integers(2, 6))
