@@ -142,6 +142,8 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
             options += [("full", count) for count in counts]
         else:
             options.append((mode, 0))
+    # Numbers of whole layers last: where one takes too long, so do those that follow.
+    options.sort(key=lambda option: option[0] == "full")
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] == "none"]
     if leaf.vpp > 1:

@@ -194,9 +194,10 @@ class PricedLayouts:
 
 
 def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
-    """What a stage may recompute: nothing, some modules of its layers, or a number of layers."""
+    """What a stage may recompute: nothing, some modules of its layers, or a number of layers. The
+    numbers come last and ascend, wherever the stack lists ``full``."""
     options: list[Recompute] = []
-    for mode in recompute_modes(request):
+    for mode in sorted(recompute_modes(request), key=lambda mode: mode == "full"):
         if mode != "full":
             options.append((mode, 0))
         elif request.stack.recompute_layer_count:

@@ -354,7 +354,8 @@ class BruteForce:
         m = self._microbatches(x)
         for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
             height = max(sizes)
-            useful = [o for o in self.choices if o[1] <= height or o == self.choices[-1]]
+            most = max(limit for _, limit in self.choices)
+            useful = [o for o in self.choices if o[1] <= height or o[1] == most]
             if x.schedule in SPLIT:
                 useful = [o for o in useful if o[0] == "none"]
             if len(set(sizes)) == 1:
