@@ -108,10 +108,9 @@ def tie_break(alternatives: Sequence[Alternative], proof: Certificate) -> str | 
     if not ties:
         return None
     gap = proof.relative_gap
+    more = f"more than {100 * gap:.2g} % " if gap else ""
     proven = (
-        f", and under the model no layout of the space is more than {100 * gap:.2g} % faster"
-        if gap is not None
-        else ""
+        f", and under the model no layout of the space is {more}faster" if gap is not None else ""
     )
     return (
         f"a tie with {ties} of the {len(alternatives)} alternatives: the error bands overlap, so a "

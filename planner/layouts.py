@@ -24,15 +24,17 @@ from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
+from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.recompute import named_policy
 from planner.request import Request
 
 
 def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
-    """Fill a partial layout: degrees default to 1, ``dp_shard`` to what is left, stages to an even
-    split. ``recompute`` (a mode, ``planner.recompute``) and ``recompute_layers`` may stand for
-    the stages' lists. Raises :class:`InputError` where no such layout exists."""
+    """Fill a partial layout: degrees default to 1, ``vpp`` to 2 on a V, ``dp_shard`` to what is
+    left, stages to an even split. ``recompute`` (a mode, ``planner.recompute``) and
+    ``recompute_layers`` may stand for the stages' lists. Raises :class:`InputError` where no such
+    layout exists."""
     known = {*Layout.model_fields, "recompute", "recompute_layers"}
     for key in raw:
         if key not in known:
@@ -43,6 +45,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     base = {key: value for key, value in raw.items() if value is not None}
     recompute = str(base.pop("recompute", request.stack.recompute[0]))
     limit = base.pop("recompute_layers", None)
+    if base.get("schedule") in V_SHAPED:
+        base.setdefault("vpp", 2)
     degree = _degrees(base, request)
     vpp = degree["vpp"]
     schedule = base.setdefault("schedule", "interleaved" if vpp > 1 else "1f1b")
@@ -63,7 +67,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     if layout.stages:
         modes = [part.mode for stage in layout.stages for part in stage.recompute]
         _require_possible(layout.schedule, modes)
-        return layout
+        return settled_stages(layout, request)
     recompute = named_policy(recompute, request.stack).name
     _require_possible(layout.schedule, [recompute])
     count = int(limit) if limit is not None else request.model.layer_count
@@ -102,9 +106,14 @@ def _complete_context(base: dict[str, Any], cp: int, request: Request) -> None:
         if inner != 1:
             raise InputError(f"cp_inner = {inner} belongs to cp_kind a2a_p2p")
     elif cp > 1 and (not 1 < inner < cp or cp % inner):
+        possible = " or ".join(str(n) for n in range(2, cp) if cp % n == 0)
         raise InputError(
             f"a2a_p2p: cp_inner = {inner} is no divisor of cp = {cp} between 1 and it",
-            hint="cp_inner is the number of ranks that exchange heads; cp / cp_inner make a ring",
+            hint=(
+                f"cp_inner {possible}: ranks that exchange heads; cp / cp_inner make a ring"
+                if possible
+                else f"cp = {cp} has no such divisor: cp_kind p2p or a2a, or another cp"
+            ),
         )
 
 
@@ -122,10 +131,19 @@ def _require_runnable(schedule: Schedule, degree: Mapping[str, int]) -> None:
     """Refuse what has no order of work: a schedule with too few or too many chunks, or a last round
     of fewer microbatches, which waits for forwards that come later in its own order."""
     pp, vpp, microbatches = degree["pp"], degree["vpp"], degree["num_microbatches"]
+    if pp == 1 and schedule in CHUNKED:
+        raise InputError(
+            f"schedule {schedule} with pp = 1: without a pipeline there is nothing to schedule",
+            hint="--pp 2, or no schedule",
+        )
     if (schedule in CHUNKED) != (vpp > 1):
         raise InputError(
             f"schedule {schedule} with vpp = {vpp}: virtual stages are what interleaving means",
-            hint="--vpp 2 for these schedules: " + ", ".join(CHUNKED),
+            hint=(
+                "--vpp 2"
+                if schedule in CHUNKED
+                else "vpp 1, or one of these schedules: " + ", ".join(CHUNKED)
+            ),
         )
     if schedule in V_SHAPED and vpp != 2:
         raise InputError(

@@ -164,7 +164,7 @@ def plan(
         certificate=claim,
         alternatives=listed,
         tie_break=tie_break(listed, claim),
-        warnings=_warnings(request, prediction),
+        warnings=_warnings(request, priced.layout, prediction),
     )
 
 
@@ -203,8 +203,20 @@ def _difference(other: Candidate, best: Candidate) -> str:
     return ", ".join(parts)
 
 
-def _warnings(request: Request, prediction: Prediction) -> tuple[str, ...]:
+def _warnings(request: Request, layout: Layout, prediction: Prediction) -> tuple[str, ...]:
     warnings = []
+    schedule = request.job.constraints.schedule
+    if schedule is not None and layout.pp == 1:
+        warnings.append(
+            f"schedule {schedule} was asked for, and the best layout has no pipeline to schedule: "
+            "fix pp to see one"
+        )
+    drives = request.stack.offload is not None and request.stack.offload.drives is not None
+    if drives and not request.machine.offload.anything:
+        warnings.append(
+            f"nothing is offloaded: {request.stack.name} uses the drives for what the job says, "
+            "optimizer_offload or parameter_offload"
+        )
     longest = request.model.max_sequence
     if longest is not None and request.sequence > longest:
         warnings.append(

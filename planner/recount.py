@@ -228,7 +228,7 @@ def impossible_layout(
     if "pipeline_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
         return "a pipeline needs a multiple of pp microbatches"
     if schedule == "dualpipev" and m < stages:
-        return "DualPipeV needs two microbatches per stage of the pipeline"
+        return "DualPipeV needs at least 2 x pp microbatches"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
     job = request.job

@@ -128,7 +128,8 @@ def _stack_rules(request: Request) -> Iterator[Rule]:
             yield f"{label}: context parallelism of {sort} is {words}", _other_context(kinds)
     if stack.tensor_parallel_max is not None:
         most = stack.tensor_parallel_max
-        yield f"{label} splits tensors at most {most} ways", lambda m: m.tp > most
+        limit = f"splits tensors at most {most} ways" if most > 1 else "has no tensor parallelism"
+        yield f"{label} {limit}", lambda m: m.tp > most
     for name in stack.rules:
         if name in STACK_RULES:
             reason, broken = STACK_RULES[name]
@@ -267,7 +268,7 @@ def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
         )
     if "dualpipev" in stack.schedules:
         yield (
-            "DualPipeV needs two microbatches per pipeline stage",
+            "DualPipeV needs at least 2 x pp microbatches",
             lambda m, x: np.isin(x.schedule, codes_of(("dualpipev",))) & (count(m) < 2 * m.pp),
         )
 
@@ -349,6 +350,11 @@ def check_layout(request: Request, layout: Layout) -> None:
             f"{request.stack.name} has no ZeRO stage {layout.zero_stage}; "
             f"it has {', '.join(map(str, request.stack.zero_stages))}"
         )
+    if layout.cp > 1 and layout.cp_kind not in request.stack.cp_kinds:
+        raise InputError(
+            f"{request.stack.name} has no {layout.cp_kind} context parallelism; "
+            f"it has {', '.join(request.stack.cp_kinds)}"
+        )
     if layout.pp > 1 and layout.schedule not in request.stack.schedules:
         raise InputError(
             f"{request.stack.name} has no schedule {layout.schedule}; "
@@ -363,5 +369,5 @@ def _brief(layout: Layout) -> str:
     return (
         f"tp {layout.tp} cp {layout.cp} pp {layout.pp} vpp {layout.vpp} ep {layout.ep} "
         f"etp {layout.etp} dp {layout.dp_replicate}x{layout.dp_shard} "
-        f"microbatch {layout.microbatch_size}"
+        f"microbatches {layout.num_microbatches} x {layout.microbatch_size}"
     )

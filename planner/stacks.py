@@ -12,6 +12,7 @@ from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES
 from planner.errors import InputError
 from planner.models.kinds import Model
+from planner.recompute import named_policy
 from planner.request import Request, fill_defaults
 from planner.specs import JobSpec
 
@@ -71,6 +72,15 @@ def _faults(request: Request) -> Iterator[InputError]:
     if request.foreign_kinds:
         kinds = ", ".join(KIND_NAMES.get(kind, kind) for kind in request.foreign_kinds)
         yield InputError(f"{name} has no {kinds}, and {request.model.name} is made of them")
+    schedule = job.constraints.schedule
+    if schedule is not None and schedule not in stack.schedules:
+        known = ", ".join(stack.schedules)
+        yield InputError(f"{name} has no schedule {schedule} (it has {known})")
+    if job.constraints.recompute is not None:
+        try:
+            named_policy(job.constraints.recompute, stack)
+        except InputError as error:
+            yield error
     if job.optimizer not in stack.optimizers:
         known = ", ".join(stack.optimizers)
         yield InputError(f"{name} has no optimizer {job.optimizer} (it has {known})")

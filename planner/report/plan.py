@@ -9,13 +9,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cost_models.layout import V_SHAPED
 from hardware_profiles.units import format_bytes, format_count
 from planner.report import parts, words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from planner.plan import Certificate, Layout, Plan, Prediction, Target
+    from planner.plan import Certificate, Chunk, Layout, Plan, Prediction, Target
 
 MOST_STAGE_ROWS = 12
 """Rows for stages; more runs of unlike stages than this are cut, and said so."""
@@ -67,7 +68,7 @@ def _title(plan: Plan) -> RenderableType:
     facts += [str(job[key]) for key in ("precision", "optimizer") if job.get(key)]
     return Group(
         Text(f"{plan.inputs.model.name} on {plan.inputs.cluster.name}", style="bold"),
-        Text("  " + " · ".join(facts), style="dim"),
+        Padding(Text(" · ".join(facts), style="dim"), (0, 0, 0, 2)),
         Text(),
     )
 
@@ -105,20 +106,26 @@ def stages_table(layout: Layout, prediction: Prediction) -> RenderableType:
             words.extent([stage.parameters for stage in held], format_count),
             words.extent([stage.peak_bytes for stage in held], format_bytes),
         )
-    if len(runs) <= MOST_STAGE_ROWS:
-        return table
-    rest = f"{layout.pp - runs[MOST_STAGE_ROWS][0]} more stages: see --format json"
-    return Group(table, Text(f"  {rest}", style="dim"))
+    remarks = []
+    if len(runs) > MOST_STAGE_ROWS:
+        remarks.append(f"{layout.pp - runs[MOST_STAGE_ROWS][0]} more stages: see --format json")
+    if layout.schedule in V_SHAPED:
+        last = 2 * layout.pp - 1
+        remarks.append(f"a V: rank r holds virtual stages r and {last} - r, so rank 0 has the head")
+    return Group(table, *(Text(f"  {remark}", style="dim") for remark in remarks))
 
 
 def _layers(layout: Layout, first: int, last: int) -> str:
     """``8 each (7-118)``, with what sits beside the layers."""
     stages = layout.stages[first:last]
     per_chunk = [chunk.layers[1] - chunk.layers[0] for chunk in stages[0].chunks]
+    alone = last - first == 1 and len(per_chunk) == 2
     text = " + ".join(
         f"{end - start} x {per_chunk[start]}" if end - start > 1 else str(per_chunk[start])
         for start, end in words.equal_runs(per_chunk)
     )
+    if alone:
+        text = " + ".join(_held(chunk) for chunk in stages[0].chunks)
     text += " each" if last - first > 1 else ""
     low, high = stages[0].chunks[0].layers[0], stages[-1].chunks[0].layers[1]
     if len(per_chunk) == 1 and high > low:
@@ -128,6 +135,12 @@ def _layers(layout: Layout, first: int, last: int) -> str:
     if any(chunk.has_head for chunk in stages[-1].chunks):
         text += " + head"
     return text
+
+
+def _held(chunk: Chunk) -> str:
+    """``9 (5-13)``: how many layers, and which."""
+    first, last = chunk.layers
+    return f"{last - first} ({words.span(first, last)})" if last > first else "0"
 
 
 def _devices(layout: Layout, first: int, last: int) -> str:

@@ -195,3 +195,45 @@ def test_the_stack_that_was_taken_is_told(tmp_path: Path) -> None:
     result = planner("plan", "gpt2", "tpu-v5p-8", *limits)
     assert result.code == 0
     assert "note: planned for maxtext-tpu: megatron-core 0.13 does not run on" in result.err
+
+
+TITAN = ("--stack", "torchtitan", "--seq-len", "4096", "--global-batch", "64")
+
+
+def test_schedule_that_the_stack_lacks_names_stacks_that_have_it() -> None:
+    result = planner("plan", MODEL, CLUSTER, "--stack", "megatron-core", "--schedule", "zbv")
+    refused(result, "megatron-core 0.13 has no schedule zbv (it has 1f1b, interleaved)")
+    refused(result, hint="torchtitan")
+
+
+def test_recomputation_that_the_stack_lacks() -> None:
+    result = planner("plan", MODEL, CLUSTER, "--stack", "torchtitan", "--recompute", "fulll")
+    refused(result, "recompute is 'fulll'", hint="'full'")
+
+
+@pytest.mark.parametrize("flags", [("--vpp", "3"), ("--vpp", "1")])
+def test_v_with_other_than_two_virtual_stages(flags: tuple[str, str]) -> None:
+    result = planner("evaluate", MODEL, CLUSTER, *TITAN, "--pp", "2", "--schedule", "zbv", *flags)
+    refused(result, f"vpp = {flags[1]}", hint="--vpp 2")
+
+
+def test_virtual_stages_without_a_pipeline() -> None:
+    result = planner("evaluate", MODEL, CLUSTER, *TITAN, "--schedule", "zbv")
+    refused(result, "schedule zbv with pp = 1", hint="--pp 2")
+
+
+def test_dualpipev_says_how_many_microbatches_it_needs() -> None:
+    layout = ("--pp", "4", "--schedule", "dualpipev", "--microbatch-size", "8")
+    result = planner("evaluate", MODEL, CLUSTER, *TITAN, *layout)
+    refused(result, "microbatches 4 x 8", "at least 2 x pp microbatches")
+
+
+def test_context_parallelism_that_the_stack_lacks() -> None:
+    layout = ("--cp", "4", "--cp-kind", "a2a_p2p", "--cp-inner", "2")
+    result = planner("evaluate", MODEL, CLUSTER, *TITAN, *layout)
+    refused(result, "torchtitan has no a2a_p2p context parallelism; it has all_gather, p2p")
+
+
+def test_inner_group_of_context_parallelism_is_to_be_named() -> None:
+    layout = ("--cp", "8", "--cp-kind", "a2a_p2p")
+    refused(planner("evaluate", MODEL, CLUSTER, *layout), "cp = 8", hint="cp_inner 2 or 4")

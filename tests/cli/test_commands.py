@@ -295,3 +295,18 @@ def test_catalog_filters_that_leave_nothing(arguments: list[str], message: str) 
     result = planner("catalog", *arguments)
     assert result.code == 2
     assert message in result.err
+
+
+def test_plan_without_the_pipeline_of_an_asked_schedule_says_so() -> None:
+    flags = ("--stack", "torchtitan", "--seq-len", "2048", "--global-batch", "64")
+    asked = ("--schedule", "zbv", "--format", "json")
+    without = planner("plan", "llama-3.1-8b", "dgx-h100:1", *flags, *asked, "--forbid", "pp")
+    assert "schedule zbv was asked for" in " ".join(json.loads(without.out)["warnings"])
+    with_ = planner("plan", "llama-3.1-8b", "dgx-h100:1", *flags, *asked, "--fix", "pp=2")
+    assert json.loads(with_.out)["layout"]["schedule"] == "zbv"
+    assert "was asked for" not in " ".join(json.loads(with_.out)["warnings"])
+
+
+def test_drives_that_no_job_uses_are_said() -> None:
+    result = planner("plan", "llama-3.1-8b", "dgx-h100:1", "--stack", "deepspeed-nvme")
+    assert "nothing is offloaded" in " ".join(json.loads(result.out)["warnings"])

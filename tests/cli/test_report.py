@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from rich.console import RenderableType
 
+from planner.claims import tie_break
+from planner.plan import Chunk, Stage
 from planner.report.console import to_text
 from planner.report.evaluation import evaluation_table
 from planner.report.infeasibility import infeasibility_table
@@ -174,3 +176,29 @@ def test_samples_keep_the_promises_of_the_document() -> None:
         assert re.fullmatch(r"sha256:[0-9a-f]{16}", plan.inputs.model.digest)
         certificate = plan.certificate
         assert sum(certificate.removed.values()) + certificate.priced == certificate.space_size
+
+
+def test_a_v_says_which_layers_each_rank_holds(monkeypatch) -> None:
+    held = [[(0, 5), (23, 32)], [(5, 14), (14, 23)]]
+    stages = tuple(Stage(chunks=tuple(Chunk(layers=part) for part in rank)) for rank in held)
+    chunks = stages[0].chunks
+    chunks = (
+        chunks[0].model_copy(update={"has_embedding": True}),
+        chunks[1].model_copy(update={"has_head": True}),
+    )
+    stages = (stages[0].model_copy(update={"chunks": chunks}), stages[1])
+    layout = sample.interleaved_plan().layout.model_copy(
+        update={"schedule": "zbv", "pp": 2, "stages": stages}
+    )
+    text = text_of(evaluation_table(layout, sample.prediction(layout)), monkeypatch, 100)
+    assert "embed + 5 (0-4) + 9 (23-31) + head" in text
+    assert "9 (5-13) + 9 (14-22)" in text
+    assert "rank r holds virtual stages r and 3 - r, so rank 0 has the head" in text
+
+
+def test_a_tie_with_an_exact_optimum_says_that_none_is_faster() -> None:
+    plan = sample.dense_plan()
+    proof = plan.certificate.model_copy(update={"relative_gap": 0.0})
+    assert (tie_break(plan.alternatives, proof) or "").endswith("no layout of the space is faster")
+    proof = plan.certificate.model_copy(update={"relative_gap": 0.004})
+    assert (tie_break(plan.alternatives, proof) or "").endswith("is more than 0.4 % faster")
