@@ -1,8 +1,8 @@
 """Error bands from left-out residuals, for classes of runs from wide to narrow.
 
 A class is a prefix of ``planner.accuracy.path_of``: device family, precision, kind of model, stack,
-size. Its band holds the middle 80 % of the residuals; few runs are mixed with the wider class's
-band. Families weigh the same in all but the narrowest class. The band of first encounters, for
+size. Its band is the narrowest that holds 80 % of the residuals; few runs are mixed with the wider
+class's band. Families weigh the same in all but the narrowest class. The band of first encounters, for
 devices and stacks without runs, is that of families judged on a device or a stack that no other
 family has.
 """
@@ -17,6 +17,8 @@ import numpy as np
 from planner.accuracy import FEW, RunClass, path_of
 
 SHARE = 0.8
+LIGHTER = 0.03
+"""Least share of the residuals beyond either end of a band."""
 MIXED = 4
 """Runs whose weight the wider class has."""
 LEAST = 0.02
@@ -91,11 +93,14 @@ def even(names: np.ndarray) -> np.ndarray:
 
 
 def quantiles(residuals: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The weighted residuals below and above which a tenth lies each."""
+    """The narrowest interval that holds ``SHARE`` of the weighted residuals, with at least
+    ``LIGHTER`` of them beyond either end: they are skewed, and equal tails would widen it."""
     order = np.argsort(residuals)
     at = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
-    low, high = np.interp([(1 - SHARE) / 2, (1 + SHARE) / 2], at, residuals[order])
-    return float(low), float(high)
+    below = np.linspace(LIGHTER, 1 - SHARE - LIGHTER, 15)
+    low, high = (np.interp(tail, at, residuals[order]) for tail in (below, below + SHARE))
+    least = int(np.argmin(high - low))
+    return float(low[least]), float(high[least])
 
 
 def first_encounters(paths: Sequence[tuple[str, ...]], names: Sequence[str]) -> np.ndarray:

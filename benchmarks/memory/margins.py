@@ -6,7 +6,9 @@
 fitted to these runs, and runs whose source does not say what was read are left out. The margin of a
 group of stacks is the least that covers 95 % of its runs; a group needs two families of runs and
 twenty runs, else its stacks take the pooled margin. Beside each stands the share of a family's
-runs that the margin from the other families covers: what the claim is worth on runs not seen.
+runs that the margin from the other families covers: what the claim is worth on runs not seen. A
+group whose own margin is smaller than the pooled one and worth less on such runs takes the pooled
+one: its runs can warn, not reassure.
 """
 
 from __future__ import annotations
@@ -47,10 +49,14 @@ def document(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of the data file."""
     lines = ["# Made by benchmarks/memory/margins.py: do not edit.", _entry("pooled", rows)]
     lines.append("groups:")
+    pooled = _by_family(rows)
     for layout, stacks in sorted(_groups().items()):
         own = [row for row in rows if row["stack"] in stacks]
         residuals = _by_family(own)
         if len(own) < LEAST_RUNS or len(residuals) < LEAST_FAMILIES:
+            continue
+        smaller = quantile(residuals) < quantile(pooled)
+        if smaller and coverage(residuals) < coverage(pooled):
             continue
         lines += [f"  # state layout: {layout}", f"  - stacks: [{', '.join(sorted(stacks))}]"]
         lines += [f"    {line}" for line in _fields(residuals)]
