@@ -2,9 +2,9 @@
 
 A class is a prefix of ``planner.accuracy.path_of``: device family, precision, kind of model, stack,
 size. Its band is the narrowest that holds 80 % of the residuals; few runs are mixed with the wider
-class's band. Families weigh the same in all but the narrowest class. The band of first encounters, for
-devices and stacks without runs, is that of families judged on a device or a stack that no other
-family has.
+class's band. Families weigh the same in all but the narrowest class. The band of first encounters,
+for devices and stacks without runs, is that of families judged on a device or a stack that no
+other family has.
 """
 
 from __future__ import annotations
