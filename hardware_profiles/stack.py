@@ -348,6 +348,7 @@ class StackSpec(Profile):
                 raise ValueError(
                     f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "
                     f"recompute_modules joined by + ({known})"
+                    + (f", or a save list ({', '.join(listed)})" if listed else "")
                 )
         needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
         if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):

@@ -90,11 +90,12 @@ def _of_modules(modules: frozenset[str], stack: StackSpec) -> RecomputePolicy:
 
 def _unknown(name: str, part: str, stack: StackSpec) -> InputError:
     modules = stack.recompute_modules
-    known = ", ".join(stack.recompute)
+    kept = "+".join(stack.save_lists.outputs[:2]) if stack.save_lists is not None else "..."
+    known = ", ".join(f"{CUSTOM}:{kept}" if m == CUSTOM else m for m in stack.recompute)
     also = f", or modules joined by +: {', '.join(modules)}" if modules else ""
     return InputError(
         f"recompute is {name!r}; {stack.name} knows {known}{also}",
-        hint=did_you_mean(part, sorted({*stack.recompute, *modules})),
+        hint=did_you_mean(part, sorted({*stack.recompute, *modules} - {part})),
     )
 
 

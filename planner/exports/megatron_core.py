@@ -7,6 +7,7 @@ flags cannot say is refused, with everything that stands in the way.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.errors import InputError, UnsupportedError
@@ -46,18 +47,14 @@ def export(plan: Plan) -> Launch:
     Raises :class:`InputError` for a plan made for another stack, and :class:`UnsupportedError`
     when a part of it has no flag.
     """
-    if plan.target.stack not in STACKS:
-        raise InputError(
-            f"the plan is for {plan.target.stack}, not for {TARGET}",
-            hint=f"planner plan ... --stack {TARGET}",
-        )
     from hardware_profiles.loader import load_stack
 
+    software, reference = _software(plan)
     model = model_of(plan.inputs.model.document, where="inputs.model")
     if not isinstance(model, ModelSpec):
         raise UnsupportedError(f"{model.name} is not a decoder: {TARGET} has no model for it")
     job = JobSpec.model_validate(plan.inputs.job.document)
-    layout, stack = plan.layout, load_stack(plan.target.stack)
+    layout, stack = plan.layout, load_stack(reference)
     mtp_layers = sum(run.count for run in model.mtp) if job.mtp else 0
 
     shape, problems, notes = model_flags(model, job, stack, mtp_layers=mtp_layers)
@@ -76,7 +73,7 @@ def export(plan: Plan) -> Launch:
         *_batch_flags(layout, job),
         *_data_parallel_flags(layout, stack),
         *_offload_flags(stack),
-        *_RECIPE.get(stack.name, _PRECISION[job.precision]),
+        *_RECIPE.get(software, _PRECISION[job.precision]),
         ("--optimizer", _OPTIMIZER[job.optimizer]),
     )
     return Launch(
@@ -85,6 +82,25 @@ def export(plan: Plan) -> Launch:
         flags=flags,
         environment=_environment(layout, stack),
         notes=tuple(notes),
+    )
+
+
+def _software(plan: Plan) -> tuple[str, str]:
+    """The one of :data:`STACKS` that the plan's stack is, or that the user's own file extends, and
+    what names the plan's stack."""
+    if plan.target.stack in STACKS:
+        return plan.target.stack, plan.target.stack
+    from hardware_profiles.ancestry import shipped_stack_name
+    from hardware_profiles.loader import load_stack
+
+    own = str(plan.inputs.job.document.get("stack"))
+    if Path(own).is_file() and load_stack(own).name == plan.target.stack:
+        software = shipped_stack_name(own)
+        if software in STACKS:
+            return software, own
+    raise InputError(
+        f"the plan is for {plan.target.stack}, not for {TARGET}",
+        hint=f"planner plan ... --stack {TARGET}, or a file that extends it",
     )
 
 

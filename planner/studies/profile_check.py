@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hardware_profiles import loader, plausibility, provenance
-from hardware_profiles.documents import DocumentError, read_document
+from hardware_profiles.documents import DocumentError, did_you_mean, read_document
 from hardware_profiles.provenance import Efficiency
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, LinkSpec, NodeSpec, StackSpec
 
@@ -90,6 +90,12 @@ def kind_of(reference: str) -> Kind:
     for kind, telltales in _TELLTALES:
         if keys & telltales:
             return kind
+    if isinstance(parent, str):
+        every = [name for kind in KINDS for name in loader.catalog_names(kind)]
+        raise DocumentError(
+            f"{reference}: extends {parent!r}, which is neither shipped nor a file beside it",
+            hint=did_you_mean(parent, every),
+        )
     raise DocumentError(
         f"{reference}: nothing in it says what it describes (keys: {', '.join(sorted(keys)[:6])})",
         hint="a cluster has 'node' and 'nodes', a node 'device', a device 'peak_flops', "

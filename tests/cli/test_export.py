@@ -204,6 +204,24 @@ def test_a_plan_for_another_stack_is_refused() -> None:
         export(other)
 
 
+def test_a_plan_for_a_file_that_extends_the_target(tmp_path: Path) -> None:
+    base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
+    base.write_text("extends: megatron-core-mxfp8\nname: base\n")
+    own.write_text("extends: base.yaml\nname: own\n")
+    plan = sample.dense_plan()
+    job = plan.inputs.job.model_copy(
+        update={"document": {**plan.inputs.job.document, "stack": str(own)}}
+    )
+    target = plan.target.model_copy(update={"stack": "own"})
+    plan = plan.model_copy(
+        update={"target": target, "inputs": plan.inputs.model_copy(update={"job": job})}
+    )
+    assert flags_of(plan)["--fp8-recipe"] == "mxfp8"
+    own.write_text("extends: torchtitan\nname: own\n")
+    with pytest.raises(InputError, match="the plan is for own"):
+        export(plan)
+
+
 def chunks_with_recompute(sizes: list[list[int]], counts: list[int]) -> tuple[Stage, ...]:
     """Stages with ``counts`` fully recomputed layers each."""
     return sample.stages(

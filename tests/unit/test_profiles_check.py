@@ -240,6 +240,10 @@ def test_kind_is_read_off_the_document(tmp_path: Path) -> None:
         assert kind_of(str(path)) == kind
     assert kind_of("dgx-h100:4") == "cluster"
     assert kind_of("nvlink4") == "link"
+    path.write_text("extends: torchtitn\nname: mine\n")
+    with pytest.raises(DocumentError, match="extends 'torchtitn', which is neither") as refusal:
+        kind_of(str(path))
+    assert "'torchtitan'" in (refusal.value.hint or "")
     path.write_text("colour: red\n")
     with pytest.raises(DocumentError, match="nothing in it says what it describes"):
         kind_of(str(path))

@@ -201,3 +201,10 @@ def test_recomputing_more_modules_keeps_less(stack: str, model: str) -> None:
             kept = activation_bytes(kind, place, policy)[0]
             assert np.all(full <= kept)
             assert np.all(kept <= everything)
+
+
+def test_a_custom_list_without_its_outputs_says_how_one_is_written() -> None:
+    with pytest.raises(InputError) as refusal:
+        named_policy("custom", load_stack("maxtext-gpu"))
+    assert "custom:qkv+attention" in refusal.value.message
+    assert "did you mean 'custom'" not in (refusal.value.hint or "")
