@@ -29,7 +29,7 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
     ranks = layout.dp_shard * layout.cp
     expert_ranks = max(1, ranks * layout.tp // (layout.ep * layout.etp))
     whole = split = copied = 0
-    for j in range(rank, priced.leaf.stages, layout.pp):
+    for j in priced.leaf.held(rank):
         kinds = tuple(_modules(priced, j))
         # Only the first model chunk of the first stage has more than one bucket.
         bucketed = j == 0 and machine.stack.overlap_dp_gradients

@@ -104,7 +104,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         compute_s=costs.work_ns * leaf.microbatches / 1e9,
         layers=sum(
             priced.completion.bounds[j + 1] - priced.completion.bounds[j]
-            for j in range(rank, leaf.stages, leaf.pp)
+            for j in leaf.held(rank)
         ),
         parameters=sums[Field.PARAMETERS],
     )
@@ -136,7 +136,7 @@ def _sums(priced: Priced, rank: int) -> dict[Field, int]:
     """Fields summed over what the rank holds."""
     leaf, bounds = priced.leaf, priced.completion.bounds
     sums = dict.fromkeys(_SUMMED, 0)
-    for j in range(rank, leaf.stages, leaf.pp):
+    for j in leaf.held(rank):
         before, after = leaf.counts[bounds[j]], leaf.counts[bounds[j + 1]]
         for field in sums:
             for kind, low, high in zip(leaf.kinds, before, after, strict=True):
