@@ -223,7 +223,7 @@ def _checkpoint_bytes(layout: Layout, request: Request) -> int:
 def _layer_ns(priced: Priced, rank: int) -> float:
     """Work of a rank per layer and microbatch."""
     bounds = priced.completion.bounds
-    owned = range(rank, priced.leaf.stages, priced.leaf.pp)
+    owned = priced.leaf.held(rank)
     layers = sum(bounds[j + 1] - bounds[j] for j in owned)
     return priced.ranks[rank].work_ns / max(1, layers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner.pipeline import evaluate, read_request
+from planner.predict import run_class
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
@@ -18,7 +19,8 @@ def test_ranks_hold_what_lies_on_them(schedule: str) -> None:
     spans = list(zip(lighter, homes, strict=True))
     stages = [{"chunks": [{"layers": span} for span, home in spans if home == r]} for r in range(4)]
     asked = {"pp": 4, "vpp": 2, "schedule": schedule, "recompute": "none", "stages": stages}
-    found = evaluate(request, asked).prediction.stages
+    result = evaluate(request, asked)
+    found = result.prediction.stages
     held = [sum(last - first for (first, last), home in spans if home == r) for r in range(4)]
     end, norm, layer = 128_256 * 4096, 4096, 218_112_000
     ends = {0: 2 * end + norm} if schedule == "zbv" else {0: end, 3: end + norm}
@@ -28,3 +30,7 @@ def test_ranks_hold_what_lies_on_them(schedule: str) -> None:
     ]
     for stage in found:
         assert sum(term.bytes for term in stage.memory) == stage.peak_bytes
+    per_layer = [
+        rank.work_ns / layers for rank, layers in zip(result.priced.ranks, held, strict=True)
+    ]
+    assert run_class(result.priced, request).layer_s == pytest.approx(max(per_layer) / 1e9)
