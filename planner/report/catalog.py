@@ -67,10 +67,24 @@ def entry_table(kind: str, document: dict[str, Any]) -> RenderableType:
         blocks.append(Text(f"  parameters: {text}", style="bold"))
     for used in ("name", "title"):
         body.pop(used, None)
+    prose = _prose(body)
     table = parts.grid(("", "left"), ("", "left"), ("", "left"))
     for key, value, origin in _rows(body, ""):
         table.add_row("", key, value, Text(origin, style="dim"))
-    return Group(*blocks, table)
+    return Group(*blocks, table, *prose)
+
+
+def _prose(body: dict[str, Any]) -> list[RenderableType]:
+    """What ``body`` says in sentences, taken out of it: each under a heading of its own."""
+    blocks: list[RenderableType] = []
+    beyond, notes = body.pop("not_priced", None), body.pop("notes", None)
+    if beyond:
+        lines = [f"{name}: {why}" for name, why in beyond.items()]
+        blocks += [Text(), parts.section("It also has, outside the space"), parts.bullets(lines)]
+    if notes:
+        lines = [notes] if isinstance(notes, str) else notes
+        blocks += [Text(), parts.section("Notes"), parts.bullets(lines)]
+    return blocks
 
 
 def _rows(body: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:

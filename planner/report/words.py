@@ -40,7 +40,9 @@ def schedule(layout: Layout) -> str:
     )
     parts.append(sharding(layout))
     if layout.optimizer_offload:
-        parts.append("optimizer on the host")
+        parts.append("optimizer offloaded")
+    if layout.parameter_offload:
+        parts.append("weights offloaded")
     if any(stage.activation_offload_layers for stage in layout.stages):
         parts.append("layer inputs on the host")
     return " · ".join(parts)

@@ -310,3 +310,21 @@ def test_plan_without_the_pipeline_of_an_asked_schedule_says_so() -> None:
 def test_drives_that_no_job_uses_are_said() -> None:
     result = planner("plan", "llama-3.1-8b", "dgx-h100:1", "--stack", "deepspeed-nvme")
     assert "nothing is offloaded" in " ".join(json.loads(result.out)["warnings"])
+
+
+def test_catalog_shows_what_a_stack_says_in_sentences_apart() -> None:
+    out = planner("catalog", "stack", "deepspeed-nvme", "--format", "table").out
+    table, notes = out.split("\nNotes\n")
+    table, beyond = table.split("\nIt also has, outside the space\n")
+    assert " - pipelined swapping: pipeline_read" in beyond
+    assert notes.count("\n - ") >= 2
+    assert "not_priced" not in table
+    assert "notes" not in table
+
+
+def test_state_that_a_plan_offloads_is_said(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("stack: deepspeed-nvme\noptimizer_offload: true\nparameter_offload: true\n")
+    out = planner("plan", "llama-3.1-8b", "dgx-h100:1", job, "--format", "table").out
+    assert "optimizer offloaded · weights offloaded" in " ".join(out.split())
+    assert "nothing is offloaded" not in out
