@@ -1,9 +1,9 @@
 """Lower bounds on the step time of a layout, valid for every partition of its layers.
 
-Array versions of the surrogate in ``cost_models.leaf`` with the partition relaxed: ``W`` is the
-work of one microbatch through all stages and only its total is known. All times are float64
-nanoseconds; results are shrunk by one part in 1e9 so that rounding cannot lift them above the
-integers they bound.
+Array versions of ``cost_models.surrogate`` with the partition relaxed: ``W`` is the work of one
+microbatch through all stages and only its total is known. All times are float64 nanoseconds;
+results are shrunk by one part in 1e9 so that rounding cannot lift them above the integers they
+bound.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     lifted = np.clip(lifted, trips, trips + totals.work)
     relaxed = np.maximum(np.where(rest > 0, lifted, trips), geometric(m, pp) * totals.work)
     # Layers are whole: with the tallest rank of work w, two trips and its own work between them are
-    # at least W + (m - pp) w (cost_models.leaf, bound 3 with a = 1 and k <= pp).
+    # at least W + (m - pp) w (cost_models.surrogate, bound 3 with a = 1 and k <= pp).
     whole = totals.work + (m - pp) * totals.tallest_work
     return np.maximum(relaxed, np.where(m > pp, whole, 0.0))
 

@@ -8,7 +8,8 @@ from cost_models.leaf import Leaf
 
 
 def interleaved_bounds(leaf: Leaf) -> Iterator[tuple[int, ...]]:
-    """The partitions of the interleaved schedule: equal chunks, the first and last may be lighter.
+    """Partitions over several virtual stages per rank: equal ones, the first and last may be
+    lighter.
 
     Every virtual stage holds ``h`` layers, the first ``h - x`` and the last ``h - y`` with
     ``0 <= x, y <= h``: what even splitting with the embedding and the loss counted as layers, or a

@@ -1,6 +1,6 @@
 """The completions of a leaf with several virtual stages per rank, all of its partitions at once.
 
-There are few partitions (equal virtual stages, lighter ends: ``cost_models.leaf``), so they are
+There are few partitions (equal virtual stages, lighter ends: ``cost_models.partitions``), so they are
 listed, priced as arrays, and the ones that may win handed out one by one.
 """
 
@@ -109,7 +109,7 @@ def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -
 
 
 class _Table:
-    """Costs of many partitions of one leaf; the arithmetic of ``cost_models.leaf`` on arrays."""
+    """Costs of many partitions of one leaf; ``cost_models.leaf`` and ``peaks`` on arrays."""
 
     def __init__(self, leaf: Leaf, partitions: Ints) -> None:
         self.leaf = leaf

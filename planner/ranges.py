@@ -38,7 +38,7 @@ class Ranges:
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
         """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``.
 
-        The peak of ``cost_models.leaf.peak_bytes``; fewer than ``least`` layers are not allowed.
+        The peak of ``cost_models.peaks.peak_bytes``; fewer than ``least`` layers are not allowed.
         """
         leaf = self.leaf
         layers, pp = len(leaf.sequence), leaf.pp
