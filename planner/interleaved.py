@@ -1,7 +1,7 @@
 """The completions of a leaf with several virtual stages per rank, all of its partitions at once.
 
-There are few partitions (equal virtual stages, lighter ends: ``cost_models.partitions``), so they are
-listed, priced as arrays, and the ones that may win handed out one by one.
+There are few partitions (equal virtual stages, lighter ends: ``cost_models.partitions``), so they
+are listed, priced as arrays, and the ones that may win handed out one by one.
 """
 
 from __future__ import annotations
