@@ -103,8 +103,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         memory=tuple(term for term in terms if term.bytes or term.name in _ALWAYS),
         compute_s=costs.work_ns * leaf.microbatches / 1e9,
         layers=sum(
-            priced.completion.bounds[j + 1] - priced.completion.bounds[j]
-            for j in leaf.held(rank)
+            priced.completion.bounds[j + 1] - priced.completion.bounds[j] for j in leaf.held(rank)
         ),
         parameters=sums[Field.PARAMETERS],
     )
