@@ -39,9 +39,14 @@ class DocumentError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A hint that names the nearest of ``known``, or lists them when few exist."""
+    """A hint that names the nearest of ``known`` in either case and those that ``name`` starts with
+    (``ZBVZeroBubble``: ``zbv``), or lists them when few exist."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    folded = {each.lower(): each for each in names}
+    typed = name.lower()
+    near = [folded[each] for each in difflib.get_close_matches(typed, folded, n=3, cutoff=0.6)]
+    starts = [each for low, each in folded.items() if low and typed.startswith(low)]
+    near = list(dict.fromkeys([*near, *starts]))
     if near:
         return "did you mean " + " or ".join(repr(match) for match in near) + "?"
     if 0 < len(names) <= 20:

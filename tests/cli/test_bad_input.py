@@ -237,3 +237,12 @@ def test_context_parallelism_that_the_stack_lacks() -> None:
 def test_inner_group_of_context_parallelism_is_to_be_named() -> None:
     layout = ("--cp", "8", "--cp-kind", "a2a_p2p")
     refused(planner("evaluate", MODEL, CLUSTER, *layout), "cp = 8", hint="cp_inner 2 or 4")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("ZBVZeroBubble", "zbv"), ("1F1B", "1f1b"), ("DualPipeV", "dualpipev")]
+)
+def test_schedules_by_the_names_of_their_classes_get_ours(typed: str, meant: str) -> None:
+    result = planner("plan", MODEL, CLUSTER, "--stack", "torchtitan", "--schedule", typed)
+    assert "did you mean" in result.err
+    refused(result, typed, hint=repr(meant))
