@@ -80,6 +80,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
 def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], request: Request) -> None:
     """What becomes of gathered weights: as the stack does; of a choice, a node's ranks."""
     zero = base["zero_stage"]
+    if not isinstance(zero, int):
+        return  # Said with all other fields that are not what they should be.
     options = request.reshard_options(zero, degree["dp_shard"] * degree["cp"])
     node = request.cluster.groups[0].node.devices_per_node
     usual = node if node in options else options[0]
