@@ -26,7 +26,14 @@ from planner.layouts import completion_of
 from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
 from planner.predict import predict, price, run_class
-from planner.recount import SPLIT, Mesh, impossible_layout, impossible_mesh, recompute_modes
+from planner.recount import (
+    SPLIT,
+    Mesh,
+    context_levels,
+    impossible_layout,
+    impossible_mesh,
+    recompute_modes,
+)
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import JobSpec
@@ -110,6 +117,8 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield "expert_dp does not follow from the other degrees"
     if layout.rank_order != request.stack.rank_order:
         yield "rank_order is not the stack's"
+    if (layout.cp_kind, layout.cp_inner) not in context_levels(request.stack, layout.cp):
+        yield f"cp_kind {layout.cp_kind} with cp_inner {layout.cp_inner} is no way to run the stack"
     options = request.reshard_options(layout.zero_stage, layout.dp_shard * layout.cp)
     resharding = [request.resharding(layout.zero_stage, group) for group in options]
     if str(layout.reshard_after_forward) not in map(str, resharding):

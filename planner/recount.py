@@ -88,7 +88,7 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
                 if batch % dp:
                     continue
                 for sp in flags[stack.sequence_parallel] if tp > 1 else (False,):
-                    for kind, inner in _context(stack, cp):
+                    for kind, inner in context_levels(stack, cp):
                         for ep in (e for e in eps if (dp * cp * tp) % e == 0):
                             for etp in (
                                 _divisors(tp) if experts and stack.expert_tensor_parallel else [1]
@@ -99,7 +99,7 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
                                         yield mesh
 
 
-def _context(stack: StackSpec, cp: int) -> Iterator[tuple[str, int]]:
+def context_levels(stack: StackSpec, cp: int) -> Iterator[tuple[str, int]]:
     """Kinds of context parallelism and their inner groups."""
     if cp == 1:
         yield (stack.cp_kinds or ("p2p",))[0], 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from planner import certify
 from planner.pipeline import plan, read_request
 from planner.plan import Plan, digest
 from planner.studies.verify import verify
@@ -85,6 +86,19 @@ def test_any_changed_number_of_the_answer_is_rejected(document: dict[str, Any]) 
         if not is_rejected(changed(document, path, other(value))):
             accepted.append(path)
     assert accepted == []
+
+
+@pytest.mark.parametrize(("kind", "inner"), [("p2p", 2), ("a2a_p2p", 1), ("a2a_p2p", 4)])
+def test_levels_of_context_parallelism_that_do_not_exist_are_rejected(
+    kind: str, inner: int
+) -> None:
+    """Of four ranks two exchange heads, or none do, without a replay of the search too."""
+    job = {"sequence_length": 1024, "global_batch": 64, "constraints": {"fix": {"cp": 4}}}
+    found = plan(read_request("gpt2-xl", "dgx-a100:1", None, job))
+    assert certify.verify(found) == []
+    layout = found.layout.model_copy(update={"cp_kind": kind, "cp_inner": inner})
+    findings = certify.verify(found.model_copy(update={"layout": layout}))
+    assert f"cp_kind {kind} with cp_inner {inner} is no way to run the stack" in findings
 
 
 def test_a_changed_input_is_rejected(document: dict[str, Any]) -> None:
