@@ -49,7 +49,7 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         base.setdefault("vpp", 2)
     degree = _degrees(base, request)
     vpp = degree["vpp"]
-    schedule = base.setdefault("schedule", "interleaved" if vpp > 1 else "1f1b")
+    schedule = base.setdefault("schedule", _usual_schedule(request, degree))
     _require_runnable(schedule, degree)
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
@@ -75,6 +75,16 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     bounds = even_bounds(request, degree["pp"], vpp)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
+
+
+def _usual_schedule(request: Request, degree: Mapping[str, int]) -> Schedule:
+    """1F1B, interleaved where ranks have several virtual stages, or what the stack has instead."""
+    usual: Schedule = "interleaved" if degree["vpp"] > 1 else "1f1b"
+    own = request.stack.schedules
+    if degree["pp"] == 1 or usual in own:
+        return usual
+    fitting = [name for name in own if (name in CHUNKED) == (degree["vpp"] > 1)]
+    return fitting[0] if fitting else usual
 
 
 def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], request: Request) -> None:

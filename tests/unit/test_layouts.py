@@ -1,0 +1,25 @@
+"""What a layout that says little means."""
+
+from __future__ import annotations
+
+import pytest
+
+from planner.layouts import complete_layout
+from planner.pipeline import read_request
+
+
+@pytest.mark.parametrize(
+    ("stack", "layout", "schedule"),
+    [
+        ("megatron-core", {"pp": 2}, "1f1b"),
+        ("megatron-core", {"pp": 2, "vpp": 2}, "interleaved"),
+        ("maxtext-gpu", {"pp": 2}, "gpipe"),
+        ("maxtext-gpu", {"pp": 2, "vpp": 2}, "looped_bfs"),
+        ("maxtext-gpu", {}, "1f1b"),
+    ],
+)
+def test_the_schedule_is_the_usual_one_that_the_stack_has(
+    stack: str, layout: dict[str, int], schedule: str
+) -> None:
+    request = read_request("llama-3.1-8b", "dgx-h100", None, {"stack": stack, "global_batch": 32})
+    assert complete_layout(layout, request).schedule == schedule
