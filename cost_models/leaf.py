@@ -84,6 +84,8 @@ class Leaf:
     def received_bytes(self, rank: int) -> int:
         """Receive buffers of a rank: activations but on the first virtual stage, gradients but on
         the last."""
+        if not self.receive_bytes:
+            return 0
         neighbours = sum([self.sends_on(j - 1) + self.sends_on(j) for j in self.held(rank)])
         return self.receive_bytes * self.microbatches * neighbours
 

@@ -25,8 +25,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, SPLIT_BACKWARD, Schedule
+
+Table = NDArray[np.int64]
+Row = tuple[int, int, int]
+"""Pass, chunk and microbatch."""
 
 
 class Pass(IntEnum):
@@ -68,59 +73,62 @@ def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, ra
     return min(behind + (vpp - 1) * round_size(pp, microbatches), total)
 
 
-@lru_cache(maxsize=1024)
 def rank_order(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
 ) -> tuple[Action, ...]:
     """The actions of ``rank`` in order."""
+    rows = order_table(schedule, pp, vpp, microbatches, rank).tolist()
+    return tuple([Action(Pass(work), chunk, microbatch) for work, chunk, microbatch in rows])
+
+
+@lru_cache(maxsize=4096)
+def order_table(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> Table:
+    """The same as rows of pass, chunk and microbatch."""
     if schedule == "zbv":
-        return _zbv(pp, microbatches, rank)
+        return np.array(_zbv(pp, microbatches, rank))
     if schedule == "dualpipev":
-        return _dualpipev(pp, microbatches, rank)
+        return np.array(_dualpipev(pp, microbatches, rank))
     forwards, backwards = _streams(schedule, pp, vpp, microbatches)
     warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
-    backward, late = Pass.BACKWARD, len(forwards)
+    # In threes: a forward, the backward that it comes before, and what was put off by ``rank``.
+    index = np.arange(len(forwards))
+    parts = [(Pass.FORWARD, forwards, 3 * (index - warmup))]
     if schedule in SPLIT_BACKWARD:
-        backward, late = Pass.INPUT, min(rank, len(forwards))
-    actions = [Action(Pass.FORWARD, *each) for each in forwards[:warmup]]
-    for index, each in enumerate(backwards):
-        if warmup + index < len(forwards):
-            actions.append(Action(Pass.FORWARD, *forwards[warmup + index]))
-        actions.append(Action(backward, *each))
-        if index >= late:
-            actions.append(Action(Pass.WEIGHT, *backwards[index - late]))
-    if schedule in SPLIT_BACKWARD:
-        actions += [Action(Pass.WEIGHT, *each) for each in backwards[len(forwards) - late :]]
-    return tuple(actions)
+        parts.append((Pass.INPUT, backwards, 3 * index + 1))
+        parts.append((Pass.WEIGHT, backwards, 3 * (index + rank) + 2))
+    else:
+        parts.append((Pass.BACKWARD, backwards, 3 * index + 1))
+    works = np.repeat([int(work) for work, _, _ in parts], len(index))
+    rows = np.column_stack([works, np.concatenate([stream for _, stream, _ in parts])])
+    return rows[np.argsort(np.concatenate([place for _, _, place in parts]), kind="stable")]
 
 
-def _streams(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _streams(schedule: Schedule, pp: int, vpp: int, microbatches: int) -> tuple[Table, Table]:
     """Chunk and microbatch of every forward, and of every backward, in the order of each."""
     size = round_size(pp, microbatches) if schedule in IN_ROUNDS else microbatches
-    rounds = [range(first, first + size) for first in range(0, microbatches, size)]
-    forwards = [(chunk, i) for each in rounds for chunk in range(vpp) for i in each]
+    rounds, place = np.divmod(np.arange(microbatches * vpp), size * vpp)
+    chunk, offset = np.divmod(place, size)
+    forwards = np.column_stack([chunk, rounds * size + offset])
     if schedule == "looped_bfs":
         return forwards, forwards[::-1]
-    return forwards, [(chunk, i) for each in rounds for chunk in reversed(range(vpp)) for i in each]
+    return forwards, np.column_stack([vpp - 1 - chunk, forwards[:, 1]])
 
 
 class _Counted:
     """A rank's order, written as which pass comes next on which chunk: microbatches count up."""
 
     def __init__(self) -> None:
-        self.actions: list[Action] = []
-        self.begun = np.zeros((len(Pass), 2), dtype=int)
+        self.actions: list[Row] = []
+        self.begun = [[0, 0] for _ in Pass]
         self.waiting: deque[int] = deque()
         """Chunks with gradients of weights still to come, oldest first."""
 
     def run(self, work: Pass, chunk: int) -> None:
         kind = Pass.INPUT if work == Pass.BACKWARD else work
-        self.actions.append(Action(work, chunk, int(self.begun[kind, chunk])))
-        self.begun[kind, chunk] += 1
+        self.actions.append((work, chunk, self.begun[kind][chunk]))
+        self.begun[kind][chunk] += 1
         if work == Pass.BACKWARD:
-            self.begun[Pass.WEIGHT, chunk] += 1
+            self.begun[Pass.WEIGHT][chunk] += 1
         elif work == Pass.INPUT:
             self.waiting.append(chunk)
 
@@ -135,7 +143,7 @@ class _Counted:
             self.run(Pass.WEIGHT, self.waiting.popleft())
 
 
-def _zbv(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
+def _zbv(pp: int, microbatches: int, rank: int) -> list[Row]:
     """Written for at least ``2 pp - 1`` microbatches; of fewer, the others are left out."""
     count = max(2 * pp - 1, microbatches)
     order = _Counted()
@@ -148,8 +156,8 @@ def _zbv(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
     for _ in range(pp - rank):
         order.run(Pass.FORWARD, 1)
         order.both(1)
-    while begun[Pass.FORWARD, 1] < count:
-        if begun[Pass.FORWARD, 0] < count:
+    while begun[Pass.FORWARD][1] < count:
+        if begun[Pass.FORWARD][0] < count:
             order.run(Pass.FORWARD, 0)
         order.both(0)
         order.run(Pass.FORWARD, 1)
@@ -161,12 +169,12 @@ def _zbv(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
         order.run(Pass.INPUT, 0)
         order.run(Pass.WEIGHT, 0)
     for chunk in (1, 0):
-        while begun[Pass.WEIGHT, chunk] < begun[Pass.INPUT, chunk]:
+        while begun[Pass.WEIGHT][chunk] < begun[Pass.INPUT][chunk]:
             order.run(Pass.WEIGHT, chunk)
-    return tuple(action for action in order.actions if action.microbatch < microbatches)
+    return [action for action in order.actions if action[2] < microbatches]
 
 
-def _dualpipev(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
+def _dualpipev(pp: int, microbatches: int, rank: int) -> list[Row]:
     """Needs ``2 pp`` microbatches. A pair of a forward and a backward runs one after the other."""
     order = _Counted()
     behind = pp - rank - 1
@@ -196,4 +204,4 @@ def _dualpipev(pp: int, microbatches: int, rank: int) -> tuple[Action, ...]:
         order.run(Pass.INPUT, 0)
     while order.waiting:
         order.oldest_weights()
-    return tuple(order.actions)
+    return order.actions

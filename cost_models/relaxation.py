@@ -313,6 +313,7 @@ class Relaxation:
         room, first, last = self._rooms(index, short_lived)
         inner, one, none = (self._least_sum((vpp - n) * height, static) for n in (0, 1, 2))
         per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
+        in_flight = self._in_flight(index)
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
             has = slice(int(np.searchsorted(-pp, -rank)))
@@ -321,24 +322,23 @@ class Relaxation:
             turned = turns[has]
             left = left - np.where(np.where(turned, rank == 0, at_end), last[has], 0.0)
             lighter = (rank == 0) * (1 + turned) + (at_end & ~turned & (rank > 0))
-            in_flight = self._in_flight(index[has], rank) - lighter * m[has]
+            alive = np.minimum(in_flight[0][has] - rank * in_flight[1][has], (m * vpp)[has])
+            alive = np.maximum(alive - lighter * m[has], 0)
             held = np.select([lighter == 0, lighter == 1], [inner[has], one[has]], none[has])
-            ok[has] &= held + np.maximum(in_flight, 0) * per_chunk[has] <= left
+            ok[has] &= held + alive * per_chunk[has] <= left
         return ok
 
-    def _in_flight(self, index: Int64, rank: int) -> Int64:
-        """Chunks times microbatches that a rank has in flight at least
-        (``cost_models.orders.warmup_forwards``, and one more)."""
+    def _in_flight(self, index: Int64) -> tuple[Int64, Int64]:
+        """Chunks times microbatches that the first rank has in flight at least, of enough
+        microbatches, and how many fewer each next one has (``cost_models.orders.warmup_forwards``,
+        and one more)."""
         pp, vpp, m, code = self.pp[index], self.vpp[index], self.m[index], self.schedule[index]
-        split = np.isin(code, codes_of(SPLIT_BACKWARD))
+        fewer = np.where(np.isin(code, codes_of(SPLIT_BACKWARD)), 1, 2)
         each_round = m // np.maximum(m // pp, 1)
-        begun = np.where(split, 1, 2) * (pp - rank - 1) + (vpp - 1) * each_round + 1
-        on_v = np.where(m >= 2 * pp - 1, 2 * pp, m)
-        begun = np.where(np.isin(code, codes_of(V_SHAPED)), on_v, begun)
-        everything = m * vpp
-        first = np.isin(code, codes_of(("looped_bfs",)))
-        result: Int64 = np.where(first, everything, np.minimum(begun, everything))
-        return result
+        begun = fewer * (pp - 1) + (vpp - 1) * each_round + 1
+        on_v, at_once = (np.isin(code, codes_of(n)) for n in (V_SHAPED, ("looped_bfs",)))
+        begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
+        return np.where(at_once, m * vpp, begun), np.where(on_v | at_once, 0, fewer)
 
     def _fields(self, mode: str) -> tuple[int, int, int]:
         """Activations of a layer in a mode and beyond its counted front, and working bytes."""

@@ -22,7 +22,7 @@ from cost_models.layout import (
     crosses_ranks,
     stage_of,
 )
-from cost_models.orders import Pass, rank_order, round_size, warmup_forwards
+from cost_models.orders import Pass, order_table, round_size, warmup_forwards
 
 Vector = tuple[int, ...]
 
@@ -70,7 +70,7 @@ def _walk(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -
     """What is alive, what of it only waits for its weight gradients, and whether the last of these
     have not been followed by a backward, per chunk after each action."""
     alive, waiting, late, met = [0] * vpp, [0] * vpp, [0] * vpp, set()
-    for work, chunk, _ in rank_order(schedule, pp, vpp, microbatches, rank):
+    for work, chunk, _ in order_table(schedule, pp, vpp, microbatches, rank).tolist():
         alive[chunk] += (work == Pass.FORWARD) - (work in (Pass.BACKWARD, Pass.WEIGHT))
         waiting[chunk] += (work == Pass.INPUT) - (work == Pass.WEIGHT)
         if work != Pass.FORWARD:
@@ -186,8 +186,6 @@ def _coded(
     schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
 ) -> tuple[list[int], list[int]]:
     """A rank's order in numbers: passes, and ``virtual stage * microbatches + microbatch``."""
-    works, slots = [], []
-    for work, chunk, microbatch in rank_order(schedule, pp, vpp, microbatches, rank):
-        works.append(int(work))
-        slots.append(stage_of(schedule, pp, rank, chunk) * microbatches + microbatch)
-    return works, slots
+    works, chunks, numbers = order_table(schedule, pp, vpp, microbatches, rank).T
+    stages = np.array([stage_of(schedule, pp, rank, chunk) for chunk in range(vpp)])
+    return works.tolist(), (stages[chunks] * microbatches + numbers).tolist()
