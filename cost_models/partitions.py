@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
+from cost_models.layout import V_SHAPED
 from cost_models.leaf import Leaf
 
 
@@ -16,6 +18,9 @@ def interleaved_bounds(leaf: Leaf) -> Iterator[tuple[int, ...]]:
     smaller first and last stage, can express.
     """
     layers, stages = len(leaf.sequence), leaf.stages
+    if leaf.schedule in V_SHAPED and leaf.uneven:
+        yield from _on_a_v(layers, leaf.pp)
+        return
     height = -(-layers // stages)
     while stages * height - layers <= 2 * height:
         spare = stages * height - layers
@@ -29,3 +34,21 @@ def interleaved_bounds(leaf: Leaf) -> Iterator[tuple[int, ...]]:
         height += 1
         if stages <= 2 and height > layers + 1:
             return
+
+
+def rank_layers(layers: int, pp: int) -> range:
+    """Layers that every rank of a V but the first may hold: at least as many as the first, which
+    has both ends of the model."""
+    return range(max(2, -(-layers // pp)), layers // (pp - 1) + 1)
+
+
+def _on_a_v(layers: int, pp: int) -> Iterator[tuple[int, ...]]:
+    """Where stages lie on a V, ranks balance: all but the first hold equally many layers, in two
+    chunks that differ by one at most, and the first has what is left, lighter in either chunk."""
+    for total in rank_layers(layers, pp):
+        left = layers - (pp - 1) * total
+        for down in sorted({total // 2, total - total // 2}):
+            up = total - down
+            for first in range(max(0, left - up), min(down, left) + 1):
+                sizes = [first, *[down] * (pp - 1), *[up] * (pp - 1), left - first]
+                yield tuple(accumulate(sizes, initial=0))

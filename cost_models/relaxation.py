@@ -64,6 +64,9 @@ class Relaxation:
         stages = self.pp * vpp
         self.height = -(-self.layers // stages)
         self.spare = stages * self.height - self.layers
+        self.turns = np.isin(schedule, codes_of(V_SHAPED))
+        self.rank_layers = np.where(self.turns, -(-self.layers // self.pp), vpp * self.height)
+        """Least layers of a rank with no end of the model, where ranks hold several chunks."""
 
     def column(self, table: Int64, field: int) -> Real:
         """One field of one table, per layout."""
@@ -144,7 +147,7 @@ class Relaxation:
             gradient=self.total(Field.GRADIENT),
             update=self.total(Field.OPTIMIZER) + self.total(Field.PARAMETER),
             layer_work=cheapest,
-            rank_work=self.cheapest_layers(self.vpp * self.height),
+            rank_work=self.cheapest_layers(self.rank_layers),
             first_work=self.cheapest_layers(
                 np.maximum((self.pp - 2) * self.height - np.minimum(self.spare, self.height), 0)
             ),
@@ -306,13 +309,15 @@ class Relaxation:
 
         static = np.stack([self._static(t, index) for t in tables])
         front, rest = least(front_field), least(rest_field)
-        turns = np.isin(self.schedule[index], codes_of(V_SHAPED))
+        turns, on_rank = self.turns[index], self.rank_layers[index]
         # The first rank of a V has both ends of the model and holds no layer where these are bare.
-        bare = turns & (self.layers % np.maximum(pp * vpp - 2, 1) == 0)
+        bare = turns & (self.layers % np.maximum(pp - 1, 1) == 0)
         short_lived = np.where(bare, 0.0, self._short_lived(config, tables, work_field))
         room, first, last = self._rooms(index, short_lived)
-        inner, one, none = (self._least_sum((vpp - n) * height, static) for n in (0, 1, 2))
-        per_chunk = np.minimum(limit, height) * front + np.maximum(height - limit, 0) * rest
+        inner, none = self._least_sum(on_rank, static), np.zeros(len(index))
+        one = self._least_sum((vpp - 1) * height, static)
+        each = np.where(turns, on_rank // 2, height)
+        per_chunk = np.minimum(limit, each) * front + np.maximum(each - limit, 0) * rest
         in_flight = self._in_flight(index)
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):

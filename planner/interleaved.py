@@ -21,8 +21,8 @@ from cost_models.step import Field
 UNLIMITED = 1 << 62
 
 Ints = NDArray[np.int64]
-_PARTITIONS: dict[tuple[int, int, bool], Ints] = {}
-"""Partitions by number of layers, of virtual stages, and whether they may be uneven."""
+_PARTITIONS: dict[tuple[int, int, bool, bool], Ints] = {}
+"""Partitions by number of layers, of virtual stages, whether they may be uneven, and on a V."""
 
 
 def interleaved_candidates(
@@ -34,7 +34,7 @@ def interleaved_candidates(
     above ``cutoff()``. For one partition an option is left out where another fits that adds no
     more time to any kind of layer, or fewer fully recomputed layers do.
     """
-    key = (len(leaf.sequence), leaf.stages, leaf.uneven)
+    key = (len(leaf.sequence), leaf.stages, leaf.uneven, leaf.schedule in V_SHAPED)
     partitions = _PARTITIONS.get(key)
     if partitions is None:
         partitions = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)

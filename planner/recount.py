@@ -259,7 +259,11 @@ def impossible_layout(
             return "interleaving needs equal rounds of microbatches"
     if vpp > 1:
         height = -(-layers // stages)
-        if stages * height - layers > (2 * height if stack.uneven_stages else 0):
+        most = 2 * height if stack.uneven_stages else 0
+        fits = stages * height - layers <= most
+        if schedule in ("zbv", "dualpipev") and stack.uneven_stages:
+            fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
+        if not fits:
             return "no even split into virtual stages"
     if (
         zero == 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
-from cost_models.layout import ALL_AT_ONCE, CHUNKED, IN_ROUNDS, SCHEDULES, codes_of
+from cost_models.layout import ALL_AT_ONCE, CHUNKED, IN_ROUNDS, SCHEDULES, V_SHAPED, codes_of
 from hardware_profiles.stack import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
@@ -193,7 +193,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
     yield from _microbatch_rules(request)
     yield (
         "no even split into virtual stages, the first and last lighter at most",
-        lambda m, x: np.isin(x.schedule, codes_of(CHUNKED)) & ~_even_enough(request, m.pp * x.vpp),
+        lambda m, x: np.isin(x.schedule, codes_of(CHUNKED)) & ~_even_enough(request, m, x),
     )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
@@ -311,12 +311,18 @@ def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts) -> Int64:
     return input_bytes_per_node(request, shard, Pipelines(m.pp, x.vpp, microbatches, at_once))
 
 
-def _even_enough(request: Request, stages: Int64) -> Bools:
-    """Whether equal virtual stages with a lighter first and last one can hold the layers."""
-    layers = request.model.layer_count
+def _even_enough(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:
+    """Whether equal virtual stages with a lighter first and last one can hold the layers, or on a
+    V equal ranks behind a lighter first one (``cost_models.partitions``)."""
+    layers, stages = request.model.layer_count, meshes.pp * layouts.vpp
     height = -(-layers // stages)
     spare = stages * height - layers
-    result: Bools = spare <= (2 * height if request.stack.uneven_stages else 0)
+    if not request.stack.uneven_stages:
+        equal: Bools = spare == 0
+        return equal
+    on_ranks = (meshes.pp - 1) * np.maximum(2, -(-layers // meshes.pp)) <= layers
+    turns = np.isin(layouts.schedule, codes_of(V_SHAPED))
+    result: Bools = np.where(turns, on_ranks, spare <= 2 * height)
     return result
 
 

@@ -261,6 +261,8 @@ def partitions(layers: int, schedule: str, pp: int, vpp: int, uneven: bool) -> l
         return [[layers // stages] * stages]
     if stages == 1:
         return [[layers]]
+    if schedule in ("zbv", "dualpipev"):
+        return _on_a_v(layers, pp)
     if schedule not in ("gpipe", "1f1b"):
         found = []
         for height in range(1, layers + 1):
@@ -270,6 +272,18 @@ def partitions(layers: int, schedule: str, pp: int, vpp: int, uneven: bool) -> l
                     found.append([first, *[height] * (stages - 2), last])
         return found
     return list(_compositions(layers, pp, at_start=True))
+
+
+def _on_a_v(layers: int, pp: int) -> list[list[int]]:
+    """Equal ranks behind a lighter first one; the two chunks of a rank differ by one at most."""
+    found = []
+    for down in range(1, layers + 1):
+        for up in range(max(1, down - 1), down + 2):
+            for first in range(down + 1):
+                last = layers - first - (pp - 1) * (down + up)
+                if 0 <= last <= up:
+                    found.append([first, *[down] * (pp - 1), *[up] * (pp - 1), last])
+    return found
 
 
 def _compositions(layers: int, parts: int, *, at_start: bool) -> Iterator[list[int]]:
