@@ -63,7 +63,8 @@ def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Mome
 def live_activations(
     leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]
 ) -> tuple[int, tuple[int, ...]]:
-    """Most activation bytes alive at once, and the microbatches per chunk that they belong to."""
+    """Most activation bytes alive at once, with what a split backward holds beside them, and the
+    microbatches per chunk that they belong to."""
     peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
     sizes = [chunk.activation_bytes for chunk in chunks]
     halves = [chunk.split for chunk in chunks if chunk.split]

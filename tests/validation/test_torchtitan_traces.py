@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import pytest
 from planner.studies.communication import communication
 
 ROOT = Path(__file__).parents[2]
-TRACES = json.loads((ROOT / "tests/validation/data/torchtitan_traces.json").read_text())["traces"]
+DATA = ROOT / "tests" / "validation" / "data"
+TRACES = json.loads((DATA / "torchtitan_traces.json").read_text())["traces"]
+SCHEDULES = json.loads((DATA / "schedule_traces.json").read_text())["traces"]
+"""Of PyTorch's breadth-first and zero-bubble schedules; no categories where these split the
+backward."""
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "memory"))
 from cases import cases_of, study_of  # noqa: E402
@@ -20,9 +25,13 @@ from compare import NOT_TRACED, Comparison, collectives, compare, results_page, 
 
 sys.path.pop(0)
 
-traced = pytest.mark.parametrize(
-    "trace", TRACES, ids=lambda trace: f"{trace['study']['id']}-{trace['case']['stage']}"
-)
+
+def name_of(trace: dict[str, Any]) -> str:
+    return f"{trace['study']['id']}-{trace['case']['stage']}"
+
+
+traced = pytest.mark.parametrize("trace", TRACES, ids=name_of)
+every_trace = pytest.mark.parametrize("trace", [*TRACES, *SCHEDULES], ids=name_of)
 
 
 def compared(trace: dict[str, Any]) -> Comparison:
@@ -39,7 +48,7 @@ def test_two_meters_agree(trace: dict[str, Any]) -> None:
     assert 0 <= extra <= trace["peak_bytes"]["Inputs"]
 
 
-@traced
+@every_trace
 def test_the_study_still_means_what_was_traced(trace: dict[str, Any]) -> None:
     """The planner's layout lowers to the case that the tracer built."""
     study = study_of(trace["study"])
@@ -47,10 +56,10 @@ def test_the_study_still_means_what_was_traced(trace: dict[str, Any]) -> None:
     assert cases[trace["case"]["stage"]] == trace["case"]
 
 
-@traced
+@every_trace
 def test_collectives_are_the_counted_ones(trace: dict[str, Any]) -> None:
     """Calls and bytes by kind, group and pass, exactly: dense, MLA, experts, cp, pipelines, and
-    what recomputation calls again."""
+    what recomputation calls again. Nothing passes at the turn of a V."""
     study = study_of(trace["study"])
     result = study.evaluated()
     expected, counted = collectives(trace, result, communication(study.request, result))
@@ -91,6 +100,17 @@ def test_the_median_peak_is_within_the_limit() -> None:
     figures = summary([compared(trace) for trace in TRACES])
     assert figures["median_error"] <= MEDIAN
     assert figures["median_live_error"] <= MEDIAN
+
+
+@pytest.mark.parametrize("trace", SCHEDULES, ids=name_of)
+def test_peaks_of_other_schedules_are_hardly_ever_under_predicted(trace: dict[str, Any]) -> None:
+    """Too high where a rank's largest loss and its most activations come apart, and where PyTorch
+    reduces a chunk's gradients before the next chunk has any (breadth-first)."""
+    assert -0.04 < compared(trace).error < 0.11
+
+
+def test_the_median_peak_of_other_schedules() -> None:
+    assert statistics.median(abs(compared(trace).error) for trace in SCHEDULES) < 0.03
 
 
 def test_the_results_page_is_current() -> None:
