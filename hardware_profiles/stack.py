@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, model_validator
 
-from hardware_profiles.holdings import ByPrecision, OffloadSpec, ReserveSpec, StateSpec
+from hardware_profiles.holdings import ByPrecision, OffloadSpec, Precision, ReserveSpec, StateSpec
 from hardware_profiles.sourced import Profile, Sourced
 
 Value = TypeVar("Value")
@@ -52,6 +52,7 @@ Trainable = Literal[
     "gated_delta_net", "mlp", "moe", "vision", "layers",
 ]  # fmt: skip
 """Kinds of sub-block (``planner.blocks.registry``), vision towers, and sequences of layers."""
+ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 
 
@@ -167,7 +168,9 @@ class StackSpec(Profile):
     recompute_per_stage: bool
     """Whether mode and number may differ from stage to stage (1F1B and GPipe; interleaved virtual
     stages always share them)."""
-    zero_stages: Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
+    zero_stages: ZeroStages
+    zero_stages_of: dict[Precision, ZeroStages] = Field(default_factory=dict)
+    """The same in some precisions, where they differ."""
     hybrid_sharding: bool
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
     cp_kinds: tuple[ContextKind, ...]

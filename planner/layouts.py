@@ -242,9 +242,9 @@ def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
 
 def _default_zero(request: Request, degree: Mapping[str, int]) -> int:
     """The stack's usual stage: the lowest that shards anything, if there is anything to shard."""
-    if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.stack.zero_stages:
+    if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.zero_stages:
         return 0
-    sharded = [stage for stage in request.stack.zero_stages if stage > 0]
+    sharded = [stage for stage in request.zero_stages if stage > 0]
     if degree["pp"] == 1 and 3 in sharded:
         return 3
     return min(sharded) if sharded else 0

@@ -250,7 +250,7 @@ def impossible_layout(
             held += inputs_held(mesh, (schedule, vpp, m), request)
         if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"
-    if zero and shard * mesh.cp == 1 and 0 in stack.zero_stages:
+    if zero and shard * mesh.cp == 1 and 0 in _zero_stages(request):
         return "sharding over one rank is ZeRO stage 0"
     if schedule in ("interleaved", "interleaved_zero_bubble"):
         if "interleaved_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
@@ -303,13 +303,21 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
             for v in range(2, most + 1)
             if name not in ("gpipe", "1f1b")
         ]
-    for zero in stack.zero_stages:
+    for zero in _zero_stages(request):
         shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
         for shard in shards if zero else [1]:
             for schedule, vpp in pipelines:
                 if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
                     for keep in _kept(zero, shard * mesh.cp, request):
                         yield mesh.dp // shard, shard, zero, SCHEDULES.index(schedule), vpp, keep
+
+
+def _zero_stages(request: Request) -> tuple[int, ...]:
+    """ZeRO stages that the stack has in the job's precision."""
+    in_precision = request.stack.zero_stages_of
+    if request.job.precision in in_precision:
+        return in_precision[request.job.precision]
+    return request.stack.zero_stages
 
 
 def _kept(zero: int, ways: int, request: Request) -> list[int]:

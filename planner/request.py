@@ -74,6 +74,11 @@ class Request:
             "parameter_offload": self.job.parameter_offload,
         }
 
+    @property
+    def zero_stages(self) -> tuple[int, ...]:
+        """ZeRO stages that the stack has in the job's precision."""
+        return self.stack.zero_stages_of.get(self.job.precision, self.stack.zero_stages)
+
     def reshard_options(self, zero_stage: int, ways: int) -> tuple[int, ...]:
         """How many ranks of the ``ways`` that share the weights may keep a copy of them for the
         backward; 0: none does."""

@@ -188,7 +188,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
     yield from _host_rules(request)
     yield (
         "sharding over one rank is ZeRO stage 0",
-        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in stack.zero_stages),
+        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in request.zero_stages),
     )
     yield from _microbatch_rules(request)
     yield (
@@ -351,10 +351,10 @@ def check_layout(request: Request, layout: Layout) -> None:
         zero_stage=one(layout.zero_stage), reshard=one(layout.reshard_group),
         schedule=one(SCHEDULES.index(layout.schedule)), vpp=one(layout.vpp),
     )  # fmt: skip
-    if layout.zero_stage not in request.stack.zero_stages:
+    if layout.zero_stage not in request.zero_stages:
         raise InputError(
-            f"{request.stack.name} has no ZeRO stage {layout.zero_stage}; "
-            f"it has {', '.join(map(str, request.stack.zero_stages))}"
+            f"{request.stack.name} has no ZeRO stage {layout.zero_stage} in "
+            f"{request.job.precision}; it has {', '.join(map(str, request.zero_stages))}"
         )
     if layout.cp > 1 and layout.cp_kind not in request.stack.cp_kinds:
         raise InputError(

@@ -69,7 +69,7 @@ def data_parallel_options(
     where the stack can do hybrid sharding, else over all ranks.
     """
     options: list[tuple[int, int, int]] = []
-    for stage in request.stack.zero_stages:
+    for stage in request.zero_stages:
         if stage == 0:
             options.append((dp, 1, 0))
         elif request.stack.hybrid_sharding:

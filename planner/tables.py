@@ -151,7 +151,7 @@ def _trained(priced: PricedConfigs) -> Real:
 def _least_state(request: Request, parameters: Real, meshes: Meshes, microbatches: Int64) -> Real:
     """Persistent bytes of a whole pipeline that no allowed sharding removes, without gradients
     that are only made while the activations of the step's one microbatch go."""
-    rules, most = request.machine.rules, max(request.stack.zero_stages)
+    rules, most = request.machine.rules, max(request.zero_stages)
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
     fsdp = rules.weight_bytes > rules.gather_bytes
     gradients = np.where(

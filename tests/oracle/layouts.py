@@ -97,7 +97,7 @@ def _expert_tp(request: Request, experts: int, tp: int) -> list[int]:
 
 
 def _sharding(request: Request, dp: int, cp: int) -> Iterator[tuple[int, int, int, int]]:
-    for zero in request.stack.zero_stages:
+    for zero in _zero_choices(request):
         for shard in factors(dp):
             if zero == 0 and shard > 1:
                 continue
@@ -105,6 +105,11 @@ def _sharding(request: Request, dp: int, cp: int) -> Iterator[tuple[int, int, in
                 continue
             for keep in _keeping(request, shard * cp) if zero == 3 else [0]:
                 yield dp // shard, shard, zero, keep
+
+
+def _zero_choices(request: Request) -> tuple[int, ...]:
+    stack = request.stack
+    return stack.zero_stages_of.get(request.job.precision) or stack.zero_stages
 
 
 def _keeping(request: Request, spread: int) -> list[int]:
@@ -177,7 +182,7 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if stack.tensor_parallel_max is not None and x.tp > stack.tensor_parallel_max:
         return False
-    if x.zero > 0 and x.dp_shard * x.cp == 1 and 0 in stack.zero_stages:
+    if x.zero > 0 and x.dp_shard * x.cp == 1 and 0 in _zero_choices(request):
         return False
     if request.global_batch % (x.dp * x.microbatch):
         return False

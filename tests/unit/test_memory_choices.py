@@ -8,6 +8,7 @@ import pytest
 
 from hardware_profiles.loader import load_cluster, load_stack
 from hardware_profiles.schema import StackSpec
+from planner.errors import InputError
 from planner.models.reader import read_model
 from planner.pipeline import evaluate
 from planner.plan import StagePrediction
@@ -270,6 +271,31 @@ def test_bf16_with_stochastic_rounding_has_no_master_weights() -> None:
     mixed = terms(stage(load_stack("neuron"), layout={"zero_stage": 1}))
     assert mixed["gradients"] == 4 * PARAMETERS
     assert mixed["optimizer"] == pytest.approx(12 * PARAMETERS / 8, rel=1e-6)
+
+
+def test_either_half_of_neurons_mixed_precision() -> None:
+    """NxD Training's precision type manual: fp32 master weights without fp32 gradients, and the
+    other way round; the latter needs ZeRO 1 as the former does."""
+    narrow = terms(stage(load_stack("neuron-bf16-gradients"), layout={"zero_stage": 1}))
+    assert narrow["gradients"] == 2 * PARAMETERS
+    assert narrow["optimizer"] == pytest.approx(12 * PARAMETERS / 8, rel=1e-6)
+    wide = terms(stage(load_stack("neuron-fp32-gradients"), layout={"zero_stage": 1}))
+    assert wide["gradients"] == 4 * PARAMETERS
+    assert wide["optimizer"] == pytest.approx(8 * PARAMETERS / 8, rel=1e-6)
+    for name in ("neuron", "neuron-bf16-gradients", "neuron-fp32-gradients"):
+        with pytest.raises(InputError, match="no ZeRO stage 0 in bf16"):
+            stage(load_stack(name), layout={"zero_stage": 0})
+
+
+def test_neuron_in_fp32_needs_no_zero() -> None:
+    """Precision type fp32 has no master weights that only ZeRO 1 would keep."""
+    whole, split = (
+        terms(stage(load_stack("neuron"), precision="fp32", layout={"zero_stage": zero}))
+        for zero in (0, 1)
+    )
+    assert whole["optimizer"] == 8 * PARAMETERS
+    assert split["optimizer"] == pytest.approx(PARAMETERS, rel=1e-6)
+    assert whole["weights"] == split["weights"] == 4 * PARAMETERS
 
 
 def test_autograd_keeps_the_weights_that_stage_3_has_let_go() -> None:
