@@ -13,7 +13,7 @@ import numpy as np
 
 from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
-from cost_models.data_traffic import DataParallel
+from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import refuse_without_room
 from cost_models.layer_times import to_ns
@@ -218,8 +218,7 @@ def _bucket_ns(machine: Machine, configs: Configs) -> Int64:
         interconnect.collective_time_s(machine.fabric, name, payload, size=size, stride=configs.tp)
         for name in ("reduce_scatter", "all_reduce")
     ]
-    per_step = (size > 1) & (configs.zero_stage < 3)
-    per_step &= (configs.zero_stage < 2) | (configs.pp > 1)
+    per_step = (size > 1) & ~reduces_each(data_parallel_of(configs), machine.rules)
     return to_ns(np.where(per_step, np.where(kind == 0, times[0], times[1]), 0.0))
 
 

@@ -34,6 +34,7 @@ from cost_models.data_traffic import (
     gathers_again,
     gathers_each,
     meshes,
+    reduces_each,
     tensor_parallel_sums,
 )
 from cost_models.fabric import Fabric
@@ -91,7 +92,7 @@ def price_kind(
     sums_s = _seconds(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
     )
-    fsdp = data.per_microbatch
+    fsdp = reduces_each(data, rules)
     each = gathers_each(data, rules)
     again = gathers_again(kind, data.zero_stage)
     copies = copy_seconds(

@@ -37,13 +37,6 @@ class DataParallel:
     reshard: Int64
     """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
 
-    @property
-    def per_microbatch(self) -> Bools:
-        """Whether weights are gathered and gradients reduced with every microbatch: ZeRO 3, and
-        ZeRO 2 but under a pipeline, which keeps the weights for the whole step."""
-        every: Bools = (self.zero_stage >= 3) | ((self.zero_stage == 2) & (self.pp == 1))
-        return every
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -123,10 +116,18 @@ def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> in
     return max(1, sum(w.count for w in kind.weights if is_expert(w) == experts))
 
 
+def reduces_each(data: DataParallel, rules: StateRules) -> Bools:
+    """Whether gradients are reduced with every microbatch: in stage 3, and in stage 2 but under a
+    pipeline, which keeps the weights for the whole step (Megatron-FSDP reduces there too)."""
+    reduced = (data.pp == 1) | rules.reduces_each_backward
+    every: Bools = (data.zero_stage >= 3) | ((data.zero_stage == 2) & reduced)
+    return every
+
+
 def gathers_each(data: DataParallel, rules: StateRules) -> Bools:
     """Whether weights are gathered with every microbatch, not once after the update: not where
     stage 2 leaves them whole (DeepSpeed)."""
-    return data.per_microbatch & weights_sharded(data.zero_stage, rules)
+    return reduces_each(data, rules) & weights_sharded(data.zero_stage, rules)
 
 
 def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:

@@ -191,7 +191,7 @@ def _reduction_block(
     (PyTorch, ``_fsdp_collectives.foreach_reduce``; pipelining, ``perform_reduce_grad`` of a stage).
     """
     rules, largest = machine.rules, np.zeros_like(shard.tp)
-    if not rules.unit_gradients:
+    if not rules.unit_gradients or rules.reduces_each_backward:
         return largest
     for kind in (*workload.kinds.values(), workload.embedding, workload.head):
         elements = state.local_parameters(kind, shard, workload.vocab_divisor)

@@ -135,10 +135,13 @@ class StateRules:
     """Of 64 elements of a linear layer's weight on their way; 0: as all others."""
     dummy_wgrad: bool = False
     unit_gradients: bool = False
+    reduces_each_backward: bool = False
     graph_keeps_gathered: bool = False
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
     optimizer: OptimizerRule = OPTIMIZERS["adamw"]
+    weights_split_from: int = 3
+    """Least ZeRO stage in which weights are split over data parallelism."""
     updated_bytes: int = 4
     """Bytes per parameter that the optimizer reads and writes beside its state: those of the master
     weight, or of a weight that has none."""
@@ -163,7 +166,7 @@ class StateBytes:
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
     unsharded: Int64
-    """Elements of those copies whose weights are trained: as many have a whole gradient."""
+    """Trained elements whose gradients are whole while their unit is in use, and sharded behind."""
 
     def __add__(self, other: StateBytes) -> StateBytes:
         return StateBytes(
@@ -196,8 +199,8 @@ def state_bytes(
 ) -> StateBytes:
     """State of ``weights`` sharded from the given ZeRO stage on; all of one mesh.
 
-    Stages 1 and 2 keep unsharded 16-bit weights through the step when the stack holds fp32 shards
-    (FSDP2 without resharding after forward); Megatron-style stacks keep their weights replicated.
+    Where weights are split from stage 1 or 2 on, these keep gathered ones through the step (FSDP2
+    without resharding after forward); Megatron-style stacks keep their weights replicated.
     Under a pipeline FSDP2 reduces gradients once per step: until then they are whole on each rank
     (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
     """
@@ -221,7 +224,7 @@ def state_bytes(
         whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding.ways, rules), 0)
     if rules.layout in ("contiguous", "flat"):
         split = ceil_div(whole, sharding.ways)
-    fsdp = rules.weight_bytes > rules.gather_bytes
+    fsdp = rules.weights_split_from < 3
     apart = weights_sharded(stage, rules)
     gradients_sharded = (stage >= 2) & ~(fsdp & sharding.pipelined)
     shards = np.where(stage >= 1, split, whole)
@@ -236,7 +239,7 @@ def state_bytes(
         optimizer=shards * rules.optimizer_bytes + extra,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
         gathered=np.where(apart, whole * rules.gather_bytes - narrower + frozen.whole, 0),
-        unsharded=np.where(apart, whole, 0),
+        unsharded=np.where(apart | ((stage == 2) & rules.unit_gradients), whole, 0),
     )
 
 
@@ -248,12 +251,18 @@ def narrower_bytes(weight: Weight, local: LocalTensor, rules: StateRules) -> Int
 
 
 def weights_sharded(zero_stage: Int64, rules: StateRules) -> Bools:
-    """Whether weights are split over data parallelism: in stage 3, and from stage 1 on where the
-    stack holds fp32 weights, which are split as the optimizer's state is (MaxText,
-    ``maybe_update_params_sharding_with_opt``)."""
-    fsdp = rules.weight_bytes > rules.gather_bytes
-    result: Bools = (zero_stage >= 3) | ((zero_stage >= 1) & fsdp)
+    """Whether weights are split over data parallelism."""
+    result: Bools = zero_stage >= rules.weights_split_from
     return result
+
+
+def _weights_split_from(spec: StateSpec, weight_bytes: int, gather_bytes: int) -> int:
+    """Stage 3, or 2 where that is FSDP without resharding; 1 where the stack holds fp32 weights,
+    which are split as the optimizer's state is (MaxText,
+    ``maybe_update_params_sharding_with_opt``)."""
+    if weight_bytes > gather_bytes:
+        return 1
+    return 2 if spec.weights_follow_gradients else 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +351,10 @@ def state_rules(
     if offload.optimizer and host is not None:
         state = step = norm = 0
         held = 0 if host.gradients else held
+    stays = 0 if offload.parameters else weight
     return StateRules(
-        weight_bytes=0 if offload.parameters else weight,
+        weight_bytes=stays,
+        weights_split_from=_weights_split_from(spec, stays, gathered),
         gradient_bytes=reduced,
         optimizer_bytes=state,
         gather_bytes=gathered,
@@ -356,6 +367,7 @@ def state_rules(
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",
+        reduces_each_backward=spec.reduces_each_backward,
         graph_keeps_gathered=spec.graph_keeps_gathered,
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,

@@ -128,7 +128,7 @@ def data_calls(
     local = state.local_parameters(
         kind, shard, vocab_divisor, drop_tied=np.array([tied]) if tied else None
     )
-    every = bool(data.per_microbatch[0])
+    every = bool(data_traffic.reduces_each(data, machine.rules)[0])
     again = every and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
     each = bool(data_traffic.gathers_each(data, machine.rules)[0])
     found: list[Calls] = []

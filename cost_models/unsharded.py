@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.data_traffic import DataParallel
+from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.recompute import mode_rows
 from cost_models.state import StateBytes, StateRules, ceil_div
@@ -50,7 +50,8 @@ def add_unsharded(
                 + rules.gather_bytes * elements
                 + 2 * kind.boundary_bytes(shard) * (1 + shard.sp)
             )
-        reducing = np.where((used.gathered > 0) & ~whole_gradients, reducing, 0)
+        made = (used.gathered > 0) | (used.unsharded > 0)
+        reducing = np.where(made & ~whole_gradients, reducing, 0)
     for modes in mode_rows(policies).values():
         kept = 0 if pieces else rows[modes.kept]
         rows[modes.working] = np.maximum(rows[modes.working] + running, reducing - kept)
@@ -76,7 +77,7 @@ def in_flight(used: StateBytes, data: DataParallel, *, rules: StateRules) -> Int
     """The buffer in which the gradients of a unit are reduced (``Field.IN_FLIGHT``)."""
     if not rules.unit_gradients:
         return np.zeros_like(data.pp)
-    return np.where(data.per_microbatch, rules.gradient_bytes * used.unsharded, 0)
+    return np.where(reduces_each(data, rules), rules.gradient_bytes * used.unsharded, 0)
 
 
 def add_output(

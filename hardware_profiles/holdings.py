@@ -28,6 +28,11 @@ class StateSpec(Profile):
     master_bytes: Annotated[int, Field(ge=0, le=4)] = 4
     """Bytes per parameter of the copy of 16-bit weights that the optimizer keeps: fp32, the lower
     16 bits of it, or none where it rounds the weights themselves stochastically."""
+    weights_follow_gradients: bool = False
+    """Whether stage 2 splits the weights too, gathers them in the forward and keeps them for the
+    backward (FSDP without resharding in between), whatever they are held in."""
+    reduces_each_backward: bool = False
+    """Whether gradients of stage 2 are reduced with every microbatch of a pipeline too."""
     unit_gradients: bool = False
     """Whether a sharded unit's gradients are whole until they are reduced, two units' at a time
     (``dim0`` always is)."""

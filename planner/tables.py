@@ -153,13 +153,12 @@ def _least_state(request: Request, parameters: Real, meshes: Meshes, microbatche
     that are only made while the activations of the step's one microbatch go."""
     rules, most = request.machine.rules, max(request.zero_stages)
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
-    fsdp = rules.weight_bytes > rules.gather_bytes
     gradients = np.where(
         request.stack.new_gradients & (microbatches == 1), 0, rules.held_gradient_bytes
     )
     state = parameters * 0.0
     for bytes_each, sharded_from in (
-        (rules.weight_bytes, 2 if fsdp else 3),
+        (rules.weight_bytes, rules.weights_split_from),
         (gradients, 2),
         (rules.optimizer_bytes, 1),
     ):
