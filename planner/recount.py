@@ -276,6 +276,8 @@ def impossible_layout(
         return "the optimizer's state is split over all of dp"
     if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:
         return "no sharded gradients under a pipeline"
+    if zero == 3 and mesh.cp > 1 and "no_zero_3_with_context" in stack.rules:
+        return "parameters are split where each rank has whole sequences"
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
         return "parameters stay gathered under a pipeline"
     group, ways = request.machine.reshard_group, shard * mesh.cp

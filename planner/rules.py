@@ -215,6 +215,11 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: parameters stay gathered under a pipeline",
             lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
         )
+    if "no_zero_3_with_context" in stack.rules:
+        yield (
+            f"{label}: parameters are split without context parallelism only",
+            lambda m, x: (x.zero_stage == 3) & (m.cp > 1),
+        )
     if "shards_fill_nodes" in stack.rules:
         node = request.cluster.groups[0].node.devices_per_node
         yield (

@@ -236,6 +236,8 @@ def runs(request: Request, x: Layout) -> bool:
     spread = x.dp_shard * x.cp
     if x.zero == 3 and keeps not in (None, "any") and spread > keeps and spread % keeps:
         return False
+    if x.zero == 3 and x.cp > 1 and "no_zero_3_with_context" in rules:
+        return False
     return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
 
 

@@ -46,10 +46,23 @@ def test_experts_are_dealt_out_and_zero_splits_what_several_ranks_hold() -> None
     assert seconds(dealt, "ep_comm") > 0 == seconds(whole, "ep_comm")
 
 
+def test_stage_3_splits_experts_over_the_ranks_that_hold_the_same_ones() -> None:
+    """Of 32 layers, one expert of three matrices on each of 8 ranks, twice: half of it in bf16."""
+    held = {}
+    for stage in (2, 3):
+        found = price("mixtral-8x7b", "deepspeed-autoep", ep=8, zero_stage=stage)
+        terms = {term.name: term.bytes or 0 for term in found.prediction.stages[0].memory}
+        held[stage] = terms["weights"]
+    experts = 32 * 3 * 4096 * 14336
+    dense = 46_702_792_704 - 8 * experts
+    assert held[2] == 2 * (experts + dense)
+    assert held[3] == pytest.approx(2 * (experts / 2 + dense / 16), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("stack", "layout", "said"),
     [
-        ("deepspeed-autoep", {"ep": 8, "zero_stage": 3}, "no ZeRO stage 3"),
+        ("deepspeed-autoep", {"ep": 8, "cp": 2, "zero_stage": 3}, "without context parallelism"),
         ("deepspeed-autoep", {"pp": 2, "zero_stage": 1}, "no pipeline"),
         ("deepspeed-pipe", {"pp": 2, "zero_stage": 2}, "no ZeRO stage 2"),
         ("deepspeed-pipe", {"pp": 2, "zero_stage": 1, "ep": 2}, "no expert parallelism"),

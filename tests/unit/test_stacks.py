@@ -107,6 +107,7 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "pipeline_needs_multiple_of_pp",
         "needs_block_scaled_products",
         "no_zero_2_with_pipeline",
+        "no_zero_3_with_context",
         "no_zero_3_with_pipeline",
         "shards_fill_nodes",
         "zero_0_is_replicate_only",
