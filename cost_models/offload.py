@@ -7,9 +7,13 @@ each device's own link, beside the arithmetic: the slower of the two counts. Wei
 the host come over the link before each gather.
 
 State on NVMe drives (ZeRO-Infinity, arXiv 2104.07857) is read group by group before the arithmetic
-and written after it, one after the other (DeepSpeed's ``pipeline_read`` and ``pipeline_write`` are
-off by default); gradients are written when they are reduced. The devices of a node share its
-drives. Weights are read from them before each gather, ahead of the link, and written once per step.
+and written after it, one after the other; gradients are written when they are reduced. The devices
+of a node share its drives. Weights are read from them before each gather, ahead of the link, and
+written once per step.
+
+With ``pipeline_read`` and ``pipeline_write`` the next group is read, the one before written, beside
+the arithmetic of a group (DeepSpeed, ``pipelined_optimizer_swapper.py``): all reads but the first
+and all writes but the last. The drives do one or the other at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware_profiles.holdings import OffloadSpec
+from hardware_profiles.holdings import DrivesSpec, OffloadSpec
 from hardware_profiles.schema import NodeSpec
 
 Real: TypeAlias = NDArray[np.float64]
@@ -43,14 +47,6 @@ class Offload:
         return self.optimizer or self.parameters or self.checkpoints or bool(self.inputs)
 
 
-def host_bytes_per_parameter(offload: Offload, spec: OffloadSpec) -> int:
-    """Bytes on the host for each parameter of a shard."""
-    total = spec.optimizer_bytes if offload.optimizer else 0
-    if offload.parameters:
-        total += spec.parameter_bytes or 0
-    return total
-
-
 def update_seconds(
     elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec, *, weight_bytes: int = 0
 ) -> Real:
@@ -66,18 +62,42 @@ def update_seconds(
     arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
     link: Real = elements * float(spec.link_bytes) / node.host_link.si
     result: Real = np.maximum(arithmetic, link)
+    if spec.drives is None:
+        return result
+    return _swapped(
+        result, elements * float(node.devices_per_node), node, spec.drives, weight_bytes
+    )
+
+
+def _swapped(
+    update: Real, elements: Real, node: NodeSpec, drives: DrivesSpec, weight_bytes: int
+) -> Real:
+    """Seconds of an ``update``, with what it waits for of the drives, which swap the state of
+    ``elements`` parameters."""
     reads, writes = node.drives_read_bandwidth, node.drives_write_bandwidth
-    if spec.drives is not None and reads is not None and writes is not None:
-        read = spec.drives.read_bytes / reads.si
-        write = (spec.drives.write_bytes + weight_bytes) / writes.si
-        result = result + elements * (read + write) * node.devices_per_node
+    if reads is None or writes is None:
+        return update
+    alone = weight_bytes if "parameters" in drives.holds else 0
+    if "optimizer" not in drives.holds:
+        return update + elements * alone / writes.si
+    alone += drives.gradient_bytes
+    read = elements * drives.read_bytes / reads.si
+    write = elements * (drives.write_bytes - drives.gradient_bytes) / writes.si
+    hidden = "reads" in drives.overlaps, "writes" in drives.overlaps
+    beside = read * hidden[0] + write * hidden[1]
+    cycle = read * (not hidden[0]) + write * (not hidden[1]) + np.maximum(update, beside)
+    last: Real = read + update + write
+    result: Real = elements * alone / writes.si + cycle + (last - cycle) / drives.groups
     return result
 
 
 def fetch_seconds(weights: Real, node: NodeSpec, spec: OffloadSpec) -> Real:
     """Bringing so many bytes of weights from the host to each device."""
     result: Real = weights / node.host_link.si
-    if spec.drives is not None and node.drives_read_bandwidth is not None:
+    drives = spec.drives
+    if drives is None or "parameters" not in drives.holds:
+        return result
+    if node.drives_read_bandwidth is not None:
         each = node.drives_read_bandwidth.si / node.devices_per_node
         result = np.maximum(result, weights / each)
     return result

@@ -80,12 +80,21 @@ OffloadedInput = Literal[
 class DrivesSpec(Profile):
     """State on a node's NVMe drives, of which the host holds what is in work (ZeRO-Infinity)."""
 
+    holds: tuple[Literal["optimizer", "parameters"], ...] = ("optimizer", "parameters")
+    """Of what a job offloads, what goes on to the drives; the host's memory holds the rest."""
     read_bytes: Annotated[int, Field(ge=1)]
     """Bytes per parameter of a shard that the optimizer step reads."""
     write_bytes: Annotated[int, Field(ge=1)]
     """Bytes per parameter of a shard that a step writes: gradients, then weights and moments."""
+    gradient_bytes: Annotated[int, Field(ge=0)] = 0
+    """Of ``write_bytes``, gradients, which are written before the update."""
+    overlaps: tuple[Literal["reads", "writes"], ...] = ()
+    """What is swapped beside the update of another group of parameters: reads of the next, writes
+    of the one before."""
+    groups: Annotated[int, Field(ge=1)] = 1
+    """Groups into which a rank's parameters are cut for that."""
     buffer_elements: Annotated[int, Field(ge=1)]
-    """Most parameters of a shard that are updated at once."""
+    """Most parameters of a group."""
     buffer_bytes: Annotated[int, Field(ge=1)]
     """Host bytes for each of those."""
     parameter_buffer_bytes: Annotated[int, Field(ge=0)] = 0

@@ -11,15 +11,28 @@ from planner.request import Request
 
 
 def host_bytes_per_node(request: Request, replicas: int) -> int:
-    """Bytes on each node, were the hosts filled evenly; ``replicas`` is how often each parameter's
-    state is held. A node whose devices belong to a fuller pipeline stage holds more."""
+    """Bytes on each node, on its drives where the stack fills any, were the hosts filled evenly;
+    ``replicas`` is how often each parameter's state is held. A node whose devices belong to a
+    fuller pipeline stage holds more."""
+    each = bytes_per_parameter(request)
+    return -(-_parameters(request) * each * replicas // request.cluster.nodes) if each else 0
+
+
+def bytes_per_parameter(request: Request, *, beside: bool = False) -> int:
+    """Bytes for each parameter of a shard in the host's memory, or on the drives where the stack
+    fills any; ``beside`` the drives, in memory."""
+    drives, parts = on_drives(request), _offloaded(request)
+    there = parts if drives is None else {k: v for k, v in parts.items() if k in drives.holds}
+    return sum(parts.values()) - sum(there.values()) if beside else sum(there.values())
+
+
+def _offloaded(request: Request) -> dict[str, int]:
+    """Bytes per parameter of what leaves the devices, by the names of ``DrivesSpec.holds``."""
     spec, offload = request.stack.offload, request.machine.offload
-    if spec is None or not offload.anything:
-        return 0
-    parameters = _parameters(request)
-    each = spec.optimizer_bytes if offload.optimizer else 0
-    each += (spec.parameter_bytes or 0) if offload.parameters else 0
-    return -(-parameters * each * replicas // request.cluster.nodes)
+    if spec is None:
+        return {}
+    parts = {"optimizer": spec.optimizer_bytes} if offload.optimizer else {}
+    return parts | ({"parameters": spec.parameter_bytes or 0} if offload.parameters else {})
 
 
 def _parameters(request: Request) -> int:
@@ -43,9 +56,9 @@ def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp
 
 
 def on_drives(request: Request) -> DrivesSpec | None:
-    """How the stack keeps on NVMe drives what leaves the devices, or None."""
-    spec = request.stack.offload
-    return spec.drives if spec is not None and request.machine.offload.optimizer else None
+    """How the stack keeps on NVMe drives some of what leaves the devices, or None."""
+    drives = request.stack.offload.drives if request.stack.offload is not None else None
+    return None if drives is None or _offloaded(request).keys().isdisjoint(drives.holds) else drives
 
 
 def host_capacity(request: Request) -> int | None:
@@ -56,16 +69,20 @@ def host_capacity(request: Request) -> int | None:
 
 
 def buffer_bytes_per_node(request: Request) -> int:
-    """Bytes of host memory of each node for what is on its way to the drives and back, were all
-    state split over all devices."""
+    """Bytes of host memory of each node for what is on its way to the drives and back, and for what
+    stays there beside them, were all state split over all devices."""
     drives = on_drives(request)
     if drives is None:
         return 0
     devices = request.cluster.groups[0].node.devices_per_node
-    working = min(drives.buffer_elements, -(-_parameters(request) // request.devices))
-    each = working * drives.buffer_bytes
-    each += drives.parameter_buffer_bytes if request.machine.offload.parameters else 0
-    return each * devices
+    working = -(-_parameters(request) // request.devices // drives.groups)
+    each, parts = 0, _offloaded(request).keys() & {*drives.holds}
+    if "optimizer" in parts:
+        each += min(drives.buffer_elements, working) * drives.buffer_bytes
+    if "parameters" in parts:
+        each += drives.parameter_buffer_bytes
+    stays = _parameters(request) * bytes_per_parameter(request, beside=True)
+    return each * devices + -(-stays // request.cluster.nodes)
 
 
 def cannot_offload(request: Request) -> str | None:
@@ -91,7 +108,7 @@ def cannot_offload(request: Request) -> str | None:
         if buffers > node.host_memory.si:
             return (
                 f"host memory of {format_bytes(int(node.host_memory.si))} per node does not hold "
-                f"{format_bytes(buffers)} of buffers for the drives"
+                f"{format_bytes(buffers)} of buffers for the drives and what stays beside them"
             )
     return None
 

@@ -127,7 +127,7 @@ class HostPrediction(Document):
     capacity_bytes_per_node: int | None
     """Of that place."""
     buffer_bytes_per_node: int = 0
-    """Of memory, for what is on its way to the drives and back."""
+    """Of memory beside the drives: what is on its way to them and back, and what stays there."""
     link_bytes_per_step: int
     """Across each device's link to the host, both directions."""
 

@@ -21,7 +21,6 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
-from cost_models.offload import host_bytes_per_parameter
 from cost_models.step import CATEGORIES, Field, price_layer
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
@@ -29,6 +28,7 @@ from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosted_outputs import hosted_bytes
 from planner.hosting import (
     buffer_bytes_per_node,
+    bytes_per_parameter,
     host_bytes_per_node,
     host_capacity,
     on_drives,
@@ -165,7 +165,7 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
         return None
     replicas = layout.dp_replicate * (1 if layout.zero_stage else layout.dp_shard * layout.cp)
     held = host_bytes_per_node(request, replicas)
-    each = host_bytes_per_parameter(request.machine.offload, spec)
+    each = bytes_per_parameter(request)
     elements = held * request.cluster.nodes // each // request.devices if each else 0
     crossing = elements * spec.link_bytes
     moved = _checkpoint_bytes(layout, request)

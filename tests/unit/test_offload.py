@@ -169,10 +169,10 @@ def test_checkpoints_that_overfill_the_host_are_refused() -> None:
         evaluate(request, {"zero_stage": 3, "recompute": "full", "microbatch_size": 1})
 
 
-def on_drives(cluster: str = "dgx-h100:1", model: str = "llama-3.1-8b", **job: Any) -> Prediction:
-    spec = JobSpec(sequence_length=2048, stack="deepspeed-nvme", global_batch=8, **job)
-    stack = load_stack("deepspeed-nvme")
-    request = Request(read_model(model), load_cluster(cluster), spec, stack)
+def on_drives(stack: str = "deepspeed-nvme", **job: Any) -> Prediction:
+    spec = JobSpec(sequence_length=2048, stack=stack, global_batch=8, **job)
+    cluster = load_cluster("dgx-h100:1")
+    request = Request(read_model("llama-3.1-8b"), cluster, spec, load_stack(stack))
     layout = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
     return evaluate(request, layout).prediction
 
@@ -206,6 +206,71 @@ def test_a_step_reads_and_writes_all_state_on_the_drives() -> None:
     assert more > 2 * PARAMETERS / 28e9
 
 
+BOTH = {"optimizer_offload": True, "parameter_offload": True}
+
+
+def test_the_drives_hold_one_part_and_the_memory_the_other() -> None:
+    """16 bytes per parameter of state, 2 of weights; buffers as for what the drives hold."""
+    state, weights = (on_drives(f"deepspeed-nvme-{p}", **BOTH) for p in ("optimizer", "parameters"))
+    assert state.host is not None
+    assert weights.host is not None
+    assert (state.host.place, weights.host.place) == ("drives", "drives")
+    assert state.host.bytes_per_node == 16 * PARAMETERS
+    assert state.host.buffer_bytes_per_node == 8 * 16 * 10**9 + 2 * PARAMETERS
+    assert weights.host.bytes_per_node == 2 * PARAMETERS
+    assert weights.host.buffer_bytes_per_node == 8 * 3 * 10**9 + 16 * PARAMETERS
+    alone = on_drives("deepspeed-nvme-parameters", optimizer_offload=True)
+    assert alone.host is not None
+    assert alone.host.place == "memory"
+    assert alone.step_time_s == predicted(global_batch=8, optimizer_offload=True).step_time_s
+
+
+def test_each_part_costs_what_its_place_takes() -> None:
+    """State on the drives: 16 bytes read, 16 written of each parameter. Weights: 2 written; and the
+    gathers wait for reads at 6.5 GB/s a device, as where both are there."""
+    memory = predicted(global_batch=8, **BOTH).step_time_s
+    swapped = 16 * PARAMETERS / 52e9 + 16 * PARAMETERS / 28e9
+    state = on_drives("deepspeed-nvme-optimizer", **BOTH).step_time_s
+    weights = on_drives("deepspeed-nvme-parameters", **BOTH).step_time_s
+    assert state - memory == pytest.approx(swapped, rel=1e-6)
+    assert weights - memory > 2 * PARAMETERS / 28e9
+    both = on_drives("deepspeed-nvme", **BOTH).step_time_s
+    assert both - memory == pytest.approx(state - memory + weights - memory, rel=1e-6)
+
+
+def test_pipelined_swaps_hide_behind_the_update_but_for_the_first_and_the_last() -> None:
+    """Drives read 16 and write 12 bytes per parameter beside the host's Adam, the shorter of both
+    hidden in nine of ten groups; gradients are written before. Three groups have buffers."""
+    host = predicted(global_batch=8, optimizer_offload=True)
+    turns = on_drives("deepspeed-nvme", optimizer_offload=True)
+    piped = on_drives("deepspeed-nvme-pipelined", optimizer_offload=True)
+    drives = 16 * PARAMETERS / 52e9 + 12 * PARAMETERS / 28e9
+    update = turns.step_time_s - host.step_time_s - drives - 4 * PARAMETERS / 28e9
+    assert update == pytest.approx(0, abs=1e-4)
+    adam = sum(t.seconds or 0.0 for t in host.time if t.name == "optimizer_and_gather")
+    hidden = turns.step_time_s - piped.step_time_s
+    assert hidden == pytest.approx(0.9 * min(adam, drives), rel=1e-3)
+    assert piped.host is not None
+    shard = -(-PARAMETERS // 8)
+    assert piped.host.buffer_bytes_per_node == 8 * 48 * -(-shard // 10)
+
+
+@pytest.mark.parametrize(("overlaps", "share"), [(["reads"], 16 / 52), (["writes"], 12 / 28)])
+def test_reads_or_writes_may_be_pipelined_alone(overlaps: list[str], share: float) -> None:
+    """What is hidden is no more than they take, in nine of ten groups."""
+    stack = load_stack("deepspeed-nvme-pipelined")
+    assert stack.offload is not None
+    assert stack.offload.drives is not None
+    one = stack.offload.drives.model_copy(update={"overlaps": tuple(overlaps)})
+    spec = JobSpec(sequence_length=2048, stack=stack.name, global_batch=8, optimizer_offload=True)
+    changed = stack.model_copy(update={"offload": stack.offload.model_copy(update={"drives": one})})
+    request = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:1"), spec, changed)
+    layout = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
+    found = evaluate(request, layout).prediction
+    hidden = on_drives(optimizer_offload=True).step_time_s - found.step_time_s
+    assert 0 < hidden <= 0.9 * share * PARAMETERS / 1e9 * 1.0001
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -231,8 +296,9 @@ def test_drives_that_hold_too_little_are_refused(change: dict[str, Any], said: s
         evaluate(request, {"zero_stage": 3, "microbatch_size": 1})
 
 
-def test_a_plan_on_drives_is_verified() -> None:
-    spec = {"stack": "deepspeed-nvme", "optimizer_offload": True, "parameter_offload": True}
+@pytest.mark.parametrize("suffix", ["", "-optimizer", "-parameters", "-pipelined"])
+def test_a_plan_on_drives_is_verified(suffix: str) -> None:
+    spec = {"stack": f"deepspeed-nvme{suffix}", **BOTH}
     found = plan(read_request("llama-3.1-70b", "dgx-h100:1", None, {**spec, "global_batch": 32}))
     assert found.prediction.host is not None
     assert found.prediction.host.place == "drives"
