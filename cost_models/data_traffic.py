@@ -162,31 +162,32 @@ def calls(
 
     Those of weights that are not trained are gathered where weights are sharded.
 
-    Unsharded: one all-reduce of gradients. Sharded: reduce-scatter of gradients in their dtype
-    over the shards, all-reduce of the shard over replicas, all-gather of weights in
-    so many ``pieces``. Quantised gradients are exchanged instead, inside nodes and across
-    (DeepSpeed, runtime/comm/coalesced_collectives.py, ``all_to_all_quant_reduce``).
+    Unsharded, or summed whole all the same: one all-reduce of gradients. Sharded: reduce-scatter
+    of gradients in their dtype over the shards, all-reduce of the shard over replicas, all-gather
+    of weights in so many ``pieces``. Quantised gradients are exchanged instead, inside nodes and
+    across (DeepSpeed, runtime/comm/coalesced_collectives.py, ``all_to_all_quant_reduce``).
     """
     gradient = elements * float(rules.gradient_bytes)
     weights = elements * float(rules.gather_bytes) - gathered.narrower
     sharded = zero_stage > 0
+    whole = (zero_stage < 3) & (wire.layers.gradient_sums == "whole") | ~sharded
     some = elements > 0
     ranks = mesh.ways * mesh.replicas
     narrow = wire.layers.weight_wire_bytes_per_64
     weights = elements * (narrow / 64) if narrow else weights
-    exchanged, exchanges = wire.exchanges(elements, mesh, sharded & some)
+    exchanged, exchanges = wire.exchanges(elements, mesh, ~whole & some)
     near, crossings = wire.crossings(weights / pieces, pieces, mesh, sharded & some)
     return (
-        DataCall("gradient", "all_reduce", gradient, ranks, mesh.stride, ~sharded & some),
+        DataCall("gradient", "all_reduce", gradient, ranks, mesh.stride, whole & some),
         DataCall(
             "gradient", "reduce_scatter", gradient, mesh.ways, mesh.stride,
-            sharded & some & ~exchanged,
+            ~whole & some & ~exchanged,
         ),
         *exchanges,
         *crossings,
         DataCall(
             "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
-            sharded & some, over_replicas=True,
+            ~whole & some, over_replicas=True,
         ),
         DataCall(
             "parameter", "all_gather", weights / pieces, near, mesh.stride, sharded & some, pieces

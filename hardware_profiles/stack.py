@@ -130,7 +130,10 @@ class LayersSpec(Profile):
     ``sp_gather`` is run again."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
-    pays the latency of a ring over all ranks."""
+    pays the latency of a ring over all ranks. So does a weight that its owner broadcasts."""
+    gradient_sums: Literal["scattered", "whole"] = "scattered"
+    """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
+    all-reduce over shards and replicas, as without sharding."""
 
 
 class StackSpec(Profile):

@@ -37,7 +37,10 @@ FAMILIES = {
         "Megatron before Transformer Engine": [
             "megatron-lm-202*", "megatron-deepspeed*", "deepspeed-zero3-2021",
         ],
-        "Megatron-Core": ["megatron-core*", "nemo", "nemo-fp8", "megatron-bridge*"],
+        "Megatron-Core": [
+            "megatron-core*", "nemo", "nemo-fp8", "nemo-flash2", "nemo-fp8-flash2",
+            "megatron-bridge*",
+        ],
         "FSDP": ["torchtitan*", "llm-foundry*", "fms-fsdp", "nemo-automodel", "meta-llama3"],
         "DeepSpeed": ["deepspeed-hf"],
         "MaxText": ["maxtext-*"],

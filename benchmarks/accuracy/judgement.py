@@ -13,7 +13,7 @@ import bands as band_maker
 import numpy as np
 
 from planner.accuracy import RunClass, path_of
-from planner.studies.ranking import layout_of, ranking, sweep_of
+from planner.studies.ranking import layout_of, ranking, release_of, sweep_of
 from planner.studies.statistics import statistics
 
 TIERS = ("simumax-b200", "nvidia-dgxc", "llm-foundry", "torchtitan")
@@ -47,8 +47,8 @@ class Row:
     left_out_s: float
     sweep: tuple[str, ...]
     layout: tuple[str, ...]
-    page: str
-    """Where the source states the run: another page may be another release of the software."""
+    release: str
+    """The versions that the source's place names: another one ran other software."""
 
     @property
     def error(self) -> float:
@@ -81,7 +81,7 @@ def _row(line: Mapping[str, str], cells: Mapping[str, str]) -> Row:
     times = (float(line[name]) for name in ("measured_s", "fitted_s", "left_out_s"))
     return Row(
         line["id"], line["source"], line["family"], line["zero_shot"] == "1", run, *times,
-        sweep_of(cell), layout_of(cell), cell("source_where"),
+        sweep_of(cell), layout_of(cell), release_of(cell),
     )  # fmt: skip
 
 
@@ -158,11 +158,11 @@ def worst(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [(row.id, row.run.stack, f"{100 * row.error:+.1f} %") for row in ordered]
 
 
-def ranked(rows: Sequence[Row], *, one_page: bool = False) -> dict[str, dict[str, Any]]:
-    """The ranking of left-out predictions, by source; ``one_page``: of sweeps within a page."""
+def ranked(rows: Sequence[Row], *, mixed: bool = False) -> dict[str, dict[str, Any]]:
+    """The ranking of left-out predictions, by source; ``mixed``: across releases of a source."""
     return ranking(
         [
-            ((*row.sweep, row.page if one_page else ""), row.layout, row.left_out_s, row.measured_s)
+            ((*row.sweep, "" if mixed else row.release), row.layout, row.left_out_s, row.measured_s)
             for row in rows
         ]
     )

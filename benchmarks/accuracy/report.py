@@ -126,29 +126,30 @@ def _bands(rows: Sequence[judgement.Row]) -> list[str]:
 
 def _ranking(rows: Sequence[judgement.Row]) -> list[str]:
     lines = [
-        "Sweeps: runs of one source that differ in their layout only. Tau is Kendall's, averaged "
-        "over sweeps;",
-        "the regret is what taking the best predicted of the measured layouts costs. Left-out "
-        "predictions.",
-        "*One page*: only runs that one page of the source states, so of one release of the",
-        "software; where there are none, layouts differ together with the release that ran them.",
+        "Sweeps: runs of one release of a source that differ in their layout only. Tau is "
+        "Kendall's, averaged",
+        "over sweeps; the regret is what taking the best predicted of the measured layouts costs. "
+        "Left-out",
+        "predictions. *Releases mixed*: runs of all releases of a source together, whose layouts "
+        "differ together",
+        "with the software that ran them. The versions that a run's place names are its release.",
         "",
     ]
-    alone = judgement.ranked(rows, one_page=True)
+    alone, mixed = judgement.ranked(rows), judgement.ranked(rows, mixed=True)
     found = [
-        (source, str(each["sweeps"]), str(each["layouts"]),
-         "" if each["tau"] is None else f"{each['tau']:.2f}", *_regrets(each),
-         *((str(alone[source]["sweeps"]), *_regrets(alone[source])) if source in alone
-           else ("0", "", "")))
-        for source, each in judgement.ranked(rows).items()
-    ]  # fmt: skip
-    header = ("source", "sweeps", "layouts", "tau", "mean regret", "worst regret",
-              "one page: sweeps", "mean regret", "worst regret")  # fmt: skip
+        (source, *_ranked(alone.get(source)), *_ranked(each)) for source, each in mixed.items()
+    ]
+    columns = ("sweeps", "layouts", "tau", "mean regret", "worst regret")
+    header = ("source", *columns, "releases mixed: sweeps", *columns[1:])
     return lines + _table(header, found)
 
 
-def _regrets(each: Mapping[str, Any]) -> tuple[str, str]:
-    return _percent(each["mean_regret"]), _percent(each["worst_regret"])
+def _ranked(each: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if each is None:
+        return "0", "", "", "", ""
+    tau = "" if each["tau"] is None else f"{each['tau']:.2f}"
+    regrets = _percent(each["mean_regret"]), _percent(each["worst_regret"])
+    return str(each["sweeps"]), str(each["layouts"]), tau, *regrets
 
 
 def _grounds(grounds: Mapping[str, Any]) -> list[str]:

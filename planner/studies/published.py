@@ -268,6 +268,9 @@ def _sharding(reading: Reading, dp: int, pp: int) -> dict[str, Any]:
     if dp == 1 and not reading.run.text("zero_stage"):
         return {"zero_stage": 0}
     text = reading.text("zero_stage")
+    stated = reading.run.size("shard_group")
+    if text in ("1", "2", "3") and stated is not None and stated < dp and dp % stated == 0:
+        return {"zero_stage": int(text), "dp_shard": stated, "dp_replicate": dp // stated}
     if text in ("0", "1", "2", "3"):
         return {"zero_stage": int(text)}
     if text == "fsdp":

@@ -1,12 +1,14 @@
 """Does the model put measured layouts in the right order?
 
-A sweep is the runs of one source that differ in nothing but their layout: the choice that a planner
-makes. Kendall's tau says how well the predicted order agrees with the measured one; the regret is
-what taking the best predicted of the measured layouts costs over taking the best measured one.
+A sweep is the runs of one release of a source that differ in nothing but their layout: the choice
+that a planner makes. Kendall's tau says how well the predicted order agrees with the measured one;
+the regret is what taking the best predicted of the measured layouts costs over taking the best
+measured one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean, median
@@ -18,14 +20,23 @@ SAME = (
 )  # fmt: skip
 """Columns that all runs of a sweep share; what is left is the layout."""
 LAYOUT = (
-    "tp", "sp", "pp", "vpp", "cp", "cp_kind", "dp", "ep", "etp", "zero_stage", "mbs", "schedule",
-    "recompute", "offload", "overlap_notes",
+    "tp", "sp", "pp", "vpp", "cp", "cp_kind", "dp", "ep", "etp", "zero_stage", "shard_group", "mbs",
+    "schedule", "recompute", "offload", "overlap_notes",
 )  # fmt: skip
+
+VERSION = re.compile(r"\d+\.\d+(?:\.\d+)*")
 
 
 def sweep_of(cell: Callable[[str], str]) -> tuple[str, ...]:
-    """What a run shares with the rest of its sweep; ``cell`` reads a column."""
+    """What a run shares with the rest of its sweep beside the release; ``cell`` reads a column."""
     return tuple(cell(column) for column in ("source", *SAME))
+
+
+def release_of(cell: Callable[[str], str]) -> str:
+    """The versions that the place of a run names (``source_where``), in order. Between releases of
+    a source its software differs too: a layout that came with the next one is not the only cause
+    of what it gained."""
+    return " ".join(VERSION.findall(cell("source_where")))
 
 
 def layout_of(cell: Callable[[str], str]) -> tuple[str, ...]:
@@ -90,7 +101,10 @@ def ranking_rows(
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], float, float]]:
     """The scored rows of a validation as input of :func:`ranking`; ``cells`` read their columns."""
     return [
-        (sweep_of(cell), layout_of(cell), row["predicted_step_time_s"], row["measured_step_time_s"])
+        (
+            (*sweep_of(cell), release_of(cell)), layout_of(cell),
+            row["predicted_step_time_s"], row["measured_step_time_s"],
+        )
         for row, cell in zip(rows, cells, strict=True)
         if row["scored"] and row["measured_step_time_s"]
-    ]
+    ]  # fmt: skip

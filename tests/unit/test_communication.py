@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cost_models.communication import Visible, Windows, expose, merge_passes, visible
 from cost_models.configs import Configs, price_configs
 from cost_models.data_parallel import _window
+from cost_models.data_traffic import GatheredBytes, Mesh, Wire, calls
 from cost_models.fabric import fabric_of
 from cost_models.graph import Shard
 from cost_models.interconnect import collective_time_s
@@ -159,3 +160,23 @@ def test_gathering_each_tensor_pays_a_ring_for_each() -> None:
     # A ring over 128 ranks: 16 hops of 14 us and 112 of 3.4 us are 0.6 ms a tensor; the layer has
     # a dozen, and its own products hide less than that.
     assert parameter_ns(each=True) - parameter_ns(each=False) > 3_000_000
+
+
+def test_gradients_that_every_rank_gets_whole_are_summed_over_replicas_at_once() -> None:
+    elements, one = np.array([64]), np.array([1])
+    mesh = Mesh(ways=np.array([8]), stride=one, replicas=np.array([4]), replica_stride=8 * one)
+    machine = read_request("gpt2-xl", "dgx-a100:4", overrides={"stack": "internevo"}).machine
+    wire = Wire(machine.stack.layers, 8)
+    none = GatheredBytes(0 * one, 0 * one)
+
+    def sums(stage: int) -> list[tuple[str, int, float]]:
+        found = calls(elements, mesh, np.array([stage]), machine.rules, 1, none, wire)
+        return [
+            (call.kind, int(call.size[0]), float(call.bytes[0]))
+            for call in found
+            if call.role == "gradient" and call.active[0]
+        ]
+
+    # InternEvo: 2 bytes each, over 8 x 4 ranks; its FSDP scatters over 8 and sums over 4 replicas.
+    assert sums(1) == [("all_reduce", 32, 128.0)]
+    assert sums(3) == [("reduce_scatter", 8, 128.0), ("all_reduce", 4, 16.0)]

@@ -93,6 +93,24 @@ def test_the_recipe_of_a_run_of_megatron_is_that_of_its_label(framework: str, st
     assert row_of(framework="Megatron-Core", precision="fp8")["stack"] == "megatron-core"
 
 
+@pytest.mark.parametrize(
+    ("changes", "stack"),
+    [
+        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2024"}, "nemo-flash2"),
+        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2025"}, "nemo"),
+        ({"framework": "NeMo/Megatron-Core", "layers": "32", "hidden": "4096", "precision": "fp8"},
+         "nemo-fp8-flash2"),
+        ({"framework": "NeMo/Megatron-Core", "layers": "32", "hidden": "4096", "precision": "fp8",
+          "accelerator": "B200"}, "nemo-fp8"),
+    ],
+)  # fmt: skip
+def test_releases_of_nemo_that_turn_fused_attention_off(
+    changes: dict[str, str], stack: str
+) -> None:
+    row = row_of(**changes)
+    assert (row["status"], row["stack"]) == ("priced", stack)
+
+
 def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
     row = row_of(gbs="62")
     assert row["status"] == "skipped"
@@ -388,3 +406,20 @@ def test_repeats_of_one_layout_are_one_entry() -> None:
     repeats = [(("s",), ("a",), 1.0, measured) for measured in (1.0, 5.0, 2.0)]
     assert ranking(repeats) == {}
     assert ranking([*repeats, (("s",), ("b",), 2.0, 3.0)])["s"]["mean_regret"] == 0
+
+
+def test_runs_of_two_releases_are_no_sweep() -> None:
+    one = RUN | {"source": "s", "source_where": "github o/recipes v24.11 README.md", "tp": "2"}
+    two = one | {"tp": "4", "source_where": "github o/recipes v25.02 README.md"}
+    assert validate(text_of(one, two))["summary"]["ranking"] == {}
+    same = two | {"source_where": "github o/recipes v24.11 docs/other.md"}
+    assert validate(text_of(one, same))["summary"]["ranking"]["s"]["layouts"] == 2
+
+
+def test_a_group_that_shards_less_than_all_ranks_is_replicated() -> None:
+    row = RUN | {"framework": "internevo", "zero_stage": "1", "tp": "1", "pp": "1", "mbs": "1"}
+    run = read_runs(text_of(row | {"gpus": "16", "shard_group": "8"}))[0]
+    layout = prepare(run).layout
+    assert (layout.dp_shard, layout.dp_replicate, layout.zero_stage) == (8, 2, 1)
+    whole = prepare(read_runs(text_of(row | {"gpus": "16"}))[0]).layout
+    assert (whole.dp_shard, whole.dp_replicate) == (16, 1)
