@@ -102,6 +102,9 @@ def test_the_recipe_of_a_run_of_megatron_is_that_of_its_label(framework: str, st
          "nemo-fp8-flash2"),
         ({"framework": "NeMo/Megatron-Core", "layers": "32", "hidden": "4096", "precision": "fp8",
           "accelerator": "B200"}, "nemo-fp8"),
+        ({"framework": "NeMo/Megatron-Core", "attention_kernel": "FlashAttention-2"},
+         "nemo-flash2"),
+        ({"framework": "NeMo/Megatron-Core", "attention_kernel": "flash2"}, "nemo-flash2"),
     ],
 )  # fmt: skip
 def test_releases_of_nemo_that_turn_fused_attention_off(
@@ -109,6 +112,15 @@ def test_releases_of_nemo_that_turn_fused_attention_off(
 ) -> None:
     row = row_of(**changes)
     assert (row["status"], row["stack"]) == ("priced", stack)
+
+
+def test_chunks_that_a_row_leaves_out_are_those_of_its_recipe() -> None:
+    row = RUN | {
+        "framework": "NeMo/Megatron-Core", "layers": "40", "hidden": "5120", "pp": "4", "vpp": "",
+        "tp": "1", "dp": "4",
+    }  # fmt: skip
+    assert prepare(read_runs(text_of(row))[0]).layout.vpp == 10
+    assert prepare(read_runs(text_of(row | {"vpp": "2"}))[0]).layout.vpp == 2
 
 
 def test_a_batch_that_no_layout_divides_names_the_numbers() -> None:
