@@ -81,6 +81,8 @@ class RecomputePolicy:
     waits all-gathered."""
     offloads: frozenset[OutputKind] = frozenset()
     """Of ``keeps``, what waits on the host (``cost_models.host_outputs``)."""
+    group: int = 1
+    """Layers that run again together, from the input of the first."""
     needed_only: bool = False
     """Whether what no gradient needs is left out of what runs again
     (``cost_models.named_outputs``)."""

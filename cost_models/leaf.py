@@ -26,7 +26,7 @@ from cost_models.layout import (
     place_of,
     stage_of,
 )
-from cost_models.recompute import ModeRows, mode_rows
+from cost_models.recompute import ModeRows, group_of, mode_rows
 from cost_models.schedule import Durations, Timeline, simulate
 from cost_models.split_backward import SplitBackward, split_backward
 from cost_models.step import Field
@@ -246,6 +246,11 @@ def _chunk_costs(
                 if layers > 1:
                     sent = max(sent, kind[Field.IN_FLIGHT] - kind[act])
                     behind = max(behind, kind[Field.IN_FLIGHT])
+    # The last group of layers that run again together keeps as much as a whole one.
+    most = max(
+        [row[kept] for row, count in zip(leaf.kinds, front, strict=True) if count], default=0
+    )
+    activation += -sum(front) % group_of(mode) * most
     for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
             forward += end[Field.FORWARD]

@@ -3,6 +3,10 @@
 A policy names modules whose forward is run again, or runs the whole layer again but for the ops of
 a save list (``cost_models.layout.RecomputePolicy``). Time, kept bytes and working bytes all follow
 from the modules of ops and saved tensors; nothing is stated per policy.
+
+``full:N`` keeps one input for ``N`` consecutive layers of a stage and has all of their tensors back
+at once. In the table a layer keeps its part of that input; what the last group of a stage has
+beyond its layers' parts is added where the stage is known (``cost_models.leaf``).
 """
 
 from __future__ import annotations
@@ -56,6 +60,16 @@ def write_modes(
         kept, working, extra = places[policy.name]
         rows[kept], rows[working] = activations.under(policy)
         rows[extra] = times.recompute_ns(policy)
+        if policy.group > 1:
+            rows[kept] = -(-rows[kept] // policy.group)
+            rows[working] += (policy.group - 1) * rows[Field.ACT_NONE]
+
+
+@lru_cache(maxsize=256)
+def group_of(mode: RecomputeMode) -> int:
+    """Layers that a mode runs again together: N of ``full:N``, else 1."""
+    name, _, count = mode.partition(":")
+    return int(count) if name == "full" and count else 1
 
 
 def move_checkpoints(

@@ -167,6 +167,9 @@ class StackSpec(Profile):
     """Lists of outputs that are kept while the rest of a layer runs again."""
     recompute_needed_only: bool = False
     """Whether what no gradient needs is left out of what runs again: a compiler drops it."""
+    recompute_groups: Annotated[int, Field(ge=1)] = 1
+    """Most layers that the search runs again together from one kept input (``full:N``); a job may
+    name more. 1: the stack runs each layer again by itself."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_per_stage: bool

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cost_models.layout import V_SHAPED, Schedule
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
+from cost_models.recompute import group_of
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -192,6 +193,9 @@ class _Table:
         rest = held - front
         kept, short, _ = leaf.modes[option[0]]
         activation = front @ self.kinds[:, kept] + rest @ self.kinds[:, Field.ACT_NONE]
+        group = group_of(option[0])
+        if group > 1:
+            activation += -front.sum(axis=2) % group * self._largest(front, kept)
         working = np.maximum(self._largest(front, short), self._largest(rest, Field.WORK_NONE))
         new, reduced = Field.NEW_GRADIENTS, Field.IN_FLIGHT
         draining = np.maximum(

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
 from cost_models.peaks import peaks
+from cost_models.recompute import group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.interleaved import interleaved_candidates
@@ -177,14 +178,14 @@ class Opening:
             reached = self.cutoff
         fitting = _fitting(self.rows, fast)
         partial = [group for group in fitting if group[0][0] != "full" or len(group) > 1]
-        for group in partial:
-            bound = self._solve_group(group)
-            reached = bound if reached is None else min(reached, bound)
         full = fitting[len(partial) :]
-        if full:
-            bound = self._solve_range(full)
-            reached = bound if reached is None else min(reached, bound)
-        return reached
+        # Several layers at a time take as long as one by one: only where the latter do not fit.
+        together = [group for group in partial if all(group_of(mode) > 1 for mode, _ in group)]
+        alone = [group for group in partial if group not in together]
+        bounds = [self._solve_group(group) for group in alone]
+        bounds += [self._solve_range(full)] if full else []
+        bounds += [self._solve_group(group) for group in together]
+        return min([bound for bound in (reached, *bounds) if bound is not None], default=None)
 
     def _solve_range(self, groups: list[tuple[Recompute, ...]]) -> int:
         """Lower bound proved for consecutive numbers of fully recomputed layers.

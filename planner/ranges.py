@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.leaf import Leaf, Recompute
+from cost_models.recompute import group_of
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -109,8 +110,10 @@ class Ranges:
             least, most = self.kinds[:, kept], self.kinds[:, Field.ACT_NONE]
             in_mode, plain = self.kinds[:, short], self.kinds[:, Field.WORK_NONE]
             any_, changed, other = held > 0, front > 0, rest > 0
+            group = group_of(mode)
+            unfilled = -front.sum(axis=2) % group * _largest(changed, least) if group > 1 else 0
             known = (
-                front @ least + rest @ most,
+                front @ least + rest @ most + unfilled,
                 np.maximum(_largest(changed, in_mode), _largest(other, plain)),
                 np.maximum(
                     _largest(changed, least + in_mode - made), _largest(other, most + plain - made)

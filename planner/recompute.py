@@ -1,8 +1,8 @@
 """Recomputation modes by name: what a stack offers, and what of it a model can tell apart.
 
-A mode is ``none``, ``full``, ``selective`` (each stack's own meaning), names of the stack's modules
-in alphabetical order, joined by ``+``, the stack's own name of a list of outputs that are kept, or
-``custom:`` and such a list, likewise joined.
+A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``selective`` (each stack's own
+meaning), names of the stack's modules in alphabetical order, joined by ``+``, the stack's own name
+of a list of outputs that are kept, or ``custom:`` and such a list, likewise joined.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from planner.specs import JobSpec
 
 NONE = RecomputePolicy("none")
 CUSTOM = "custom"
+MOST_TOGETHER = 1024
+"""Layers that a mode may run again together: more than any model has on a stage."""
 
 
 def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
@@ -32,6 +34,8 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
             raise _unknown(name, name, stack)
         full = replace(FULL, to_the_end=_to_the_end(stack), needed_only=stack.recompute_needed_only)
         return {"none": NONE, "full": full, "selective": _selective(stack)}[name]
+    if name.startswith("full:") and stack.recompute_groups > 1:
+        return _in_groups(name, stack)
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
     if stack.save_lists is not None and name in stack.save_lists.offloaded:
@@ -44,6 +48,17 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
         if module not in stack.recompute_modules:
             raise _unknown(name, module, stack)
     return _of_modules(modules, stack)
+
+
+def _in_groups(name: str, stack: StackSpec) -> RecomputePolicy:
+    """Whole layers that run again several at a time."""
+    count = name.removeprefix("full:")
+    if not count.isascii() or not count.isdigit() or not 1 < int(count) <= MOST_TOGETHER:
+        raise InputError(
+            f"recompute is {name!r}: full:N runs N layers again together, 2 to {MOST_TOGETHER}",
+            hint=f"full:2, or full for one layer at a time ({stack.name})",
+        )
+    return replace(named_policy("full", stack), name=f"full:{int(count)}", group=int(count))
 
 
 def _selective(stack: StackSpec) -> RecomputePolicy:
@@ -142,6 +157,8 @@ def _names(stack: StackSpec) -> Iterator[RecomputeMode]:
     for name in stack.recompute:
         if name != CUSTOM or stack.save_lists is None:
             yield name
+            if name == "full":
+                yield from (f"full:{n}" for n in range(2, stack.recompute_groups + 1))
             continue
         outputs = stack.save_lists.outputs
         lists = chain.from_iterable(combinations(outputs, n) for n in range(1, len(outputs) + 1))

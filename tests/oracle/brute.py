@@ -11,6 +11,7 @@ where a rank does not fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -198,6 +199,11 @@ def sum_chunk(
             behind = max(behind, row[Field.IN_FLIGHT])
         made += row[Field.NEW_GRADIENTS]
         step += row[Field.UPDATE_BYTES]
+    together = int(mode.split(":")[1]) if mode.startswith("full:") else 1
+    if together > 1 and size:
+        parts = [row[len(Field) + 3 * prices.policies.index(mode)]
+                 for row in prices.layers[first : first + size]]  # fmt: skip
+        activation += max(parts) * (math.ceil(size / together) * together - size)
     for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD]

@@ -106,6 +106,7 @@ def cover(each: Compared, count: Counter[str]) -> None:
     count["stack: even stages only"] += not request.stack.uneven_stages
     count["stack: hybrid sharding"] += request.stack.hybrid_sharding
     count["stack: weights kept by fewer ranks"] += request.stack.reshard_group is not None
+    count["stack: layers recomputed together"] += request.stack.recompute_groups > 1
     count["stack: replicas reduce once"] += request.stack.replica_reduction == "step"
     count["layouts looked at by brute force"] += answer.layouts
     count["completions looked at by brute force"] += answer.completions

@@ -194,6 +194,8 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         known = changes.get("schedules", stack.schedules)
         more = [name for name in SCHEDULES if name not in known and own.random() < 0.5]
         changes["schedules"] = (*known, *more)
+    if own.random() < 0.3:
+        changes["recompute_groups"] = own.choice((2, 3))
     return stack.model_copy(update=changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.errors import InputError
 from planner.models.reader import read_model
-from planner.pipeline import EvaluatedLayout, evaluate
+from planner.pipeline import EvaluatedLayout, evaluate, plan
 from planner.request import Request
-from planner.specs import JobSpec
+from planner.specs import ConstraintSpec, JobSpec
 from planner.studies.communication import communication
 
 
@@ -88,6 +89,79 @@ def test_a_pipeline_waits_for_its_transfers_and_reduces_once() -> None:
     request = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, overlapped)
     hidden = evaluate(request, {"microbatch_size": 1, "pp": 4, "zero_stage": 1})
     assert seconds(found, "gradient_reduction") > 2 * seconds(hidden, "gradient_reduction") > 0
+
+
+def terms(found: EvaluatedLayout) -> dict[str, int]:
+    return {term.name: term.bytes or 0 for term in found.prediction.stages[0].memory}
+
+
+@pytest.mark.parametrize(("group", "groups"), [(2, 4), (3, 3), (5, 2), (8, 1)])
+def test_one_checkpoint_of_several_layers_keeps_one_input(group: int, groups: int) -> None:
+    """8 layers of 4096 x 4096 inputs in 16 bits on the first of 4 stages, 4 microbatches in flight:
+    so many inputs as groups, whole or not, and all tensors of a group's layers when it runs again.
+    """
+    layout = {"pp": 4, "zero_stage": 1}
+    plain, one, several = (
+        price("llama-3.1-8b", "deepspeed-pipe", recompute=mode, **layout)
+        for mode in ("none", "full", f"full:{group}")
+    )
+    boundary = 4096 * 4096 * 2
+    tokens = terms(one)["activations"] - 4 * 8 * boundary
+    # Each layer's share is rounded up to whole bytes.
+    kept = terms(several)["activations"] - tokens - 4 * groups * boundary
+    assert 0 <= kept < 4 * 8 * group
+    layer = (terms(plain)["activations"] - tokens) // (4 * 8)
+    assert terms(several)["working"] - terms(one)["working"] == (group - 1) * layer
+    assert several.prediction.step_time_s == one.prediction.step_time_s
+
+
+def test_the_search_puts_several_layers_into_a_checkpoint_where_nothing_else_fits() -> None:
+    """Even stages of 8 layers on devices with room for the thriftiest group, but not for one input
+    per layer."""
+    stack = load_stack("deepspeed-pipe").model_copy(update={"uneven_stages": False})
+    fixed = ConstraintSpec(fix={"pp": 4, "tp": 1, "microbatch_size": 1, "zero_stage": 1})
+    job = JobSpec(
+        sequence_length=4096, global_batch=64, stack=stack.name, memory_margin=0, constraints=fixed
+    )
+    asked = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, stack)
+    layout = {"pp": 4, "microbatch_size": 1, "zero_stage": 1}
+    peaks = {
+        mode: evaluate(asked, {**layout, "recompute": mode}).prediction.max_peak_bytes
+        for mode in ("none", "full", "full:2", "full:3", "full:4", "full:8")
+    }
+    least = min(peaks, key=lambda mode: peaks[mode])
+    assert least.startswith("full:")
+    found = plan(replace(asked, capacity_bytes=peaks[least]))
+    assert {part.mode for stage in found.layout.stages for part in stage.recompute} == {least}
+    roomy = plan(replace(asked, capacity_bytes=peaks["full"]))
+    assert {part.mode for stage in roomy.layout.stages for part in stage.recompute} == {"full"}
+
+
+@pytest.mark.parametrize("mode", ["full:1", "full:x", "full:", "full:99999"])
+def test_a_group_is_a_number_of_layers(mode: str) -> None:
+    with pytest.raises(InputError, match="runs N layers again together"):
+        price("llama-3.1-8b", "deepspeed-pipe", pp=4, zero_stage=1, recompute=mode)
+    with pytest.raises(InputError, match="recompute is"):
+        price("llama-3.1-8b", "deepspeed-hf", zero_stage=1, recompute="full:2")
+
+
+def test_layers_that_split_themselves_reduce_what_autotp_reduces() -> None:
+    """Two reductions forward, five backward of each of a stage's 8 layers (16 microbatches), whole
+    ends; a boundary crosses in two parts, one from each rank."""
+    job = JobSpec(sequence_length=4096, global_batch=32, stack="deepspeed-pipe")
+    stack = load_stack("deepspeed-pipe")
+    asked = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, stack)
+    layout = {"microbatch_size": 1, "pp": 4, "tp": 2, "zero_stage": 1}
+    stage = communication(asked, evaluate(asked, layout)).stages[1]
+    reduced = [c for c in stage if c.group == "tp" and c.kind == "all_reduce"]
+    assert {phase: sum(c.count for c in reduced if c.phase == phase) for phase in PASSES} == {
+        "forward": 2 * 8 * 16, "backward": 5 * 8 * 16,
+    }  # fmt: skip
+    sent = [c for c in stage if c.group == "pp"]
+    assert {c.bytes // c.count for c in sent} == {4096 * 4096 * 2 // 2}
+
+
+PASSES = ("forward", "backward")
 
 
 def test_sliced_experts_send_nothing_and_sum_each_expert() -> None:
