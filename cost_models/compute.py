@@ -33,6 +33,11 @@ once by rows and once by columns, since the backward reduces over the other dime
 Engine's cast-transpose; MXFP8's two blockings). nvfp4 reads it twice: its tensor scale comes first
 (NVIDIA, arXiv 2509.25149)."""
 
+CUDA_CORE_SHARE = 0.626
+"""Share of the fp32 vector peak at which products run that have no kernel on tensor cores: 12.21 of
+the A100's 19.5 TFLOP/s with heads of 140 elements (bf16, CUDA 11.6; github pytorch/pytorch issue
+83272). BLOOM's tests of heads of 108, 150 and 450 elements say 10 to 11."""
+
 _OUTPUT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "nvfp4": 2.0}
 _ACCUMULATE_BYTES = 8.0
 
@@ -48,6 +53,7 @@ def matmul_time_s(
     batch: npt.ArrayLike = 1,
     accumulate: bool = True,
     alone: bool = False,
+    sliced: bool = False,
 ) -> FloatArray:
     """Seconds of one kernel that makes ``batch`` products (m, k) x (k, n) of operands in ``dtype``.
 
@@ -59,7 +65,9 @@ def matmul_time_s(
     already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
     weights, tokens are not: only features need alignment. Training kernels of the three stages
     differ by 3 % beyond their traffic (benchmarks/kernels), so there is no factor per stage.
-    ``alone``: timed by itself in a benchmark, instead of as part of a training step.
+    ``alone``: timed by itself in a benchmark, instead of as part of a training step. ``sliced``:
+    operands are slices of a larger tensor, as heads are, which the matrix library takes to the
+    tensor cores only where they are aligned (:data:`CUDA_CORE_SHARE`).
 
     Raises :class:`ValueError` if the device has no such dtype or the stage is unknown.
     """
@@ -67,8 +75,8 @@ def matmul_time_s(
     constants = matmul_constants(device, dtype)
     adds = accumulate and stage == "wgrad"
     output_bytes = _ACCUMULATE_BYTES if adds else _OUTPUT_BYTES[dtype]
-    features = (m, n) if stage == "wgrad" else (n, k)
-    return matmul_law(
+    aligned = _aligned(dtype, *((m, n) if stage == "wgrad" else (n, k)))
+    time = matmul_law(
         constants,
         m,
         n,
@@ -79,10 +87,16 @@ def matmul_time_s(
         compute_units=device.compute_units.si,
         operand_bytes=OPERAND_BYTES[dtype],
         output_bytes=output_bytes,
-        aligned=_aligned(dtype, *features),
+        aligned=aligned,
         apart=constants.accumulate_share if adds else 0.0,
         benchmark_cache_bytes=_cache_bytes(device) if alone else None,
     )
+    cares = constants.misaligned < 1.0 and "fp32" in device.peak_flops
+    if not (sliced and cares) or aligned.all():
+        return time
+    vector_rate = CUDA_CORE_SHARE * device.peak_flops["fp32"].si
+    flops = 2.0 * _array(batch) * _array(m) * _array(n) * _array(k)
+    return np.asarray(np.where(aligned, time, np.maximum(time, flops / vector_rate)))
 
 
 def grouped_matmul_time_s(

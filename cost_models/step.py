@@ -219,11 +219,12 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
     match op:
         case MatMul():
             dtype = machine.dtype(low_precision=op.low_precision)
+            sliced = machine.stack.heads_need_alignment and not op.weight
 
             def time(m: Reals, n: Reals, k: Reals, stage: compute.MatmulStage) -> Real:
                 return compute.matmul_time_s(
                     device, dtype, m, n, k, stage=stage, batch=op.batch,
-                    accumulate=op.weight and machine.accumulates,
+                    accumulate=op.weight and machine.accumulates, sliced=sliced,
                 )  # fmt: skip
 
             fprop = time(op.m, op.n, op.k, "fprop")

@@ -216,6 +216,9 @@ class StackSpec(Profile):
     blocking_launches: bool = False
     """Whether the host waits for each kernel (``CUDA_LAUNCH_BLOCKING=1``): its time then comes
     before the device's instead of beside it."""
+    heads_need_alignment: bool = False
+    """Whether unfused attention leaves the tensor cores where heads do not start on 16 bytes: no
+    kernel of the matrix library takes such slices of a larger tensor."""
     expert_launch: Sourced
     """Host seconds per expert of a rank in each product of a grouped matrix multiplication: library
     calls, one per expert, and their hooks; 0 where one kernel serves all experts."""

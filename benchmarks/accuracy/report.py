@@ -16,6 +16,7 @@ from typing import Any
 
 import judgement
 import numpy as np
+import readings
 import yaml
 
 from planner.studies.calibrate.cases import RunPricer, cases_of
@@ -78,6 +79,7 @@ def page(
     lines += _table(("left out", "least", "aim", "reached", ""), targets)
     lines += ["", *_left_out_tables(rows), "", "## Bands", "", *_bands(rows)]
     lines += ["", "## Ranking", "", *_ranking(rows)]
+    lines += ["", f"### What {readings.SWEEP} is made of", "", *_readings(rows)]
     lines += ["", "## Other tools on their own ground", "", *_grounds(grounds)]
     lines += ["", "## With the constants that ship", "", _shipped(summary), ""]
     lines += _errors("source", summary["step_time"]["source"])
@@ -142,6 +144,52 @@ def _ranking(rows: Sequence[judgement.Row]) -> list[str]:
     columns = ("sweeps", "layouts", "tau", "mean regret", "worst regret")
     header = ("source", *columns, "releases mixed: sweeps", *columns[1:])
     return lines + _table(header, found)
+
+
+def _readings(rows: Sequence[judgement.Row]) -> list[str]:
+    found = readings.steps(rows, RUNS)
+    straight = readings.straightness(found)
+    read, own = (readings.layer_times(found, field) for field in ("measured_s", "left_out_s"))
+    pairs = readings.ordered(found)
+    against = sum(read[less] > read[more] for less, more in pairs)
+    nearest = readings.nearest_in_order(read, pairs)
+    lines = [
+        f"{len(found)} step times, but {len(read)} readings. Among runs of one hidden size, tensor",
+        "parallelism, microbatch size and degrees, the step is a straight line in layers and",
+        f"microbatches to {straight['median']:.1e} (median of {straight['runs']:.0f} runs) and "
+        f"{straight['p90']:.1e} (P90): straighter",
+        "than runs repeat that are clocked one by one. One time of a layer and microbatch is in",
+        "all of them. Milliseconds, as read (as predicted):",
+        "",
+    ]
+    sizes = sorted({cell[2] for cell in read})
+    places = sorted({cell[:2] for cell in read})
+    table = [
+        (str(hidden), str(tp), *(_layer_ms(read, own, (hidden, tp, mbs)) for mbs in sizes))
+        for hidden, tp in places
+    ]
+    lines += _table(("hidden", "tp", *(f"microbatch {mbs}" for mbs in sizes)), table)
+    lines += [
+        "",
+        f"Of {len(pairs)} pairs in which one has more work at the same tensor parallelism, "
+        f"{against} take less time.",
+        "The ranking follows from these times alone:",
+        "",
+    ]
+    cases = (
+        ("as predicted", own),
+        ("as read, moved as little as puts all pairs in order", nearest),
+        ("as read", read),
+    )
+    outcomes = [(words, *_ranked(readings.ranked_with(found, times))) for words, times in cases]
+    columns = ("layer times", "sweeps", "layouts", "tau", "mean regret", "worst regret")
+    return lines + _table(columns, outcomes)
+
+
+def _layer_ms(
+    read: Mapping[readings.Cell, float], own: Mapping[readings.Cell, float], cell: readings.Cell
+) -> str:
+    return f"{1e3 * read[cell]:.2f} ({1e3 * own[cell]:.2f})" if cell in read else ""
 
 
 def _ranked(each: Mapping[str, Any] | None) -> tuple[str, ...]:
