@@ -15,7 +15,7 @@ from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
-from cost_models.host_outputs import refuse_without_room
+from cost_models.host_outputs import Waiting, refuse_without_room
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
@@ -57,6 +57,12 @@ class Configs:
     def data_columns(self) -> list[Int64]:
         """What the data-parallel side adds."""
         return [self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard]
+
+    def microbatches(self, global_batch: int) -> Int64:
+        """Microbatches of a step on one rank; at least one."""
+        each = self.dp_replicate * self.dp_shard * self.microbatch
+        result: Int64 = np.maximum(global_batch // each, 1)
+        return result
 
     @property
     def world(self) -> Int64:
@@ -182,7 +188,9 @@ def price_configs(
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
     capacity = capacity_bytes or int(machine.device.memory_capacity.si)
     kinds = tuple(table(workload.kinds[name], workload.policies) for name in names)
-    refuse_without_room(kinds, workload, shard, configs.pp, machine, capacity)
+    if workload.global_batch is not None:
+        waiting = Waiting(configs.pp, configs.microbatches(workload.global_batch))
+        refuse_without_room(kinds, workload, shard, waiting, machine, capacity)
     return PricedConfigs(
         workload=workload,
         machine=machine,

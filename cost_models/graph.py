@@ -160,4 +160,7 @@ class WorkloadGraph:
     each cut from before the first layer to after the last."""
     policies: tuple[RecomputePolicy, ...] = ()
     """Recomputation that is priced, beside none."""
+    global_batch: int | None = None
+    """Samples per step, which under a pipeline decide what waits on the hosts; None: nothing is
+    refused for that."""
     assumptions: tuple[str, ...] = ()

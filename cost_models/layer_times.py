@@ -44,9 +44,9 @@ class LayerTimes:
         total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
         return total
 
-    def recompute_ns(self, policy: RecomputePolicy) -> Int64:
-        """Extra backward time: the forward of what ``policy`` runs again."""
-        return to_ns(self.repeats.seconds(policy))
+    def recompute_ns(self, policies: tuple[RecomputePolicy, ...]) -> Int64:
+        """Extra backward time: the forward of what each policy runs again; (policies, configs)."""
+        return to_ns(self.repeats.seconds(policies))
 
     def take(self, index: Int64) -> LayerTimes:
         """The times of the configurations at ``index``."""

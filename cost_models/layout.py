@@ -58,10 +58,10 @@ def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
 
 OutputKind = Literal[
     "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul",
-    "qkv", "out_proj", "mlp_in", "mlp_out",
+    "query", "key", "value", "out_proj", "mlp_gate", "mlp_up", "mlp_out", "layer_input",
 ]  # fmt: skip
 """Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
-layer, products that stand for several (q, k and v) counted one by one. The last four are tensors
+layer, products that stand for several (q, k and v) counted one by one. The others are tensors
 that some frameworks name (``cost_models.named_outputs``)."""
 
 

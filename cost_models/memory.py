@@ -13,7 +13,7 @@ import numpy as np
 from cost_models.communication import group_of
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import OutputKind, RecomputePolicy
-from cost_models.named_outputs import NAMED, REDUCED, unneeded
+from cost_models.named_outputs import LAYER_INPUT, REDUCED, pieces, unneeded
 from cost_models.ops import Attention, Collective, GroupedMatMul, Ints, MatMul, Op, Reals
 
 Sizes: TypeAlias = tuple[Int64, Int64]
@@ -52,11 +52,22 @@ class Activations:
         """What a save list may name, with the op that makes it."""
         return _outputs(self.ops, self.shard, self.kind.element_bytes)
 
+    @cached_property
+    def sizes(self) -> dict[tuple[OutputKind, bool], Int64]:
+        """Bytes by output, of the ops whose results a gradient needs or (False) none does."""
+        last, found = unneeded(self.ops), dict[tuple[OutputKind, bool], Int64]()
+        for op, name, size in self.outputs:
+            key = name, op not in last
+            found[key] = found.get(key, self.zero) + size
+        found[LAYER_INPUT, True] = self.zero + self.kind.boundary_bytes(self.shard)
+        return found
+
     def listed(self, policy: RecomputePolicy, names: frozenset[OutputKind]) -> Int64:
         """Bytes of the outputs of those ``names`` that a policy needs."""
-        dropped = unneeded(self.ops) if policy.needed_only else frozenset()
         return self.zero + sum(
-            size for op, name, size in self.outputs if name in names and op not in dropped
+            size
+            for (name, needed), size in self.sizes.items()
+            if name in names and (needed or not policy.needed_only)
         )
 
     def under(self, policy: RecomputePolicy | None) -> Sizes:
@@ -79,7 +90,7 @@ class Activations:
         return self.everything - total, self.working + largest
 
     def _of_list(self, policy: RecomputePolicy, keeps: frozenset[OutputKind]) -> Sizes:
-        kept = self.kind.boundary_bytes(self.shard) + self.listed(policy, keeps - policy.offloads)
+        kept = self.listed(policy, (keeps | {LAYER_INPUT}) - policy.offloads)
         kept = np.minimum(kept, self.everything)
         working = self.working
         if policy.offloads:
@@ -115,10 +126,10 @@ def _outputs(
     for op in ops:
         maker = op.name
         if isinstance(op, MatMul | GroupedMatMul):
-            named = next((kind for kind, names in NAMED.items() if op.name in names), None)
-            if named is not None:
-                ways = shard.sp if named in REDUCED and isinstance(op, MatMul) else 1
-                add(named, _product_elements(op) * element_bytes / ways)
+            for piece in pieces(op, ops):
+                ways = shard.sp if piece.name in REDUCED and isinstance(op, MatMul) else 1
+                size = _product_elements(op) * element_bytes
+                add(piece.name, size * piece.width / (piece.whole * ways))
         if isinstance(op, MatMul):
             size = _product_elements(op) * element_bytes
             add("matmul", size)

@@ -2,46 +2,103 @@
 
 Frameworks on XLA name tensors (``jax.ad_checkpoint.checkpoint_name``): queries, keys and values
 after their rotation, the projection's output, the outputs of the feed-forward's products. A name
-that is kept spares the ops that made it, their collectives included. And what no gradient needs is
-not run again at all: a layer's last product, whose output goes into the residual stream only, with
-its reduction and the addition. Counted on jax 0.10.2, the backward of a scanned transformer layer
-under ``jax.checkpoint`` runs 6 of its 7 products again if nothing is saved, and a name on the
-output of the last one adds nothing to what is kept.
+that is kept spares the ops that made it; a product that stands for several (``MatMul.pieces``) is
+spared in parts, its collective where all of them are kept. And what no gradient needs is not run
+again at all: a layer's last product, whose output goes into the residual stream only, with its
+reduction and the addition. Counted on jax 0.10.2, the backward of a scanned transformer layer under
+``jax.checkpoint`` runs 6 of its 7 products again if nothing is saved, and a name on the output of
+the last one adds nothing to what is kept.
 """
 
 from __future__ import annotations
 
-from cost_models.layout import OutputKind
-from cost_models.ops import Collective, Elementwise, MatMul, Op
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import NamedTuple
 
-NAMED: dict[OutputKind, frozenset[str]] = {
-    "qkv": frozenset({"qkv", "qkv.gather", "qkv_bias", "rope", "q_up", "kv_up"}),
-    "out_proj": frozenset({"proj", "proj.scatter", "proj.reduce"}),
-    "mlp_in": frozenset(
-        {"fc1", "fc1.gather", "shared_fc1", "shared_fc1.gather", "expert_fc1"}
-    ),
-    "mlp_out": frozenset(
-        {
-            "fc2", "fc2.scatter", "fc2.reduce", "shared_fc2", "shared_fc2.scatter",
-            "shared_fc2.reduce", "expert_fc2",
-        }
-    ),
+import numpy as np
+
+from cost_models.layout import OutputKind
+from cost_models.ops import Collective, Elementwise, GroupedMatMul, Ints, MatMul, Op, Reals
+
+PARTS: dict[str, tuple[OutputKind, ...]] = {
+    "qkv": ("query", "key", "value"),
+    "mlp_in": ("mlp_gate", "mlp_up"),
+}
+"""Names that stand for several tensors."""
+NAMED: dict[str, tuple[OutputKind, ...]] = {
+    "qkv": PARTS["qkv"], "qkv.gather": PARTS["qkv"], "qkv_bias": PARTS["qkv"],
+    "rope": ("query", "key"), "q_up": ("query",), "kv_up": ("key", "value"),
+    "proj": ("out_proj",), "proj.scatter": ("out_proj",), "proj.reduce": ("out_proj",),
+    "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"],
+    "shared_fc1": PARTS["mlp_in"], "shared_fc1.gather": PARTS["mlp_in"],
+    "expert_fc1": PARTS["mlp_in"],
+    "fc2": ("mlp_out",), "fc2.scatter": ("mlp_out",), "fc2.reduce": ("mlp_out",),
+    "shared_fc2": ("mlp_out",), "shared_fc2.scatter": ("mlp_out",),
+    "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",),
 }  # fmt: skip
-"""Ops that a kept tensor of each name spares, by their names in ``planner.blocks``."""
+"""Tensors that the ops of ``planner.blocks`` make, in the order of their pieces."""
 REDUCED: frozenset[OutputKind] = frozenset({"out_proj", "mlp_out"})
 """Named behind their reduction, so scattered under sequence parallelism."""
+LAYER_INPUT: OutputKind = "layer_input"
+"""What a layer starts from: kept in any case, on the device or on the host."""
 
 
-def spared_by(op: Op, ops: tuple[Op, ...]) -> OutputKind | None:
-    """The name whose tensor, if it is kept, spares running ``op`` of a layer of ``ops`` again.
+def expanded(names: Iterable[str]) -> frozenset[OutputKind]:
+    """Tensors that names stand for."""
+    found: set[OutputKind] = set()
+    for name in names:
+        found.update(PARTS.get(name, (name,)))  # type: ignore[arg-type]
+    return frozenset(found)
+
+
+class Piece(NamedTuple):
+    """A tensor that an op makes, ``width`` of the ``whole`` of what it makes."""
+
+    name: OutputKind
+    width: Ints
+    whole: Ints
+
+    @property
+    def share(self) -> Reals:
+        """Its share of the op."""
+        return np.asarray(self.width) / self.whole
+
+
+def pieces(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
+    """Tensors that ``op`` of a layer of ``ops`` makes."""
+    named = NAMED.get(op.name, ())
+    widths = _widths(op, ops)[: len(named)]
+    whole: Ints = sum(np.asarray(width) for width in widths)
+    return tuple(Piece(name, width, whole) for name, width in zip(named, widths, strict=False))
+
+
+def _widths(op: Op, ops: tuple[Op, ...]) -> tuple[Ints, ...]:
+    """Widths of an op's pieces; a bias and a rotation have those of their product."""
+    if isinstance(op, MatMul | GroupedMatMul):
+        return op.pieces
+    product = next((other for other in ops if other.name == "qkv"), None)
+    if op.name in ("rope", "qkv_bias") and isinstance(product, MatMul):
+        return product.pieces
+    return (1,)
+
+
+def spared(op: Op, ops: tuple[Op, ...]) -> tuple[tuple[frozenset[OutputKind], Reals], ...]:
+    """Tensors that together, if they are kept, spare running a share of ``op`` again.
 
     Queries and keys are named behind their own norm, whose backward needs what the product made.
     """
-    for kind, names in NAMED.items():
-        if op.name in names:
-            normed = kind == "qkv" and any(other.name == "qk_norm" for other in ops)
-            return None if normed and op.name != "rope" else kind
-    return None
+    if isinstance(op, Collective):
+        named = NAMED.get(op.name, ())
+        product = next((o for o in ops if o.name == op.name.split(".")[0]), op)
+        made = frozenset(piece.name for piece in pieces(product, ops))
+        return ((made, 1.0),) if named else ()
+    normed = op.name != "rope" and any(other.name == "qk_norm" for other in ops)
+    return tuple(
+        (frozenset({piece.name}), piece.share)
+        for piece in pieces(op, ops)
+        if not (normed and op.name in ("qkv", "qkv_bias") and piece.name in ("query", "key"))
+    )
 
 
 def unneeded(ops: tuple[Op, ...]) -> frozenset[str]:
@@ -57,4 +114,21 @@ def unneeded(ops: tuple[Op, ...]) -> frozenset[str]:
         found.add(op.name)
         if isinstance(op, MatMul):
             break
+    return frozenset(found)
+
+
+def no_better(ops: tuple[Op, ...]) -> frozenset[tuple[OutputKind, OutputKind]]:
+    """Pairs of tensors of one size of which keeping the first spares no more than the second.
+
+    The product behind a gate is as wide as the gate's; values are as wide as keys, which are
+    rotated besides, unless keys have a norm that needs their product.
+    """
+    found: set[tuple[OutputKind, OutputKind]] = set()
+    for op in ops:
+        made = pieces(op, ops)
+        spares = {name for names, _ in spared(op, ops) for name in names}
+        for one, other in pairwise(made):
+            same = np.all(np.asarray(one.width) == other.width)
+            if op.name != "rope" and same and one.name in spares:
+                found.add((other.name, one.name))
     return frozenset(found)

@@ -48,6 +48,8 @@ class MatMul:
     modules: tuple[str, ...] = ()
     parts: tuple[Ints, ...] = (1,)
     """Relative widths of the products of separate weights that this one stands for."""
+    pieces: tuple[Ints, ...] = (1,)
+    """Relative widths of the tensors that its output holds, which a framework may name apart."""
     frozen: bool = False
     """Whether its weight is not trained: the backward has no weight gradient."""
 
@@ -64,6 +66,8 @@ class GroupedMatMul:
     low_precision: bool = True
     modules: tuple[str, ...] = ()
     frozen: bool = False
+    pieces: tuple[Ints, ...] = (1,)
+    """As those of :class:`MatMul`."""
 
 
 @dataclass(frozen=True, slots=True)

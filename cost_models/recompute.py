@@ -57,12 +57,13 @@ def write_modes(
     rows[Field.ACT_NONE], rows[Field.WORK_NONE] = activations.under(None)
     rows[Field.EXTRA_NONE] = 0
     for policy in policies:
-        kept, working, extra = places[policy.name]
+        kept, working, _ = places[policy.name]
         rows[kept], rows[working] = activations.under(policy)
-        rows[extra] = times.recompute_ns(policy)
         if policy.group > 1:
             rows[kept] = -(-rows[kept] // policy.group)
             rows[working] += (policy.group - 1) * rows[Field.ACT_NONE]
+    if policies:
+        rows[[places[policy.name].extra for policy in policies]] = times.recompute_ns(policies)
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import bounds
+from cost_models.checked_rows import CheckedRows
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
 from cost_models.layout import CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
@@ -20,6 +21,9 @@ from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
 Real = NDArray[np.float64]
+
+PAIRS = 200_000
+"""Layouts times recomputation modes whose memory is checked at once."""
 
 
 def layer_counts(priced: PricedConfigs) -> tuple[int, ...]:
@@ -98,15 +102,11 @@ class Relaxation:
             open_ = open_ & ~ok
         # Skipped rows keep their time bound: it is at or above the cutoff already.
         result = np.where(plain < cutoff_ns, result, plain)
-        for mode in self.modes:
-            if mode in ("none", "full") or not open_.any():
-                continue
-            extra = sum(
-                n * self.column(t, self.rows[mode].extra)
-                for n, t in zip(self.kind_counts, self.tables.kinds, strict=True)
-            )
-            ok = self.memory(open_, mode, np.zeros_like(self.m))
-            result = np.where(ok, np.minimum(result, self.time(work + extra)), result)
+        partial = [mode for mode in self.modes if mode not in ("none", "full")]
+        if partial and open_.any():
+            extra = self.least_extra(open_, partial)
+            bound = self.time(work + np.where(np.isinf(extra), 0.0, extra))
+            result = np.where(np.isinf(extra), result, np.minimum(result, bound))
         if "full" in self.modes and open_.any():
             least, most, ok = self.least_full(open_)
             if np.isfinite(cutoff_ns):
@@ -180,12 +180,49 @@ class Relaxation:
             left = left - taken
         return total
 
+    def least_extra(self, rows: Bools, modes: Sequence[str]) -> Real:
+        """Least recomputation in ns per microbatch, of the whole model, of a mode that may fit;
+        infinity where none does.
+
+        Modes are tried from the fastest on, more and more at once, each only where it is faster
+        than what was found to fit.
+        """
+        index = np.flatnonzero(rows)
+        field = np.array([self.rows[mode].extra for mode in modes])
+        extra = np.zeros((len(modes), len(self.tables.configs)))
+        for count, table in zip(self.kind_counts, self.tables.kinds, strict=True):
+            extra += count * table[field].astype(np.float64)
+        order = np.argsort(extra.mean(axis=1), kind="stable")
+        least = np.full(len(index), np.inf)
+        first, size = 0, 1
+        while first < len(order):
+            block = order[first : first + size]
+            each = extra[block][:, self.config[index]]
+            place, row = np.nonzero(each < least)
+            chosen = [self.rows[modes[mode]] for mode in block.tolist()]
+            kept, working = (np.array([getattr(r, n) for r in chosen]) for n in ("kept", "working"))
+            option = CheckedRows(
+                kept[place], kept[place], working[place], np.full(len(row), np.inf)
+            )
+            if len(row):
+                ok, _ = self._memory(index[row], option)
+                np.minimum.at(least, row[ok], each[place[ok], row[ok]])
+            first, size = first + size, min(2 * size, max(1, PAIRS // len(index)))
+        result = np.full(len(rows), np.inf)
+        result[index] = least
+        return result
+
     def memory(self, rows: Bools, mode: str, count: Int64) -> Bools:
         """Whether some partition may fit: for each kind alone, what the stages can hold of it."""
         index = np.flatnonzero(rows)
         result = np.zeros(len(rows), dtype=bool)
         if len(index):
-            result[index] = self._memory(index, mode, count[index])[0]
+            result[index] = self._memory(
+                index,
+                self._whole(count[index])
+                if mode == "full"
+                else CheckedRows.alike(self.rows[mode], len(index)),
+            )[0]
         return result
 
     def least_full(self, rows: Bools) -> tuple[Real, Real, Bools]:
@@ -196,48 +233,51 @@ class Relaxation:
         counted = self.counted
         low = np.full(len(index), 1 if counted else layers, dtype=np.int64)
         high = np.full(len(index), layers, dtype=np.int64)
-        ok, most = self._memory(index, "full", high)
+        ok, most = self._memory(index, self._whole(high))
         while counted and np.any(low < high):
             middle = (low + high) // 2
-            enough, _ = self._memory(index, "full", middle)
+            enough, _ = self._memory(index, self._whole(middle))
             high = np.where(enough, middle, high)
             low = np.where(enough, low, np.minimum(middle + 1, high))
-        _, most = self._memory(index, "full", high)
+        _, most = self._memory(index, self._whole(high))
         least = np.ones(len(rows))
         widest = np.ones(len(rows))
         fit = np.zeros(len(rows), dtype=bool)
         least[index], widest[index], fit[index] = high, most, ok
         return least, widest, fit
 
-    def _memory(self, index: Int64, mode: str, count: Int64) -> tuple[Bools, Real]:
+    def _whole(self, count: Int64) -> CheckedRows:
+        """Full recomputation of as many layers of each layout."""
+        return CheckedRows.alike(self.rows["full"], len(count), Field.ACT_NONE, count)
+
+    def _memory(self, index: Int64, option: CheckedRows) -> tuple[Bools, Real]:
         """Whether layouts may fit, and the most layers that one stage may hold."""
         # Longest pipelines first: those that have a rank are then the first ones.
         order = np.argsort(-self.pp[index], kind="stable")
-        index = index[order]
-        limit = count[order].astype(np.float64) if mode == "full" else np.full(len(index), np.inf)
+        index, option = index[order], option.take(order)
         chunked = np.isin(self.schedule[index], codes_of(CHUNKED))
         ok = np.ones(len(index), dtype=bool)
         widest = np.zeros(len(index))
         if chunked.any():
             part = index[chunked]
-            ok[chunked] = self._chunked(part, mode, limit[chunked])
+            ok[chunked] = self._chunked(part, option.take(chunked))
             widest[chunked] = np.minimum(self.layers, self.vpp[part] * self.height[part] * 2.0)
         if not chunked.all():
             part = index[~chunked]
             for kind, table in zip(self.kind_counts, self.tables.kinds, strict=True):
-                held, most = self._chain(part, table, mode, limit[~chunked])
+                held, most = self._chain(part, table, option.take(~chunked))
                 ok[~chunked] &= held >= kind
                 widest[~chunked] = np.maximum(widest[~chunked], most)
         back = np.argsort(order)
         return ok[back], widest[back]
 
-    def _short_lived(self, config: Int64, tables: Sequence[Int64], working: int) -> Real:
+    def _short_lived(self, config: Int64, tables: Sequence[Int64], working: Int64) -> Real:
         """Short-lived bytes on a stage that holds the least demanding of ``tables``.
 
         Where a model has several kinds, the recomputed layers of a stage may be of another one.
         """
-        field = working if len(self.kind_counts) == 1 else Field.WORK_NONE
-        need: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+        field = working if len(self.kind_counts) == 1 else np.full_like(working, Field.WORK_NONE)
+        need: Real = np.min([t[field, config] for t in tables], axis=0).astype(np.float64)
         return need
 
     def _rooms(self, index: Int64, short_lived: Real) -> tuple[Real, Real, Real]:
@@ -261,18 +301,18 @@ class Relaxation:
         static: Real = (table[Field.STATIC][config] + made).astype(np.float64)
         return static
 
-    def _chain(self, index: Int64, table: Int64, mode: str, limit: Real) -> tuple[Real, Real]:
+    def _chain(self, index: Int64, table: Int64, option: CheckedRows) -> tuple[Real, Real]:
         """Layers of one kind that all stages, and that the roomiest stage, can hold (1F1B, GPipe).
 
         A stage without room for one such layer holds none of them, unless every stage must.
         """
         config = self.config[index]
         pp, m, schedule = self.pp[index], self.m[index], self.schedule[index]
-        front_field, rest_field, work_field = self._fields(mode)
-        front = table[front_field][config].astype(np.float64)
-        rest = table[rest_field][config].astype(np.float64)
+        limit = option.limit
+        front = table[option.front, config].astype(np.float64)
+        rest = table[option.rest, config].astype(np.float64)
         static = self._static(table, index)
-        room, first, last = self._rooms(index, self._short_lived(config, [table], work_field))
+        room, first, last = self._rooms(index, self._short_lived(config, [table], option.working))
         total, widest = np.zeros(len(index)), np.ones(len(index))
         for rank in range(int(pp.max(initial=0))):
             has = slice(int(np.searchsorted(-pp, -rank)))
@@ -283,9 +323,9 @@ class Relaxation:
             live = np.maximum(alive, 1).astype(np.float64)
             cost_front, cost_rest = static[has] + live * front[has], static[has] + live * rest[has]
             holds = np.floor(np.maximum(left, 0.0) / cost_front)
-            if mode == "full":
-                beyond = limit[has] + np.floor((left - limit[has] * cost_front) / cost_rest)
-                holds = np.where(holds <= limit[has], holds, beyond)
+            counted = np.where(np.isinf(limit[has]), 0.0, limit[has])
+            beyond = counted + np.floor((left - counted * cost_front) / cost_rest)
+            holds = np.where(holds <= limit[has], holds, beyond)
             may_be_empty = len(self.kind_counts) > 1 or rank == 0
             empty = np.where(may_be_empty | at_end, 0.0, -np.inf)
             holds = np.where(left < 0, np.where(pp[has] == 1, -np.inf, empty), holds)
@@ -293,7 +333,7 @@ class Relaxation:
             widest[has] = np.maximum(widest[has], np.minimum(holds, self.layers))
         return total, widest
 
-    def _chunked(self, index: Int64, mode: str, limit: Real) -> Bools:
+    def _chunked(self, index: Int64, option: CheckedRows) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.
 
         The first and the last rank have one lighter chunk, which is left out, with the most
@@ -301,18 +341,18 @@ class Relaxation:
         """
         config, tables = self.config[index], self.tables.kinds
         pp, vpp, m, height = self.pp[index], self.vpp[index], self.m[index], self.height[index]
-        front_field, rest_field, work_field = self._fields(mode)
+        limit = option.limit
 
-        def least(field: int) -> Real:
-            values: Real = np.min([t[field][config] for t in tables], axis=0).astype(np.float64)
+        def least(field: Int64) -> Real:
+            values: Real = np.min([t[field, config] for t in tables], axis=0).astype(np.float64)
             return values
 
         static = np.stack([self._static(t, index) for t in tables])
-        front, rest = least(front_field), least(rest_field)
+        front, rest = least(option.front), least(option.rest)
         turns, on_rank = self.turns[index], self.rank_layers[index]
         # The first rank of a V has both ends of the model and holds no layer where these are bare.
         bare = turns & (self.layers % np.maximum(pp - 1, 1) == 0)
-        short_lived = np.where(bare, 0.0, self._short_lived(config, tables, work_field))
+        short_lived = np.where(bare, 0.0, self._short_lived(config, tables, option.working))
         room, first, last = self._rooms(index, short_lived)
         inner, none = self._least_sum(on_rank, static), np.zeros(len(index))
         one = self._least_sum((vpp - 1) * height, static)
@@ -344,8 +384,3 @@ class Relaxation:
         on_v, at_once = (np.isin(code, codes_of(n)) for n in (V_SHAPED, ("looped_bfs",)))
         begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
         return np.where(at_once, m * vpp, begun), np.where(on_v | at_once, 0, fewer)
-
-    def _fields(self, mode: str) -> tuple[int, int, int]:
-        """Activations of a layer in a mode and beyond its counted front, and working bytes."""
-        rows = self.rows[mode]
-        return rows.kept, Field.ACT_NONE if mode == "full" else rows.kept, rows.working

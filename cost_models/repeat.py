@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.graph import Int64
+from cost_models.graph import Bools, Int64
 from cost_models.host import elapsed_s
 from cost_models.layout import OutputKind, RecomputePolicy
-from cost_models.named_outputs import spared_by, unneeded
+from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import Attention, Collective, GroupedMatMul, MatMul, Op, Reals
 
 Real: TypeAlias = NDArray[np.float64]
+Outputs: TypeAlias = frozenset[OutputKind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class ForwardLog:
 
     def __init__(self, ops: tuple[Op, ...]) -> None:
         self.modules: dict[tuple[str, ...], Work] = {}
-        self.outputs: dict[OutputKind, Work] = {}
-        self.unneeded: dict[OutputKind | None, Work] = {}
+        self.outputs: dict[Outputs, Work] = {}
+        self.unneeded: dict[Outputs, Work] = {}
         self.products = 0
         self._ops, self._last = ops, unneeded(ops)
 
@@ -65,12 +65,13 @@ class ForwardLog:
         """Count the forward of one op; ops come in the order in which they run."""
         if op.modules:
             self._module(op.modules, work)
-        name = spared_by(op, self._ops)
+        shares = spared(op, self._ops)
         if op.name in self._last:
-            known = self.unneeded.get(name)
-            self.unneeded[name] = work if known is None else known + work
-        if name is not None:
-            self._output(name, work)
+            names = frozenset(name for part, _ in shares for name in part)
+            known = self.unneeded.get(names)
+            self.unneeded[names] = work if known is None else known + work
+        for names, share in shares:
+            self._outputs(names, work.share(share))
         match op:
             case MatMul():
                 self._output("matmul", work)
@@ -89,8 +90,11 @@ class ForwardLog:
         self.modules[modules] = work if known is None else known + work
 
     def _output(self, kind: OutputKind, work: Work) -> None:
-        known = self.outputs.get(kind)
-        self.outputs[kind] = work if known is None else known + work
+        self._outputs(frozenset({kind}), work)
+
+    def _outputs(self, kinds: Outputs, work: Work) -> None:
+        known = self.outputs.get(kinds)
+        self.outputs[kinds] = work if known is None else known + work
 
     def _odd(self, op: MatMul, work: Work) -> None:
         """Count the products that ``op`` stands for, one by one."""
@@ -108,44 +112,67 @@ class Repeats:
 
     whole: Work
     modules: dict[tuple[str, ...], Work]
-    outputs: dict[OutputKind, Work]
+    outputs: dict[Outputs, Work]
+    """By the outputs that together spare it."""
     back: Work
     """The backward itself."""
     sync_s: float
     """One wait of the host for the device."""
     exchange_hidden: Real | float = 0.0
     """Expert exchange of the forward that hides behind the backward of another microbatch."""
-    unneeded: dict[OutputKind | None, Work] = field(default_factory=dict)
-    """The end of the layer, which no gradient needs, by the name that else spares it."""
+    unneeded: dict[Outputs, Work] = field(default_factory=dict)
+    """The end of the layer, which no gradient needs, by the names that else spare it."""
 
-    def seconds(self, policy: RecomputePolicy) -> Real:
+    def seconds(self, policies: tuple[RecomputePolicy, ...]) -> Real:
         """Device time of what runs again, and what it adds to the wait for the host, or takes off
-        it where the device catches up."""
-        work = self._work(policy)
-        if self.whole.drains and work.drains:
-            return work.elapsed_s + self.sync_s
+        it where the device catches up; shape (policies, configurations)."""
+        work, drains = self._work(policies)
         beside = self.back if self.whole.drains else self.whole + self.back
-        return (beside + work).elapsed_s - beside.elapsed_s
+        result = (beside + work).elapsed_s - beside.elapsed_s
+        if self.whole.drains and drains.any():
+            result = np.where(drains, work.elapsed_s + self.sync_s, result)
+        return result
 
-    def _work(self, policy: RecomputePolicy) -> Work:
-        zero = np.zeros_like(self.whole.device)
-        nothing = Work(zero, zero)
-        if policy.keeps is None:
-            return _sum(
-                (w for name, w in self.modules.items() if policy.modules.intersection(name)),
-                nothing,
-            )
-        kept = _sum((w for kind, w in self.outputs.items() if kind in policy.keeps), nothing)
-        left = self.whole - kept
-        if policy.needed_only:
-            left = left - _sum(
-                (w for kind, w in self.unneeded.items() if kind not in policy.keeps), nothing
-            )
-        hidden = 0.0 if "all_to_all" in policy.keeps else self.exchange_hidden
-        return Work(
-            np.maximum(left.device - hidden, 0.0), np.maximum(left.host, 0.0),
-            left.drains and "grouped_matmul" not in policy.keeps,
-        )  # fmt: skip
+    def _work(self, policies: tuple[RecomputePolicy, ...]) -> tuple[Work, Bools]:
+        """What runs again under each policy, and where the host waits in between.
+
+        Summed output by output for all policies at once, never policy by policy in another order:
+        a policy costs the same to the last bit whichever others are priced beside it.
+        """
+        lists = _column([policy.keeps is not None for policy in policies])
+        again = Work(lists * self.whole.device, lists * self.whole.host)
+        for names, work in self.modules.items():
+            runs = [p.keeps is None and bool(p.modules.intersection(names)) for p in policies]
+            again = again + work.share(_column(runs))
+        for kinds, work in self.outputs.items():
+            kept = [p.keeps is not None and kinds <= p.keeps for p in policies]
+            again = again - work.share(_column(kept))
+        for kinds, work in self.unneeded.items():
+            dropped = [
+                p.keeps is not None and p.needed_only and not (kinds and kinds <= p.keeps)
+                for p in policies
+            ]
+            again = again - work.share(_column(dropped))
+        exposed = [p.keeps is not None and "all_to_all" not in p.keeps for p in policies]
+        device = again.device - _column(exposed) * self.exchange_hidden
+        drains = [self._drains(policy) for policy in policies]
+        return (
+            Work(
+                np.where(lists > 0, np.maximum(device, 0.0), again.device),
+                np.where(lists > 0, np.maximum(again.host, 0.0), again.host),
+            ),
+            _column(drains) > 0,
+        )
+
+    def _drains(self, policy: RecomputePolicy) -> bool:
+        """Whether the host waits for the device while a policy's parts run again."""
+        if policy.keeps is not None:
+            return self.whole.drains and "grouped_matmul" not in policy.keeps
+        return any(
+            work.drains
+            for names, work in self.modules.items()
+            if policy.modules.intersection(names)
+        )
 
     def take(self, index: Int64) -> Repeats:
         """The same for some configurations."""
@@ -160,10 +187,9 @@ class Repeats:
         )
 
 
-def _sum(works: Iterable[Work], start: Work) -> Work:
-    for work in works:
-        start = start + work
-    return start
+def _column(flags: list[bool]) -> Real:
+    """0 or 1 for each policy, as a column."""
+    return np.array(flags, dtype=np.float64)[:, None]
 
 
 Table: TypeAlias = dict[str, dict[str, Real]]

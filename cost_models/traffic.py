@@ -19,7 +19,7 @@ from cost_models.communication import group_of, routed
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
-from cost_models.named_outputs import spared_by, unneeded
+from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import Collective, Op, Reals, collectives
 from cost_models.step import Machine
 
@@ -89,7 +89,8 @@ def _runs_again(op: Collective, ops: tuple[Op, ...], policy: RecomputePolicy) ->
         return bool(policy.modules.intersection(op.modules))
     if policy.needed_only and op.name in unneeded(ops):
         return False
-    return not policy.keeps.intersection((op.forward_kind, spared_by(op, ops)))
+    kept = any(names <= policy.keeps for names, _ in spared(op, ops))
+    return not kept and op.forward_kind not in policy.keeps
 
 
 def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]:

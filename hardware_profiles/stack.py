@@ -89,10 +89,15 @@ class SaveLists(Profile):
     policies: dict[str, tuple[OutputName, ...]]
     """Outputs kept under each mode of the stack's own names."""
     offloaded: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
-    """Outputs that wait on the host under further modes, where no pipeline keeps several
-    microbatches of them."""
+    """Outputs that wait on the host under further modes."""
     outputs: tuple[OutputName, ...]
     """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
+    separate: tuple[Literal["qkv", "mlp_in"], ...] = ()
+    """Of those, the ones that a list may keep a part of: ``query``, ``key`` and ``value``;
+    ``mlp_gate`` and ``mlp_up``."""
+    hosted: tuple[OutputName | Literal["layer_input"], ...] = ()
+    """What a list may send to the host, as ``NAME@host``; ``layer_input`` is what a layer starts
+    from, which stays on the device else."""
     source: str
 
 

@@ -34,6 +34,7 @@ from planner.recount import (
     impossible_mesh,
     recompute_modes,
 )
+from planner.recount_host import outputs_held
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import JobSpec
@@ -128,6 +129,9 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
     if layout.parameter_offload != request.job.parameter_offload:
         yield "parameter_offload is not the job's"
     yield from _check_stages(layout, request)
+    node = request.cluster.groups[0].node
+    if outputs_held(layout, request) > (node.host_memory.si if node.host_memory else 0):
+        yield "the hosts do not hold the outputs that recomputation sends there"
     reason = impossible_mesh(Mesh.of(layout), request) or impossible_layout(
         layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, Mesh.of(layout), request
     )

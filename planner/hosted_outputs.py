@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.configs import shard_of
-from cost_models.host_outputs import without_room
-from cost_models.memory import offloaded_bytes
+from cost_models.graph import Shard
+from cost_models.host_outputs import Waiting, without_room
+from cost_models.memory import Activations
 from planner.errors import InputError
 from planner.layouts import configs_of
 from planner.plan import Layout
@@ -16,28 +17,36 @@ from planner.request import Request
 
 def check_hosted_outputs(request: Request, layout: Layout) -> None:
     """Raise :class:`InputError` where the hosts cannot take what the layout's modes send."""
-    shard = shard_of(request.workload, configs_of(layout))
+    shard, waiting = shard_of(request.workload, configs_of(layout)), _waiting(layout)
     for mode in sorted({part.mode for stage in layout.stages for part in stage.recompute}):
         policy = named_policy(mode, request.stack)
         if not policy.offloads:
             continue
-        pipelines = np.array([layout.pp])
-        if without_room(request.workload, shard, pipelines, policy, request.machine)[0]:
-            deep = "those of a pipeline would hold several microbatches, which is not priced"
-            why = deep if layout.pp > 1 else "they have no room for them"
-            raise InputError(f"layout: recompute {mode} sends outputs to the hosts; {why}")
+        if without_room(request.workload, shard, waiting, request.machine, (policy,))[0, 0]:
+            several = f" of all {layout.num_microbatches} microbatches" if layout.pp > 1 else ""
+            raise InputError(
+                f"layout: recompute {mode} sends outputs{several} to the hosts; they have no room "
+                "for them"
+            )
 
 
-def hosted_bytes(request: Request, layout: Layout) -> int:
-    """Bytes that one device keeps on its host, and sends and fetches with every microbatch."""
+def hosted_bytes(request: Request, layout: Layout) -> tuple[int, int]:
+    """Bytes that one device keeps on its host, and those that it sends there with a microbatch."""
     shard = shard_of(request.workload, configs_of(layout))
-    return sum(
-        part.layers
-        * int(
-            offloaded_bytes(
-                request.workload.kinds[part.kind], shard, named_policy(part.mode, request.stack)
-            )[0]
-        )
+    whole = sum(
+        part.layers * _listed(request, part.kind, part.mode, shard)
         for stage in layout.stages
         for part in stage.recompute
     )
+    return int(_waiting(layout).on_one_device(np.array([whole]))[0]), -(-whole // layout.pp)
+
+
+def _listed(request: Request, kind: str, mode: str, shard: Shard) -> int:
+    policy = named_policy(mode, request.stack)
+    if not policy.offloads:
+        return 0
+    return int(Activations(request.workload.kinds[kind], shard).listed(policy, policy.offloads)[0])
+
+
+def _waiting(layout: Layout) -> Waiting:
+    return Waiting(np.array([layout.pp]), np.array([layout.num_microbatches]))

@@ -18,6 +18,7 @@ from cost_models.recompute import group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.interleaved import interleaved_candidates
+from planner.options import undominated
 from planner.program import (
     UNLIMITED,
     ProgramSolution,
@@ -140,6 +141,7 @@ class Opening:
         """
         if self.leaf.splits_backward:
             options = tuple(option for option in options if option[0] in SPLIT_MODES)
+        options = undominated(self.leaf, options)
         if self.leaf.vpp > 1:
             return self._interleaved(options)
         return self._chain(options, per_stage=per_stage)

@@ -154,12 +154,12 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     """What is kept on the hosts, or None."""
     layout, request = priced.layout, request.offloading(priced.layout)
     spec = request.stack.offload
-    outputs = hosted_bytes(request, layout)
+    outputs, sent = hosted_bytes(request, layout)
     if outputs:
         return HostPrediction(
             bytes_per_node=outputs * request.cluster.groups[0].node.devices_per_node,
             capacity_bytes_per_node=host_capacity(request),
-            link_bytes_per_step=2 * outputs * layout.num_microbatches,
+            link_bytes_per_step=2 * sent * layout.num_microbatches,
         )
     if spec is None or not request.machine.offload.anything:
         return None

@@ -2,27 +2,24 @@
 
 A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``selective`` (each stack's own
 meaning), names of the stack's modules in alphabetical order, joined by ``+``, the stack's own name
-of a list of outputs that are kept, or ``custom:`` and such a list, likewise joined.
+of a list of outputs that are kept, or a list of one's own (``planner.save_lists``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, combinations
 
-import numpy as np
-
-from cost_models.graph import LayerKind, Shard
+from cost_models.graph import LayerKind
 from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
-from cost_models.named_outputs import NAMED, unneeded
-from cost_models.ops import Attention, Op
+from cost_models.named_outputs import expanded
 from hardware_profiles.schema import StackSpec
+from planner import save_lists
 from planner.errors import InputError, did_you_mean
+from planner.shards import ONE
 from planner.specs import JobSpec
 
 NONE = RecomputePolicy("none")
-CUSTOM = "custom"
 MOST_TOGETHER = 1024
 """Layers that a mode may run again together: more than any model has on a stage."""
 
@@ -41,7 +38,7 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     if stack.save_lists is not None and name in stack.save_lists.offloaded:
         policy = _keeping(name, stack.save_lists.offloaded[name], stack)
         return replace(policy, offloads=policy.keeps or frozenset())
-    if CUSTOM in stack.recompute and name.startswith(f"{CUSTOM}:"):
+    if save_lists.CUSTOM in stack.recompute and name.startswith(f"{save_lists.CUSTOM}:"):
         return _custom(name, stack)
     modules = frozenset(name.split("+"))
     for module in sorted(modules):
@@ -68,27 +65,21 @@ def _selective(stack: StackSpec) -> RecomputePolicy:
     return RecomputePolicy("selective", frozenset(spec.modules), keeps, to_the_end)
 
 
-def _keeping(name: str, outputs: Iterable[OutputKind], stack: StackSpec) -> RecomputePolicy:
-    return RecomputePolicy(name, keeps=frozenset(outputs), needed_only=stack.recompute_needed_only)
+def _keeping(name: str, outputs: Iterable[str], stack: StackSpec) -> RecomputePolicy:
+    return RecomputePolicy(name, keeps=expanded(outputs), needed_only=stack.recompute_needed_only)
 
 
 def _custom(name: str, stack: StackSpec) -> RecomputePolicy:
     """The policy of a list of one's own, under the stack's own name where it has one."""
-    known = () if stack.save_lists is None else stack.save_lists.outputs
-    outputs = [part for part in known if part in name.removeprefix(f"{CUSTOM}:").split("+")]
-    for part in name.removeprefix(f"{CUSTOM}:").split("+"):
-        if part not in known:
-            raise InputError(
-                f"recompute is {name!r}; {stack.name} keeps any of {', '.join(known)}",
-                hint=did_you_mean(part, list(known)),
-            )
+    assert stack.save_lists is not None
+    asked = save_lists.read(name, stack.save_lists, stack.name)
     for mode in stack.recompute:
-        if mode in ("none", CUSTOM):
+        if mode in ("none", save_lists.CUSTOM):
             continue
         policy = named_policy(mode, stack)
-        if policy.keeps == frozenset(outputs) and not policy.offloads:
+        if (policy.keeps, policy.offloads) == (asked.keeps, asked.offloads):
             return policy
-    return _keeping(f"{CUSTOM}:{'+'.join(sorted(outputs))}", outputs, stack)
+    return replace(asked, needed_only=stack.recompute_needed_only)
 
 
 def _to_the_end(stack: StackSpec) -> bool:
@@ -106,7 +97,8 @@ def _of_modules(modules: frozenset[str], stack: StackSpec) -> RecomputePolicy:
 def _unknown(name: str, part: str, stack: StackSpec) -> InputError:
     modules = stack.recompute_modules
     kept = "+".join(stack.save_lists.outputs[:2]) if stack.save_lists is not None else "..."
-    known = ", ".join(f"{CUSTOM}:{kept}" if m == CUSTOM else m for m in stack.recompute)
+    custom = save_lists.CUSTOM
+    known = ", ".join(f"{custom}:{kept}" if m == custom else m for m in stack.recompute)
     also = f", or modules joined by +: {', '.join(modules)}" if modules else ""
     return InputError(
         f"recompute is {name!r}; {stack.name} knows {known}{also}",
@@ -132,9 +124,9 @@ def searched_policies(
             return ()
     kinds = tuple(kinds)
     present = {module for kind in kinds for module in modules_of(kind)}
-    told_apart = frozenset(output for kind in kinds for output in outputs_of(kind))
+    told_apart = frozenset(o for kind in kinds for o in save_lists.outputs_of(kind))
     found: dict[object, RecomputePolicy] = {}
-    for name in _names(stack):
+    for name in _names(stack, kinds):
         policy = named_policy(name, stack)
         if policy.keeps is None:
             modules = policy.modules & present
@@ -152,40 +144,18 @@ def _told(policy: RecomputePolicy, outputs: frozenset[OutputKind]) -> object:
     return policy.keeps & outputs, policy.offloads & outputs
 
 
-def _names(stack: StackSpec) -> Iterator[RecomputeMode]:
-    """Modes of the stack's list, with every list of outputs for ``custom``."""
+def _names(stack: StackSpec, kinds: tuple[LayerKind, ...]) -> Iterator[RecomputeMode]:
+    """Modes of the stack's list, with lists of outputs for ``custom``."""
     for name in stack.recompute:
-        if name != CUSTOM or stack.save_lists is None:
+        if name != save_lists.CUSTOM or stack.save_lists is None:
             yield name
             if name == "full":
                 yield from (f"full:{n}" for n in range(2, stack.recompute_groups + 1))
-            continue
-        outputs = stack.save_lists.outputs
-        lists = chain.from_iterable(combinations(outputs, n) for n in range(1, len(outputs) + 1))
-        yield from (f"{CUSTOM}:{'+'.join(kept)}" for kept in lists)
+        else:
+            yield from save_lists.searched(stack.save_lists, kinds)
 
 
 def modules_of(kind: LayerKind) -> set[str]:
     """Modules that any op or saved tensor of a layer belongs to."""
-    items = (*kind.ops(_ONE), *kind.saved(_ONE))
+    items = (*kind.ops(ONE), *kind.saved(ONE))
     return {module for item in items for module in item.modules}
-
-
-def outputs_of(kind: LayerKind) -> set[OutputKind]:
-    """Outputs by which lists of what is kept differ for a layer: those that a gradient needs."""
-    ops = kind.ops(_ONE)
-    last = unneeded(ops)
-    needed: tuple[Op, ...] = tuple(op for op in ops if op.name not in last)
-    found = {kind for kind, names in NAMED.items() if any(op.name in names for op in needed)}
-    attends: set[OutputKind] = (
-        {"attention"} if any(isinstance(op, Attention) for op in ops) else set()
-    )
-    return found | attends
-
-
-def _one_device() -> Shard:
-    one = np.ones(1, dtype=np.int64)
-    return Shard(1, one, one, one, one, one, one.astype(bool), one * 0)
-
-
-_ONE = _one_device()

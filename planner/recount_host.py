@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cost_models.configs import shard_of
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
+from cost_models.layout import RecomputePolicy
+from cost_models.named_outputs import LAYER_INPUT, pieces, unneeded
+from cost_models.ops import Attention, GroupedMatMul, MatMul, Op
+from planner.layouts import configs_of
+from planner.plan import Layout
+from planner.recompute import named_policy
 from planner.request import Request
 
 if TYPE_CHECKING:
@@ -41,3 +49,43 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int], request: Request) -> int:
         alive = min(m * vpp, (vpp + 1) * mesh.pp - 1)
     held = -(-layer_bytes * alive // (mesh.pp * vpp))
     return held * request.cluster.groups[0].node.devices_per_node
+
+
+def outputs_held(layout: Layout, request: Request) -> int:
+    """Bytes on a node of the outputs that the layout's modes send there: what the layers' products
+    write, of all microbatches under a pipeline, each stage's share of the layers taken as any
+    other's."""
+    shard = shard_of(request.workload, configs_of(layout))
+    whole = 0
+    for stage in layout.stages:
+        for part in stage.recompute:
+            policy = named_policy(part.mode, request.stack)
+            kind = request.workload.kinds[part.kind]
+            ops = kind.ops(shard)
+            ends = unneeded(ops) if policy.needed_only else frozenset()
+            layer = 0.0
+            for op in ops:
+                if op.name not in ends:
+                    layer += _written(op, ops, policy, shard, kind.element_bytes)
+            if LAYER_INPUT in policy.offloads:
+                layer += float(np.broadcast_to(kind.boundary_bytes(shard), (1,))[0])
+            whole += part.layers * math.ceil(layer)
+    alive = layout.num_microbatches if layout.pp > 1 else 1
+    return whole * alive // layout.pp * request.cluster.groups[0].node.devices_per_node
+
+
+def _written(
+    op: Op, ops: tuple[Op, ...], policy: RecomputePolicy, shard: Shard, element_bytes: int
+) -> float:
+    """Bytes of what an op writes that a policy sends to the host."""
+    if isinstance(op, Attention):
+        rows = np.asarray(op.batch) * op.q_len * op.heads
+        size = rows * (op.v_head_dim * element_bytes + 4)
+        return float(np.ravel(size)[0]) if "attention" in policy.offloads else 0.0
+    if not isinstance(op, MatMul | GroupedMatMul):
+        return 0.0
+    sent = [piece.share for piece in pieces(op, ops) if piece.name in policy.offloads]
+    many = (op.m, op.batch) if isinstance(op, MatMul) else (op.rows, op.groups)
+    size = np.asarray(many[0]) * many[1] * op.n * element_bytes
+    scattered = isinstance(op, MatMul) and op.name in ("proj", "fc2", "shared_fc2")
+    return float(np.ravel(size * sum(sent) / (shard.sp if scattered else 1))[0])

@@ -52,6 +52,7 @@ def build_workload(
         boundary_bytes_per_token=least,
         boundaries=() if uniform else sizes,
         policies=searched_policies(stack, job, kinds.values()),
+        global_batch=job.global_batch,
         assumptions=_assumptions(model, stack, device),
     )
 

@@ -9,7 +9,7 @@ number it stands for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of, unique_rows
 from cost_models.graph import Int64
-from cost_models.layout import SCHEDULES, SPLIT_BACKWARD
+from cost_models.layout import SCHEDULES, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.leaf import Leaf, Recompute
+from cost_models.named_outputs import LAYER_INPUT
 from cost_models.recompute import mode_rows
 from cost_models.relaxation import Relaxation, layer_counts, model_sum
 from cost_models.step import Field
@@ -118,8 +119,10 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     layer in ns, trained parameters, bytes kept at least, fixed bytes."""
     microbatch, tp, cp, cp_kind, ep, etp, sp, stages = columns
     one = np.ones_like(tp)
+    # Of policies, those that leave least on the device; whatever the hosts hold of a step.
+    policies = thriftiest(request.workload.policies)
     priced = price_configs(
-        request.workload, request.machine,
+        replace(request.workload, policies=policies, global_batch=None), request.machine,
         Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0,
                 one * 0),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
@@ -127,6 +130,25 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
     work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))
     return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
+
+
+def thriftiest(policies: tuple[RecomputePolicy, ...]) -> tuple[RecomputePolicy, ...]:
+    """Of lists of what each layer keeps, those than which no other leaves less on the device."""
+    held = [
+        None
+        if policy.keeps is None or policy.group > 1
+        else (policy.keeps | {LAYER_INPUT}) - policy.offloads
+        for policy in policies
+    ]
+    first = {
+        names: policy for policy, names in zip(reversed(policies), reversed(held), strict=True)
+    }
+    return tuple(
+        policy
+        for policy, names in zip(policies, held, strict=True)
+        if names is None
+        or (first[names] is policy and not any(o is not None and o < names for o in first))
+    )
 
 
 def least_kept(priced: PricedConfigs) -> Real:

@@ -99,6 +99,7 @@ def build_workload(
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
         policies=searched_policies(stack, job, kinds.values()),
+        global_batch=job.global_batch,
         assumptions=_assumptions(model, job, stack, images, ctx),
     )  # fmt: skip
 

@@ -24,13 +24,26 @@ from jax.ad_checkpoint import checkpoint_name
 LAYERS, TOKENS = 3, 256
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 512, 8, 2, 64, 1408
 NAMES = {
-    "qkv": ("query_proj", "key_proj", "value_proj"),
-    "attention": ("context",),
-    "out_proj": ("out_proj",),
-    "mlp_in": ("mlpwi_0", "mlpwi_1"),
-    "mlp_out": ("mlpwo",),
+    "query": "query_proj",
+    "key": "key_proj",
+    "value": "value_proj",
+    "attention": "context",
+    "out_proj": "out_proj",
+    "mlp_gate": "mlpwi_0",
+    "mlp_up": "mlpwi_1",
+    "mlp_out": "mlpwo",
 }
 """Names in MaxText by what this project calls the outputs."""
+
+
+HOSTED = (
+    ((), ("query", "key", "value")),
+    ((), ("query", "key", "value", "out_proj", "mlp_gate", "mlp_up", "mlp_out")),
+    ((), ("layer_input",)),
+    (("query", "key", "value"), ("layer_input", "mlp_gate")),
+    (("attention", "out_proj"), ("query", "mlp_up")),
+)
+"""Lists of which some wait on the host: what stays on the device, and what does not."""
 
 
 @jax.custom_vjp
@@ -74,6 +87,7 @@ def rotated(x):
 
 
 def layer(x, weights):
+    x = checkpoint_name(x, "decoder_layer_input")
     wide = norm(x)
     query = (wide @ weights["q"]).reshape(TOKENS, HEADS, HEAD_DIM)
     key = (wide @ weights["k"]).reshape(TOKENS, KV_HEADS, HEAD_DIM)
@@ -130,16 +144,26 @@ def scans(checkpointed):
 
 def main() -> None:
     plain = product_flops(scans(layer)[1].params["jaxpr"].jaxpr)
-    lists = chain.from_iterable(combinations(NAMES, n) for n in range(len(NAMES) + 1))
     rows = []
-    for kept in lists:
-        names = [name for output in kept for name in NAMES[output]]
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
+    for kept, hosted in chain(
+        ((kept, ()) for n in range(len(NAMES) + 1) for kept in combinations(NAMES, n)), HOSTED
+    ):
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[NAMES[output] for output in kept],
+            names_which_can_be_offloaded=[
+                NAMES.get(output, "decoder_layer_input") for output in hosted
+            ],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
         forward, backward = scans(partial(jax.checkpoint, policy=policy, prevent_cse=False)(layer))
         stacked = [out.aval for out in forward.outvars[forward.params["num_carry"] :]]
         again = product_flops(backward.params["jaxpr"].jaxpr) - plain
-        size = sum(each.size * each.dtype.itemsize for each in stacked) // LAYERS
-        rows.append({"kept": list(kept), "bytes": size, "product_flops_again": again})
+        size = {"device": 0, "host": 0}
+        for each in stacked:
+            where = "host" if each.memory_space == jax.memory.Space.Host else "device"
+            size[where] += each.size * each.dtype.itemsize // LAYERS
+        row = {"kept": list(kept), "hosted": list(hosted), "bytes": size["device"]}
+        rows.append({**row, "host_bytes": size["host"], "product_flops_again": again})
     config = {
         "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM, "intermediate_size": WIDTH, "tokens": TOKENS,

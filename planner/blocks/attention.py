@@ -97,10 +97,11 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     width = (2 if spec.output_gate else 1) * heads + (1 if spec.tied_kv else 2) * kv
     rotated = (heads + kv) * hd * x * e
     parts = (heads, kv, kv) if "qkv" in ctx.separate else (1,)
+    pieces = (width - (1 if spec.tied_kv else 2) * kv, *((kv,) if spec.tied_kv else (kv, kv)))
     result: list[Op] = [
         *enter_tensor_parallel("qkv", ctx, shard, products=len(parts), kept=ctx.keeps_gathered)
     ]
-    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=parts))
+    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=parts, pieces=pieces))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))

@@ -94,7 +94,9 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     up_project: tuple[Op, ...] = (
         *(() if ctx.dtensor else enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)),
         MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
-        MatMul("kv_up", x, heads * (spec.qk_nope_head_dim + v), up),
+        MatMul(
+            "kv_up", x, heads * (spec.qk_nope_head_dim + v), up, pieces=(spec.qk_nope_head_dim, v)
+        ),
         Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3),
     )
     result += within("mla_up_proj", up_project)

@@ -75,7 +75,7 @@ def products(
         ),
         MatMul(
             f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
-            parts=parts,
+            parts=parts, pieces=(1, 1) if gated else (1,),
         ),
         *within(
             "mlp_act", (activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),)

@@ -171,7 +171,7 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *_count_exchange(spec, ctx),
         *inward,
         *arrived,
-        GroupedMatMul("expert_fc1", local, hot / local, fc1, h),
+        GroupedMatMul("expert_fc1", local, hot / local, fc1, h, pieces=(1,) * read),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width),

@@ -102,7 +102,7 @@ RecomputeOnly = Annotated[
     typer.Option(
         "--recompute",
         metavar="MODE",
-        help="Allow only none, selective, full, or modules joined by +.",
+        help="Allow only none, selective, full, modules joined by +, or a mode of the stack.",
     ),
 ]
 Tolerance = Annotated[

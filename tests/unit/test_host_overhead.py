@@ -27,7 +27,7 @@ SELECTIVE = RecomputePolicy("selective", frozenset({"core_attn"}))
 
 def again(times: LayerTimes, policy: RecomputePolicy) -> int:
     """Extra backward time of a recomputation in ns."""
-    return int(times.recompute_ns(policy)[0])
+    return int(times.recompute_ns((policy,))[0, 0])
 
 
 def microseconds(value: float) -> Sourced:

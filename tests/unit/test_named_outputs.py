@@ -10,17 +10,18 @@ import pytest
 
 from cost_models import traffic
 from cost_models.graph import LayerKind, Shard
-from cost_models.layout import FULL, OutputKind, RecomputePolicy
+from cost_models.layout import FULL, RecomputePolicy
 from cost_models.memory import activation_bytes
-from cost_models.named_outputs import spared_by, unneeded
-from cost_models.ops import Elementwise, MatMul
+from cost_models.named_outputs import expanded, no_better, spared, unneeded
+from cost_models.ops import Elementwise, MatMul, Op
 from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
 from hardware_profiles.sourced import Sourced
 from planner.errors import InfeasibleError, InputError
 from planner.pipeline import EvaluatedLayout, evaluate, plan, read_request
-from planner.recompute import named_policy, outputs_of
+from planner.recompute import named_policy
 from planner.request import Request
+from planner.save_lists import outputs_of
 
 PARAMETERS = 8_030_261_248
 LLAMA = "llama-3.1-8b"
@@ -43,8 +44,8 @@ def shard(tp: int = 1) -> Shard:
     return Shard(1024, one, tp * one, one, one, one, np.array([tp > 1]), one)
 
 
-def keeping(*outputs: OutputKind) -> RecomputePolicy:
-    return RecomputePolicy("kept", keeps=frozenset(outputs), needed_only=True)
+def keeping(*outputs: str) -> RecomputePolicy:
+    return RecomputePolicy("kept", keeps=expanded(outputs), needed_only=True)
 
 
 def kept(policy: RecomputePolicy, tp: int = 1, model: str = LLAMA) -> int:
@@ -63,10 +64,13 @@ def kept(policy: RecomputePolicy, tp: int = 1, model: str = LLAMA) -> int:
         # Nothing needs the output of a layer's last product.
         (("mlp_out",), 0),
         (("qkv", "out_proj"), (32 + 2 * 8) * 128 * 2 + 4096 * 2),
+        (("query",), 32 * 128 * 2),
+        (("key", "value"), 2 * 8 * 128 * 2),
+        (("mlp_gate",), 14336 * 2),
     ],
 )
 def test_a_list_keeps_the_layers_input_and_what_it_names(
-    outputs: tuple[OutputKind, ...], per_token: int
+    outputs: tuple[str, ...], per_token: int
 ) -> None:
     assert kept(keeping(*outputs)) == 1024 * (4096 * 2 + per_token)
 
@@ -80,7 +84,7 @@ def test_tensors_named_behind_their_reduction_are_scattered() -> None:
 def again(policy: RecomputePolicy, model: str = LLAMA) -> float:
     found = request(model)
     times = price_layer(layer(model), shard(), found.machine)
-    return float(times.repeats.seconds(policy)[0])
+    return float(times.repeats.seconds((policy,))[0, 0])
 
 
 def ops_seconds(*names: str) -> float:
@@ -126,10 +130,20 @@ def test_the_end_of_a_layer_is_needed_where_something_reads_it() -> None:
 
 
 def test_queries_behind_a_norm_of_their_own_need_their_product_again() -> None:
-    ops = (MatMul("qkv", 8, 8, 8), Elementwise("rope", 1.0, 1.0))
+    ops: tuple[Op, ...] = (MatMul("qkv", 8, 8, 8, pieces=(2, 1, 1)), Elementwise("rope", 1.0, 1.0))
     normed = (*ops, Elementwise("qk_norm", 1.0, 1.0))
-    assert [spared_by(op, ops) for op in ops] == ["qkv", "qkv"]
-    assert [spared_by(op, normed) for op in normed] == [None, "qkv", None]
+
+    def sparing(op: Op, of: tuple[Op, ...]) -> dict[str, float]:
+        return {"+".join(sorted(names)): float(share) for names, share in spared(op, of)}
+
+    assert [sparing(op, ops) for op in ops] == [
+        {"query": 0.5, "key": 0.25, "value": 0.25}, {"query": 2 / 3, "key": 1 / 3},
+    ]  # fmt: skip
+    assert [sparing(op, normed) for op in normed] == [
+        {"value": 0.25}, {"query": 2 / 3, "key": 1 / 3}, {},
+    ]  # fmt: skip
+    assert no_better(ops) == {("value", "key")}
+    assert not no_better(normed)
 
 
 def test_a_kept_output_spares_its_collective() -> None:
@@ -156,11 +170,51 @@ def test_a_list_of_ones_own_has_the_stacks_name_where_it_has_one() -> None:
 
 
 def test_the_search_offers_every_list_that_a_model_can_tell_apart() -> None:
-    """Four outputs of a dense layer, five of one with experts; the empty list is full. Two more
-    lists wait on the host."""
-    assert len(request().workload.policies) == 2**4 + 2
-    assert len(request("mixtral-8x7b").workload.policies) == 2**5 + 2
-    assert {"full", "save_dot_except_mlp"} <= {p.name for p in request().workload.policies}
+    """Of four outputs of a dense layer, and a fifth of one with experts: on the device queries,
+    keys (with values or without) and the gate (with what it gates or without) apart; on the host
+    whole ones, with the layer's input or without. The empty list is full."""
+    for model, outputs in ((LLAMA, 4), ("mixtral-8x7b", 5)):
+        policies = request(model).workload.policies
+        hosted = [policy for policy in policies if policy.offloads]
+        assert len(policies) - len(hosted) == 2 * 3 * 3 * 2 ** (outputs - 2)
+        assert len(hosted) == 2 * 3**outputs - 2**outputs
+        assert {"full", "save_dot_except_mlp", "minimal_offloaded"} <= {p.name for p in policies}
+    normed = request("qwen3-8b").workload.policies
+    assert sum(not policy.offloads for policy in normed) == 2**3 * 3 * 2**2
+
+
+def test_lists_that_the_search_leaves_out_are_no_better() -> None:
+    """Values for keys, or what a gate multiplies for the gate: as many bytes, as much time."""
+    for left_out, instead in (("value", "key"), ("mlp_up+query", "mlp_gate+query")):
+        names = {policy.name for policy in request().workload.policies}
+        assert f"custom:{left_out}" not in names
+        assert f"custom:{instead}" in names
+        one, other = (named_policy(f"custom:{n}", request().stack) for n in (left_out, instead))
+        assert kept(one) == kept(other)
+        assert again(one) >= again(other)
+
+
+def test_parts_of_an_output_add_up() -> None:
+    whole = again(keeping()) - again(keeping("qkv"))
+    parts = [again(keeping()) - again(keeping(part)) for part in ("query", "key", "value")]
+    assert sum(parts) == pytest.approx(whole, rel=1e-3)
+    assert parts[0] > parts[1] > parts[2] > 0
+    halves = again(keeping("mlp_gate")), again(keeping("mlp_up"))
+    assert halves[0] == halves[1] == close((again(keeping()) + again(keeping("mlp_in"))) / 2)
+
+
+def test_a_layers_input_may_wait_on_the_host() -> None:
+    """Nothing of the layer is then left on the device between its passes."""
+    stack = load_stack("maxtext-gpu")
+    policy = named_policy("custom:layer_input@host+qkv@host", stack)
+    assert policy.name == "custom:layer_input@host+qkv@host"
+    assert kept(policy) == 0
+    assert kept(named_policy("custom:layer_input@host+out_proj", stack)) == 1024 * 4096 * 2
+    assert named_policy("custom:qkv@host", stack).name == "qkv_proj_offloaded"
+    with pytest.raises(InputError, match="query both on the device and on the host"):
+        named_policy("custom:query+qkv@host", stack)
+    with pytest.raises(InputError, match="keeps any of"):
+        named_policy("custom:layer_input", stack)
 
 
 def test_a_layout_without_a_mode_gets_the_stacks_default() -> None:
@@ -206,7 +260,7 @@ def test_offloaded_outputs_leave_the_device_and_are_not_run_again() -> None:
     """A token's queries, keys and values are 48 heads of 128 in 16 bits; one layer's are on their
     way beside those that the backward works with."""
     policy = named_policy("qkv_proj_offloaded", load_stack("maxtext-gpu"))
-    assert policy.offloads == policy.keeps == {"qkv"}
+    assert policy.offloads == policy.keeps == {"query", "key", "value"}
     assert kept(policy) == kept(keeping())
     assert again(policy) == again(keeping("qkv"))
     moved = 1024 * 48 * 128 * 2
@@ -229,17 +283,32 @@ def test_what_a_pass_does_not_hide_of_the_way_is_waited_for() -> None:
 
 
 def test_hosts_that_cannot_take_the_outputs_are_named() -> None:
-    with pytest.raises(InputError, match="a pipeline would hold several microbatches"):
-        offloaded("minimal_offloaded", pp=2, dp_shard=4, schedule="gpipe")
     many = request(sequence_length=131072, global_batch=64)
     layout = {"dp_shard": 8, "zero_stage": 3, "microbatch_size": 8}
     with pytest.raises(InputError, match="they have no room for them"):
         evaluate(many, {**layout, "recompute": "minimal_offloaded"})
+    several = request(sequence_length=8192, global_batch=2048)
+    layout = {"pp": 2, "dp_shard": 4, "schedule": "gpipe", "zero_stage": 0, "microbatch_size": 1}
+    with pytest.raises(InputError, match="of all 512 microbatches to the hosts"):
+        evaluate(several, {**layout, "recompute": "minimal_offloaded"})
+
+
+def test_a_pipelines_hosts_hold_the_outputs_of_all_microbatches() -> None:
+    """Half of 32 layers' queries, keys and values of 8 microbatches, for each of 8 devices."""
+    found = offloaded("qkv_proj_offloaded", pp=2, dp_shard=4, schedule="gpipe", zero_stage=3)
+    assert found.layout.num_microbatches == 8
+    host = found.prediction.host
+    assert host is not None
+    assert host.bytes_per_node == 8 * 16 * 8 * 1024 * 48 * 128 * 2
+    assert host.link_bytes_per_step == 2 * 16 * 8 * 1024 * 48 * 128 * 2
 
 
 def test_no_plan_sends_outputs_where_there_is_no_room() -> None:
-    asked = request(constraints={"recompute": "minimal_offloaded", "fix": {"pp": 2}})
+    """Half of the layers of 2,048 microbatches of 8,192 tokens do not fit; one microbatch does."""
+    size: dict[str, object] = {"sequence_length": 8192, "global_batch": 2048}
+    fixed = {"microbatch_size": 1, "tp": 1, "cp": 1}
+    asked = {"recompute": "minimal_offloaded", "fix": {"pp": 2, **fixed}}
     with pytest.raises(InfeasibleError):
-        plan(asked)
-    within = request(constraints={"recompute": "minimal_offloaded", "fix": {"pp": 1}})
-    assert plan(within).prediction.host is not None
+        plan(request(constraints=asked, **size))
+    asked = {"recompute": "minimal_offloaded", "fix": {"pp": 1, **fixed}}
+    assert plan(request(constraints=asked, **size)).prediction.host is not None

@@ -147,11 +147,13 @@ def test_time_is_the_forward_of_what_runs_again() -> None:
         modules={k: Work(w.device, 0 * w.host) for k, w in again.modules.items()},
         outputs={k: Work(w.device, 0 * w.host) for k, w in again.outputs.items()},
     )  # fmt: skip
-    act, mlp = (float(free.seconds(modules(name))[0]) for name in ("act", "mlp"))
-    assert float(free.seconds(FULL)[0]) == pytest.approx(float(forward[0]))
+    act, mlp = (float(free.seconds((modules(name),))[0, 0]) for name in ("act", "mlp"))
+    assert float(free.seconds((FULL,))[0, 0]) == pytest.approx(float(forward[0]))
     assert 0 < act < mlp < float(forward[0])
-    left = float(free.seconds(keeping("attention"))[0])
-    assert left == pytest.approx(float(forward[0] - again.outputs["attention"].device[0]))
+    left = float(free.seconds((keeping("attention"),))[0, 0])
+    assert left == pytest.approx(
+        float(forward[0] - again.outputs[frozenset({"attention"})].device[0])
+    )
 
 
 def test_names_mean_what_the_stack_means() -> None:

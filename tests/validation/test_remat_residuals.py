@@ -11,8 +11,8 @@ import pytest
 
 from cost_models.graph import LayerKind, Shard
 from cost_models.layout import RecomputePolicy
-from cost_models.memory import activation_bytes
-from cost_models.named_outputs import spared_by, unneeded
+from cost_models.memory import Activations, activation_bytes
+from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import MatMul
 from planner.pipeline import read_request
 
@@ -42,16 +42,25 @@ def shard() -> Shard:
     return Shard(SHAPE["tokens"], one, one, one, one, one, np.zeros(1, dtype=bool), one)
 
 
-@pytest.mark.parametrize("row", COUNTED["lists"], ids=lambda row: "+".join(row["kept"]) or "full")
+def _name(row: dict[str, Any]) -> str:
+    return "+".join((*row["kept"], *(f"{name}@host" for name in row["hosted"]))) or "full"
+
+
+@pytest.mark.parametrize("row", COUNTED["lists"], ids=_name)
 def test_a_list_keeps_and_runs_again_what_jax_does(layer: LayerKind, row: dict[str, Any]) -> None:
-    policy = RecomputePolicy("counted", keeps=frozenset(row["kept"]), needed_only=True)
+    hosted = frozenset(row["hosted"])
+    keeps = frozenset(row["kept"]) | hosted
+    policy = RecomputePolicy("counted", keeps=keeps, offloads=hosted, needed_only=True)
     kept, _ = activation_bytes(layer, shard(), policy)
     assert int(kept[0]) == row["bytes"]
-    ops = layer.ops(shard())
-    again = [
-        op for op in ops
-        if isinstance(op, MatMul) and op.name not in unneeded(ops)
-        and spared_by(op, ops) not in row["kept"]
-    ]  # fmt: skip
-    flops = sum(2 * np.asarray(op.m) * op.n * op.k for op in again) + np.zeros(1)
-    assert int(flops[0]) == row["product_flops_again"]
+    assert int(Activations(layer, shard()).listed(policy, hosted)[0]) == row["host_bytes"]
+    ops, flops = layer.ops(shard()), 0.0
+    for op in ops:
+        if isinstance(op, MatMul) and op.name not in unneeded(ops):
+            stays = sum(
+                float(np.asarray(share).ravel()[0])
+                for names, share in spared(op, ops)
+                if names <= keeps
+            )
+            flops += float(np.asarray(2 * op.m * op.n * op.k).ravel()[0]) * (1 - stays)
+    assert round(flops) == row["product_flops_again"]
