@@ -103,8 +103,9 @@ class PricedConfigs:
         return tuple(policy.name for policy in self.workload.policies)
 
     def leaf(
-        self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool
-    ) -> Leaf:
+        self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool,
+        round_size: int = 0,
+    ) -> Leaf:  # fmt: skip
         """The leaf of configuration ``index`` under a schedule."""
         position = {name: i for i, name in enumerate(self.kind_names)}
         hop = int(self.hop_ns[index])
@@ -131,6 +132,7 @@ class PricedConfigs:
             receive_bytes=int(self.receive_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
+            round_size=round_size,
             late=late,
             sends=sends,
             policies=self.policies,

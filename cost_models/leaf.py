@@ -74,6 +74,9 @@ class Leaf:
 
     idle_forward: bool = False
     """Whether blocks that the last layers' forward leaves free stay beside the loss."""
+    round_size: int = 0
+    """Microbatches of a round, where the schedule has rounds (``cost_models.rounds``); 0: the usual
+    number."""
     receive_bytes: int = 0
     """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
 
@@ -354,7 +357,9 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
         [chunk.forward_ns for chunk in chunks], [chunk.backward_ns for chunk in chunks],
         [half.inputs_ns for half in halves], [half.weights_ns for half in halves],
     )  # fmt: skip
-    timeline = simulate(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop)
+    timeline = simulate(
+        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop, leaf.round_size
+    )
     ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
     critical = ends.index(max(ends))
     updates = [rank.update_ns for rank in ranks]

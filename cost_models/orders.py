@@ -5,7 +5,7 @@ A rank runs passes of microbatches on its virtual stages ("chunks"): forwards (F
 
 * GPipe: all forwards, then all backwards (Huang et al., arXiv 1811.06965).
 * 1F1B (PipeDream-flush) and interleaved 1F1B (Narayanan et al., arXiv 2104.04473, section 2.2):
-  microbatches go through the chunks in rounds of ``pp``, or in equal rounds of more.
+  microbatches go through the chunks in rounds (``cost_models.rounds``).
 * Breadth-first, looped BFS (Lamy-Poirier, arXiv 2211.05953): all microbatches through one chunk,
   then through the next; backwards the other way round.
 * Interleaved zero bubble: ZB1P of Qi et al. (arXiv 2401.10241) over chunks. Half the warm-up of
@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, SPLIT_BACKWARD, Schedule
+from cost_models.rounds import usual_round
 
 Table = NDArray[np.int64]
 Row = tuple[int, int, int]
@@ -54,14 +55,11 @@ class Action(NamedTuple):
     microbatch: int
 
 
-def round_size(pp: int, microbatches: int) -> int:
-    """Microbatches that go through a chunk before the next chunk has its turn: ``pp``, or more
-    where that makes rounds of equal size."""
-    return microbatches // max(1, microbatches // pp)
-
-
-def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> int:
-    """Forwards that a rank runs before it alternates."""
+def warmup_forwards(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
+) -> int:
+    """Forwards that a rank runs before it alternates; ``size`` is that of rounds, where the
+    schedule has them (0: the usual one)."""
     total = microbatches * vpp
     if schedule in ALL_AT_ONCE:
         return total
@@ -70,26 +68,31 @@ def warmup_forwards(schedule: Schedule, pp: int, vpp: int, microbatches: int, ra
         return min(behind, total)
     if schedule == "interleaved":
         behind *= 2
-    return min(behind + (vpp - 1) * round_size(pp, microbatches), total)
+    return min(behind + (vpp - 1) * (size or usual_round(pp, microbatches)), total)
 
 
 def rank_order(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
 ) -> tuple[Action, ...]:
     """The actions of ``rank`` in order."""
-    rows = order_table(schedule, pp, vpp, microbatches, rank).tolist()
+    rows = order_table(schedule, pp, vpp, microbatches, rank, size).tolist()
     return tuple([Action(Pass(work), chunk, microbatch) for work, chunk, microbatch in rows])
 
 
 @lru_cache(maxsize=4096)
-def order_table(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> Table:
+def order_table(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
+) -> Table:
     """The same as rows of pass, chunk and microbatch."""
     if schedule == "zbv":
         return np.array(_zbv(pp, microbatches, rank))
     if schedule == "dualpipev":
         return np.array(_dualpipev(pp, microbatches, rank))
-    forwards, backwards = _streams(schedule, pp, vpp, microbatches)
-    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
+    if schedule not in IN_ROUNDS:
+        size = microbatches
+    size = size or usual_round(pp, microbatches)
+    forwards, backwards = _streams(schedule, vpp, microbatches, size)
+    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank, size)
     # In threes: a forward, the backward that it comes before, and what was put off by ``rank``.
     index = np.arange(len(forwards))
     parts = [(Pass.FORWARD, forwards, 3 * (index - warmup))]
@@ -103,11 +106,11 @@ def order_table(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: 
     return rows[np.argsort(np.concatenate([place for _, _, place in parts]), kind="stable")]
 
 
-def _streams(schedule: Schedule, pp: int, vpp: int, microbatches: int) -> tuple[Table, Table]:
+def _streams(schedule: Schedule, vpp: int, microbatches: int, size: int) -> tuple[Table, Table]:
     """Chunk and microbatch of every forward, and of every backward, in the order of each."""
-    size = round_size(pp, microbatches) if schedule in IN_ROUNDS else microbatches
     rounds, place = np.divmod(np.arange(microbatches * vpp), size * vpp)
-    chunk, offset = np.divmod(place, size)
+    last = microbatches % size or size
+    chunk, offset = np.divmod(place, np.where(rounds == (microbatches - 1) // size, last, size))
     forwards = np.column_stack([chunk, rounds * size + offset])
     if schedule == "looped_bfs":
         return forwards, forwards[::-1]

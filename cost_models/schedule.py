@@ -22,18 +22,20 @@ from cost_models.layout import (
     crosses_ranks,
     stage_of,
 )
-from cost_models.orders import Pass, order_table, round_size, warmup_forwards
+from cost_models.orders import Pass, order_table, warmup_forwards
+from cost_models.rounds import usual_round
 
 Vector = tuple[int, ...]
 
 
 @lru_cache(maxsize=65536)
 def live_peaks(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
 ) -> tuple[Vector, ...]:
     """Largest numbers of microbatches whose activations a rank holds, per chunk; where a schedule
     splits the backward, followed by those that only wait for their weight gradients, and by those
-    (0 or 1) whose weight gradients wait for the next backward of the chunk.
+    (0 or 1) whose weight gradients wait for the next backward of the chunk. ``size`` is that of
+    rounds (``cost_models.rounds``; 0: the usual one).
 
     Each entry is a vector over chunks; no entry is dominated by another. The peak of any
     activation sizes is the maximum over the entries.
@@ -43,34 +45,41 @@ def live_peaks(
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
     if schedule in SPLIT_BACKWARD:
-        return _undominated(_walk(schedule, pp, vpp, microbatches, rank))
+        return _undominated(_walk(schedule, pp, vpp, microbatches, rank, size))
     # Each forward after the warm-up follows a backward: the number alive stays at its most, the
     # warm-up's vectors are below the first of these, and the pattern repeats every round of every
-    # chunk.
-    size = round_size(pp, microbatches)
+    # chunk, but for a shorter last round.
+    size = size or usual_round(pp, microbatches)
     total, period = microbatches * vpp, size * vpp
-    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank)
+    warmup = warmup_forwards(schedule, pp, vpp, microbatches, rank, size)
     if warmup == total:
         return ((microbatches,) * vpp,)
-    backwards = np.arange(min(total - warmup, period))
-    begun = _per_chunk(backwards + warmup + 1, size, vpp)
-    live = begun - _per_chunk(backwards, size, vpp)[:, ::-1]
+    backwards = np.arange(min(total - warmup, total if microbatches % size else period))
+    begun = _per_chunk(backwards + warmup + 1, vpp, microbatches, size)
+    live = begun - _per_chunk(backwards, vpp, microbatches, size)[:, ::-1]
     return tuple(sorted(set(map(tuple, live.tolist()))))
 
 
-def _per_chunk(actions: NDArray[np.int64], size: int, vpp: int) -> NDArray[np.int64]:
+def _per_chunk(
+    actions: NDArray[np.int64], vpp: int, microbatches: int, size: int
+) -> NDArray[np.int64]:
     """How many of a rank's first actions of one direction are of each chunk, in their order."""
-    periods, position = np.divmod(actions, size * vpp)
-    begun: NDArray[np.int64] = np.clip(position[:, None] - size * np.arange(vpp), 0, size)
-    begun += size * periods[:, None]
+    rounds, rest = divmod(microbatches, size)
+    full = np.minimum(actions // (size * vpp), rounds)
+    position = (actions - full * size * vpp)[:, None]
+    each = np.where(full == rounds, rest, size)[:, None]
+    begun: NDArray[np.int64] = np.clip(position - each * np.arange(vpp), 0, each)
+    begun += size * full[:, None]
     return begun
 
 
-def _walk(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> set[Vector]:
+def _walk(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int
+) -> set[Vector]:
     """What is alive, what of it only waits for its weight gradients, and whether the last of these
     have not been followed by a backward, per chunk after each action."""
     alive, waiting, late, met = [0] * vpp, [0] * vpp, [0] * vpp, set()
-    for work, chunk, _ in order_table(schedule, pp, vpp, microbatches, rank).tolist():
+    for work, chunk, _ in order_table(schedule, pp, vpp, microbatches, rank, size).tolist():
         alive[chunk] += (work == Pass.FORWARD) - (work in (Pass.BACKWARD, Pass.WEIGHT))
         waiting[chunk] += (work == Pass.INPUT) - (work == Pass.WEIGHT)
         if work != Pass.FORWARD:
@@ -115,8 +124,9 @@ def simulate(
     microbatches: int,
     times: Durations,
     hop_ns: int | Sequence[tuple[int, int]],
+    size: int = 0,
 ) -> Timeline:
-    """Run the schedule.
+    """Run the schedule, in rounds of ``size`` microbatches where it has them (0: the usual ones).
 
     ``hop_ns`` is one transfer time for all, or per virtual stage that of its output to the next
     stage and that of the gradient back; what stays on a rank takes none. Raises
@@ -132,7 +142,7 @@ def simulate(
     forward, weight, unknown = times.forward, int(Pass.WEIGHT), -1
     forward_end = [unknown] * (stages * count)
     backward_end = [unknown] * (stages * count)
-    orders = [_coded(schedule, pp, vpp, count, rank) for rank in range(pp)]
+    orders = [_coded(schedule, pp, vpp, count, rank, size) for rank in range(pp)]
     position = [0] * pp
     clock = [0] * pp
     remaining = sum(len(works) for works, _ in orders)
@@ -183,9 +193,9 @@ def simulate(
 
 @lru_cache(maxsize=4096)
 def _coded(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int
 ) -> tuple[list[int], list[int]]:
     """A rank's order in numbers: passes, and ``virtual stage * microbatches + microbatch``."""
-    works, chunks, numbers = order_table(schedule, pp, vpp, microbatches, rank).T
+    works, chunks, numbers = order_table(schedule, pp, vpp, microbatches, rank, size).T
     stages = np.array([stage_of(schedule, pp, rank, chunk) for chunk in range(vpp)])
     return works.tolist(), (stages[chunks] * microbatches + numbers).tolist()

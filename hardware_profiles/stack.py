@@ -24,7 +24,7 @@ Schedule = Literal[
 ]
 """Orders of work of a pipeline; see ``cost_models.orders``."""
 StackRule = Literal[
-    "interleaved_needs_multiple_of_pp", "pipeline_needs_multiple_of_pp",
+    "pipeline_needs_multiple_of_pp",
     "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
     "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
     "no_zero_3_with_context",
@@ -145,7 +145,7 @@ class StackSpec(Profile):
     """The software that runs the plan: it bounds the space and shapes the price.
 
     Which values of a degree the stack can run is data here; the rules that combine degrees (for
-    example that interleaving needs a multiple of pp microbatches) are named in ``rules`` and
+    example that experts with tp need sequence parallelism) are named in ``rules`` and
     implemented by name in ``planner.rules``.
     """
 
@@ -160,6 +160,11 @@ class StackSpec(Profile):
     """Whether it is a way out where another stack's plan does not fit: software that people start
     new runs on, not a past version and not a variant of another file."""
     schedules: Annotated[tuple[Schedule, ...], Field(min_length=1)]
+    rounds: Literal["pp", "equal", "at_least_pp", "any"] = "equal"
+    """How many microbatches go through a virtual stage before the next has its turn, where a
+    schedule takes them in rounds: pp, of which their number is a multiple; the fewest from pp on
+    that make equal rounds; any number from pp on that leaves none or at least pp for the last
+    round; or any such number, and fewer microbatches than ranks in one round."""
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``, names of
     ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does

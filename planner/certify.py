@@ -33,6 +33,7 @@ from planner.recount import (
     impossible_layout,
     impossible_mesh,
     recompute_modes,
+    rounds_of,
 )
 from planner.recount_host import outputs_held
 from planner.refute import better_layout
@@ -132,11 +133,15 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
     node = request.cluster.groups[0].node
     if outputs_held(layout, request) > (node.host_memory.si if node.host_memory else 0):
         yield "the hosts do not hold the outputs that recomputation sends there"
-    reason = impossible_mesh(Mesh.of(layout), request) or impossible_layout(
-        layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, Mesh.of(layout), request
-    )
+    mesh = Mesh.of(layout)
+    reason = impossible_mesh(mesh, request) or impossible_layout(
+        layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, mesh, request,
+        layout.round_size,
+    )  # fmt: skip
     if reason:
         yield reason
+    elif layout.round_size not in rounds_of(layout.schedule, mesh, request):
+        yield f"the stack has no rounds of {layout.round_size} microbatches for {layout.schedule}"
 
 
 def _stage(layout: Layout, rank: int, index: int) -> int:

@@ -20,6 +20,8 @@ class Pipelines(NamedTuple):
     microbatches: Int64
     at_once: Bools
     """Whether all forwards come before the first backward."""
+    rounds: Int64
+    """Microbatches of a round, where virtual stages take them in rounds."""
 
 
 def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int64:
@@ -32,9 +34,9 @@ def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int
     for name, layers in Counter(request.workload.layers).items():
         for size in moved_bytes(request.workload.kinds[name], shard, None, modules).values():
             total = total + layers * size
-    pp, vpp, microbatches, at_once = runs
+    pp, vpp, microbatches, at_once, rounds = runs
     # cost_models.schedule.live_peaks of rank 0.
-    chunks = np.where(vpp == 1, pp, 2 * (pp - 1) + (vpp - 1) * pp + 1)
+    chunks = np.where(vpp == 1, pp, 2 * (pp - 1) + (vpp - 1) * rounds + 1)
     chunks = np.where(at_once, microbatches * vpp, np.minimum(chunks, microbatches * vpp))
     each = -(-total * chunks // (pp * vpp))
     result: Int64 = each * request.cluster.groups[0].node.devices_per_node

@@ -6,8 +6,9 @@ are listed, priced as arrays, and the ones that may win handed out one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +27,29 @@ _PARTITIONS: dict[tuple[int, int, bool, bool], Ints] = {}
 """Partitions by number of layers, of virtual stages, whether they may be uneven, and on a V."""
 
 
-def interleaved_candidates(
-    leaf: Leaf, options: Iterable[Recompute], *, cutoff: Callable[[], int]
-) -> Iterator[tuple[int, Completion | None]]:
-    """Completions of an interleaved leaf that fit, with their surrogates in ns, best first.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A completion with its surrogate in ns and the size of its rounds; without a completion, a
+    bound on what was left out."""
 
-    The last item, with no completion, is the bound on everything that was left out for being at or
-    above ``cutoff()``. For one partition an option is left out where another fits that adds no
-    more time to any kind of layer, or fewer fully recomputed layers do.
+    surrogate_ns: int
+    completion: Completion | None = None
+    round_size: int = 0
+
+
+def interleaved_candidates(
+    leaf: Leaf,
+    options: Sequence[Recompute],
+    sizes: Sequence[int],
+    *,
+    cutoff: Callable[[], int],
+    spent: Callable[[], bool],
+) -> Iterator[Found]:
+    """Completions of an interleaved leaf that fit, best first for each of ``sizes`` of rounds.
+
+    What is at or above ``cutoff()`` is left out, and all further sizes once ``spent()``. For one
+    partition and size an option is left out where another fits that adds no more time to any kind
+    of layer, or fewer fully recomputed layers do.
     """
     key = (len(leaf.sequence), leaf.stages, leaf.uneven, leaf.schedule in V_SHAPED)
     partitions = _PARTITIONS.get(key)
@@ -42,50 +58,90 @@ def interleaved_candidates(
         _PARTITIONS[key] = partitions
     if not len(partitions):
         return
-    table = _Table(leaf, partitions)
-    limit = cutoff()
-    found: list[tuple[int, tuple[int, ...], Recompute]] = []
-    plain = table.uniform_surrogates([("none", 0)])[0]
-    skipped = int(plain[plain >= limit].min(initial=UNLIMITED))
-    least = np.flatnonzero(plain < limit)
-    if not len(least):
-        yield skipped, None
-        return
-    ordered = _by_time(leaf, options)
-    uniform = [option for option, _ in ordered if option[0] != "full"]
-    uniform_times = dict(zip(uniform, table.uniform_surrogates(uniform), strict=True))
-    fitted: list[tuple[tuple[int, ...], NDArray[np.bool_]]] = []
-    for option, extra in ordered:
-        open_ = least
-        for other, settled in fitted:
-            if all(a <= b for a, b in zip(other, extra, strict=True)):
-                open_ = open_[~settled[open_]]
-        if not len(open_):
-            continue
-        known = uniform_times.get(option)
-        times = table.surrogates(open_, option) if known is None else known[open_]
-        slow = times >= limit
-        skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
-        fast, times = open_[~slow], times[~slow]
-        holds = table.fits(fast, option) if len(fast) else np.zeros(0, dtype=bool)
-        for index, time in zip(fast[holds], times[holds], strict=True):
-            found.append((int(time), tuple(partitions[index].tolist()), option))
-        if option[0] == "full":
-            least = fast[~holds]
-        elif holds.any():
-            settled = np.zeros(len(partitions), dtype=bool)
-            settled[fast[holds]] = True
-            fitted.append((extra, settled))
-    for time, bounds, option in sorted(found):
-        if time >= cutoff():
-            skipped = min(skipped, time)
-            break
-        yield time, Completion(bounds, (option,) * leaf.stages)
-    if skipped < UNLIMITED:
-        yield skipped, None
+    opened = _Opened(leaf, partitions, options, cutoff)
+    for size in sizes:
+        if opened.least_ns >= cutoff() or (size != sizes[0] and spent()):
+            yield Found(opened.least_ns)
+            return
+        yield from opened.in_rounds(size)
+        if not opened.looked_at_memory:
+            return
 
 
-def _by_time(leaf: Leaf, options: Iterable[Recompute]) -> list[tuple[Recompute, tuple[int, ...]]]:
+class _Opened:
+    """What is known of a leaf's partitions while the sizes of rounds are tried one by one."""
+
+    def __init__(
+        self,
+        leaf: Leaf,
+        partitions: Ints,
+        options: Sequence[Recompute],
+        cutoff: Callable[[], int],
+    ) -> None:
+        self.leaf, self.partitions, self.cutoff = leaf, partitions, cutoff
+        self.table = _Table(leaf, partitions)
+        self.plain = self.table.uniform_surrogates([("none", 0)])[0]
+        """Surrogates without recomputation."""
+        self.least_ns = int(self.plain.min())
+        self.ordered = _by_time(leaf, options)
+        self.hopeless = {option: np.zeros(len(partitions), dtype=bool) for option in options}
+        """Partitions without room for an option, however long the rounds are."""
+        self.looked_at_memory = False
+        """Whether there was anything left to try in rounds of the last size."""
+
+    @cached_property
+    def _uniform(self) -> dict[Recompute, Ints]:
+        """Surrogates under options that treat all layers alike."""
+        options = [option for option, _ in self.ordered if option[0] != "full"]
+        return dict(zip(options, self.table.uniform_surrogates(options), strict=True))
+
+    def in_rounds(self, size: int) -> Iterator[Found]:
+        """The completions in rounds of ``size``."""
+        limit = self.cutoff()
+        found: list[tuple[int, tuple[int, ...], Recompute]] = []
+        skipped = int(self.plain[self.plain >= limit].min(initial=UNLIMITED))
+        least = np.flatnonzero(self.plain < limit)
+        fitted: list[tuple[tuple[int, ...], NDArray[np.bool_]]] = []
+        self.looked_at_memory = False
+        for option, extra in self.ordered:
+            open_ = least[~self.hopeless[option][least]]
+            for other, settled in fitted:
+                if all(a <= b for a, b in zip(other, extra, strict=True)):
+                    open_ = open_[~settled[open_]]
+            if not len(open_):
+                continue
+            known = self._uniform.get(option)
+            times = self.table.surrogates(open_, option) if known is None else known[open_]
+            slow = times >= limit
+            skipped = min(skipped, int(times[slow].min(initial=UNLIMITED)))
+            fast, times = open_[~slow], times[~slow]
+            holds = self._fits(fast, option, size)
+            for index, time in zip(fast[holds], times[holds], strict=True):
+                found.append((int(time), tuple(self.partitions[index].tolist()), option))
+            if option[0] == "full":
+                least = fast[~holds]
+            elif holds.any():
+                settled = np.zeros(len(self.partitions), dtype=bool)
+                settled[fast[holds]] = True
+                fitted.append((extra, settled))
+        for time, bounds, option in sorted(found):
+            if time >= self.cutoff():
+                skipped = min(skipped, time)
+                break
+            yield Found(time, Completion(bounds, (option,) * self.leaf.stages), size)
+        if skipped < UNLIMITED:
+            yield Found(skipped)
+
+    def _fits(self, rows: Ints, option: Recompute, size: int) -> NDArray[np.bool_]:
+        if not len(rows):
+            return np.zeros(0, dtype=bool)
+        self.looked_at_memory = True
+        room = self.table.room(rows, option)
+        self.hopeless[option][rows[~room.fits_in_some(size)]] = True
+        return room.fits(size)
+
+
+def _by_time(leaf: Leaf, options: Sequence[Recompute]) -> list[tuple[Recompute, tuple[int, ...]]]:
     """Options with the time that each adds per kind of layer, the least first.
 
     Numbers of fully recomputed layers come last, in their order; of a part of the layers all that
@@ -102,18 +158,52 @@ def _by_time(leaf: Leaf, options: Iterable[Recompute]) -> list[tuple[Recompute, 
 
 
 @lru_cache(maxsize=16384)
-def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int) -> Ints:
+def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int) -> Ints:
     """Microbatches alive per chunk (rows; then what a split backward holds beside them) at each
     candidate for the peak (columns)."""
-    vectors = live_peaks(schedule, pp, vpp, microbatches, rank)
+    vectors = live_peaks(schedule, pp, vpp, microbatches, rank, size)
     return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What partitions have room for beside all that does not depend on the size of rounds."""
+
+    leaf: Leaf
+    alive: Ints
+    """Bytes per microbatch in flight; shape (partitions, chunks and what a split backward holds
+    beside them, ranks)."""
+    room: Ints
+    """Bytes for all microbatches in flight; shape (partitions, ranks)."""
+    possible: NDArray[np.bool_]
+    """Whether there is room at the step's other moments."""
+
+    def fits(self, size: int) -> NDArray[np.bool_]:
+        """Whether each partition fits in rounds of ``size``."""
+        leaf, ok = self.leaf, self.possible
+        for rank in range(leaf.pp):
+            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size)
+            most = (self.alive[:, :, rank] @ vectors).max(axis=1)
+            ok = ok & (most <= self.room[:, rank])
+        return ok
+
+    def fits_in_some(self, size: int) -> NDArray[np.bool_]:
+        """Whether each partition may fit in rounds of ``size`` or more: the longer they are, the
+        more is in flight of all chunks together, if not of each."""
+        leaf, ok = self.leaf, self.possible
+        lightest = self.alive[:, : leaf.vpp].min(axis=1)
+        for rank in range(leaf.pp):
+            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size)
+            most = vectors[: leaf.vpp].sum(axis=0).max()
+            ok = ok & (lightest[:, rank] * most <= self.room[:, rank])
+        return ok
 
 
 class _Table:
     """Costs of many partitions of one leaf; ``cost_models.leaf`` and ``peaks`` on arrays."""
 
     def __init__(self, leaf: Leaf, partitions: Ints) -> None:
-        self.leaf = leaf
+        self.leaf, self.partitions = leaf, partitions
         self.first, self.last = partitions[:, :-1], partitions[:, 1:]
         self.counts = np.array(leaf.counts, dtype=np.int64)
         self.kinds = np.array(leaf.kinds, dtype=np.int64)
@@ -186,8 +276,8 @@ class _Table:
         result: Ints = ends + self.update[rows] + leaf.sync_ns
         return result
 
-    def fits(self, rows: Ints, option: Recompute) -> NDArray[np.bool_]:
-        """Whether each partition in ``rows`` fits under ``option``."""
+    def room(self, rows: Ints, option: Recompute) -> _Room:
+        """What each partition in ``rows`` has room for under ``option``."""
         leaf = self.leaf
         held, front = self._layers(rows, option)
         rest = held - front
@@ -237,18 +327,14 @@ class _Table:
             deferred[:, 0] = late[:, 0] = 0
             beside = [self._by_rank(deferred), self._by_rank(late)]
             alive = np.concatenate([alive, *beside], axis=1)
-        ok = np.ones(len(held), dtype=bool)
-        for rank in range(leaf.pp):
-            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)
-            most = (alive[:, :, rank] @ vectors).max(axis=1)
-            lively = most + short_lived[:, rank]
-            if leaf.microbatches > 1 or leaf.splits_backward:
-                peak = made[:, rank] + np.maximum(lively, step[:, rank])
-            else:
-                peak = np.maximum(lively, made[:, rank] + np.maximum(last, step)[:, rank])
-            fixed = leaf.fixed_bytes + leaf.received_bytes(rank)
-            ok &= fixed + static[:, rank] + peak <= leaf.capacity_bytes
-        return ok
+        fixed = leaf.fixed_bytes + np.array([leaf.received_bytes(r) for r in range(leaf.pp)])
+        free = leaf.capacity_bytes - fixed - static
+        if leaf.microbatches > 1 or leaf.splits_backward:
+            free, at_the_end = free - made, step
+        else:
+            at_the_end = made + np.maximum(last, step)
+        possible = (at_the_end <= free).all(axis=1)
+        return _Room(leaf, alive, free - short_lived, possible)
 
     def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
         values = self.kinds[:, list(fields)].sum(axis=1)

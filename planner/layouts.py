@@ -28,6 +28,7 @@ from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.recompute import named_policy
 from planner.request import Request
+from planner.rounds import settled_round
 
 
 def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
@@ -51,6 +52,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     vpp = degree["vpp"]
     schedule = base.setdefault("schedule", _usual_schedule(request, degree))
     _require_runnable(schedule, degree)
+    if schedule in IN_ROUNDS and degree["pp"] > 1:
+        base["round_size"] = settled_round(base.get("round_size", 0), request, degree)
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
         base.setdefault(key, constant)
@@ -140,9 +143,8 @@ def _require_numbers(raw: Mapping[str, Any]) -> None:
 
 
 def _require_runnable(schedule: Schedule, degree: Mapping[str, int]) -> None:
-    """Refuse what has no order of work: a schedule with too few or too many chunks, or a last round
-    of fewer microbatches, which waits for forwards that come later in its own order."""
-    pp, vpp, microbatches = degree["pp"], degree["vpp"], degree["num_microbatches"]
+    """Refuse what has no order of work: a schedule with too few or too many chunks."""
+    pp, vpp = degree["pp"], degree["vpp"]
     if pp == 1 and schedule in CHUNKED:
         raise InputError(
             f"schedule {schedule} with pp = 1: without a pipeline there is nothing to schedule",
@@ -161,13 +163,6 @@ def _require_runnable(schedule: Schedule, degree: Mapping[str, int]) -> None:
         raise InputError(
             f"schedule {schedule} with vpp = {vpp}: a V has two virtual stages per rank",
             hint="--vpp 2",
-        )
-    rounds = max(1, microbatches // pp)
-    if schedule in IN_ROUNDS and microbatches % rounds:
-        raise InputError(
-            f"interleaving takes equal rounds of at least pp = {pp} microbatches; {microbatches} = "
-            f"{rounds} x {microbatches // rounds} + {microbatches % rounds}",
-            hint="vpp 1, another microbatch_size, or another dp",
         )
 
 

@@ -7,8 +7,8 @@ completions below the cutoff are listed and simulated, until the leaf can no lon
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -54,7 +54,7 @@ class Candidate:
 
 _ORDER = (
     "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
-    "sequence_parallel", "cp_kind", "cp_inner", "reshard_after_forward", "schedule",
+    "sequence_parallel", "cp_kind", "cp_inner", "reshard_after_forward", "schedule", "round_size",
 )  # fmt: skip
 
 
@@ -108,7 +108,8 @@ class Opening:
     """One leaf against the incumbent; ``check_deadline`` raises when the time is up.
 
     ``thorough`` is whether completions are listed where the program's optimum does not settle it;
-    without, a leaf gives a fair completion and a valid, lower bound.
+    without, a leaf gives a fair completion and a valid, lower bound. ``sizes`` are those of rounds
+    of microbatches (``cost_models.rounds``), where the schedule has them.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class Opening:
         incumbent: Incumbent,
         check_deadline: Callable[[], None],
         *,
+        sizes: Sequence[int] = (0,),
         thorough: bool = True,
     ) -> None:
         self.thorough = thorough
+        self.sizes = sizes
         self.leaf, self.degrees, self.incumbent = leaf, degrees, incumbent
         self.check_deadline = check_deadline
         self.rows = Rows(leaf)
@@ -154,19 +157,25 @@ class Opening:
         leaf = self.leaf
         tallest = len(leaf.sequence) // max(1, leaf.stages - 2)
         useful = [option for option in options if option[1] <= tallest or option == options[-1]]
+        budget = _Budget(self.check_deadline)
         program: ProgramSolution | None = None
         reached: int | None = None
-        for surrogate, completion in interleaved_candidates(
-            leaf, useful, cutoff=lambda: self.cutoff
+        for found in interleaved_candidates(
+            leaf, useful, self.sizes, cutoff=lambda: self.cutoff, spent=lambda: budget.spent
         ):
-            bound = surrogate
+            bound, completion = found.surrogate_ns, found.completion
             if completion is not None:
-                program = program or ProgramSolution(
-                    "optimal", surrogate, completion, "enumeration"
-                )
-                bound = self._simulate(completion, program)
+                budget.simulate(leaf)
+                program = program or ProgramSolution("optimal", bound, completion, "enumeration")
+                bound = self._in_rounds(found.round_size, completion, program)
             reached = bound if reached is None else min(reached, bound)
         return reached
+
+    def _in_rounds(self, size: int, completion: Completion, program: ProgramSolution) -> int:
+        leaf, degrees = self.leaf, self.degrees
+        if size:
+            leaf, degrees = replace(leaf, round_size=size), {**degrees, "round_size": size}
+        return self.incumbent.simulate(leaf, degrees, completion, program)
 
     def _chain(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
         """Solve the program for each option (or all at once where ranks may differ)."""
@@ -266,8 +275,13 @@ class _Budget:
         self.nodes += 1
         if self.nodes % 1024 == 0:
             self.check_deadline()
-        if self.nodes > NODES_PER_LEAF or self.actions > ACTIONS_PER_LEAF:
+        if self.nodes > NODES_PER_LEAF or self.spent:
             raise _SpentError
+
+    @property
+    def spent(self) -> bool:
+        """Whether enough was simulated."""
+        return self.actions > ACTIONS_PER_LEAF
 
     def simulate(self, leaf: Leaf) -> None:
         """Count a simulation."""

@@ -77,6 +77,9 @@ class Layout(Document):
     zero_stage: Literal[0, 1, 2, 3] = 0
     reshard_after_forward: bool | int = False
     schedule: Schedule = "1f1b"
+    round_size: Annotated[int, Field(ge=0)] = 0
+    """Microbatches that go through a virtual stage before the next has its turn, where the schedule
+    takes them in rounds; in the input of ``evaluate`` 0 is the least that the stack can run."""
     rank_order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     optimizer_offload: bool = False
     parameter_offload: bool = False

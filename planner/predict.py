@@ -58,6 +58,7 @@ def price(layout: Layout, request: Request) -> Priced:
         vpp=layout.vpp,
         microbatches=layout.num_microbatches,
         uneven=True,
+        round_size=layout.round_size,
     )
     ranks = stage_costs(leaf, completion)
     return Priced(layout, leaf, completion, tables, ranks, simulate_step(leaf, ranks))
@@ -173,7 +174,7 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     crossing += 2 * moved * layout.num_microbatches
     runs = Pipelines(
         np.array([layout.pp]), np.array([layout.vpp]), np.array([layout.num_microbatches]),
-        np.array([layout.schedule in ALL_AT_ONCE]),
+        np.array([layout.schedule in ALL_AT_ONCE]), np.array([layout.round_size]),
     )  # fmt: skip
     shard = shard_of(request.workload, priced.tables.configs)
     held += int(input_bytes_per_node(request, shard, runs)[0])

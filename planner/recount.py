@@ -212,10 +212,26 @@ def _impossible_mixer(
     return None
 
 
+def rounds_of(schedule: str, mesh: Mesh, request: Request) -> list[int]:
+    """Sizes of rounds in which the stack runs the microbatches; only 0 without rounds."""
+    if schedule not in ("interleaved", "interleaved_zero_bubble"):
+        return [0]
+    m, pp = request.global_batch // (mesh.dp * mesh.mbs), mesh.pp
+    match request.stack.rounds:
+        case "pp":
+            return [] if m % pp else [pp]
+        case "equal":
+            rounds = max(1, m // pp)
+            return [] if m % rounds else [m // rounds]
+        case "any" if m < pp:
+            return [m]
+    return [size for size in range(pp, m + 1) if m % size == 0 or m % size >= pp]
+
+
 def impossible_layout(
-    shard: int, zero: int, schedule: str, vpp: int, mesh: Mesh, request: Request
+    shard: int, zero: int, schedule: str, vpp: int, mesh: Mesh, request: Request, size: int = 0
 ) -> str | None:
-    """Why this layout of a possible mesh cannot run, or None."""
+    """Why this layout of a possible mesh cannot run (in rounds of ``size``, if not 0), or None."""
     stack, layers = request.stack, request.model.layer_count
     m = request.global_batch // (mesh.dp * mesh.mbs)
     stages = mesh.pp * vpp
@@ -247,16 +263,13 @@ def impossible_layout(
             each = tokens * request.workload.boundary_bytes_per_token * layers
             held += each * request.cluster.groups[0].node.devices_per_node
         if request.machine.offload.inputs:
-            held += inputs_held(mesh, (schedule, vpp, m), request)
+            held += inputs_held(mesh, (schedule, vpp, m, size or min(m, mesh.pp)), request)
         if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"
     if zero and shard * mesh.cp == 1 and 0 in _zero_stages(request):
         return "sharding over one rank is ZeRO stage 0"
-    if schedule in ("interleaved", "interleaved_zero_bubble"):
-        if "interleaved_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
-            return "interleaving needs a multiple of pp microbatches"
-        if m > mesh.pp and m % (m // mesh.pp):
-            return "interleaving needs equal rounds of microbatches"
+    if not rounds_of(schedule, mesh, request):
+        return "the stack has no rounds of so many microbatches"
     if vpp > 1:
         height = -(-layers // stages)
         most = 2 * height if stack.uneven_stages else 0
@@ -337,11 +350,21 @@ def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int, int], request: Requ
         "microbatch_size": mesh.mbs, "dp_replicate": entry[0], "dp_shard": entry[1],
         "zero_stage": entry[2], "vpp": entry[4],
     }  # fmt: skip
+    sizes = rounds_of(SCHEDULES[entry[3]], mesh, request)
     schedule, sp = limits.schedule, limits.sequence_parallel
     return (
-        all(values[name] == value for name, value in limits.fix.items())
-        and all(values[name] <= value for name, value in limits.max.items())
-        and all(values[n] <= (0 if n == "zero_stage" else 1) for n in limits.forbid)
+        any(wanted_round(size, request) for size in sizes)
+        and all(values.get(name, value) == value for name, value in limits.fix.items())
+        and all(values.get(name, 0) <= value for name, value in limits.max.items())
+        and all(values.get(n, 0) <= (0 if n == "zero_stage" else 1) for n in limits.forbid)
         and (schedule is None or mesh.pp == 1 or SCHEDULES[entry[3]] == schedule)
         and (sp is None or mesh.tp == 1 or mesh.sp == sp)
     )
+
+
+def wanted_round(size: int, request: Request) -> bool:
+    """Whether the user's constraints allow rounds of ``size``; 0: a schedule without rounds."""
+    limits = request.job.constraints
+    if size and "round_size" in limits.forbid:
+        return False
+    return limits.fix.get("round_size", size) == size <= limits.max.get("round_size", size)

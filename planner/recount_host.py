@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from planner.recount import Mesh
 
 
-def inputs_held(mesh: Mesh, run: tuple[str, int, int], request: Request) -> int:
+def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) -> int:
     """Bytes on a node of the module inputs that the first stage's devices send there, its share of
-    the layers taken as any stage's. ``run`` is schedule, virtual stages and microbatches."""
-    schedule, vpp, m = run
+    the layers taken as any stage's. ``run`` is schedule, virtual stages, microbatches and the
+    size of rounds."""
+    schedule, vpp, m, size = run
     shard = Shard(
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(mesh.cp_kind, mesh.cp_inner)]),
@@ -46,7 +47,7 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int], request: Request) -> int:
                 layer_bytes += int(np.broadcast_to(tensor.bytes, (1,))[0])
     alive = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}.get(schedule)
     if alive is None:
-        alive = min(m * vpp, (vpp + 1) * mesh.pp - 1)
+        alive = min(m * vpp, 2 * mesh.pp - 1 + (vpp - 1) * size)
     held = -(-layer_bytes * alive // (mesh.pp * vpp))
     return held * request.cluster.groups[0].node.devices_per_node
 

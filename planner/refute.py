@@ -7,6 +7,7 @@ partition, until its own bound or its simulated time is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,17 +38,29 @@ from cost_models.surrogate import (
     surrogate_ns,
 )
 from planner.errors import LimitReachedError
-from planner.recount import SPLIT, every_layout, every_mesh, recompute_modes, wanted
+from planner.recount import (
+    SPLIT,
+    Mesh,
+    every_layout,
+    every_mesh,
+    impossible_layout,
+    recompute_modes,
+    rounds_of,
+    wanted,
+    wanted_round,
+)
 from planner.request import Request
 
 BATCH = 20_000
 """Layouts priced at once."""
 LARGEST_LEAF = 2_000_000
 """Partial completions that one leaf may take; beyond it the bound is unchecked there."""
+MOST_ACTIONS = 100_000_000
+"""Likewise passes that are simulated in a leaf whose rounds may have several sizes."""
 
 
 class _TooLargeError(Exception):
-    """A leaf has more partial completions than ``LARGEST_LEAF``."""
+    """A leaf takes more than ``LARGEST_LEAF`` or ``MOST_ACTIONS``."""
 
 
 def better_layout(request: Request, least_ns: int) -> str | None:
@@ -70,26 +83,32 @@ def better_layout(request: Request, least_ns: int) -> str | None:
 
 def _better_layout(request: Request, least_ns: int, unchecked: list[str]) -> str | None:
     batch: list[tuple[int, ...]] = []
+    meshes: list[Mesh] = []
     for mesh in every_mesh(request):
         degrees = (
             mesh.tp, int(mesh.sp), mesh.cp, cp_kind_code(mesh.cp_kind, mesh.cp_inner), mesh.pp,
             mesh.ep, mesh.etp, mesh.mbs,
         )  # fmt: skip
         layouts = every_layout(mesh, request)
-        batch += [(*degrees, *entry) for entry in layouts if wanted(mesh, entry, request)]
+        found = [(*degrees, *entry) for entry in layouts if wanted(mesh, entry, request)]
+        batch += found
+        meshes += [mesh] * len(found)
         if len(batch) >= BATCH:
-            finding = _refute(np.array(batch, dtype=np.int64), least_ns, request, unchecked)
+            rows = np.array(batch, dtype=np.int64)
+            finding = _refute(rows, meshes, least_ns, request, unchecked)
             batch.clear()
+            meshes.clear()
             if finding:
                 return finding
     if not batch:
         return None
-    return _refute(np.array(batch, dtype=np.int64), least_ns, request, unchecked)
+    return _refute(np.array(batch, dtype=np.int64), meshes, least_ns, request, unchecked)
 
 
 def _refute(
-    rows: np.ndarray[Any, np.dtype[np.int64]], least: int, request: Request, unchecked: list[str]
-) -> str | None:
+    rows: np.ndarray[Any, np.dtype[np.int64]], meshes: Sequence[Mesh], least: int,
+    request: Request, unchecked: list[str],
+) -> str | None:  # fmt: skip
     """A layout among ``rows`` that beats the claimed bound, in words; what is too large to tell is
     added to ``unchecked``."""
     tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp, keep = rows.T
@@ -121,8 +140,15 @@ def _refute(
             f"tp {tp[index]} cp {cp[index]} pp {pp[index]} ep {ep[index]} vpp {vpp[index]} "
             f"microbatch {mbs[index]}"
         )
+        mesh, data = meshes[index], (int(shard[index]), int(zero[index]))
+        sizes = [
+            size
+            for size in rounds_of(leaf.schedule, mesh, request)
+            if wanted_round(size, request)
+            and not impossible_layout(*data, leaf.schedule, leaf.vpp, mesh, request, size)
+        ]
         try:
-            better = _better_completion(leaf, least, request)
+            better = _better_completion(leaf, least, request, sizes)
         except _TooLargeError:
             unchecked.append(name)
             continue
@@ -131,8 +157,11 @@ def _refute(
     return None
 
 
-def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
-    """A completion that fits and simulates below ``least`` ns, in words, or None."""
+def _better_completion(
+    leaf: Leaf, least: int, request: Request, sizes: Sequence[int]
+) -> str | None:
+    """A completion that fits and simulates below ``least`` ns, in words, or None. ``sizes`` are
+    those of rounds of microbatches."""
     options: list[Recompute] = []
     for mode in recompute_modes(request):
         if mode == "full":
@@ -147,7 +176,7 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] == "none"]
     if leaf.vpp > 1:
-        return _better_interleaved(leaf, least, options)
+        return _better_interleaved(leaf, least, options, sizes)
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]
     budget = [LARGEST_LEAF]
     for group in groups:
@@ -157,7 +186,11 @@ def _better_completion(leaf: Leaf, least: int, request: Request) -> str | None:
     return None
 
 
-def _better_interleaved(leaf: Leaf, least: int, options: list[Recompute]) -> str | None:
+def _better_interleaved(
+    leaf: Leaf, least: int, options: list[Recompute], sizes: Sequence[int]
+) -> str | None:
+    variants = [replace(leaf, round_size=size) for size in sizes]
+    actions = 0
     for bounds in interleaved_bounds(leaf):
         tallest = max(b - a for a, b in pairwise(bounds))
         for option in options:
@@ -169,8 +202,15 @@ def _better_interleaved(leaf: Leaf, least: int, options: list[Recompute]) -> str
                 if option[0] == "full":
                     break
                 continue
-            if fits(leaf, ranks) and simulate_step(leaf, ranks).total_ns < least:
-                return f"with {option} takes {simulate_step(leaf, ranks).total_ns / 1e9:.6g} s"
+            for variant in variants:
+                if not fits(variant, ranks):
+                    continue
+                total = simulate_step(variant, ranks).total_ns
+                if total < least:
+                    return f"with {option} takes {total / 1e9:.6g} s"
+                actions += 2 * leaf.stages * leaf.microbatches
+                if actions > MOST_ACTIONS:
+                    raise _TooLargeError
     return None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
 from cost_models.layout import ALL_AT_ONCE, CHUNKED, IN_ROUNDS, SCHEDULES, V_SHAPED, codes_of
+from cost_models.rounds import runnable
 from hardware_profiles.stack import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
@@ -253,18 +254,16 @@ def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
         result: Int64 = np.maximum(batch // (m.dp * m.microbatch), 1)
         return result
 
-    if "interleaved_needs_multiple_of_pp" in stack.rules:
+    reason = {
+        "pp": f"{stack.name} {stack.version}: interleaving needs a multiple of pp microbatches",
+        "equal": "interleaving needs equal rounds of at least pp microbatches",
+        "at_least_pp": f"{stack.name} {stack.version}: interleaving needs pp microbatches or more",
+    }.get(stack.rounds)
+    if reason is not None:
+        in_rounds = codes_of(IN_ROUNDS)
         yield (
-            f"{stack.name} {stack.version}: interleaving needs a multiple of pp microbatches",
-            lambda m, x: np.isin(x.schedule, codes_of(IN_ROUNDS)) & (count(m) % m.pp != 0),
-        )
-    else:
-        yield (
-            "interleaving needs equal rounds of at least pp microbatches",
-            lambda m, x: (
-                np.isin(x.schedule, codes_of(IN_ROUNDS))
-                & (count(m) % np.maximum(count(m) // m.pp, 1) != 0)
-            ),
+            reason,
+            lambda m, x: np.isin(x.schedule, in_rounds) & ~runnable(stack.rounds, m.pp, count(m)),
         )
     if "pipeline_needs_multiple_of_pp" in stack.rules:
         yield (
@@ -293,19 +292,27 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
             "activations are offloaded without a pipeline only",
             lambda m, x: (m.pp > 1) & (x.vpp > 0),
         )
-    once, capacity = host_bytes_per_node(request, 1), host_capacity(request) or 0
+    batch = request.global_batch
     yield (
         overfilled(request),
-        lambda m, x: (
-            x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp) * float(once)
-            + checkpoint_bytes_per_node(request, m.microbatch, m.cp, np.where(m.sp == 1, m.tp, 1))
-            + _input_bytes_per_node(request, m, x)
-            > capacity
-        ),
+        # The shortest rounds of any: those of a layout are chosen later (planner.rounds).
+        lambda m, x: overfills(request, m, x, np.minimum(m.pp, batch // (m.dp * m.microbatch))),
     )
 
 
-def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts) -> Int64:
+def overfills(request: Request, m: Meshes, x: Layouts, rounds: Int64) -> Bools:
+    """Whether the hosts do not hold what layouts offload, in rounds of so many microbatches."""
+    once, capacity = host_bytes_per_node(request, 1), host_capacity(request) or 0
+    copies = x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp)
+    held = copies * float(once)
+    held = held + checkpoint_bytes_per_node(
+        request, m.microbatch, m.cp, np.where(m.sp == 1, m.tp, 1)
+    )
+    result: Bools = held + _input_bytes_per_node(request, m, x, rounds) > capacity
+    return result
+
+
+def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts, rounds: Int64) -> Int64:
     """Bytes on each node of the module inputs that the stack keeps there."""
     shard = Shard(
         sequence=request.sequence, microbatch=m.microbatch, tp=m.tp, cp=m.cp, ep=m.ep, etp=m.etp,
@@ -313,7 +320,9 @@ def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts) -> Int64:
     )  # fmt: skip
     microbatches = request.global_batch // (m.dp * m.microbatch)
     at_once = np.isin(x.schedule, codes_of(ALL_AT_ONCE))
-    return input_bytes_per_node(request, shard, Pipelines(m.pp, x.vpp, microbatches, at_once))
+    return input_bytes_per_node(
+        request, shard, Pipelines(m.pp, x.vpp, microbatches, at_once, rounds)
+    )
 
 
 def _even_enough(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:

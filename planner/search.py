@@ -24,6 +24,7 @@ from planner.leaves import Candidate, Degrees, Incumbent, Opening
 from planner.meshes import Meshes
 from planner.program import UNLIMITED
 from planner.request import Request
+from planner.rounds import open_rounds
 from planner.space import build_space, expand, layout_rules
 from planner.tables import (
     PricedLayouts,
@@ -238,7 +239,10 @@ class Search:
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf, self.request)
         options = recompute_options(self.request, len(leaf.sequence))
-        opening = Opening(leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough)
+        opening = Opening(
+            leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough,
+            sizes=open_rounds(self.request, layouts.meshes, layouts.layouts, index),
+        )  # fmt: skip
         reached = opening.close(options, per_stage=self.request.stack.recompute_per_stage)
         if reached is None:
             removed[OUT_OF_MEMORY] += 1
@@ -278,4 +282,5 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -
         "zero_stage": zero,
         "reshard_after_forward": request.resharding(zero, int(own.reshard[index])),
         "schedule": SCHEDULES[int(own.schedule[index])],
+        "round_size": 0,
     }

@@ -25,6 +25,7 @@ from planner import rules
 from planner.blocks.registry import model_splits
 from planner.meshes import Layouts, Meshes, joined
 from planner.request import Request
+from planner.rounds import round_limits
 from planner.rules import LayoutRule, Rule
 
 
@@ -252,6 +253,7 @@ def _layout_constraint_rules(request: Request) -> Iterator[LayoutRule]:
             f"asked for schedule {limits.schedule}",
             lambda m, x: (m.pp > 1) & (x.schedule != wanted),
         )
+    yield from round_limits(request)
 
 
 def _on_layout(column: str, broken: Callable[[Int64], Bools]) -> Callable[[Meshes, Layouts], Bools]:

@@ -12,7 +12,7 @@ from planner.models.spec import Positive, Spec
 
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
-    "zero_stage",
+    "zero_stage", "round_size",
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
 

@@ -29,6 +29,7 @@ from tests.oracle.layouts import (
     every_layout,
     partitions,
     recompute_choices,
+    rounds,
 )
 from tests.oracle.timeline import SPLIT, finish_times, held, homes, most_live_bytes
 
@@ -94,6 +95,7 @@ class Answer:
     layout: Layout | None = None
     sizes: tuple[int, ...] = ()
     options: tuple[Option, ...] = ()
+    round_size: int = 0
     uniform_time: int | None = None
     """The best step with equal layers per virtual stage and one recompute mode for all layers."""
     layouts: int = 0
@@ -274,12 +276,14 @@ def transfer(prices: Prices, cut: int) -> tuple[int, int]:
     return prices.hop + on, prices.hop + back
 
 
-def rank_peak(prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk]) -> int:
+def rank_peak(
+    prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk], size: int = 0
+) -> int:
     """Peak bytes of a device of ``rank``."""
     split = x.schedule in SPLIT
     sizes = [c.activation for c in own] + [c.waiting for c in own if split]
     sizes += [c.unsummed for c in own if split]
-    live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes)
+    live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes, size)
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
     home = homes(x.schedule, x.pp, x.vpp)
     for j in held(x.schedule, x.pp, x.vpp, rank):
@@ -301,12 +305,13 @@ def hops_of(prices: Prices, x: Layout, sizes: Sequence[int]) -> int | list[tuple
 
 
 def step_time(
-    prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk], sizes: Sequence[int]
+    prices: Prices, x: Layout, m: int, chunks: Sequence[Chunk], sizes: Sequence[int], size: int = 0
 ) -> int:
     """The step: pipeline and exposed reduction, then the update behind the norm's barrier."""
     durations = [t for c in chunks for t in (c.forward, c.backward, c.inputs, c.weights)]
     own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, r)] for r in range(x.pp)]
-    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops_of(prices, x, sizes))
+    hops = hops_of(prices, x, sizes)
+    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops, size)
     reduced = max(
         end + prices.bucket + sum(c.gradient for c in own[rank]) for rank, end in enumerate(ends)
     )
@@ -379,22 +384,27 @@ class BruteForce:
     def _uniform(
         self, x: Layout, prices: Prices, m: int, sizes: Sequence[int], option: Option
     ) -> None:
-        time = self._evaluate(x, prices, m, sizes, (option,) * x.pp, self.answer.uniform_time)
-        if time is not None:
-            self.answer.uniform_time = time
+        for size in rounds(self.request, x):
+            time = self._evaluate(
+                x, prices, m, sizes, (option,) * x.pp, self.answer.uniform_time, size
+            )
+            if time is not None:
+                self.answer.uniform_time = time
 
     def _completion(
         self, x: Layout, prices: Prices, m: int, sizes: Sequence[int], options: tuple[Option, ...]
     ) -> None:
-        self.answer.completions += 1
-        time = self._evaluate(x, prices, m, sizes, options, self.answer.time)
-        if time is not None:
-            self.answer.time, self.answer.layout = time, x
-            self.answer.sizes, self.answer.options = tuple(sizes), options
+        for size in rounds(self.request, x):
+            self.answer.completions += 1
+            time = self._evaluate(x, prices, m, sizes, options, self.answer.time, size)
+            if time is not None:
+                self.answer.time, self.answer.layout = time, x
+                self.answer.sizes, self.answer.options = tuple(sizes), options
+                self.answer.round_size = size
 
     def _evaluate(
         self, x: Layout, prices: Prices, m: int, sizes: Sequence[int],
-        options: tuple[Option, ...], best: int | None,
+        options: tuple[Option, ...], best: int | None, size: int,
     ) -> int | None:  # fmt: skip
         """The step's time where it fits and is below ``best``."""
         chunks = chunks_of(prices, x, sizes, options)
@@ -402,9 +412,9 @@ class BruteForce:
             own = [chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)]
             if best is not None and m * sum(c.forward + c.backward for c in own) >= best:
                 return None
-            if rank_peak(prices, x, m, rank, own) > prices.capacity:
+            if rank_peak(prices, x, m, rank, own, size) > prices.capacity:
                 return None
-        time = step_time(prices, x, m, chunks, sizes)
+        time = step_time(prices, x, m, chunks, sizes, size)
         return time if best is None or time < best else None
 
 

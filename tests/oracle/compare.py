@@ -132,6 +132,7 @@ def cover(each: Compared, count: Counter[str]) -> None:
     if x.pp > 1:
         count[f"optimum: schedule {x.schedule}"] += 1
         inner = set(answer.sizes)
+        count["optimum: rounds of more than pp"] += answer.round_size > x.pp
         count["optimum: uneven stages"] += len(inner) > 1
         count["optimum: an end stage without layers"] += 0 in inner
         count["optimum: recompute differs by stage"] += len(set(answer.options)) > 1

@@ -36,7 +36,14 @@ from planner.models.spec import (
 from planner.request import Request
 from planner.specs import ConstraintSpec, JobSpec
 from tests.oracle.brute import Prices, chunks_of, price_all, rank_peak, work_per_rank
-from tests.oracle.layouts import Layout, Option, every_layout, partitions, recompute_choices
+from tests.oracle.layouts import (
+    Layout,
+    Option,
+    every_layout,
+    partitions,
+    recompute_choices,
+    rounds,
+)
 from tests.oracle.timeline import held
 
 MOST_WORK = 14_000
@@ -196,6 +203,8 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["schedules"] = (*known, *more)
     if own.random() < 0.3:
         changes["recompute_groups"] = own.choice((2, 3))
+    if own.random() < 0.6:
+        changes["rounds"] = own.choice(("pp", "equal", "at_least_pp", "at_least_pp", "any"))
     return stack.model_copy(update=changes)
 
 
@@ -254,7 +263,7 @@ def _work(request: Request, layouts: list[Layout]) -> int:
     for x in layouts:
         count = len(_sizes(request, x))
         free = request.stack.recompute_per_stage and x.vpp == 1
-        total += count * (options**x.pp if free else options)
+        total += count * (options**x.pp if free else options) * len(rounds(request, x))
     return total
 
 

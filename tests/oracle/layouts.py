@@ -195,11 +195,6 @@ def runs(request: Request, x: Layout) -> bool:
     rules = set(stack.rules)
     if "pipeline_needs_multiple_of_pp" in rules and m % x.pp:
         return False
-    if x.schedule.startswith("interleaved"):
-        if "interleaved_needs_multiple_of_pp" in rules and m % x.pp:
-            return False
-        if m % (m // x.pp or 1):
-            return False
     if x.schedule == "dualpipev" and m < 2 * x.pp:
         return False
     if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
@@ -241,15 +236,41 @@ def runs(request: Request, x: Layout) -> bool:
     return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
 
 
+def rounds(request: Request, x: Layout) -> list[int]:
+    """Sizes of rounds that the stack runs and the user allows; 0 where a schedule has none."""
+    sizes = [0]
+    if x.schedule in ("interleaved", "interleaved_zero_bubble"):
+        m, rule = request.global_batch // (x.dp * x.microbatch), request.stack.rounds
+        sizes = []
+        for size in range(1, m + 1):
+            full, rest = divmod(m, size)
+            if size < x.pp and not (size == m and rule in ("equal", "any")):
+                continue
+            if rest and (rule in ("pp", "equal") or rest < x.pp):
+                continue
+            if (rule == "pp" and size > x.pp) or (rule == "equal" and full != max(1, m // x.pp)):
+                continue
+            sizes.append(size)
+    limits = request.job.constraints
+    if "round_size" in limits.forbid:
+        sizes = [size for size in sizes if not size]
+    least = limits.fix.get("round_size", 0)
+    most = limits.fix.get("round_size", limits.max.get("round_size", 10**9))
+    return [size for size in sizes if least <= size <= most]
+
+
 def wanted(request: Request, x: Layout) -> bool:
     """Whether the user's constraints admit the layout."""
     limits = request.job.constraints
     degree = {
         "tp": x.tp, "cp": x.cp, "pp": x.pp, "vpp": x.vpp, "dp_replicate": x.dp_replicate,
         "dp_shard": x.dp_shard, "ep": x.ep, "etp": x.etp, "microbatch_size": x.microbatch,
-        "zero_stage": x.zero,
+        "zero_stage": x.zero, "round_size": 0,
     }  # fmt: skip
-    if any(degree[name] != value for name, value in limits.fix.items()):
+    if not rounds(request, x):
+        return False
+    apart = ("round_size",)
+    if any(degree[name] != value for name, value in limits.fix.items() if name not in apart):
         return False
     if any(degree[name] > value for name, value in limits.max.items()):
         return False

@@ -36,8 +36,10 @@ def held(schedule: Schedule, pp: int, vpp: int, rank: int) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def rank_actions(schedule: Schedule, pp: int, vpp: int, m: int, rank: int) -> list[Action]:
-    """What ``rank`` runs, in order."""
+def rank_actions(
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, size: int = 0
+) -> list[Action]:
+    """What ``rank`` runs, in order, in rounds of ``size`` (0: the usual ones)."""
     if schedule in ("zbv", "dualpipev"):
         # tests/unit/test_orders.py compares these with PyTorch's own tables.
         own = held(schedule, pp, vpp, rank)
@@ -50,12 +52,13 @@ def rank_actions(schedule: Schedule, pp: int, vpp: int, m: int, rank: int) -> li
         return forwards + [("B", stage, i) for _, stage, i in reversed(forwards)]
     if "interleaved" in schedule:
         # Microbatches go in groups of pp or more; a group passes through chunk after chunk.
-        size = m // (m // pp or 1)
+        size = size or m // (m // pp or 1)
         for group in range(0, m, size):
+            round_of = range(group, min(group + size, m))
             for chunk in range(vpp):
-                forwards += [("F", chunk * pp + rank, i) for i in range(group, group + size)]
+                forwards += [("F", chunk * pp + rank, i) for i in round_of]
             for chunk in reversed(range(vpp)):
-                backwards += [("B", chunk * pp + rank, i) for i in range(group, group + size)]
+                backwards += [("B", chunk * pp + rank, i) for i in round_of]
         hops = 1 if schedule in SPLIT else 2
         ahead = hops * (pp - 1 - rank) + (vpp - 1) * size
     else:
@@ -86,7 +89,7 @@ def _late_weights(actions: list[Action], most: int) -> list[Action]:
 
 @lru_cache(maxsize=4096)
 def live_vectors(
-    schedule: Schedule, pp: int, vpp: int, m: int, rank: int
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, size: int = 0
 ) -> tuple[tuple[int, ...], ...]:
     """Every combination of live microbatches per chunk that the walk of a rank's order meets; where
     the backward has two halves, followed by those of them that wait for their second, and whether a
@@ -94,7 +97,7 @@ def live_vectors(
     live, waiting, ended = [0] * vpp, [0] * vpp, [0] * vpp
     own = held(schedule, pp, vpp, rank)
     met = set()
-    for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank):
+    for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank, size):
         chunk = own.index(stage)
         live[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[work]
         waiting[chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[work]
@@ -104,13 +107,13 @@ def live_vectors(
 
 
 def most_live_bytes(
-    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int]
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int], size: int = 0
 ) -> int:
     """Largest sum of live activations over the walk, ``sizes`` bytes per microbatch and chunk (and
     of what waits beside them)."""
     return max(
         sum(count * size for count, size in zip(vector, sizes, strict=True))
-        for vector in live_vectors(schedule, pp, vpp, m, rank)
+        for vector in live_vectors(schedule, pp, vpp, m, rank, size)
     )
 
 
@@ -124,15 +127,15 @@ class Graph:
 
 
 @lru_cache(maxsize=4096)
-def graph(schedule: Schedule, pp: int, vpp: int, m: int) -> Graph:
+def graph(schedule: Schedule, pp: int, vpp: int, m: int, size: int = 0) -> Graph:
     """The graph of a schedule; slot ``4 j + k`` is pass ``WORKS[k]`` of virtual stage ``j``."""
     stages, home = pp * vpp, homes(schedule, pp, vpp)
     before: dict[Action, list[tuple[Action, bool]]] = {}
     finals: list[Action] = []
-    exist = {a for rank in range(pp) for a in rank_actions(schedule, pp, vpp, m, rank)}
+    exist = {a for rank in range(pp) for a in rank_actions(schedule, pp, vpp, m, rank, size)}
     for rank in range(pp):
         previous: Action | None = None
-        for action in rank_actions(schedule, pp, vpp, m, rank):
+        for action in rank_actions(schedule, pp, vpp, m, rank, size):
             work, stage, i = action
             needs: list[tuple[Action, bool]] = [(previous, False)] if previous else []
             if work == "F" and stage > 0:
@@ -175,14 +178,14 @@ def graph(schedule: Schedule, pp: int, vpp: int, m: int) -> Graph:
 
 def finish_times(
     schedule: Schedule, pp: int, vpp: int, m: int, durations: Sequence[int],
-    hop: int | Sequence[tuple[int, int]],
+    hop: int | Sequence[tuple[int, int]], size: int = 0,
 ) -> list[int]:  # fmt: skip
     """When each rank ends, in the unit of ``durations`` (of each pass, per virtual stage).
 
     ``hop`` is one transfer time, or one per virtual stage for its output and for the gradient that
     comes back.
     """
-    plan = graph(schedule, pp, vpp, m)
+    plan = graph(schedule, pp, vpp, m, size)
     lag = [0] * len(durations)
     for stage in range(len(durations) // 4):
         on, back = (hop, hop) if isinstance(hop, int) else hop[stage]

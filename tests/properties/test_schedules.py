@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from random import Random
 
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from cost_models.leaf import Completion, Leaf, simulate_step, stage_costs
 from cost_models.orders import rank_order
 from cost_models.partitions import interleaved_bounds
 from cost_models.peaks import peak_bytes
+from cost_models.rounds import round_sizes
 from cost_models.schedule import Durations, live_peaks, simulate
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions
@@ -33,33 +35,32 @@ from tests.oracle.timeline import (
     rank_actions,
 )
 
-Shape = tuple[Schedule, int, int, int]
-"""Schedule, pp, vpp, microbatches."""
+Shape = tuple[Schedule, int, int, int, int]
+"""Schedule, pp, vpp, microbatches, microbatches of a round (0: without rounds)."""
 
 
 @st.composite
 def shapes(draw: st.DrawFn, *, chunked: bool = False) -> Shape:
     schedule = draw(st.sampled_from(CHUNKED if chunked else SCHEDULES))
     if schedule not in CHUNKED:
-        return schedule, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14))
+        return schedule, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14)), 0
     pp = draw(st.integers(2, 6))
     vpp = 2 if schedule in V_SHAPED else draw(st.integers(2, 4))
     m = draw(st.integers(2 * pp if schedule == "dualpipev" else 1, 4 * pp))
-    if schedule in IN_ROUNDS:
-        m -= m % max(1, m // pp)
-    return schedule, pp, vpp, m
+    size = draw(st.sampled_from(round_sizes("any", pp, m))) if schedule in IN_ROUNDS else 0
+    return schedule, pp, vpp, m, size
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(shapes())
 def test_orders_run_every_action_once(shape: Shape) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     for rank in range(pp):
         order = [
             (WORKS[a.work], stage_of(schedule, pp, rank, a.chunk), a.microbatch)
-            for a in rank_order(schedule, pp, vpp, m, rank)
+            for a in rank_order(schedule, pp, vpp, m, rank, size)
         ]
-        assert order == rank_actions(schedule, pp, vpp, m, rank)
+        assert order == rank_actions(schedule, pp, vpp, m, rank, size)
         done = [(work, s, i) for work, s, i in order if work in "FB"]
         done += [("B", s, i) for work, s, i in order if work == "I" and ("W", s, i) in order]
         assert len(set(done)) == len(done) == 2 * vpp * m
@@ -69,7 +70,7 @@ def test_orders_run_every_action_once(shape: Shape) -> None:
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(shapes(), st.integers(0, 2**32 - 1))
 def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     rng = Random(seed)
     forward = [rng.randint(0, 50) for _ in range(pp * vpp)]
     backward = [rng.randint(0, 90) for _ in range(pp * vpp)]
@@ -80,12 +81,12 @@ def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
     each = zip(forward, backward, inputs, weights, strict=True)
     durations = [time for times in each for time in times]
     times = Durations(forward, backward, inputs, weights)
-    timeline = simulate(schedule, pp, vpp, m, times, hop)
-    assert list(timeline.finish_ns) == finish_times(schedule, pp, vpp, m, durations, hop)
+    timeline = simulate(schedule, pp, vpp, m, times, hop, size)
+    assert list(timeline.finish_ns) == finish_times(schedule, pp, vpp, m, durations, hop, size)
     for rank in range(pp):
         assert timeline.busy_ns[rank] == sum(
             durations[4 * stage + WORKS.index(work)]
-            for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank)
+            for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank, size)
         )
         assert timeline.busy_ns[rank] <= timeline.finish_ns[rank]
 
@@ -93,15 +94,15 @@ def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(shapes(), st.integers(0, 2**32 - 1))
 def test_live_peaks_equal_a_walk(shape: Shape, seed: int) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     rng = Random(seed)
     for rank in range(pp):
-        listed = live_peaks(schedule, pp, vpp, m, rank)
-        assert set(listed) <= set(live_vectors(schedule, pp, vpp, m, rank))
+        listed = live_peaks(schedule, pp, vpp, m, rank, size)
+        assert set(listed) <= set(live_vectors(schedule, pp, vpp, m, rank, size))
         width = 3 * vpp if schedule in SPLIT_BACKWARD else vpp
         for sizes in ([1] * width, [rng.randint(0, 9) for _ in range(width)]):
             most = max(sum(n * s for n, s in zip(v, sizes, strict=True)) for v in listed)
-            assert most == most_live_bytes(schedule, pp, vpp, m, rank, sizes)
+            assert most == most_live_bytes(schedule, pp, vpp, m, rank, sizes, size)
 
 
 def completions(leaf: Leaf, rng: Random) -> list[Completion]:
@@ -121,11 +122,12 @@ def completions(leaf: Leaf, rng: Random) -> list[Completion]:
 @settings(deadline=None, derandomize=True, max_examples=400)
 @given(shapes(), st.integers(1, 14), st.integers(0, 2**32 - 1))
 def test_surrogate_is_at_most_the_simulated_step(shape: Shape, layers: int, seed: int) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     rng = Random(seed)
     leaf = draw_leaf(
         rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False
     )
+    leaf = replace(leaf, round_size=size)
     for completion in completions(leaf, rng):
         assert completion.bounds[0] == 0
         assert completion.bounds[-1] == layers
@@ -164,7 +166,7 @@ def test_ranks_of_a_v_balance() -> None:
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(shapes(), st.integers(2, 10), st.integers(0, 2**32 - 1))
 def test_a_stage_with_a_layer_more_never_needs_less(shape: Shape, layers: int, seed: int) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, _ = shape
     rng = Random(seed)
     leaf = draw_leaf(
         rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False

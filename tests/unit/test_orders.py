@@ -1,4 +1,4 @@
-"""Orders of work against those that PyTorch builds (``benchmarks/schedules/torch_orders.py``)."""
+"""Orders of work against those that PyTorch and Megatron-Core build (``benchmarks/schedules``)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from cost_models.layout import (
     place_of,
     stage_of,
 )
-from cost_models.orders import rank_order, round_size
+from cost_models.orders import rank_order
+from cost_models.rounds import round_sizes
 from cost_models.schedule import Durations, live_peaks, simulate
 
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "pipeline_orders.json").read_text()
+)["cases"]
+IN_ROUNDS_OF: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "data" / "megatron_orders.json").read_text()
 )["cases"]
 NAMES: dict[str, Schedule] = {
     "Interleaved1F1B": "interleaved",
@@ -52,13 +56,30 @@ def test_orders_equal_pytorch(name: str) -> None:
     assert compared > 20
 
 
+@pytest.mark.parametrize(
+    "case",
+    IN_ROUNDS_OF,
+    ids=lambda case: "-".join(str(case[name]) for name in ("pp", "vpp", "microbatches", "size")),
+)
+def test_rounds_of_any_size_equal_megatron_core(case: dict[str, Any]) -> None:
+    pp, vpp, m, size = (case[name] for name in ("pp", "vpp", "microbatches", "size"))
+    for rank, theirs in enumerate(case["order"]):
+        ours = [
+            f"{stage_of('interleaved', pp, rank, chunk)}{'FB'[work]}{microbatch}"
+            for work, chunk, microbatch in rank_order("interleaved", pp, vpp, m, rank, size)
+        ]
+        assert " ".join(ours) == theirs
+    # It runs where megatron-core takes it: a last round of none or of at least pp.
+    assert (size in round_sizes("at_least_pp", pp, m)) == (m % size == 0 or m % size >= pp)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_pytorch_refuses(name: str) -> None:
     """Rounds of unequal size, and DualPipeV with fewer microbatches than virtual stages."""
     schedule = NAMES[name]
     for case in of_schedule(name):
         pp, m = case["pp"], case["microbatches"]
-        refused = schedule in IN_ROUNDS and m % round_size(pp, m) > 0
+        refused = schedule in IN_ROUNDS and not round_sizes("equal", pp, m)
         refused |= schedule == "dualpipev" and m < 2 * pp
         assert isinstance(case["order"], str) == refused, case
 

@@ -272,7 +272,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_a_stack_names_what_exists(name: str) -> None:
     stack = loader.load_stack(name)
     layout_rules = {
-        "interleaved_needs_multiple_of_pp", "pipeline_needs_multiple_of_pp",
+        "pipeline_needs_multiple_of_pp",
         "zero_0_is_replicate_only", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
         "no_zero_3_with_context",
         "needs_block_scaled_products", "shards_fill_nodes", "zero_1_shards_over_all",

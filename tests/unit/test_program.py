@@ -132,9 +132,9 @@ def test_interleaved_takes_the_fewest_recomputed_layers_that_fit() -> None:
     options: tuple[Recompute, ...] = tuple(("full", count) for count in range(1, 17))
     # Rank 0 holds two microbatches of its second chunk: 80 + 2 (1 n + 5 (8 - n)) + 4 = 164 - 8 n.
     leaf = replace(leaf, capacity_bytes=164 - 8 * 7)
-    listed = [
-        completion
-        for _, completion in interleaved_candidates(leaf, options, cutoff=lambda: UNLIMITED)
-        if completion is not None and completion.bounds == tall
-    ]
+    found = interleaved_candidates(
+        leaf, options, (2,), cutoff=lambda: UNLIMITED, spent=lambda: False
+    )
+    listed = [each.completion for each in found if each.completion is not None]
+    listed = [completion for completion in listed if completion.bounds == tall]
     assert [completion.recompute for completion in listed] == [(("full", 7),) * 4]

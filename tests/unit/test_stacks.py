@@ -103,7 +103,6 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
     assert implemented <= named
     # The others are read where layouts are made (planner.rules.layout_rules), or with the device.
     assert named - implemented == {
-        "interleaved_needs_multiple_of_pp",
         "pipeline_needs_multiple_of_pp",
         "needs_block_scaled_products",
         "no_zero_2_with_pipeline",
