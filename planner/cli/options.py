@@ -18,7 +18,7 @@ Command: TypeAlias = Callable[..., None]
 SCHEDULE_HELP = "gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble, zbv or dualpipev."
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
-    "zero_stage",
+    "zero_stage", "round_size",
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name (``planner.specs.Degree``)."""
 

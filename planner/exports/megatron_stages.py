@@ -19,14 +19,20 @@ def pipeline_flags(layout: Layout, *, mtp_layers: int) -> tuple[list[Flag], list
     """
     if layout.pp == 1:
         return [], (["virtual stages without a pipeline"] if layout.vpp > 1 else [])
+    split = _split_flags(layout, mtp_layers=mtp_layers)
+    if layout.round_size in (0, layout.pp):
+        return split, []
+    group = "--microbatch-group-size-per-virtual-pipeline-stage"
+    return [*split, (group, str(layout.round_size))], []
+
+
+def _split_flags(layout: Layout, *, mtp_layers: int) -> list[Flag]:
     sizes = {_size(chunk) for stage in layout.stages for chunk in stage.chunks}
     if len(sizes) == 1:
         size = next(iter(sizes))
-        if layout.vpp > 1:
-            return [("--num-layers-per-virtual-pipeline-stage", str(size))], []
-        return [], []
+        return [("--num-layers-per-virtual-pipeline-stage", str(size))] if layout.vpp > 1 else []
     text = pipeline_layout(layout.stages, mtp_layers=mtp_layers)
-    return [("--pipeline-model-parallel-layout", text)], []
+    return [("--pipeline-model-parallel-layout", text)]
 
 
 def pipeline_layout(stages: tuple[Stage, ...], *, mtp_layers: int) -> str:

@@ -34,6 +34,8 @@ def degrees(layout: Layout) -> str:
 def schedule(layout: Layout) -> str:
     """Schedule, microbatches and sharding in a phrase."""
     parts: list[str] = [layout.schedule] if layout.pp > 1 else []
+    if layout.round_size > layout.pp:
+        parts[0] += f" in rounds of {layout.round_size}"
     plural = "" if layout.num_microbatches == 1 else "es"
     parts.append(
         f"{layout.num_microbatches:,} microbatch{plural} of {layout.microbatch_size} per step"
@@ -112,7 +114,7 @@ def span(first: int, last_exclusive: int) -> str:
 def changes(base: Layout, other: Layout) -> str:
     """How ``other`` differs from ``base``: ``vpp 2 -> 1, zero_stage 0 -> 1``."""
     names = (*_DEGREES, "cp_kind", "cp_inner", "sequence_parallel", "microbatch_size", "zero_stage",
-             "reshard_after_forward", "schedule", "optimizer_offload")  # fmt: skip
+             "reshard_after_forward", "schedule", "round_size", "optimizer_offload")  # fmt: skip
     parts = [
         f"{name} {_plain(getattr(base, name))} -> {_plain(getattr(other, name))}"
         for name in names

@@ -64,6 +64,10 @@ def evaluate(
     ] = None,
     zero_stage: Annotated[int | None, typer.Option("--zero-stage", help="0 to 3.")] = None,
     schedule: Annotated[str | None, typer.Option("--schedule", help=options.SCHEDULE_HELP)] = None,
+    round_size: Annotated[
+        int | None,
+        typer.Option("--round-size", help="Interleaved: microbatches in a row of a virtual stage."),
+    ] = None,
     recompute: Annotated[
         str | None,
         typer.Option("--recompute", help="none, selective, full, or modules joined by +."),
@@ -87,7 +91,7 @@ def evaluate(
         "cp_inner": cp_inner, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp,
         "dp_replicate": dp_replicate, "dp_shard": dp_shard,
         "microbatch_size": microbatch_size, "zero_stage": zero_stage, "schedule": schedule,
-        "recompute": recompute,
+        "round_size": round_size, "recompute": recompute,
     }  # fmt: skip
     layout = {key: value for key, value in named.items() if value is not None}
     if layouts is not None and layout:
