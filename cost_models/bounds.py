@@ -61,6 +61,8 @@ class Shape:
     """Layers of a full virtual stage where ranks hold several: ``ceil(layers / stages)``."""
     spare: Int64
     """Layers by which the first and last virtual stages fall short of ``height``, together."""
+    free: bool = False
+    """Whether virtual stages hold any numbers of layers: 1 at least, but for the first and last."""
 
 
 def one_f_one_b(shape: Shape, totals: Totals) -> Real:
@@ -103,17 +105,24 @@ def interleaved(shape: Shape, totals: Totals) -> Real:
 
     A rank works ``m`` times its chunks after the first chunks of the ranks before it. Averaged over
     ranks this needs no partition; for the last-but-one rank, whose chunks are all full, it is
-    known too.
+    known too. Of free stages each holds a layer, but for the first and last.
     """
     m, pp = shape.microbatches, shape.pp
-    full = shape.height * totals.layer_work
+    full = totals.layer_work * (1 if shape.free else shape.height)
     fill = full * (pp - 1) * (pp - 2) / 2 / pp + (pp - 1) * totals.hop
     # Rank s waits for s first forwards and s first backwards, of which rank 0's sends nothing.
     fill = fill + totals.send * (pp - 1) ** 2 / pp
     average = m * totals.work / pp + fill
     hops = 2 * (pp - 2) * totals.hop
     rank = m * totals.rank_work + totals.first_work + totals.embedding_work + hops
-    return np.maximum(average, np.where(pp >= 3, rank, 0.0))
+    return np.maximum(average, _fullest(shape, totals, rank))
+
+
+def _fullest(shape: Shape, totals: Totals, rank: Real) -> Real:
+    """The bound of one rank: ``rank`` of three or more; of free stages, that of the most layers."""
+    if shape.free:
+        return shape.microbatches * totals.tallest_work
+    return np.where(shape.pp >= 3, rank, 0.0)
 
 
 def split(shape: Shape, totals: Totals) -> Real:
@@ -122,7 +131,7 @@ def split(shape: Shape, totals: Totals) -> Real:
     m, pp = shape.microbatches, shape.pp
     average = m * totals.work / pp + (pp - 1) / 2 * totals.hop
     rank = m * totals.rank_work + (pp - 2) * totals.hop
-    return np.maximum(average, np.where(pp >= 3, rank, 0.0))
+    return np.maximum(average, _fullest(shape, totals, rank))
 
 
 def occupied(shape: Shape, totals: Totals, turns: NDArray[np.bool_]) -> Totals:

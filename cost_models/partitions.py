@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, combinations
+from math import comb
 
 from cost_models.layout import V_SHAPED
 from cost_models.leaf import Leaf
@@ -52,3 +53,16 @@ def _on_a_v(layers: int, pp: int) -> Iterator[tuple[int, ...]]:
             for first in range(max(0, left - up), min(down, left) + 1):
                 sizes = [first, *[down] * (pp - 1), *[up] * (pp - 1), left - first]
                 yield tuple(accumulate(sizes, initial=0))
+
+
+def count_free_bounds(layers: int, stages: int) -> int:
+    """How many partitions :func:`free_bounds` has."""
+    return comb(layers + 1, stages - 1) if stages <= layers + 2 else 0
+
+
+def free_bounds(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """Partitions into any numbers of layers: at least one per stage, but for the first and last,
+    which hold an end of the model."""
+    # Cuts between layers -1 .. layers, of which the ends of the model are the first and last.
+    for cuts in combinations(range(1, layers + 2), stages - 1):
+        yield (0, *(cut - 1 for cut in cuts), layers)

@@ -16,7 +16,7 @@ from cost_models import bounds
 from cost_models.checked_rows import CheckedRows
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
-from cost_models.layout import CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
+from cost_models.layout import ALL_AT_ONCE, CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
@@ -50,18 +50,19 @@ class Relaxation:
     ``config`` is each layout's column in the tables, ``schedule`` its code; ``modes`` are the
     allowed recompute modes, and ``counted`` says whether full recomputation may be limited to a
     number of layers. With ``per_stage`` only the stages that need it recompute, so the time bound
-    has none.
+    has none; with ``free`` virtual stages hold any numbers of layers.
     """
 
     def __init__(
         self, tables: PricedConfigs, *, config: Int64, schedule: Int64, vpp: Int64,
         microbatches: Int64, modes: Collection[str], counted: bool,
-        per_stage: bool = False,
+        per_stage: bool = False, free: bool = False,
     ) -> None:  # fmt: skip
         self.tables, self.config = tables, config
         self.schedule, self.vpp, self.m = schedule, vpp, microbatches
         self.pp = tables.configs.pp[config]
         self.modes, self.counted, self.per_stage = modes, counted, per_stage
+        self.free = free
         self.rows = mode_rows(tables.policies)
         self.kind_counts = layer_counts(tables)
         self.layers = sum(self.kind_counts)
@@ -158,7 +159,7 @@ class Relaxation:
             send=np.where(blocking, transfer, 0.0),
             end_work=np.minimum(*ends),
         )
-        shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare)
+        shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare, self.free)
         return bounds.step_bound(self.schedule, shape, totals)
 
     def cheapest_layers(
@@ -255,7 +256,7 @@ class Relaxation:
         # Longest pipelines first: those that have a rank are then the first ones.
         order = np.argsort(-self.pp[index], kind="stable")
         index, option = index[order], option.take(order)
-        chunked = np.isin(self.schedule[index], codes_of(CHUNKED))
+        chunked = np.isin(self.schedule[index], () if self.free else codes_of(CHUNKED))
         ok = np.ones(len(index), dtype=bool)
         widest = np.zeros(len(index))
         if chunked.any():
@@ -302,13 +303,15 @@ class Relaxation:
         return static
 
     def _chain(self, index: Int64, table: Int64, option: CheckedRows) -> tuple[Real, Real]:
-        """Layers of one kind that all stages, and that the roomiest stage, can hold (1F1B, GPipe).
+        """Layers of one kind that all ranks, and that the roomiest rank, can hold (1F1B, GPipe, or
+        free virtual stages).
 
-        A stage without room for one such layer holds none of them, unless every stage must.
+        A rank without room for one such layer holds none of them, unless every rank must.
         """
         config = self.config[index]
-        pp, m, schedule = self.pp[index], self.m[index], self.schedule[index]
-        limit = option.limit
+        pp, turns = self.pp[index], self.turns[index]
+        # The front of every chunk.
+        limit = option.limit * self.vpp[index]
         front = table[option.front, config].astype(np.float64)
         rest = table[option.rest, config].astype(np.float64)
         static = self._static(table, index)
@@ -318,9 +321,8 @@ class Relaxation:
             has = slice(int(np.searchsorted(-pp, -rank)))
             at_end = rank == pp[has] - 1
             left = room[has] - first[has] if rank == 0 else room[has]
-            left = left - np.where(at_end, last[has], 0.0)
-            alive = np.where(schedule[has] == 0, m[has], np.minimum(m[has], pp[has] - rank))
-            live = np.maximum(alive, 1).astype(np.float64)
+            left = left - np.where(at_end & ~turns[has], last[has], 0.0)
+            live = self._least_alive(index[has], rank).astype(np.float64)
             cost_front, cost_rest = static[has] + live * front[has], static[has] + live * rest[has]
             holds = np.floor(np.maximum(left, 0.0) / cost_front)
             counted = np.where(np.isinf(limit[has]), 0.0, limit[has])
@@ -332,6 +334,17 @@ class Relaxation:
             total[has] += holds
             widest[has] = np.maximum(widest[has], np.minimum(holds, self.layers))
         return total, widest
+
+    def _least_alive(self, index: Int64, rank: int) -> Int64:
+        """Microbatches of which a layer of a rank holds activations at once, at least: of the last
+        of several chunks, when the first backward begins (``cost_models.orders``)."""
+        pp, m, code = self.pp[index], self.m[index], self.schedule[index]
+        behind, several = pp - rank, self.vpp[index] > 1
+        ahead = np.where(np.isin(code, codes_of(SPLIT_BACKWARD)), behind, 2 * behind - 1)
+        alive = np.where(several, np.minimum(ahead, pp), behind)
+        alive = np.where(self.turns[index], 1, alive)
+        alive = np.where(np.isin(code, codes_of(ALL_AT_ONCE)), m, np.minimum(alive, m))
+        return np.maximum(alive, 1)
 
     def _chunked(self, index: Int64, option: CheckedRows) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.

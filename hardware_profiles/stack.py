@@ -204,6 +204,8 @@ class StackSpec(Profile):
     """Whether tp may exceed the KV heads, each then held by several ranks."""
     uneven_stages: bool
     """Whether stages may hold different numbers of layers."""
+    free_virtual_stages: bool = False
+    """Whether each virtual stage may hold any number of layers: then a job may ask for it."""
     spare_layers: Literal["middle", "last", "filled"] = "middle"
     """Where the layers go that an even split leaves over, when nobody says: to the middle (the
     first stage has the embedding, the last the head), to the last stages, or every stage filled

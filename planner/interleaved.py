@@ -1,7 +1,8 @@
 """The completions of a leaf with several virtual stages per rank, all of its partitions at once.
 
-There are few partitions (equal virtual stages, lighter ends: ``cost_models.partitions``), so they
-are listed, priced as arrays, and the ones that may win handed out one by one.
+There are few partitions (equal virtual stages, lighter ends: ``cost_models.partitions``; if any are
+allowed, ``planner.free_stages``), so they are listed, priced as arrays, and the ones that may win
+handed out one by one.
 """
 
 from __future__ import annotations
@@ -37,8 +38,18 @@ class Found:
     round_size: int = 0
 
 
+def even_partitions(leaf: Leaf) -> Ints:
+    """Partitions into virtual stages of equal size, lighter at the ends; shape (partitions,
+    stages + 1)."""
+    key = (len(leaf.sequence), leaf.stages, leaf.uneven, leaf.schedule in V_SHAPED)
+    if key not in _PARTITIONS:
+        _PARTITIONS[key] = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)
+    return _PARTITIONS[key]
+
+
 def interleaved_candidates(
     leaf: Leaf,
+    partitions: Ints,
     options: Sequence[Recompute],
     sizes: Sequence[int],
     *,
@@ -51,11 +62,6 @@ def interleaved_candidates(
     partition and size an option is left out where another fits that adds no more time to any kind
     of layer, or fewer fully recomputed layers do.
     """
-    key = (len(leaf.sequence), leaf.stages, leaf.uneven, leaf.schedule in V_SHAPED)
-    partitions = _PARTITIONS.get(key)
-    if partitions is None:
-        partitions = np.array(list(interleaved_bounds(leaf)), dtype=np.int64)
-        _PARTITIONS[key] = partitions
     if not len(partitions):
         return
     opened = _Opened(leaf, partitions, options, cutoff)

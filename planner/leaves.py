@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
 from cost_models.peaks import peaks
 from cost_models.recompute import group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
-from planner.interleaved import interleaved_candidates
+from planner.interleaved import Ints, even_partitions, interleaved_candidates
 from planner.options import undominated
 from planner.program import (
     UNLIMITED,
@@ -48,11 +50,11 @@ class Candidate:
 
     def key(self) -> tuple[object, ...]:
         """Order of preference: time, then memory, then the simpler layout."""
-        order = tuple(self.degrees[name] for name in _ORDER)
+        order = tuple(self.degrees[name] for name in DEGREES_IN_ORDER)
         return (self.time_ns, self.peak_bytes, order, self.completion.bounds)
 
 
-_ORDER = (
+DEGREES_IN_ORDER = (
     "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
     "sequence_parallel", "cp_kind", "cp_inner", "reshard_after_forward", "schedule", "round_size",
 )  # fmt: skip
@@ -109,7 +111,8 @@ class Opening:
 
     ``thorough`` is whether completions are listed where the program's optimum does not settle it;
     without, a leaf gives a fair completion and a valid, lower bound. ``sizes`` are those of rounds
-    of microbatches (``cost_models.rounds``), where the schedule has them.
+    of microbatches (``cost_models.rounds``), where the schedule has them; ``partitions`` stand for
+    those of even virtual stages.
     """
 
     def __init__(
@@ -120,10 +123,11 @@ class Opening:
         check_deadline: Callable[[], None],
         *,
         sizes: Sequence[int] = (0,),
+        partitions: Ints | None = None,
         thorough: bool = True,
     ) -> None:
         self.thorough = thorough
-        self.sizes = sizes
+        self.sizes, self.partitions = sizes, partitions
         self.leaf, self.degrees, self.incumbent = leaf, degrees, incumbent
         self.check_deadline = check_deadline
         self.rows = Rows(leaf)
@@ -155,13 +159,19 @@ class Opening:
     def _interleaved(self, options: tuple[Recompute, ...]) -> int | None:
         """Simulate the few completions whose surrogate is below the cutoff."""
         leaf = self.leaf
-        tallest = len(leaf.sequence) // max(1, leaf.stages - 2)
+        partitions = even_partitions(leaf) if self.partitions is None else self.partitions
+        tallest = int(np.diff(partitions).max(initial=0))
         useful = [option for option in options if option[1] <= tallest or option == options[-1]]
         budget = _Budget(self.check_deadline)
         program: ProgramSolution | None = None
         reached: int | None = None
         for found in interleaved_candidates(
-            leaf, useful, self.sizes, cutoff=lambda: self.cutoff, spent=lambda: budget.spent
+            leaf,
+            partitions,
+            useful,
+            self.sizes,
+            cutoff=lambda: self.cutoff,
+            spent=lambda: budget.spent,
         ):
             bound, completion = found.surrogate_ns, found.completion
             if completion is not None:

@@ -276,7 +276,7 @@ def impossible_layout(
         fits = stages * height - layers <= most
         if schedule in ("zbv", "dualpipev") and stack.uneven_stages:
             fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
-        if not fits:
+        if not fits and not request.free_stages:
             return "no even split into virtual stages"
     if (
         zero == 0

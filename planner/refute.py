@@ -6,7 +6,7 @@ partition, until its own bound or its simulated time is not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,7 @@ from cost_models.leaf import (
     simulate_step,
     stage_costs,
 )
-from cost_models.partitions import interleaved_bounds
+from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
 from cost_models.peaks import fits, peak_bytes
 from cost_models.relaxation import Relaxation
 from cost_models.surrogate import (
@@ -55,6 +55,8 @@ BATCH = 20_000
 """Layouts priced at once."""
 LARGEST_LEAF = 2_000_000
 """Partial completions that one leaf may take; beyond it the bound is unchecked there."""
+MOST_PARTITIONS = 20_000
+"""Likewise partitions of a leaf whose virtual stages may hold any numbers of layers."""
 MOST_ACTIONS = 100_000_000
 """Likewise passes that are simulated in a leaf whose rounds may have several sizes."""
 
@@ -127,6 +129,7 @@ def _refute(
         modes=recompute_modes(request),
         counted=request.stack.recompute_layer_count,
         per_stage=request.stack.recompute_per_stage,
+        free=request.free_stages,
     ).bounds(float(least))
     for index in np.flatnonzero(bounds < least).tolist():
         leaf = tables.leaf(
@@ -176,7 +179,12 @@ def _better_completion(
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] == "none"]
     if leaf.vpp > 1:
-        return _better_interleaved(leaf, least, options, sizes)
+        partitions = interleaved_bounds(leaf)
+        if request.free_stages:
+            if count_free_bounds(len(leaf.sequence), leaf.stages) > MOST_PARTITIONS:
+                raise _TooLargeError
+            partitions = free_bounds(len(leaf.sequence), leaf.stages)
+        return _better_interleaved(leaf, least, partitions, options, sizes)
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]
     budget = [LARGEST_LEAF]
     for group in groups:
@@ -187,11 +195,12 @@ def _better_completion(
 
 
 def _better_interleaved(
-    leaf: Leaf, least: int, options: list[Recompute], sizes: Sequence[int]
-) -> str | None:
+    leaf: Leaf, least: int, partitions: Iterator[tuple[int, ...]], options: list[Recompute],
+    sizes: Sequence[int],
+) -> str | None:  # fmt: skip
     variants = [replace(leaf, round_size=size) for size in sizes]
     actions = 0
-    for bounds in interleaved_bounds(leaf):
+    for bounds in partitions:
         tallest = max(b - a for a, b in pairwise(bounds))
         for option in options:
             if option[0] == "full" and option[1] > tallest and option != options[-1]:

@@ -75,6 +75,11 @@ class Request:
         }
 
     @property
+    def free_stages(self) -> bool:
+        """Whether virtual stages may hold any numbers of layers."""
+        return self.job.constraints.virtual_stages == "free"
+
+    @property
     def zero_stages(self) -> tuple[int, ...]:
         """ZeRO stages that the stack has in the job's precision."""
         return self.stack.zero_stages_of.get(self.job.precision, self.stack.zero_stages)

@@ -337,7 +337,7 @@ def _even_enough(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:
     on_ranks = (meshes.pp - 1) * np.maximum(2, -(-layers // meshes.pp)) <= layers
     turns = np.isin(layouts.schedule, codes_of(V_SHAPED))
     result: Bools = np.where(turns, on_ranks, spare <= 2 * height)
-    return result
+    return result | request.free_stages
 
 
 def check_layout(request: Request, layout: Layout) -> None:

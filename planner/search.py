@@ -20,6 +20,7 @@ import numpy as np
 from cost_models.cp_kinds import cp_kind_of
 from cost_models.layout import SCHEDULES
 from cost_models.leaf import Leaf
+from planner.free_stages import free_partitions, improve, is_listed
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
 from planner.meshes import Meshes
 from planner.program import UNLIMITED
@@ -37,6 +38,8 @@ FIRST_BATCH = 48
 """Meshes expanded at first; each following batch is larger, up to :data:`LARGEST_BATCH`."""
 LARGEST_BATCH = 4096
 OUT_OF_MEMORY = "does not fit in memory, whatever is recomputed"
+IMPROVED = 3
+"""Plans that are improved where virtual stages are free."""
 SPARES = 256
 """Layouts per batch looked at for alternatives."""
 ALTERNATIVE_TOLERANCE = 0.1
@@ -111,7 +114,9 @@ class Search:
                 else:
                     bound, _, index, layouts = heapq.heappop(self.queue)
                     self._open(layouts, index, int(bound), space.removed)
-            complete = True
+            self._improve()
+            # Without a plan, what was closed with a bound alone is open still.
+            complete = self.incumbent.best is not None or self.proved == UNLIMITED
         except (_DeadlineError, KeyboardInterrupt) as stop:
             if isinstance(stop, KeyboardInterrupt) and self.incumbent.best is None:
                 raise
@@ -133,6 +138,14 @@ class Search:
             simulated=self.incumbent.simulated,
             kept=sorted(self.incumbent.kept, key=Candidate.key),
         )
+
+    def _improve(self) -> None:
+        """Where virtual stages are free, move single layers of the best plans."""
+        if not self.request.free_stages:
+            return
+        for candidate in sorted(self.incumbent.kept, key=Candidate.key)[:IMPROVED]:
+            if candidate.leaf.vpp > 1:
+                improve(self.incumbent, candidate, self._check_deadline)
 
     def _count_memory(
         self, removed: Counter[str], meshes: Meshes,
@@ -239,11 +252,16 @@ class Search:
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf, self.request)
         options = recompute_options(self.request, len(leaf.sequence))
+        free = self.request.free_stages and leaf.vpp > 1
+        partitions = free_partitions(leaf) if free else None
         opening = Opening(
             leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough,
             sizes=open_rounds(self.request, layouts.meshes, layouts.layouts, index),
+            partitions=partitions,
         )  # fmt: skip
         reached = opening.close(options, per_stage=self.request.stack.recompute_per_stage)
+        if partitions is not None and not is_listed(leaf):
+            reached = bound_ns if reached is None else min(reached, bound_ns)
         if reached is None:
             removed[OUT_OF_MEMORY] += 1
         else:

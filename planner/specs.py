@@ -38,6 +38,9 @@ class ConstraintSpec(Spec):
     """Allow this mode only: ``none``, ``selective``, ``full`` or modules of the stack joined by
     ``+``."""
     sequence_parallel: bool | None = None
+    virtual_stages: Literal["even", "free"] = "even"
+    """Layers of the virtual stages of an interleaved pipeline: equally many, lighter at the ends
+    (on a V by ranks); or any numbers, of which there are too many to prove the best in general."""
 
 
 class FineTuneSpec(Spec):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cost_models.layout import CHUNKED
 from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES
@@ -76,6 +77,12 @@ def _faults(request: Request) -> Iterator[InputError]:
     if schedule is not None and schedule not in stack.schedules:
         known = ", ".join(stack.schedules)
         yield InputError(f"{name} has no schedule {schedule} (it has {known})")
+    chunked = not set(CHUNKED).isdisjoint(stack.schedules)
+    if request.free_stages and not (chunked and stack.free_virtual_stages):
+        yield InputError(
+            f"{name} does not take any numbers of layers per virtual stage",
+            hint="leave virtual_stages out, or another stack",
+        )
     if job.constraints.recompute is not None:
         try:
             named_policy(job.constraints.recompute, stack)

@@ -255,5 +255,6 @@ def price_layouts(
         modes=recompute_modes(request),
         counted=request.stack.recompute_layer_count,
         per_stage=request.stack.recompute_per_stage,
+        free=request.free_stages,
     )
     return PricedLayouts(meshes, layouts, tables, config, relaxation.bounds(cutoff_ns), request)

@@ -71,6 +71,14 @@ Optimizer = Annotated[
 Stack = Annotated[
     str | None, typer.Option("--stack", metavar="NAME", help="Software that runs the plan.")
 ]
+VirtualStages = Annotated[
+    str | None,
+    typer.Option(
+        "--virtual-stages",
+        metavar="even|free",
+        help="free: any numbers of layers, of which the best is found and bounded, not proved.",
+    ),
+]
 NoRecompute = Annotated[bool, typer.Option("--no-recompute", help="Never recompute activations.")]
 Reserve = Annotated[
     str | None,
@@ -181,6 +189,7 @@ def search_flags(
     schedule: ScheduleOnly = None,
     recompute: RecomputeOnly = None,
     no_recompute: NoRecompute = False,
+    virtual_stages: VirtualStages = None,
     tolerance: Tolerance = None,
 ) -> dict[str, Any]:
     """The keys of a job that bound its search, ``constraints`` nested.
@@ -193,6 +202,7 @@ def search_flags(
         forbid=[_degree("--forbid", name) for name in _split(forbid or ())] or None,
         schedule=schedule,
         recompute=recompute,
+        virtual_stages=virtual_stages,
     )
     return given(
         allow_recompute=False if no_recompute else None,

@@ -363,7 +363,8 @@ class BruteForce:
     def _layout(self, x: Layout, prices: Prices) -> None:
         stack, layers = self.request.stack, self.request.model.layer_count
         m = self._microbatches(x)
-        for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
+        free = self.request.free_stages
+        for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages, free):
             height = max(sizes)
             most = max(limit for _, limit in self.choices)
             useful = [o for o in self.choices if o[1] <= height or o[1] == most]

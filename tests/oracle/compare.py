@@ -102,6 +102,7 @@ def cover(each: Compared, count: Counter[str]) -> None:
     count["constraint: fix"] += bool(limits.fix)
     count["constraint: max"] += bool(limits.max)
     count["constraint: forbid"] += bool(limits.forbid)
+    count["constraint: free virtual stages"] += request.free_stages
     count["stack: per-stage recompute"] += request.stack.recompute_per_stage
     count["stack: even stages only"] += not request.stack.uneven_stages
     count["stack: hybrid sharding"] += request.stack.hybrid_sharding
@@ -132,6 +133,8 @@ def cover(each: Compared, count: Counter[str]) -> None:
     if x.pp > 1:
         count[f"optimum: schedule {x.schedule}"] += 1
         inner = set(answer.sizes)
+        free = request.free_stages and x.vpp > 1
+        count["optimum: free virtual stages"] += free
         count["optimum: rounds of more than pp"] += answer.round_size > x.pp
         count["optimum: uneven stages"] += len(inner) > 1
         count["optimum: an end stage without layers"] += 0 in inner

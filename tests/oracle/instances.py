@@ -254,6 +254,11 @@ def _candidate(rng: Random, stack_name: str | None) -> Request:
         constraints=draw_constraints(rng, cluster.devices),
         tolerance=0.0,
     )
+    # Drawn apart, as in draw_stack.
+    own = Random(f"{job.model_dump_json()} {layers} {cluster.devices}")
+    if stack.free_virtual_stages and stack.uneven_stages and own.random() < 0.2:
+        free = job.constraints.model_copy(update={"virtual_stages": "free"})
+        job = job.model_copy(update={"constraints": free})
     return Request(model, cluster, job, stack)
 
 
@@ -310,7 +315,8 @@ def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | Non
 
 def _sizes(request: Request, x: Layout) -> list[list[int]]:
     uneven = request.stack.uneven_stages
-    return partitions(request.model.layer_count, x.schedule, x.pp, x.vpp, uneven)
+    layers, free = request.model.layer_count, request.free_stages
+    return partitions(layers, x.schedule, x.pp, x.vpp, uneven, free)
 
 
 def draw(seed: int, stack: str | None = None) -> Request:

@@ -190,7 +190,7 @@ def runs(request: Request, x: Layout) -> bool:
     stages = x.pp * x.vpp
     if stages > layers + 2 or (not stack.uneven_stages and layers % stages):
         return False
-    if not partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages):
+    if not partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages, request.free_stages):
         return False
     rules = set(stack.rules)
     if "pipeline_needs_multiple_of_pp" in rules and m % x.pp:
@@ -282,13 +282,17 @@ def wanted(request: Request, x: Layout) -> bool:
     return wanted_sp is None or x.tp == 1 or bool(x.sp) == wanted_sp
 
 
-def partitions(layers: int, schedule: str, pp: int, vpp: int, uneven: bool) -> list[list[int]]:
+def partitions(
+    layers: int, schedule: str, pp: int, vpp: int, uneven: bool, free: bool = False
+) -> list[list[int]]:
     """Sizes of the virtual stages, every way that the schedule and the stack allow."""
     stages = pp * vpp
     if not uneven:
         return [[layers // stages] * stages]
     if stages == 1:
         return [[layers]]
+    if free:
+        return list(_compositions(layers, stages, at_start=True))
     if schedule in ("zbv", "dualpipev"):
         return _on_a_v(layers, pp)
     if schedule not in ("gpipe", "1f1b"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
-from planner.interleaved import interleaved_candidates
+from planner.interleaved import even_partitions, interleaved_candidates
 from planner.program import (
     UNLIMITED,
     Rows,
@@ -133,7 +133,7 @@ def test_interleaved_takes_the_fewest_recomputed_layers_that_fit() -> None:
     # Rank 0 holds two microbatches of its second chunk: 80 + 2 (1 n + 5 (8 - n)) + 4 = 164 - 8 n.
     leaf = replace(leaf, capacity_bytes=164 - 8 * 7)
     found = interleaved_candidates(
-        leaf, options, (2,), cutoff=lambda: UNLIMITED, spent=lambda: False
+        leaf, even_partitions(leaf), options, (2,), cutoff=lambda: UNLIMITED, spent=lambda: False
     )
     listed = [each.completion for each in found if each.completion is not None]
     listed = [completion for completion in listed if completion.bounds == tall]
