@@ -26,6 +26,7 @@ from cost_models.data_traffic import (
     DataParallel,
     GatheredBytes,
     Mesh,
+    Pieces,
     Wire,
     backward_mesh,
     calls,
@@ -216,7 +217,7 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
 
 
 def _data_parallel_times(
-    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: int,
+    elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: Pieces,
     gathered: GatheredBytes,
 ) -> dict[str, Real]:  # fmt: skip
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last

@@ -109,11 +109,31 @@ class Wire:
         return np.where(split, inner, mesh.ways), (call,)
 
 
-def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> int:
-    """Collectives in which the weights of a layer, or of its experts, are gathered."""
-    if not layers.gathers_each_tensor:
-        return 1
-    return max(1, sum(w.count for w in kind.weights if is_expert(w) == experts))
+@dataclass(frozen=True)
+class Pieces:
+    """Collectives in which the weights of a layer, or of its experts, come together."""
+
+    updated: int
+    """After the update, in stages 1 and 2."""
+    used: int
+    """Before they are used, in stage 3."""
+
+    def by_stage(self, zero_stage: Int64) -> tuple[tuple[int, Bools], ...]:
+        """Each number with where it holds."""
+        used: Bools = zero_stage >= 3
+        if self.updated == self.used:
+            return ((self.used, np.ones_like(used)),)
+        return (self.updated, ~used), (self.used, used)
+
+
+def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> Pieces:
+    """Of the weights of a layer, or of its experts."""
+    tensors = max(1, sum(w.count for w in kind.weights if is_expert(w) == experts))
+    each = layers.gathers_each_tensor
+    return Pieces(
+        updated=tensors if each or layers.broadcasts_each_tensor else 1,
+        used=tensors if each else 1,
+    )
 
 
 def reduces_each(data: DataParallel, rules: StateRules) -> Bools:
@@ -155,7 +175,7 @@ def backward_mesh(mesh: Mesh, data: DataParallel) -> Mesh:
 
 
 def calls(
-    elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: int,
+    elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: Pieces,
     gathered: GatheredBytes, wire: Wire,
 ) -> tuple[DataCall, ...]:  # fmt: skip
     """Reductions and gathers of ``elements`` parameters held on a device before sharding.
@@ -176,7 +196,7 @@ def calls(
     narrow = wire.layers.weight_wire_bytes_per_64
     weights = elements * (narrow / 64) if narrow else weights
     exchanged, exchanges = wire.exchanges(elements, mesh, ~whole & some)
-    near, crossings = wire.crossings(weights / pieces, pieces, mesh, sharded & some)
+    near, crossings = wire.crossings(weights / pieces.used, pieces.used, mesh, sharded & some)
     return (
         DataCall("gradient", "all_reduce", gradient, ranks, mesh.stride, whole & some),
         DataCall(
@@ -189,8 +209,12 @@ def calls(
             "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
             ~whole & some, over_replicas=True,
         ),
-        DataCall(
-            "parameter", "all_gather", weights / pieces, near, mesh.stride, sharded & some, pieces
+        *(
+            DataCall(
+                "parameter", "all_gather", weights / count, near, mesh.stride, sharded & some & at,
+                count,
+            )
+            for count, at in pieces.by_stage(zero_stage)
         ),
         DataCall(
             "parameter", "all_gather", gathered.frozen.astype(np.float64), mesh.ways, mesh.stride,

@@ -135,7 +135,10 @@ class LayersSpec(Profile):
     ``sp_gather`` is run again."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
-    pays the latency of a ring over all ranks. So does a weight that its owner broadcasts."""
+    pays the latency of a ring over all ranks."""
+    broadcasts_each_tensor: bool = False
+    """Whether weights that are sharded in the update alone go to the other ranks tensor by tensor,
+    each broadcast by its owner around the ring."""
     gradient_sums: Literal["scattered", "whole"] = "scattered"
     """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
     all-reduce over shards and replicas, as without sharding."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cost_models.communication import Visible, Windows, expose, merge_passes, visible
 from cost_models.configs import Configs, price_configs
 from cost_models.data_parallel import _window
-from cost_models.data_traffic import GatheredBytes, Mesh, Wire, calls
+from cost_models.data_traffic import GatheredBytes, Mesh, Pieces, Wire, calls
 from cost_models.fabric import fabric_of
 from cost_models.graph import Shard
 from cost_models.interconnect import collective_time_s
@@ -169,14 +169,17 @@ def test_gradients_that_every_rank_gets_whole_are_summed_over_replicas_at_once()
     wire = Wire(machine.stack.layers, 8)
     none = GatheredBytes(0 * one, 0 * one)
 
-    def sums(stage: int) -> list[tuple[str, int, float]]:
-        found = calls(elements, mesh, np.array([stage]), machine.rules, 1, none, wire)
+    def sent(stage: int, role: str) -> list[tuple[str, int, float, int]]:
+        found = calls(elements, mesh, np.array([stage]), machine.rules, Pieces(5, 1), none, wire)
         return [
-            (call.kind, int(call.size[0]), float(call.bytes[0]))
+            (call.kind, int(call.size[0]), float(call.bytes[0]), call.count)
             for call in found
-            if call.role == "gradient" and call.active[0]
+            if call.role == role and call.active[0]
         ]
 
     # InternEvo: 2 bytes each, over 8 x 4 ranks; its FSDP scatters over 8 and sums over 4 replicas.
-    assert sums(1) == [("all_reduce", 32, 128.0)]
-    assert sums(3) == [("reduce_scatter", 8, 128.0), ("all_reduce", 4, 16.0)]
+    assert sent(1, "gradient") == [("all_reduce", 32, 128.0, 1)]
+    assert sent(3, "gradient") == [("reduce_scatter", 8, 128.0, 1), ("all_reduce", 4, 16.0, 1)]
+    # Five tensors after the update; a layer at once where FSDP wraps layers.
+    assert sent(1, "parameter") == [("all_gather", 8, 25.6, 5)]
+    assert sent(3, "parameter") == [("all_gather", 8, 128.0, 1)]
