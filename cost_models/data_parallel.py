@@ -39,6 +39,7 @@ from cost_models.data_traffic import (
     tensor_parallel_sums,
 )
 from cost_models.fabric import Fabric
+from cost_models.fragments import left_by_weights, split_by_checkpoints
 from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.host_outputs import move_outputs
@@ -125,7 +126,7 @@ def price_kind(
     lasting = np.where(data.zero_stage <= 2, held.gathered, 0)
     whole_gradients = (lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1))
     half_open = unsharded.partly_gathered(held, attention_mesh.ways, data)
-    rows = np.empty((row_count(policies), len(shard.tp)), dtype=np.int64)
+    rows = np.zeros((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
     rows[Field.GRADIENT] = to_ns(gradient + np.where(data.pp == 1, 0.0, sums_s))
@@ -137,13 +138,15 @@ def price_kind(
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
     rows[Field.STATIC] += half_open
+    left = left_by_weights(kind, shard, data, rules=rules, vocab_divisor=vocab_divisor)
+    rows[Field.LEFT_BLOCKS] = left
+    rows[Field.STATIC] += left
     made = unsharded.made_each_step(held, data.zero_stage, stack=stack)
     rows[Field.NEW_GRADIENTS] = made
     rows[Field.STATIC] += unsharded.reduced_apart(held, data, stack=stack, rules=rules) - made
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
         held, copies=stack.optimizer_step_copies, state=max(4, rules.optimizer_bytes)
     )
-    rows[Field.WEIGHT_BACKWARD : Field.LATE_GRADIENTS + 1] = 0
     if not set(SPLIT_BACKWARD).isdisjoint(stack.schedules):
         rows[Field.WEIGHT_BACKWARD] = np.floor(times.weights * NS)
         rows[Field.DEFERRED] = deferred_bytes(kind, shard)
@@ -151,6 +154,8 @@ def price_kind(
         rows[Field.LATE_GRADIENTS] = late_gradient_bytes(trained, rules)
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     write_modes(rows, kind, shard, times, policies)
+    if stack.splits_blocks and not machine.offload.checkpoints:
+        split_by_checkpoints(rows, kind, shard, tuple(policy.name for policy in policies))
     move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)
     full = mode_rows(tuple(policy.name for policy in policies)).get("full")
     if machine.offload.checkpoints and full is not None:

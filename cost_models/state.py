@@ -134,6 +134,7 @@ class StateRules:
     gathered_bytes_per_64: int = 0
     """Of 64 elements of a linear layer's weight on their way; 0: as all others."""
     dummy_wgrad: bool = False
+    copies_weights: bool = False
     unit_gradients: bool = False
     reduces_each_backward: bool = False
     graph_keeps_gathered: bool = False
@@ -366,6 +367,7 @@ def state_rules(
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,
+        copies_weights=spec.copies_weights,
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",
         reduces_each_backward=spec.reduces_each_backward,
         graph_keeps_gathered=spec.graph_keeps_gathered,

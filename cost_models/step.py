@@ -94,6 +94,10 @@ class Field(IntEnum):
     LATE_GRADIENTS = 21
     """Gradients of weights in the format in which the backward makes them, where they wait for the
     next microbatch's backward to be summed."""
+    LEFT_BLOCKS = 22
+    """Of the static bytes, in no tensor: what is left of the blocks in which weights were made."""
+    SPLIT_BLOCKS = 23
+    """Of what full recomputation keeps, in no tensor: what is left of blocks that inputs split."""
 
 
 @dataclass(frozen=True)

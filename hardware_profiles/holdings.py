@@ -62,6 +62,9 @@ class StateSpec(Profile):
     """How many of those exist at once."""
     live_elements: Annotated[int, Field(ge=0)] = 0
     """Gathered parameters that ZeRO stage 3 keeps before it releases the first."""
+    copies_weights: bool = False
+    """Whether weights are made tensor by tensor, then copied to the buffer that sharded state goes
+    with: their first blocks stay with the caching allocator."""
     dummy_wgrad: bool = False
     """Whether one 16-bit placeholder per shape of weight stands in for the gradient that went into
     the main gradient."""

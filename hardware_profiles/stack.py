@@ -313,6 +313,9 @@ class StackSpec(Profile):
     """Whether what the last layers' forward worked with and did not keep lies idle under the loss,
     whose tensors are larger than those blocks: the caching allocator splits blocks, it joins none
     that were asked for apart."""
+    splits_blocks: bool = False
+    """Whether layer inputs that wait for a recomputation lie in blocks of score matrices, which the
+    caching allocator splits for them (``cost_models.fragments``): with unfused attention."""
     idle_logits: bool = False
     """Whether the block of the 16-bit logits lies idle under a loss that works on fp32 copies: none
     of those fits into it."""

@@ -23,6 +23,7 @@ from planner.priced import Priced
 _SUMMED = (
     Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.STEP_BYTES,
     Field.BUFFER_BYTES, Field.STATIC, Field.NEW_GRADIENTS, Field.PARAMETERS,
+    Field.LEFT_BLOCKS,
 )  # fmt: skip
 
 _ALWAYS = ("weights", "gradients", "optimizer", "activations", "working")
@@ -43,6 +44,11 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         leaf = replace(leaf, idle_forward=False)
         chunks = stage_costs(leaf, priced.completion)[rank].chunks
         idle = peak - peak_bytes(leaf, rank, chunks)
+    rests = _rests(leaf)
+    split = peak_bytes(leaf, rank, chunks)
+    chunks = stage_costs(rests, priced.completion)[rank].chunks
+    split -= peak_bytes(rests, rank, chunks)
+    leaf, left = rests, sums[Field.LEFT_BLOCKS]
     if own_blocks:
         made = sums[Field.GRADIENT_BYTES]
         leaf = _in_one_pool(leaf)
@@ -51,7 +57,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     in_flight = "+".join(str(n) for n in live)
     activations, working = moment.activations, moment.working
     reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
-    apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS]
+    apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS] - left
     apart -= sum(sums[field] for field in _SUMMED[:5])
     if not own_blocks:
         # Static bytes that are none of the sums: the head's own placeholder.
@@ -73,7 +79,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     short_lived = activations + working + moment.step
     allocated = inside + max(short_lived, step)
     reserved = inside + short_lived + step + alignment
-    reserved += sum(reserve[name] for name in CACHED) + idle
+    reserved += sum(reserve[name] for name in CACHED) + idle + left + split
     outside = sum(reserve[name] for name in OUTSIDE)
     streams = peak - kept_free - outside - reserved if own_blocks else 0
     reserved += streams
@@ -88,6 +94,10 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         Term(name="alignment", bytes=alignment, detail="most that bucket ends may still add"),
         Term(name="stream_blocks", bytes=streams,
              detail="reduced gradients, on a stream of their own, beside the peak of the others"),
+        Term(name="left_blocks", bytes=left,
+             detail="remains of the blocks in which weights were made, before they were copied"),
+        Term(name="split_blocks", bytes=split,
+             detail="remains of the blocks of score matrices that layer inputs were put in"),
         Term(name="idle_forward", bytes=idle,
              detail="blocks of the last layers' forward that the loss's larger tensors leave free"),
     ]  # fmt: skip
@@ -113,6 +123,20 @@ def _own_blocks(priced: Priced) -> bool:
     """Whether reduced gradients keep blocks of their own (``cost_models.unsharded``)."""
     stack = priced.tables.machine.stack
     return stack.new_gradients and stack.stream_pools and priced.layout.zero_stage >= 2
+
+
+def _rests(leaf: Leaf) -> Leaf:
+    """The leaf without what its layer inputs leave of blocks that they split: in no tensor."""
+    full = leaf.modes.get("full")
+    if full is None or not any(kind[Field.SPLIT_BLOCKS] for kind in leaf.kinds):
+        return leaf
+
+    def row(costs: Row) -> Row:
+        values = list(costs)
+        values[full.kept] -= costs[Field.SPLIT_BLOCKS]
+        return tuple(values)
+
+    return replace(leaf, kinds=tuple(row(kind) for kind in leaf.kinds))
 
 
 def _in_one_pool(leaf: Leaf) -> Leaf:

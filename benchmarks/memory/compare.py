@@ -14,7 +14,7 @@ from planner.studies.communication import Communication
 NOT_TRACED = frozenset({
     "context", "communicators", "workspace", "fragmentation", "reserve", "margin", "graphs",
     "stream_blocks", "gather_buffers", "reduction_block", "first_gather", "idle_forward",
-    "idle_logits",
+    "idle_logits", "left_blocks", "split_blocks",
 })  # fmt: skip
 """Terms of a prediction that a trace without a device cannot have."""
 

@@ -1,0 +1,71 @@
+"""What a caching allocator cannot use again: remains of blocks that it has split.
+
+PyTorch's allocator takes the smallest free block that is large enough, splits it, and joins the
+rest to nothing but its neighbours in the same ``cudaMalloc``
+(c10/cuda/CUDACachingAllocator.cpp, ``expandable_segments`` off). Two formulas follow, with no
+constant in them; ``benchmarks/memory/fragmentation.py`` replays the allocator beside both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.buffers import fused_name
+from cost_models.data_traffic import DataParallel
+from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.recompute import mode_rows
+from cost_models.state import StateRules, is_expert, local_tensor
+from cost_models.step import Field
+
+SMALL_BYTES = 1 << 20
+"""Smaller tensors have segments of their own."""
+
+
+def left_by_weights(
+    kind: LayerKind, shard: Shard, data: DataParallel, *, rules: StateRules, vocab_divisor: int
+) -> Int64:
+    """What stays free of the blocks in which a layer's weights were made.
+
+    Megatron-Core makes weights one by one, then copies them to the buffer of its distributed
+    optimizer (megatron/core/distributed/param_and_grad_buffer.py, ``old_param_data``). Activations
+    take the blocks that are left, until the rest of one is smaller than the residual stream, which
+    most of them are. Experts are left out: tensors of as many sizes as experts have rows fill
+    their blocks.
+    """
+    total = np.zeros_like(shard.tp)
+    if not rules.copies_weights or rules.layout != "contiguous":
+        return total
+    sizes: dict[str, Int64] = {}
+    for weight in kind.weights:
+        if not is_expert(weight) and not weight.frozen and weight.count == 1:
+            local = local_tensor(weight, shard, vocab_divisor)
+            name = fused_name(weight)
+            sizes[name] = sizes.get(name, total) + local.elements * rules.weight_bytes
+    for size in sizes.values():
+        rest = np.minimum(size, kind.boundary_bytes(shard))
+        total = total + np.where(size > SMALL_BYTES, rest, 0)
+    return np.where((data.zero_stage == 1) | (data.zero_stage == 2), total, 0)
+
+
+def split_by_checkpoints(
+    rows: Int64, kind: LayerKind, shard: Shard, policies: tuple[str, ...]
+) -> None:
+    """Add to what full recomputation keeps the rest of the block that a layer's input lies in.
+
+    The score matrices of an unfused attention are the largest tensors of a layer that runs again.
+    Between two such layers their blocks are free, and the inputs that stay for the backward are
+    put there, as many as fit. Scores find no room beside them and get another block.
+    """
+    rows[Field.SPLIT_BLOCKS] = 0
+    modes = mode_rows(policies).get("full")
+    scores = np.zeros_like(shard.tp)
+    for tensor in kind.saved(shard):
+        if "core_attn" in tensor.modules:
+            scores = np.maximum(scores, tensor.bytes)
+    if modes is None or not scores.any():
+        return
+    kept = rows[modes.kept]
+    inputs = np.maximum(scores // np.maximum(kept, 1), 1)
+    rest = np.where(kept > SMALL_BYTES, np.maximum(scores // inputs - kept, 0), 0)
+    rows[Field.SPLIT_BLOCKS] = rest
+    rows[modes.kept] += rest

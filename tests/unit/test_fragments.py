@@ -1,0 +1,88 @@
+"""What the caching allocator cannot use again: formulas against sizes worked out by hand, and the
+replay of the allocator that they are compared with against its rules."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hardware_profiles.loader import load_cluster, load_stack
+from hardware_profiles.schema import StackSpec
+from planner.models.reader import read_model
+from planner.pipeline import evaluate
+from planner.plan import StagePrediction
+from planner.request import Request
+from planner.specs import JobSpec
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "memory"))
+from allocator import CachingAllocator
+
+MODEL = read_model("llama-3.1-8b")
+MIB = 2**20
+
+
+def stage(stack: StackSpec, sequence: int, **layout: int | str) -> StagePrediction:
+    job = JobSpec(sequence_length=sequence, global_batch=8, stack=stack.name)
+    request = Request(MODEL, load_cluster("dgx-h100:1"), job, stack)
+    return evaluate(request, {"microbatch_size": 1, **layout}).prediction.stages[0]
+
+
+def terms(found: StagePrediction) -> dict[str, int]:
+    return {term.name: term.bytes or 0 for term in found.memory}
+
+
+def test_less_than_one_activation_is_left_of_each_block_of_weights() -> None:
+    """4,096 tokens of 4,096 in 16 bits are 32 MiB; the four matrices of a layer have 48, 32, 224
+    and 112, the head more; the embedding's input are token numbers of 8 bytes."""
+    stack = load_stack("megatron-core")
+    found = stage(stack, 4096, zero_stage=1)
+    assert terms(found)["left_blocks"] == (32 * 4 + 1) * 32 * MIB + 8 * 4096
+    state = stack.state.model_copy(update={"copies_weights": False})
+    without = stage(stack.model_copy(update={"state": state}), 4096, zero_stage=1)
+    assert found.allocated_bytes == without.allocated_bytes
+    assert found.reserved_bytes - without.reserved_bytes == terms(found)["left_blocks"]
+    # Nothing is copied where the optimizer is not distributed.
+    assert "left_blocks" not in terms(stage(stack, 4096, zero_stage=0, recompute="full"))
+
+
+def test_layer_inputs_split_the_blocks_of_scores() -> None:
+    """Scores of 32 heads and 4,160 tokens take 1,107,558,400 bytes: 32 inputs of 34,078,720, and
+    532,480 bytes more for each. With 4,096 tokens exactly 32 fit."""
+    stack = load_stack("megatron-lm-2022")
+    layout: dict[str, int | str] = {"zero_stage": 1, "recompute": "full"}
+    found = stage(stack, 4160, **layout)
+    assert terms(found)["split_blocks"] == 32 * 532_480
+    whole = stage(stack.model_copy(update={"splits_blocks": False}), 4160, **layout)
+    assert terms(found)["activations"] == terms(whole)["activations"]
+    assert found.allocated_bytes == whole.allocated_bytes
+    assert found.peak_bytes - whole.peak_bytes == 32 * 532_480
+    assert "split_blocks" not in terms(stage(stack, 4096, **layout))
+    assert "split_blocks" not in terms(stage(stack, 4160, **layout | {"recompute": "selective"}))
+
+
+def test_replayed_allocator() -> None:
+    memory = CachingAllocator()
+    first = memory.allocate(30 * MIB)
+    assert memory.reserved == 30 * MIB
+    memory.release(first)
+    # The block is split; its parts serve what fits. A rest of 1 MiB stays with its tensor.
+    one, rest = memory.allocate(20 * MIB), memory.allocate(10 * MIB)
+    assert memory.reserved == 30 * MIB
+    memory.release(one)
+    memory.allocate(25 * MIB)
+    assert memory.reserved == (30 + 26) * MIB
+    memory.release(rest)
+    memory.allocate(30 * MIB)
+    assert memory.reserved == (30 + 26) * MIB
+    assert memory.peak_allocated == (30 + 26) * MIB
+
+
+@pytest.mark.parametrize(
+    ("size", "segment"), [(MIB, 2), (MIB + 1, 20), (10 * MIB, 10), (9 * MIB, 20)]
+)
+def test_sizes_of_segments(size: int, segment: int) -> None:
+    memory = CachingAllocator()
+    memory.allocate(size)
+    assert memory.reserved == segment * MIB
