@@ -265,10 +265,12 @@ def _optimizer_seconds(
     dense: Int64, expert: Int64, attention_mesh: Mesh, expert_mesh: Mesh, data: DataParallel,
     machine: Machine,
 ) -> Real:  # fmt: skip
-    """Optimizer step, memory bound: gradient norm and read, state read and written, weight out."""
+    """Optimizer step, memory bound: gradient norm and read, the stack's other passes over the
+    gradient, state read and written, weight out."""
     rule = machine.rules.optimizer
     updated = 2 * machine.rules.updated_bytes
-    per_element = 8 + updated + rule.step_bytes + machine.rules.gather_bytes
+    passes = machine.stack.gradient_pass_bytes.get(machine.precision, 0)
+    per_element = 8 + passes + updated + rule.step_bytes + machine.rules.gather_bytes
     sharded = data.zero_stage >= 1
     elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)

@@ -350,6 +350,9 @@ class StackSpec(Profile):
     accumulation_bytes: ByPrecision = Field(default_factory=dict)
     """Bytes moved per parameter in each backward to add the 16-bit gradient that a product wrote to
     the one that is kept; none where the product adds it itself (``wgrad_accumulation``)."""
+    gradient_pass_bytes: ByPrecision = Field(default_factory=dict)
+    """Bytes moved per parameter in each step by passes over the kept gradient beside those that its
+    norm and the update take: copied to fp32, unscaled, clipped, zeroed."""
     unsharded_copy_bytes: dict[Literal["gather", "reduce"], Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict
     )
