@@ -132,6 +132,8 @@ def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
             return shard.cp_exchange, shard.tp
         case "cp_ring":
             return shard.cp_ring, shard.tp * shard.cp_exchange
+        case "cp_gather":
+            return shard.cp_gather, shard.tp * shard.cp_exchange
         case "ep":
             return shard.ep, shard.etp
         case "etp":

@@ -1,8 +1,9 @@
 """Kinds of context parallelism as codes, for the integer columns of configurations.
 
-A code is the index of the kind. That of ``a2a_p2p`` also holds the size of its inner groups, which
-exchange heads for sequence, while a ring joins the ``cp / inner`` groups (USP, arXiv 2405.07719;
-Megatron-Core's ``--hierarchical-context-parallel-sizes inner outer``).
+A code is the index of the kind. Those of two levels also hold the size of their inner groups, which
+exchange heads for sequence, while a ring (``a2a_p2p``: USP, arXiv 2405.07719; Megatron-Core's
+``--hierarchical-context-parallel-sizes inner outer``) or a gather of keys and values
+(``a2a_all_gather``: MindFormers' ``hybird_cp``) joins the ``cp / inner`` groups.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 
 from cost_models.layout import CpKind
 
-CP_KINDS: tuple[CpKind, ...] = ("p2p", "all_gather", "a2a", "a2a_p2p")
+CP_KINDS: tuple[CpKind, ...] = ("p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather")
+TWO_LEVELS: tuple[CpKind, ...] = ("a2a_p2p", "a2a_all_gather")
 
 
 def cp_kind_code(kind: str, inner: int = 1) -> int:
-    """The code of a kind; ``inner`` counts for ``a2a_p2p`` only."""
+    """The code of a kind; ``inner`` counts for those of two levels only."""
     index = CP_KINDS.index(kind)
-    return index + len(CP_KINDS) * inner if kind == "a2a_p2p" else index
+    return index + len(CP_KINDS) * inner if kind in TWO_LEVELS else index
 
 
 def cp_kind_of(code: int) -> tuple[CpKind, int]:
@@ -34,9 +36,16 @@ def is_kind(codes: NDArray[np.int64], *kinds: CpKind) -> NDArray[np.bool_]:
 
 
 def exchange_ways(codes: NDArray[np.int64], cp: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ranks that deal heads out among them: all under ``a2a``, the inner group of ``a2a_p2p``."""
-    inner = np.where(is_kind(codes, "a2a_p2p"), codes // len(CP_KINDS), 1)
+    """Ranks that deal heads out among them: all under ``a2a``, inner groups of two levels."""
+    inner = np.where(is_kind(codes, *TWO_LEVELS), codes // len(CP_KINDS), 1)
     return np.where(is_kind(codes, "a2a"), cp, np.minimum(inner, cp))
+
+
+def gather_ways(codes: NDArray[np.int64], cp: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranks that gather keys and values: all under ``all_gather``, one of each inner group of
+    ``a2a_all_gather``."""
+    gathers = is_kind(codes, "all_gather", "a2a_all_gather")
+    return np.where(gathers, cp // exchange_ways(codes, cp), 1)
 
 
 def ring_ways(codes: NDArray[np.int64], cp: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -95,6 +95,11 @@ class Shard:
         return cp_kinds.ring_ways(self.cp_kind, self.cp)
 
     @property
+    def cp_gather(self) -> Int64:
+        """Context-parallel ranks that gather keys and values."""
+        return cp_kinds.gather_ways(self.cp_kind, self.cp)
+
+    @property
     def residual_tokens(self) -> Int64:
         """Tokens of the residual stream on one rank."""
         return self.tokens // self.sp

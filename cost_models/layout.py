@@ -14,7 +14,7 @@ from hardware_profiles.stack import Schedule as Schedule
 
 RecomputeMode: TypeAlias = str
 """``none``, ``full``, or the name of one of the stack's policies (:class:`RecomputePolicy`)."""
-CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
+CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
 
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 CHUNKED: tuple[Schedule, ...] = (

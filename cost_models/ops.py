@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.integer[Any]] | int
 Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
-Group = Literal["tp", "cp", "cp_exchange", "cp_ring", "ep", "etp"]
+Group = Literal["tp", "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"]
 """``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
 keys and values round: two levels of groups under ``a2a_p2p``, else one of them is all of cp."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
@@ -91,6 +91,9 @@ class Attention:
     last: bool | NDArray[np.bool_] = False
     """Whether the queries are the last of a causal mask's, which see most keys, instead of an even
     share of all."""
+    exchanged: Ints = 1
+    """Ranks that exchanged heads: each then has as many times longer a piece of the sequence, for
+    as many times fewer of ``heads``."""
     modules: tuple[str, ...] = ("core_attn",)
 
 

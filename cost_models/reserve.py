@@ -240,10 +240,11 @@ def communicator_bytes(machine: Machine, shard: Shard, degrees: Degrees) -> Int6
         (span * replicas * pp, ones), (np.where(experts > 1, span // experts, 1), experts),
         (shard.etp if machine.stack.layers.experts == "dealt" else ones, ones),
     ]  # fmt: skip
-    levels = (shard.cp_exchange > 1) & (shard.cp_ring > 1)
+    outer = np.maximum(shard.cp_ring, shard.cp_gather)
+    levels = (shard.cp_exchange > 1) & (outer > 1)
     if levels.any():
         groups.append((np.where(levels, shard.cp_exchange, 1), tp))
-        groups.append((np.where(levels, shard.cp_ring, 1), tp * shard.cp_exchange))
+        groups.append((np.where(levels, outer, 1), tp * shard.cp_exchange))
     layers = machine.stack.layers
     if layers.gradient_wire_bytes_per_64 or layers.hierarchical_gathers:
         ways = degrees.dp_shard * cp

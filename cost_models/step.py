@@ -279,8 +279,9 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             batch: Reals = op.batch
             q_len = op.q_len
             if op.causal:
-                share = np.where(op.last, 1.0, op.q_len / np.asarray(op.kv_len))
-                batch, q_len = op.batch * share, np.where(op.last, op.q_len, op.kv_len)
+                ways = np.asarray(op.exchanged)
+                share = np.where(op.last, 1.0 / ways, op.q_len / np.asarray(op.kv_len))
+                batch, q_len = op.batch * share, np.where(op.last, op.q_len * ways, op.kv_len)
             forward, backward = (
                 compute.attention_time_s(
                     device, dtype, kernel, batch=batch, q_len=q_len, kv_len=op.kv_len,

@@ -12,7 +12,7 @@ from hardware_profiles.sourced import Profile, Sourced
 Value = TypeVar("Value")
 
 AttentionSort = Literal["sliding windows", "latent attention"]
-ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p"]
+ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
 EXCHANGE_LIBRARIES = ("deepep", "hybridep")
@@ -133,6 +133,10 @@ class LayersSpec(Profile):
     """What Megatron-style layers keep of an input that sequence parallelism gathers: their part,
     and gather it again beside the backward's products; or all of it, unless the module
     ``sp_gather`` is run again."""
+    exchanged_output: Literal["again", "kept"] = "again"
+    """What context parallelism of two levels does with attention's output between its passes: keep
+    it as it left and exchange it again for the backward (Transformer Engine), or keep it as the
+    kernel wrote it."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
     pays the latency of a ring over all ranks."""

@@ -130,9 +130,6 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
     if layout.parameter_offload != request.job.parameter_offload:
         yield "parameter_offload is not the job's"
     yield from _check_stages(layout, request)
-    node = request.cluster.groups[0].node
-    if outputs_held(layout, request) > (node.host_memory.si if node.host_memory else 0):
-        yield "the hosts do not hold the outputs that recomputation sends there"
     mesh = Mesh.of(layout)
     reason = impossible_mesh(mesh, request) or impossible_layout(
         layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, mesh, request,
@@ -140,8 +137,12 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
     )  # fmt: skip
     if reason:
         yield reason
-    elif layout.round_size not in rounds_of(layout.schedule, mesh, request):
+        return
+    if layout.round_size not in rounds_of(layout.schedule, mesh, request):
         yield f"the stack has no rounds of {layout.round_size} microbatches for {layout.schedule}"
+    node = request.cluster.groups[0].node
+    if outputs_held(layout, request) > (node.host_memory.si if node.host_memory else 0):
+        yield "the hosts do not hold the outputs that recomputation sends there"
 
 
 def _stage(layout: Layout, rank: int, index: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.configs import Configs
-from cost_models.cp_kinds import cp_kind_code
+from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code
 from cost_models.layout import (
     CHUNKED,
     IN_ROUNDS,
@@ -110,22 +110,23 @@ def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], reques
 
 def _complete_context(base: dict[str, Any], cp: int, request: Request) -> None:
     """Fill the kind of context parallelism in: the stack's first that runs the model's attention.
-    Inner groups belong to ``a2a_p2p``, which has no meaning without."""
+    Inner groups belong to the kinds of two levels, which have no meaning without."""
     stack = request.stack
     if stack.cp_kinds and "cp_kind" not in base:
         limits = [stack.cp_kinds_of.get(s, stack.cp_kinds) for s in attention_sorts(request.model)]
         runs = [kind for kind in stack.cp_kinds if all(kind in limit for limit in limits)]
         base["cp_kind"] = (runs or stack.cp_kinds)[0]
     inner = base.get("cp_inner", 1)
-    if base.get("cp_kind") != "a2a_p2p":
+    kind = base.get("cp_kind")
+    if kind not in TWO_LEVELS:
         if inner != 1:
-            raise InputError(f"cp_inner = {inner} belongs to cp_kind a2a_p2p")
+            raise InputError(f"cp_inner = {inner} belongs to cp_kind {' or '.join(TWO_LEVELS)}")
     elif cp > 1 and (not 1 < inner < cp or cp % inner):
         possible = " or ".join(str(n) for n in range(2, cp) if cp % n == 0)
         raise InputError(
-            f"a2a_p2p: cp_inner = {inner} is no divisor of cp = {cp} between 1 and it",
+            f"{kind}: cp_inner = {inner} is no divisor of cp = {cp} between 1 and it",
             hint=(
-                f"cp_inner {possible}: ranks that exchange heads; cp / cp_inner make a ring"
+                f"cp_inner {possible}: ranks that exchange heads; cp / cp_inner of them are joined"
                 if possible
                 else f"cp = {cp} has no such divisor: cp_kind p2p or a2a, or another cp"
             ),

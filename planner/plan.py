@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hardware_profiles.stack import Schedule
+from hardware_profiles.stack import ContextKind, Schedule
 
 SCHEMA_VERSION: Final = "1.0"
 SIGNIFICANT_DIGITS = 9
@@ -62,9 +62,10 @@ class Layout(Document):
     dp_replicate: Annotated[int, Field(ge=1)]
     dp_shard: Annotated[int, Field(ge=1)]
     cp: Annotated[int, Field(ge=1)] = 1
-    cp_kind: Literal["p2p", "all_gather", "a2a", "a2a_p2p"] = "p2p"
+    cp_kind: ContextKind = "p2p"
     cp_inner: Annotated[int, Field(ge=1)] = 1
-    """Under ``a2a_p2p``, ranks that exchange heads; rings join ``cp / cp_inner`` of them."""
+    """Under the kinds of two levels, ranks that exchange heads; rings or gathers join
+    ``cp / cp_inner`` of them."""
     tp: Annotated[int, Field(ge=1)] = 1
     sequence_parallel: bool = False
     pp: Annotated[int, Field(ge=1)] = 1

@@ -105,7 +105,7 @@ def context_levels(stack: StackSpec, cp: int) -> Iterator[tuple[str, int]]:
         yield (stack.cp_kinds or ("p2p",))[0], 1
         return
     for kind in stack.cp_kinds:
-        if kind != "a2a_p2p":
+        if kind not in ("a2a_p2p", "a2a_all_gather"):
             yield kind, 1
         else:
             yield from ((kind, inner) for inner in _divisors(cp)[1:-1])
@@ -176,12 +176,12 @@ def _impossible_mixer(
     over_tp: list[int] = []
     over_cp: list[int] = []
     ways, runs = mesh.cp, stack.cp_kinds
-    exchanges = mesh.cp_kind in ("a2a", "a2a_p2p")
+    exchanges = mesh.cp_kind in ("a2a", "a2a_p2p", "a2a_all_gather")
     match mixer:
         case AttentionSpec():
             over_tp = [mixer.heads]
             over_cp = [mixer.kv_heads] if exchanges else []
-            ways = mesh.cp_inner if mesh.cp_kind == "a2a_p2p" else mesh.cp
+            ways = mesh.cp_inner if mesh.cp_kind.startswith("a2a_") else mesh.cp
             if mixer.window is not None:
                 runs = stack.cp_kinds_of.get("sliding windows", runs)
             if mixer.kv_heads % mesh.tp and (
@@ -191,7 +191,7 @@ def _impossible_mixer(
         case LatentAttentionSpec():
             over_tp = [mixer.heads]
             over_cp = [mixer.heads] if exchanges else []
-            ways = mesh.cp_inner if mesh.cp_kind == "a2a_p2p" else mesh.cp
+            ways = mesh.cp_inner if mesh.cp_kind.startswith("a2a_") else mesh.cp
             runs = stack.cp_kinds_of.get("latent attention", runs)
         case SparseLatentAttentionSpec():
             over_tp = [mixer.latent.heads]

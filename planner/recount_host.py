@@ -61,6 +61,8 @@ def outputs_held(layout: Layout, request: Request) -> int:
     for stage in layout.stages:
         for part in stage.recompute:
             policy = named_policy(part.mode, request.stack)
+            if not policy.offloads:
+                continue
             kind = request.workload.kinds[part.kind]
             ops = kind.ops(shard)
             ends = unneeded(ops) if policy.needed_only else frozenset()

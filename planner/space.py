@@ -18,7 +18,7 @@ from math import gcd
 
 import numpy as np
 
-from cost_models.cp_kinds import cp_kind_code
+from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code
 from cost_models.graph import Bools, Int64
 from cost_models.layout import CHUNKED, SCHEDULES, V_SHAPED, RecomputeMode, Schedule
 from planner import rules
@@ -121,7 +121,7 @@ def _context_matters(request: Request, cp: int) -> int:
 
 
 def context_options(request: Request, tp: int, cp: int) -> tuple[int, ...]:
-    """Codes of the kinds of context parallelism of cp ranks. The inner groups of ``a2a_p2p`` deal
+    """Codes of the kinds of context parallelism of cp ranks. The inner groups of two levels deal
     out what heads tp leaves, as ep deals out experts."""
     kinds = request.stack.cp_kinds or ("p2p",)
     if cp == 1:
@@ -129,9 +129,8 @@ def context_options(request: Request, tp: int, cp: int) -> tuple[int, ...]:
     heads = gcd(*(s.size for s in model_splits(request.model) if s.over == "exchange"))
     most = gcd(cp, heads // tp) if heads % tp == 0 else 1
     inner = [size for size in divisors(most) if 1 < size < cp]
-    codes = [cp_kind_code(kind) for kind in kinds if kind != "a2a_p2p"]
-    if "a2a_p2p" in kinds:
-        codes += [cp_kind_code("a2a_p2p", size) for size in inner]
+    codes = [cp_kind_code(kind) for kind in kinds if kind not in TWO_LEVELS]
+    codes += [cp_kind_code(kind, n) for kind in kinds if kind in TWO_LEVELS for n in inner]
     return tuple(codes)
 
 

@@ -73,6 +73,7 @@ def build_workload(
         sliced_experts=stack.layers.experts == "sliced",
         balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
+        exchanges_output_again=stack.layers.exchanged_output == "again",
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cost_models.cp_kinds import is_kind
+from cost_models.cp_kinds import TWO_LEVELS, is_kind
 from cost_models.graph import Bools, Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, Reals, SavedTensor
 from planner.blocks import splits as split
@@ -111,7 +111,7 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         passes, launches = ROTARY["rope" in ctx.fused]
         moved = passes * rotated
         result.append(Elementwise("rope", moved, moved, launches, launches))
-    result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, shard)
+    result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, ctx, shard)
     result += core(spec, ctx, shard, heads, kv)
     if spec.output_gate:
         gated = heads * hd * x * e
@@ -135,7 +135,7 @@ def core(
                 "attention", packed(shard, span), span / shard.cp,
                 min(span, spec.window) if spec.window else span, heads, kv,
                 spec.head_dim, spec.head_dim, causal=spec.causal and not windowed,
-                last=last_queries(ctx, shard, span),
+                last=last_queries(ctx, shard, span), exchanged=shard.cp_exchange,
             ),
         )  # fmt: skip
     return unfused_core(ctx, shard, heads, spec.head_dim, spec.head_dim)
@@ -211,7 +211,9 @@ def op_by_op_softmax(ctx: BlockContext, batch: Int64) -> Bools:
     return result
 
 
-def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[Op]:
+def context_parallel(
+    kv_bytes: Int64, qkvo_bytes: Int64, ctx: BlockContext, shard: Shard
+) -> list[Op]:
     """Communication of context parallelism around the attention core.
 
     ``kv_bytes`` are K and V of this rank, ``qkvo_bytes`` Q, K, V and output together; gathered or
@@ -221,9 +223,10 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
     arXiv 2407.21783, section 3.3.2); ``a2a`` exchanges heads for sequence (Ulysses, arXiv
     2309.14509). ``a2a_p2p`` exchanges inside its inner groups; what then goes round the ring is as
     many bytes, more tokens of fewer heads (Transformer Engine, ``AttnFuncWithCPAndKVP2P``, whose
-    backward exchanges the output too, kept as it left the forward).
+    backward exchanges the output too, kept as it left the forward). ``a2a_all_gather`` gathers what
+    was exchanged instead.
     """
-    hierarchical = is_kind(shard.cp_kind, "a2a_p2p")
+    again = is_kind(shard.cp_kind, *TWO_LEVELS) & ctx.exchanges_output_again
     size = qkvo_bytes // 4
     return [
         Collective(
@@ -231,9 +234,9 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
             forward_hidden="attention:fprop", backward_hidden="attention:dgrad", modules=CORE,
         ),
         Collective(
-            "cp_gather", "cp", "all_gather", kv_bytes * shard.cp // 2, "reduce_scatter",
-            kv_bytes * shard.cp // 2, forward_count=2, backward_count=2,
-            active=is_kind(shard.cp_kind, "all_gather"), modules=CORE,
+            "cp_gather", "cp_gather", "all_gather", kv_bytes * shard.cp_gather // 2,
+            "reduce_scatter", kv_bytes * shard.cp_gather // 2, forward_count=2, backward_count=2,
+            modules=CORE,
         ),
         Collective(
             "cp_exchange", "cp_exchange", "all_to_all", size, "all_to_all", size,
@@ -241,7 +244,7 @@ def context_parallel(kv_bytes: Int64, qkvo_bytes: Int64, shard: Shard) -> list[O
         ),
         Collective(
             "cp_exchange_output", "cp_exchange", None, 0, "all_to_all", size,
-            active=hierarchical, modules=CORE,
+            active=again, modules=CORE,
         ),
     ]  # fmt: skip
 
@@ -279,8 +282,7 @@ def exchange_working(kv_bytes: Int64, shard: Shard) -> Int64:
     those at hand; ``all_gather`` holds all of them, and their gradients before they are scattered.
     """
     ring = np.where(shard.cp_ring > 1, 4 * kv_bytes, 0)
-    gathered = np.where(is_kind(shard.cp_kind, "all_gather"), 2 * kv_bytes * shard.cp, ring)
-    return np.where(shard.cp > 1, gathered, 0)
+    return np.where(shard.cp_gather > 1, 2 * kv_bytes * shard.cp_gather, ring)
 
 
 def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTensor]:

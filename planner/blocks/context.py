@@ -63,6 +63,8 @@ class BlockContext:
     """Whether the ranks of context parallelism have equal parts of a causal mask."""
     whole_vocabulary: bool = False
     """Whether every tp rank has embedding and head whole."""
+    exchanges_output_again: bool = True
+    """Whether two levels of context parallelism exchange attention's output in the backward too."""
     keeps_gathered: bool = False
     """Whether attention and feed-forward keep what sequence parallelism gathers for them."""
     whole_embedding_in_context: bool = False

@@ -101,7 +101,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     )
     result += within("mla_up_proj", up_project)
     kv_bytes = heads * (qk + v) * x * e
-    result += context_parallel(kv_bytes, kv_bytes + heads * (qk + v) * x * e, shard)
+    result += context_parallel(kv_bytes, kv_bytes + heads * (qk + v) * x * e, ctx, shard)
     if ctx.attention_kernel == "unfused":
         result += unfused_core(ctx, shard, heads, qk, v)
     else:
@@ -117,6 +117,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
                 qk,
                 v,
                 last=last_queries(ctx, shard, span),
+                exchanged=shard.cp_exchange,
             )
         )
     result.append(MatMul("proj", x, ctx.hidden, heads * v))

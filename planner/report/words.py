@@ -26,7 +26,7 @@ def degrees(layout: Layout) -> str:
             text += " + sp"
         if name == "cp" and value > 1:
             inner = f", {layout.cp_inner} x {value // layout.cp_inner}"
-            text += f" ({layout.cp_kind}{inner if layout.cp_kind == 'a2a_p2p' else ''})"
+            text += f" ({layout.cp_kind}{inner if layout.cp_kind.startswith('a2a_') else ''})"
         parts.append(text)
     return " · ".join(parts)
 

@@ -110,7 +110,7 @@ def _configs(layouts: Sequence[Layout]) -> Configs:
     return Configs(
         microbatch=column("microbatch"), tp=column("tp"), cp=column("cp"),
         cp_kind=np.array(
-            [3 + 4 * x.cp_inner if x.cp_kind == "a2a_p2p" else CP_KINDS.index(x.cp_kind)
+            [CP_KINDS.index(x.cp_kind) + (5 * x.cp_inner if x.cp_kind in CP_KINDS[3:] else 0)
              for x in layouts],
             dtype=np.int64,
         ),

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from planner.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from planner.request import Request
 
-CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p")
+CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather")
 
 
 @dataclass(frozen=True, order=True)
@@ -87,7 +87,7 @@ def _context(kinds: tuple[str, ...], cp: int) -> Iterator[tuple[str, int]]:
         yield (kinds[0] if kinds else "p2p"), 1
         return
     for kind in kinds:
-        for inner in range(2, cp) if kind == "a2a_p2p" else [1]:
+        for inner in range(2, cp) if kind in CP_KINDS[3:] else [1]:
             if cp % inner == 0:
                 yield kind, inner
 
@@ -158,7 +158,7 @@ def runs(request: Request, x: Layout) -> bool:
                 repeats = request.stack.kv_head_replication and x.tp % mixer.kv_heads == 0
                 if mixer.kv_heads % x.tp and not repeats:
                     return False
-            dealt = {"a2a": x.cp, "a2a_p2p": x.cp_inner}.get(x.cp_kind, 1)
+            dealt = {"a2a": x.cp, "p2p": 1, "all_gather": 1}.get(x.cp_kind, x.cp_inner)
             if x.cp > 1 and exchanged % (x.tp * dealt):
                 return False
             sort = "latent attention"

@@ -16,7 +16,8 @@ def two_levels(seed: int) -> Request | None:
     cp = max((n for n in (4, 6, 8) if request.devices % n == 0), default=None)
     if cp is None or request.stack.cp_kinds_of:
         return None
-    stack = request.stack.model_copy(update={"cp_kinds": ("a2a_p2p",)})
+    kind = ("a2a_p2p", "a2a_all_gather")[seed % 2]
+    stack = request.stack.model_copy(update={"cp_kinds": (kind,)})
     limits = request.job.constraints.model_copy(
         update={"fix": {"cp": cp}, "max": {}, "forbid": (), "sequence_parallel": None}
     )

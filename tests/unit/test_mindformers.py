@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cost_models.cp_kinds import cp_kind_code
+from cost_models.cp_kinds import cp_kind_code, cp_kind_of
 from cost_models.graph import Shard
 from cost_models.memory import activation_bytes
 from cost_models.state import local_parameters
@@ -15,7 +15,9 @@ from planner.errors import InputError
 from planner.pipeline import evaluate, plan, read_request
 from planner.recompute import named_policy
 from planner.request import Request
+from planner.space import enumerate_meshes
 from planner.studies.communication import communication
+from planner.studies.verify import verify
 
 VOCABULARY = 128_256 * 4096
 
@@ -64,6 +66,39 @@ def test_all_ranks_wait_for_the_one_with_the_last_queries() -> None:
         terms = {term.name: term.seconds or 0.0 for term in found.prediction.time}
         seconds[kind] = terms["attention"]
     assert seconds["all_gather"] == pytest.approx(1.5 * seconds["a2a"], rel=0.05)
+
+
+def test_two_levels_of_context_parallelism_wait_for_the_last_group() -> None:
+    """Over 8 ranks that exchange heads in pairs, the last of 4 groups does 7/4 of the average, and
+    gathers keys and values of 4, or sees them pass round a ring of 4."""
+    layout = {"dp_replicate": 2, "cp": 8, "zero_stage": 0}
+    seconds, calls = {}, {}
+    for kind, inner in (("a2a", 1), ("a2a_all_gather", 2), ("a2a_p2p", 2), ("p2p", 1)):
+        asked = {**layout, "cp_kind": kind, "cp_inner": inner}
+        found = evaluate(request(), asked)
+        terms = {term.name: term.seconds or 0.0 for term in found.prediction.time}
+        seconds[kind] = terms["attention"]
+        layers = communication(request(), found).layers
+        (layer,) = (layers[name] for name in layers if name not in ("embedding", "head"))
+        calls[kind] = {(c.name, c.phase, c.ranks) for c in layer if c.name.startswith("cp_")}
+    for kind, share in (("a2a_all_gather", 7 / 4), ("a2a_p2p", 7 / 4), ("p2p", 15 / 8)):
+        assert seconds[kind] == pytest.approx(share * seconds["a2a"], rel=0.05)
+    exchanges = {("cp_exchange", phase, 2) for phase in ("forward", "backward")}
+    for kind, outer in (("a2a_all_gather", "cp_gather"), ("a2a_p2p", "cp_ring")):
+        assert calls[kind] == exchanges | {(outer, p, 4) for p in ("forward", "backward")}
+
+
+def test_every_way_to_split_a_context_is_searched() -> None:
+    asked = request(constraints={"fix": {"cp": 8, "tp": 1, "pp": 1}})
+    found = {
+        (kind, int(inner))
+        for meshes in enumerate_meshes(asked)
+        for kind, inner in map(cp_kind_of, meshes.cp_kind[meshes.cp == 8].tolist())
+    }
+    two = {(kind, n) for kind in ("a2a_all_gather", "a2a_p2p") for n in (2, 4)}
+    assert found == {("all_gather", 1), ("a2a", 1), ("p2p", 1)} | two
+    best = plan(asked)
+    assert verify(best) == []
 
 
 def test_gpipe_is_searched_and_keeps_more_than_1f1b() -> None:

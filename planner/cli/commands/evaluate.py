@@ -44,10 +44,11 @@ def evaluate(
     ] = None,
     cp: Annotated[int | None, typer.Option("--cp", help="Context parallel degree.")] = None,
     cp_kind: Annotated[
-        str | None, typer.Option("--cp-kind", help="p2p, all_gather, a2a or a2a_p2p.")
+        str | None,
+        typer.Option("--cp-kind", help="p2p, all_gather, a2a, a2a_p2p or a2a_all_gather."),
     ] = None,
     cp_inner: Annotated[
-        int | None, typer.Option("--cp-inner", help="Of a2a_p2p: ranks that exchange heads.")
+        int | None, typer.Option("--cp-inner", help="Of two levels: ranks that exchange heads.")
     ] = None,
     pp: Annotated[int | None, typer.Option("--pp", help="Pipeline stages.")] = None,
     vpp: Annotated[int | None, typer.Option("--vpp", help="Virtual stages per rank.")] = None,
