@@ -48,7 +48,7 @@ from cost_models.layout import SPLIT_BACKWARD, RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
 from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
-from cost_models.split_backward import deferred_bytes, late_gradient_bytes
+from cost_models.split_backward import late_gradient_bytes, write_halves
 from cost_models.step import Field, Machine
 
 
@@ -147,13 +147,12 @@ def price_kind(
     rows[Field.UPDATE_BYTES] = unsharded.update_bytes(
         held, copies=stack.optimizer_step_copies, state=max(4, rules.optimizer_bytes)
     )
+    write_modes(rows, kind, shard, times, policies)
     if not set(SPLIT_BACKWARD).isdisjoint(stack.schedules):
-        rows[Field.WEIGHT_BACKWARD] = np.floor(times.weights * NS)
-        rows[Field.DEFERRED] = deferred_bytes(kind, shard)
+        write_halves(rows, kind, shard, weights_ns=times.weights * NS)
         trained = local.total - local.frozen_dense - local.frozen_expert
         rows[Field.LATE_GRADIENTS] = late_gradient_bytes(trained, rules)
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
-    write_modes(rows, kind, shard, times, policies)
     if stack.splits_blocks and not machine.offload.checkpoints:
         split_by_checkpoints(rows, kind, shard, tuple(policy.name for policy in policies))
     move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)

@@ -28,7 +28,7 @@ from cost_models.layout import (
 )
 from cost_models.recompute import ModeRows, group_of, mode_rows
 from cost_models.schedule import Durations, Timeline, simulate
-from cost_models.split_backward import SplitBackward, split_backward
+from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
 
 Row = tuple[int, ...]
@@ -288,8 +288,14 @@ def _chunk_costs(
         working, freed = max((working, freed), (short - activation, activation))
     split = None
     if leaf.splits_backward:
+        again = front if mode == "full" and not at_start else (0,) * len(held)
+        passes = weight_passes_ns(leaf.kinds, again, extra)
+        backward += passes
+        left = sum([n * k[Field.LEFT_AGAIN] for k, n in zip(leaf.kinds, again, strict=True)])
+        working = max(working, left)
         split = split_backward(
-            backward, leaf.kinds, held, head=leaf.head if at_end else None, at_start=at_start
+            backward, leaf.kinds, held, again=again, again_ns=passes,
+            head=leaf.head if at_end else None, at_start=at_start,
         )  # fmt: skip
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,

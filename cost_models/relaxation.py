@@ -118,11 +118,23 @@ class Relaxation:
             recomputed = np.floor(self.layers * share + 1e-9).astype(np.int64)
             tall = np.minimum(least.astype(np.int64), -(-self.layers // self.pp))
             full = (self.rows["full"].extra,)
-            bound = self.time(
-                work + self.cheapest_layers(recomputed, full), self.cheapest_layers(tall, full)
-            )
+            added = self.cheapest_layers(recomputed, full) + self._for_weights(recomputed)
+            bound = self.time(work + added, self.cheapest_layers(tall, full))
             result = np.where(ok, np.minimum(result, bound), result)
         return result
+
+    def _for_weights(self, recomputed: Int64) -> Real:
+        """Where the backward is split, layers run again for each weight too, but on the first
+        virtual stage: it has half of the layers at most, as another is no lighter."""
+        split = np.isin(self.schedule, codes_of(SPLIT_BACKWARD))
+        if not split.any():
+            return np.zeros(len(self.schedule))
+        later = np.where(split, np.maximum(recomputed - -(-self.layers // 2), 0), 0)
+        extra = self.rows["full"].extra
+        passes = [
+            self.column(t, Field.WEIGHT_PASSES) * self.column(t, extra) for t in self.tables.kinds
+        ]
+        return self._least_sum(later, np.stack(passes))
 
     def time(self, work: Real, tallest_extra: Real | float = 0.0) -> Real:
         """Time bound with ``work`` ns per microbatch through the pipeline.

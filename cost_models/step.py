@@ -98,6 +98,13 @@ class Field(IntEnum):
     """Of the static bytes, in no tensor: what is left of the blocks in which weights were made."""
     SPLIT_BLOCKS = 23
     """Of what full recomputation keeps, in no tensor: what is left of blocks that inputs split."""
+    WEIGHT_PASSES = 24
+    """Weights whose gradients are passes of their own in the second half of a split backward."""
+    DEFERRED_AGAIN = 25
+    """As ``DEFERRED``, of a layer that runs again: what nothing else needed is gone anyway."""
+    LEFT_AGAIN = 26
+    """What these passes leave of a layer that runs again in each of them, until the stage's last
+    weight is done."""
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
     modes = {mode for mode, _ in completion.recompute}
     allowed = set(recompute_modes(request))
     if layout.schedule in SPLIT:
-        allowed &= {"none"}
+        allowed &= {"none", "full"}
     if not modes <= allowed:
         yield f"recompute modes {sorted(modes - allowed)} are not allowed"
 

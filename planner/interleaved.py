@@ -240,7 +240,10 @@ class _Table:
     def surrogates(self, rows: Ints, option: Recompute) -> Ints:
         """Surrogate in ns of each partition in ``rows`` under ``option``."""
         _, front = self._layers(rows, option)
-        backward = self.backward[rows] + front @ self.kinds[:, self.leaf.modes[option[0]].extra]
+        extra = self.kinds[:, self.leaf.modes[option[0]].extra]
+        backward = self.backward[rows] + front @ extra
+        if self.leaf.splits_backward and option[0] == "full":
+            backward[:, 1:] += front[:, 1:] @ (extra * self.kinds[:, Field.WEIGHT_PASSES])
         return self._surrogate(rows, backward)
 
     def _layers(self, rows: Ints, option: Recompute) -> tuple[Ints, Ints]:
@@ -320,6 +323,10 @@ class _Table:
         first = leaf.embedding[Field.ACT_NONE] + start
         draining[:, 0] = np.maximum(draining[:, 0], first)
         working[:, 0] = np.maximum(working[:, 0], start - activation[:, 0])
+        again = leaf.splits_backward and option[0] == "full"
+        if again:
+            left = front[:, 1:] @ self.kinds[:, Field.LEFT_AGAIN]
+            working[:, 1:] = np.maximum(working[:, 1:], left)
         static, made, step = (
             self._by_rank(self._sum(held, field)).sum(axis=1)
             for field in (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
@@ -328,7 +335,11 @@ class _Table:
         last = self._by_rank(draining).max(axis=1)
         alive = self._by_rank(activation)
         if leaf.splits_backward:
-            deferred = np.maximum(self._sum(held, Field.DEFERRED), 0)
+            deferred = self._sum(held, Field.DEFERRED)
+            if again:
+                grown = self.kinds[:, Field.DEFERRED_AGAIN] - self.kinds[:, Field.DEFERRED]
+                deferred += front @ grown
+            deferred = np.maximum(deferred, 0)
             late = self._sum(held, Field.LATE_GRADIENTS)
             deferred[:, 0] = late[:, 0] = 0
             beside = [self._by_rank(deferred), self._by_rank(late)]

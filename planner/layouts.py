@@ -173,8 +173,8 @@ def _require_possible(schedule: Schedule, modes: Iterable[RecomputeMode]) -> Non
     if wrong:
         raise InputError(
             f"schedule {schedule} with recompute {wrong[0]}: its two backward passes go through a "
-            "layer twice, which a save list does not allow and whole layers pay for per weight",
-            hint="--recompute none, or another schedule",
+            "layer twice, which a save list does not allow",
+            hint="--recompute none or full, or another schedule",
         )
 
 

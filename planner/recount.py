@@ -54,7 +54,7 @@ def _divisors(number: int) -> list[int]:
 
 
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
-"""Schedules that split the backward: they recompute nothing."""
+"""Schedules that split the backward: whole layers run again or nothing does."""
 
 
 def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:

@@ -177,7 +177,7 @@ def _better_completion(
     # Numbers of whole layers last: where one takes too long, so do those that follow.
     options.sort(key=lambda option: option[0] == "full")
     if leaf.schedule in SPLIT:
-        options = [option for option in options if option[0] == "none"]
+        options = [option for option in options if option[0] in ("none", "full")]
     if leaf.vpp > 1:
         partitions = interleaved_bounds(leaf)
         if request.free_stages:

@@ -10,6 +10,7 @@ from cost_models import traffic
 from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
+from cost_models.step import Field
 from cost_models.traffic import Calls, Pass
 from cost_models.transfers import scattered
 from planner.pipeline import EvaluatedLayout, Request
@@ -80,29 +81,33 @@ class _Counter:
     def stage(self, rank: int) -> Iterator[Calls]:
         """A step of one device of a pipeline rank."""
         microbatches = self.layout.num_microbatches
-        for kind, mode in self._held(rank):
+        for kind, mode, again in self._held(rank):
             for call in self.layer(kind):
                 yield call if call.phase == "step" else call.times(microbatches)
             if mode != "none":
                 policy = self.policies[mode]
                 for call in traffic.recomputed_calls(kind, self.shard, self.machine, policy):
-                    yield call.times(microbatches)
+                    yield call.times(microbatches * again)
         yield from self._pipeline(rank)
         yield from self._step(rank)
 
-    def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode]]:
+    def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode, int]]:
+        """Layers and ends of a rank, with their recomputation, and how often it runs."""
         workload, completion = self.request.workload, self.priced.completion
-        stages = self.priced.leaf.stages
-        for j in self.priced.leaf.held(rank):
+        leaf, stages = self.priced.leaf, self.priced.leaf.stages
+        for j in leaf.held(rank):
             first, last = completion.bounds[j], completion.bounds[j + 1]
             mode, limit = completion.recompute[j]
             upto = min(last, first + limit) if mode == "full" else last
             for index in range(first, last):
-                yield workload.kinds[workload.layers[index]], mode if index < upto else "none"
+                passes = leaf.kinds[leaf.sequence[index]][Field.WEIGHT_PASSES]
+                again = 1 + passes * (leaf.splits_backward and j > 0)
+                mode_here = mode if index < upto else "none"
+                yield workload.kinds[workload.layers[index]], mode_here, again
             if j == 0:
-                yield workload.embedding, "none"
+                yield workload.embedding, "none", 0
             if j == stages - 1:
-                yield workload.head, "none"
+                yield workload.head, "none", 0
 
     def _pipeline(self, rank: int) -> Iterator[Calls]:
         """Boundaries sent and received: activations forward, their gradients backward."""

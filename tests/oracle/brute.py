@@ -177,7 +177,7 @@ def sum_chunk(
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
     draining = sent = behind = cached = weights = waiting = 0
-    unsummed = 0
+    unsummed = left = 0
     for place, row in enumerate(prices.layers[first : first + size]):
         again = mode != "none" and (mode != "full" or place < limit)
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
@@ -189,6 +189,12 @@ def sum_chunk(
         weights += row[Field.WEIGHT_BACKWARD]
         waiting += row[Field.DEFERRED]
         unsummed += row[Field.LATE_GRADIENTS]
+        if halves and mode == "full" and again and not start:
+            # Once more for the gradient of every weight.
+            backward += row[Field.WEIGHT_PASSES] * more
+            weights += row[Field.WEIGHT_PASSES] * more
+            waiting += row[Field.DEFERRED_AGAIN] - row[Field.DEFERRED]
+            left += row[Field.LEFT_AGAIN]
         gradient += row[Field.GRADIENT]
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
@@ -236,6 +242,7 @@ def sum_chunk(
         weights += prices.head[Field.WEIGHT_BACKWARD]
         waiting += prices.head[Field.DEFERRED]
         unsummed += prices.head[Field.LATE_GRADIENTS]
+    working = max(working, left)
     chunk = Chunk(
         forward, backward, gradient, update, static, made, activation, working, draining, step,
         backward - weights, weights, max(waiting, 0), unsummed,
@@ -369,7 +376,7 @@ class BruteForce:
             most = max(limit for _, limit in self.choices)
             useful = [o for o in self.choices if o[1] <= height or o[1] == most]
             if x.schedule in SPLIT:
-                useful = [o for o in useful if o[0] == "none"]
+                useful = [o for o in useful if o[0] in ("none", "full")]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if option[0] != "full" or option[1] >= height:
