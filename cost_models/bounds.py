@@ -8,6 +8,7 @@ bound.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -63,6 +64,20 @@ class Shape:
     """Layers by which the first and last virtual stages fall short of ``height``, together."""
     free: bool = False
     """Whether virtual stages hold any numbers of layers: 1 at least, but for the first and last."""
+
+
+def least_sum(count: Int64, values: Real, of_kinds: Sequence[int]) -> Real:
+    """Sum of ``values`` (kinds, layouts) over the ``count`` layers in which they are least, of so
+    many layers of each kind."""
+    order = np.argsort(values, axis=0)
+    available = np.array(of_kinds)[order]
+    ascending = np.take_along_axis(values, order, axis=0)
+    left, total = count.astype(np.int64), np.zeros(len(count))
+    for layers, each in zip(available, ascending, strict=True):
+        taken = np.minimum(left, layers)
+        total += taken * each
+        left = left - taken
+    return total
 
 
 def one_f_one_b(shape: Shape, totals: Totals) -> Real:

@@ -18,6 +18,7 @@ from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
 from cost_models.layout import ALL_AT_ONCE, CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
 from cost_models.recompute import mode_rows
+from cost_models.split_backward import layers_for_weights
 from cost_models.step import Field
 
 Real = NDArray[np.float64]
@@ -118,23 +119,21 @@ class Relaxation:
             recomputed = np.floor(self.layers * share + 1e-9).astype(np.int64)
             tall = np.minimum(least.astype(np.int64), -(-self.layers // self.pp))
             full = (self.rows["full"].extra,)
-            added = self.cheapest_layers(recomputed, full) + self._for_weights(recomputed)
+            later = layers_for_weights(
+                self.schedule, recomputed, self.layers, self.pp * self.vpp, free=self.free
+            )
+            added = self.cheapest_layers(recomputed, full)
+            if later.any():
+                added = added + bounds.least_sum(later, self._passes(full[0]), self.kind_counts)
             bound = self.time(work + added, self.cheapest_layers(tall, full))
             result = np.where(ok, np.minimum(result, bound), result)
         return result
 
-    def _for_weights(self, recomputed: Int64) -> Real:
-        """Where the backward is split, layers run again for each weight too, but on the first
-        virtual stage: it has half of the layers at most, as another is no lighter."""
-        split = np.isin(self.schedule, codes_of(SPLIT_BACKWARD))
-        if not split.any():
-            return np.zeros(len(self.schedule))
-        later = np.where(split, np.maximum(recomputed - -(-self.layers // 2), 0), 0)
-        extra = self.rows["full"].extra
-        passes = [
-            self.column(t, Field.WEIGHT_PASSES) * self.column(t, extra) for t in self.tables.kinds
-        ]
-        return self._least_sum(later, np.stack(passes))
+    def _passes(self, extra: int) -> Real:
+        """Time of running each kind of layer again for all of its weights."""
+        kinds = self.tables.kinds
+        each = [self.column(t, extra) * self.column(t, Field.WEIGHT_PASSES) for t in kinds]
+        return np.stack(each)
 
     def time(self, work: Real, tallest_extra: Real | float = 0.0) -> Real:
         """Time bound with ``work`` ns per microbatch through the pipeline.
@@ -179,19 +178,7 @@ class Relaxation:
     ) -> Real:
         """Fields of the ``count`` layers of the model in which they are least."""
         work = np.stack([sum(self.column(t, field) for field in fields) for t in self.tables.kinds])
-        return self._least_sum(count, work)
-
-    def _least_sum(self, count: Int64, values: Real) -> Real:
-        """Sum of ``values`` (kinds, layouts) over the ``count`` layers in which they are least."""
-        order = np.argsort(values, axis=0)
-        available = np.array(self.kind_counts)[order]
-        ascending = np.take_along_axis(values, order, axis=0)
-        left, total = count.astype(np.int64), np.zeros(len(count))
-        for layers, each in zip(available, ascending, strict=True):
-            taken = np.minimum(left, layers)
-            total += taken * each
-            left = left - taken
-        return total
+        return bounds.least_sum(count, work, self.kind_counts)
 
     def least_extra(self, rows: Bools, modes: Sequence[str]) -> Real:
         """Least recomputation in ns per microbatch, of the whole model, of a mode that may fit;
@@ -379,8 +366,8 @@ class Relaxation:
         bare = turns & (self.layers % np.maximum(pp - 1, 1) == 0)
         short_lived = np.where(bare, 0.0, self._short_lived(config, tables, option.working))
         room, first, last = self._rooms(index, short_lived)
-        inner, none = self._least_sum(on_rank, static), np.zeros(len(index))
-        one = self._least_sum((vpp - 1) * height, static)
+        inner, none = bounds.least_sum(on_rank, static, self.kind_counts), np.zeros(len(index))
+        one = bounds.least_sum((vpp - 1) * height, static, self.kind_counts)
         each = np.where(turns, on_rank // 2, height)
         per_chunk = np.minimum(limit, each) * front + np.maximum(each - limit, 0) * rest
         in_flight = self._in_flight(index)

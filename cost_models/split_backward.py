@@ -26,7 +26,7 @@ import numpy as np
 
 from cost_models import state
 from cost_models.graph import Int64, LayerKind, Shard
-from cost_models.layout import RecomputeMode
+from cost_models.layout import SPLIT_BACKWARD, RecomputeMode, codes_of
 from cost_models.ops import Elementwise, GroupedMatMul, MatMul, Op, Reals, Repeat
 from cost_models.repeat import Real
 from cost_models.step import Field
@@ -66,6 +66,22 @@ def split_backward(
     for row, count in zip(kinds, again, strict=True):
         deferred += count * (row[Field.DEFERRED_AGAIN] - row[Field.DEFERRED])
     return SplitBackward(backward_ns - weights, weights, max(deferred, 0), late)
+
+
+def layers_for_weights(
+    schedule: Int64, recomputed: Int64, layers: int, stages: Int64, *, free: bool
+) -> Int64:
+    """Least number of layers that run again for each of their weights too, of at least
+    ``recomputed`` ones; arrays of layouts, ``schedule`` as code.
+
+    All do but those of the first virtual stage. It has half of the layers at most, as another one
+    is no lighter; of ``free`` stages all but a layer on each stage between the ends.
+    """
+    split = np.isin(schedule, codes_of(SPLIT_BACKWARD))
+    later = np.maximum(recomputed - -(-layers // 2), 0)
+    if free:
+        later = np.minimum(recomputed, stages - 2)
+    return np.where(split, later, 0)
 
 
 def weight_passes_ns(kinds: Sequence[Sequence[int]], again: Sequence[int], extra: int) -> int:
