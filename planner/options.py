@@ -7,6 +7,9 @@ import numpy as np
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import group_of
 
+FEW = 16
+"""Options below which looking at all of them takes no longer than ruling some out."""
+
 
 def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:
     """``options`` less those of whole stages than which another costs no more of anything.
@@ -18,10 +21,10 @@ def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, 
     rules nothing out.
     """
     whole = [option for option in options if option[0] != "full"]
+    if len(whole) < FEW:
+        return options
     fields = [leaf.modes[mode] for mode, _ in whole]
     costs = np.array([[kind[row] for kind in leaf.kinds for row in rows] for rows in fields])
-    if len(whole) < 2:
-        return options
     alone = np.array([group_of(mode) == 1 for mode, _ in whole])
     dropped: set[Recompute] = set()
     for index, option in enumerate(whole):

@@ -190,7 +190,8 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["replica_reduction"] = "step"
     if own.random() < 0.4:
         kinds = changes.get("cp_kinds", stack.cp_kinds)
-        two = own.choice((("a2a_p2p",), ("a2a_all_gather",), ("a2a_p2p", "a2a_all_gather")))
+        levels = (("a2a_p2p",), ("a2a_all_gather",), ("a2a_p2p", "a2a_all_gather"))
+        two = Random(f"levels of {name} {sorted(changes)} {kinds}").choice(levels)
         changes["cp_kinds"] = (*(kind for kind in kinds if kind not in two), *two)
     if own.random() < 0.3:
         changes["cp_kinds_of"] = {"sliding windows": ("a2a", "all_gather")}
