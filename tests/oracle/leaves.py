@@ -30,6 +30,10 @@ def draw_row(rng: Random, scale: int = 1000) -> Row:
     more = less + up_to(forward)
     row[Field.WEIGHT_BACKWARD] = up_to(row[Field.BACKWARD])
     row[Field.DEFERRED] = up_to(2 * scale) - scale
+    # Not drawn, so that what is stays what it was.
+    row[Field.WEIGHT_PASSES] = forward % 10
+    row[Field.DEFERRED_AGAIN] = max(row[Field.DEFERRED], 0) + none // 3
+    row[Field.LEFT_AGAIN] = row[Field.WEIGHT_PASSES] * (none // 2)
     row[Field.LATE_GRADIENTS] = rng.choice((0, up_to(scale)))
     row[Field.GRADIENT], row[Field.PARAMETER] = up_to(scale), up_to(scale)
     row[Field.OPTIMIZER] = up_to(scale)

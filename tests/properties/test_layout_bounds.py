@@ -6,7 +6,7 @@ free, ends heavier than all layers, links slower than compute) are looked at too
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from random import Random
 from types import SimpleNamespace
@@ -33,6 +33,16 @@ FEW = 400
 """Completions simulated per leaf at most; the quickest by work are always among them."""
 
 
+@dataclass(frozen=True)
+class _OneConfig:
+    """What a relaxation reads of configurations: the pipeline of one."""
+
+    pp: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.pp)
+
+
 def tables_of(leaf: Leaf) -> PricedConfigs:
     """Tables of one configuration with the leaf's prices."""
 
@@ -49,7 +59,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
             policies=tuple(RecomputePolicy(name) for name in leaf.policies),
         ),
         machine=SimpleNamespace(),  # type: ignore[arg-type]
-        configs=SimpleNamespace(pp=one(leaf.pp)),  # type: ignore[arg-type]
+        configs=_OneConfig(one(leaf.pp)),  # type: ignore[arg-type]
         kind_names=names,
         kinds=tuple(column(row) for row in leaf.kinds),
         embedding=column(leaf.embedding),
@@ -131,13 +141,14 @@ def tightened(leaf: Leaf, choices: list[Recompute], rng: Random) -> Leaf:
 def test_layout_bound_is_at_most_every_completion_that_fits(
     shape: Shape, layers: int, modes: tuple[str, ...], counted: bool, per_stage: bool, seed: int
 ) -> None:
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     if not partitions(layers, schedule, pp, vpp, True):
         layers = max(1, pp * vpp - 2 + seed % 3)
     rng = Random(seed)
     leaf = draw_leaf(
         rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False
     )
+    leaf = replace(leaf, round_size=size)
     choices = choices_of(modes, layers, counted=counted)
     leaf = tightened(leaf, choices, rng)
     bound = bound_of(leaf, modes, counted=counted, per_stage=per_stage)
@@ -156,12 +167,13 @@ def test_ranks_without_layers_do_not_need_what_layers_work_in(
     shape: Shape, height: int, seed: int
 ) -> None:
     """Ends of much state and layers that work in much: a V has both ends, bare, on one rank."""
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     rng = Random(seed)
     leaf = draw_leaf(
         rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m,
         layers=height * max(1, pp * vpp - 2), tight=False,
     )  # fmt: skip
+    leaf = replace(leaf, round_size=size)
     wide = {Field.WORK_NONE: rng.randint(0, 100_000)}
     large = {Field.STATIC: rng.randint(0, 100_000)}
     leaf = replace(
@@ -182,13 +194,14 @@ def test_ranks_without_layers_do_not_need_what_layers_work_in(
 @given(shapes(), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_step_bound_is_at_most_every_completion(shape: Shape, layers: int, seed: int) -> None:
     """The time bound alone, for layers of one price."""
-    schedule, pp, vpp, m = shape
+    schedule, pp, vpp, m, size = shape
     if not partitions(layers, schedule, pp, vpp, True):
         layers = max(1, pp * vpp - 2 + seed % 3)
     rng = Random(seed)
     leaf = draw_leaf(
         rng, schedule=schedule, pp=pp, vpp=vpp, microbatches=m, layers=layers, tight=False
     )
+    leaf = replace(leaf, round_size=size)
     relaxation = Relaxation(
         tables_of(leaf), config=np.zeros(1, dtype=np.int64),
         schedule=np.array([CODES[schedule]]), vpp=np.array([vpp]), microbatches=np.array([m]),
