@@ -1,0 +1,56 @@
+"""What a stack's layers and their weights send: ``layers`` of its YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hardware_profiles.sourced import Profile
+
+
+class LayersSpec(Profile):
+    """Facts that decide the collectives of a layer."""
+
+    tensor_parallel: Literal["megatron", "dtensor"] = "megatron"
+    """Megatron's asynchronous layers gather their input again in the backward and hide reductions
+    behind products; DTensor's keep the gathered input and hide nothing."""
+    replicated_gradients: Literal["step", "backward"] = "step"
+    """When gradients of weights that tp replicates (norms under sequence parallelism, routers) are
+    summed over tp: all at once per step, which is not priced, or one by one in every backward, as
+    FSDP2 needs them (under a pipeline once per step)."""
+    separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
+    """Projections of one input that are products of their own: without sequence parallelism each
+    has its own reduction of the input's gradient."""
+    vocabulary: Literal["split", "whole", "split_without_context"] = "split"
+    """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
+    computes all logits (AutoTP); or context parallelism takes the embedding whole, not the head."""
+    experts: Literal["dealt", "sliced"] = "dealt"
+    """Whether tokens are sent to ranks that hold some experts (or, under expert tensor parallelism,
+    parts of some), or tp slices every expert as it does other layers: etp is tp then (AutoTP)."""
+    weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
+    """Bytes of 64 elements of sharded weights on their way, scales included, where they are
+    quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""
+    gradient_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
+    """The same of gradients, which then go through two all-to-alls instead of a reduce-scatter,
+    inside nodes and across, where their ranks fill several nodes (qgZ of ZeRO++)."""
+    hierarchical_gathers: bool = False
+    """Whether weights whose ranks fill several nodes are gathered across nodes first, then inside
+    (MiCS)."""
+    gathered_inputs: Literal["again", "kept"] = "again"
+    """What Megatron-style layers keep of an input that sequence parallelism gathers: their part,
+    and gather it again beside the backward's products; or all of it, unless the module
+    ``sp_gather`` is run again."""
+    exchanged_output: Literal["again", "kept"] = "again"
+    """What context parallelism of two levels does with attention's output between its passes: keep
+    it as it left and exchange it again for the backward (Transformer Engine), or keep it as the
+    kernel wrote it."""
+    gathers_each_tensor: bool = False
+    """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
+    pays the latency of a ring over all ranks."""
+    broadcasts_each_tensor: bool = False
+    """Whether weights that are sharded in the update alone go to the other ranks tensor by tensor,
+    each broadcast by its owner around the ring."""
+    gradient_sums: Literal["scattered", "whole"] = "scattered"
+    """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
+    all-reduce over shards and replicas, as without sharding."""
