@@ -89,13 +89,19 @@ def certificate(request: Request, result: SearchResult, best: Candidate | None) 
             solver=program.solver,
             termination=program.termination,
         ),
-        statement=_statement(status, gap, result),
+        statement=_statement(status, gap, _space(request, result)),
         **common,
     )
 
 
-def _statement(status: str, gap: float, result: SearchResult) -> str:
-    space = f"{result.size:,} layouts and all their partitions and recomputation"
+def _space(request: Request, result: SearchResult) -> str:
+    """What was looked at. Virtual stages are even unless the job frees them."""
+    narrowed = request.stack.free_virtual_stages and not request.free_stages
+    even = " (virtual stages even)" if narrowed else ""
+    return f"{result.size:,} layouts, all their partitions{even} and recomputation"
+
+
+def _statement(status: str, gap: float, space: str) -> str:
     if status == "optimal":
         within = "optimal" if gap == 0 else f"optimal within {100 * gap:.2g} %"
         return f"{within} under the cost model, over {space}"
