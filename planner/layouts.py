@@ -24,11 +24,11 @@ from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
+from planner.given_rounds import settled_round
 from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.recompute import named_policy
 from planner.request import Request
-from planner.rounds import settled_round
 
 
 def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:

@@ -313,10 +313,10 @@ def test_drives_that_no_job_uses_are_said() -> None:
 
 
 def test_catalog_shows_what_a_stack_says_in_sentences_apart() -> None:
-    out = planner("catalog", "stack", "deepspeed-nvme", "--format", "table").out
+    out = planner("catalog", "stack", "mindformers", "--format", "table").out
     table, notes = out.split("\nNotes\n")
     table, beyond = table.split("\nIt also has, outside the space\n")
-    assert " - pipelined swapping: pipeline_read" in beyond
+    assert " - fine_grain_interleave: " in beyond
     assert notes.count("\n - ") >= 2
     assert "not_priced" not in table
     assert "notes" not in table
