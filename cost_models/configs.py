@@ -89,6 +89,7 @@ class PricedConfigs:
     reserve: Reserve
     fixed_bytes: Int64
     receive_bytes: Int64
+    output_bytes: Int64
     """One receive buffer of a pipeline stage; 0 where the stack keeps none."""
     """The reserve's terms, and what the user keeps free."""
     capacity_bytes: int
@@ -130,6 +131,7 @@ class PricedConfigs:
             sync_ns=int(self.sync_ns[index]),
             fixed_bytes=int(self.fixed_bytes[index]),
             receive_bytes=int(self.receive_bytes[index]),
+            output_bytes=int(self.output_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             round_size=round_size,
@@ -213,10 +215,19 @@ def price_configs(
         reserve=reserve,
         fixed_bytes=reserve.total + reserve_bytes,
         receive_bytes=transfers.receive_bytes(workload, machine, shard, configs),
+        output_bytes=_kept_output_bytes(workload, machine, shard, configs),
         capacity_bytes=capacity,
         late=transfers.late_ns(workload, machine, shard, configs),
         blocking=machine.stack.blocking_transfers,
     )  # fmt: skip
+
+
+def _kept_output_bytes(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs
+) -> Int64:
+    """Logits of a microbatch, where the last stage of a pipeline keeps them for the step."""
+    output = workload.head.output_bytes(shard)
+    return np.where(machine.stack.keeps_outputs & (configs.pp > 1), output, 0)
 
 
 def _bucket_ns(machine: Machine, configs: Configs) -> Int64:

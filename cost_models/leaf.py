@@ -79,6 +79,9 @@ class Leaf:
     number."""
     receive_bytes: int = 0
     """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
+    output_bytes: int = 0
+    """Output of a microbatch on the last virtual stage, kept until the step ends; the one at work
+    is counted with the head."""
 
     def held(self, rank: int) -> list[int]:
         """Virtual stages of a rank, by chunk."""
@@ -91,6 +94,16 @@ class Leaf:
             return 0
         neighbours = sum([self.sends_on(j - 1) + self.sends_on(j) for j in self.held(rank)])
         return self.receive_bytes * self.microbatches * neighbours
+
+    def kept_output_bytes(self, rank: int) -> int:
+        """Outputs of earlier microbatches that a rank keeps until the step ends."""
+        if not self.output_bytes or self.stages - 1 not in self.held(rank):
+            return 0
+        return self.output_bytes * (self.microbatches - 1)
+
+    def step_buffer_bytes(self, rank: int) -> int:
+        """Buffers of a rank that stay for a step."""
+        return self.received_bytes(rank) + self.kept_output_bytes(rank)
 
     def sends_on(self, stage: int) -> bool:
         """Whether a virtual stage sends its output to another rank (-1: there is none)."""

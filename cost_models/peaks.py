@@ -16,7 +16,7 @@ def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
     step is one microbatch, the last backward with all gradients; the optimizer step. With more
     microbatches the gradients of the first are there when the last are in flight.
     """
-    static = leaf.fixed_bytes + leaf.received_bytes(rank)
+    static = leaf.fixed_bytes + leaf.step_buffer_bytes(rank)
     static += sum([chunk.static_bytes for chunk in chunks])
     return static + max([moment.total for moment in moments(leaf, rank, chunks)])
 

@@ -254,6 +254,9 @@ class StackSpec(Profile):
     pipeline_buffers: bool = False
     """Whether a pipeline stage has a receive buffer for every microbatch of a step, and the last
     one holds the logits beside their loss: PyTorch's stages."""
+    keeps_outputs: bool = False
+    """Whether the last stage keeps the logits of all microbatches until the step ends, where the
+    schedule joins and returns them."""
     reshard_group: Annotated[int, Field(ge=2)] | Literal["node", "any"] | None = None
     """In stage 3, ranks over which a 16-bit copy of the weights stays split for the backward, which
     gathers it from these alone (FSDP2's ``reshard_after_forward`` as a number, hpZ of ZeRO++);

@@ -344,7 +344,7 @@ class _Table:
             deferred[:, 0] = late[:, 0] = 0
             beside = [self._by_rank(deferred), self._by_rank(late)]
             alive = np.concatenate([alive, *beside], axis=1)
-        fixed = leaf.fixed_bytes + np.array([leaf.received_bytes(r) for r in range(leaf.pp)])
+        fixed = leaf.fixed_bytes + np.array([leaf.step_buffer_bytes(r) for r in range(leaf.pp)])
         free = leaf.capacity_bytes - fixed - static
         if leaf.microbatches > 1 or leaf.splits_backward:
             free, at_the_end = free - made, step

@@ -82,7 +82,7 @@ class Ranges:
             short = leaf.embedding[Field.WORK_NONE]
             draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)
             working = np.maximum(working, short - activation)
-        free = leaf.capacity_bytes - leaf.fixed_bytes - leaf.received_bytes(rank) - static
+        free = leaf.capacity_bytes - leaf.fixed_bytes - leaf.step_buffer_bytes(rank) - static
         if leaf.microbatches > 1:
             free, after = free - made, step
         else:

@@ -69,6 +69,8 @@ class Prices:
     sync: int
     fixed: int
     receive: int
+    output: int
+    """What the last stage keeps of each microbatch until the step ends."""
     capacity: int
     policies: tuple[str, ...]
     """Recomputation in the order of its rows: kept, working, extra time of each."""
@@ -83,7 +85,7 @@ class Prices:
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
-                self.sync, self.fixed, self.receive, self.capacity, self.late,
+                self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
                 self.waiting, self.blocks_stay)  # fmt: skip
 
 
@@ -156,6 +158,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         sync=int(tables.sync_ns[index]),
         fixed=int(tables.fixed_bytes[index]),
         receive=int(tables.receive_bytes[index]),
+        output=int(tables.output_bytes[index]),
         capacity=tables.capacity_bytes,
         policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
@@ -296,6 +299,7 @@ def rank_peak(
     for j in held(x.schedule, x.pp, x.vpp, rank):
         beside = home[max(j - 1, 0) : j] + home[j + 1 : j + 2]
         static += m * prices.receive * sum(other != rank for other in beside)
+        static += (m - 1) * prices.output * (j == len(home) - 1)
     # A split backward keeps all activations until the last gradient of weights is there.
     moments = [live + max(c.working for c in own) + (made if m > 1 or split else 0)]
     moments.append(made + sum(c.step for c in own))

@@ -205,6 +205,8 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["schedules"] = (*known, *more)
     if own.random() < 0.3:
         changes["recompute_groups"] = own.choice((2, 3))
+    if own.random() < 0.3:
+        changes["keeps_outputs"] = True
     if own.random() < 0.6:
         changes["rounds"] = own.choice(("pp", "equal", "at_least_pp", "at_least_pp", "any"))
     return stack.model_copy(update=changes)

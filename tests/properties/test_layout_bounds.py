@@ -71,6 +71,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         reserve=Reserve({}, {}),
         fixed_bytes=one(leaf.fixed_bytes),
         receive_bytes=one(leaf.receive_bytes),
+        output_bytes=one(leaf.output_bytes),
         capacity_bytes=leaf.capacity_bytes,
         blocking=(leaf.schedule,) if leaf.sends else (),
     )
