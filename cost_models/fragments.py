@@ -55,6 +55,10 @@ def split_by_checkpoints(
     The score matrices of an unfused attention are the largest tensors of a layer that runs again.
     Between two such layers their blocks are free, and the inputs that stay for the backward are
     put there, as many as fit. Scores find no room beside them and get another block.
+
+    That rest, shared by the inputs of a block, falls to nothing at every sequence length at which
+    one more fits. An input is counted with no more than it takes at the next such length, so that a
+    longer sequence never takes less memory.
     """
     rows[Field.SPLIT_BLOCKS] = 0
     modes = mode_rows(policies).get("full")
@@ -65,7 +69,11 @@ def split_by_checkpoints(
     if modes is None or not scores.any():
         return
     kept = rows[modes.kept]
-    inputs = np.maximum(scores // np.maximum(kept, 1), 1)
-    rest = np.where(kept > SMALL_BYTES, np.maximum(scores // inputs - kept, 0), 0)
-    rows[Field.SPLIT_BLOCKS] = rest
-    rows[modes.kept] += rest
+    inputs, rest = np.divmod(scores, np.maximum(kept, 1))
+    # Scores grow with the square of the length: (kept / scores) x kept is the same at all lengths.
+    common = np.maximum(np.gcd(scores, kept), 1)
+    next_fits = kept // common * (kept - rest) // np.maximum(scores // common, 1)
+    each = np.minimum(rest // np.maximum(inputs, 1), next_fits)
+    each = np.where((kept > SMALL_BYTES) & (inputs > 0), each, 0)
+    rows[Field.SPLIT_BLOCKS] = each
+    rows[modes.kept] += each

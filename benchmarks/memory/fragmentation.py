@@ -287,9 +287,11 @@ def weight_bytes(rank: Rank) -> dict[str, int]:
 
 def split_formula(rank: Rank) -> float:
     """GiB that layer inputs leave of the blocks of score matrices."""
-    inputs = max(1, rank.scores // rank.residual)
-    rest = max(0, rank.scores // inputs - rank.residual)
-    return rank.layers * rank.pp * rest / GIB
+    inputs, rest = divmod(rank.scores, rank.residual)
+    if not inputs:
+        return 0.0
+    next_fits = rank.residual * (rank.residual - rest) // rank.scores
+    return rank.layers * rank.pp * min(rest // inputs, next_fits) / GIB
 
 
 def left_formula(rank: Rank) -> float:

@@ -60,6 +60,27 @@ def test_more_work_takes_more_memory(place: tuple[str, str, int, str, int], more
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.sampled_from(("gpt3-350m", "gpt3-6.7b", "gpt3-13b")), st.sampled_from((1, 2)),
+    st.integers(2, 24), st.integers(1, 8), st.integers(0, 8), st.integers(1, 2),
+    st.sampled_from(("samples", "sequence", "layers")),
+)  # fmt: skip
+def test_inputs_in_blocks_of_scores_grow_with_the_work(
+    name: str, tp: int, inputs: int, below: int, above: int, samples: int, more: str
+) -> None:
+    """Unfused attention under full recomputation, around the lengths (with heads of 128: multiples
+    of 128 tp) at which one more input fits into a block."""
+    model, layout = read_model(name), {"tp": tp, "recompute": "full"}
+    stack, fits = "megatron-lm-2022", 128 * tp * inputs
+    small = stage(model, stack, layout, fits - 8 * below, samples)
+    large = stage(
+        layers(model, 1) if more == "layers" else model, stack, layout,
+        fits + 8 * above if more == "sequence" else fits - 8 * below, samples + (more == "samples"),
+    )  # fmt: skip
+    assert large.peak_bytes >= small.peak_bytes
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(places, st.data())
 def test_recomputation_never_keeps_more(
     place: tuple[str, str, int, str, int], data: st.DataObject

@@ -49,16 +49,21 @@ def test_less_than_one_activation_is_left_of_each_block_of_weights() -> None:
 
 def test_layer_inputs_split_the_blocks_of_scores() -> None:
     """Scores of 32 heads and 4,160 tokens take 1,107,558,400 bytes: 32 inputs of 34,078,720, and
-    532,480 bytes more for each. With 4,096 tokens exactly 32 fit."""
+    532,480 bytes more for each. With 4,096 tokens exactly 32 fit, with 4,224 exactly 33 of
+    34,603,008, which is 524,288 more."""
     stack = load_stack("megatron-lm-2022")
     layout: dict[str, int | str] = {"zero_stage": 1, "recompute": "full"}
     found = stage(stack, 4160, **layout)
-    assert terms(found)["split_blocks"] == 32 * 532_480
+    assert terms(found)["split_blocks"] == 32 * 524_288
     whole = stage(stack.model_copy(update={"splits_blocks": False}), 4160, **layout)
     assert terms(found)["activations"] == terms(whole)["activations"]
     assert found.allocated_bytes == whole.allocated_bytes
-    assert found.peak_bytes - whole.peak_bytes == 32 * 532_480
-    assert "split_blocks" not in terms(stage(stack, 4096, **layout))
+    assert found.peak_bytes - whole.peak_bytes == 32 * 524_288
+    for exact in (4096, 4224):
+        assert "split_blocks" not in terms(stage(stack, exact, **layout))
+    # 4,104 tokens leave less than is missing for one more: 2,101,248 bytes of
+    # 1,077,940,224.
+    assert terms(stage(stack, 4104, **layout))["split_blocks"] == 32 * 65_664
     assert "split_blocks" not in terms(stage(stack, 4160, **layout | {"recompute": "selective"}))
 
 
