@@ -105,7 +105,7 @@ def _statement(status: str, gap: float, space: str) -> str:
     if status == "optimal":
         within = "optimal" if gap == 0 else f"optimal within {100 * gap:.2g} %"
         return f"{within} under the cost model, over {space}"
-    return f"not proved: at most {100 * gap:.2g} % above the optimum, over {space}"
+    return f"not proved: the optimum may be up to {100 * gap:.2g} % less, over {space}"
 
 
 def tie_break(alternatives: Sequence[Alternative], proof: Certificate) -> str | None:

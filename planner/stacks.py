@@ -80,8 +80,7 @@ def _faults(request: Request) -> Iterator[InputError]:
     chunked = not set(CHUNKED).isdisjoint(stack.schedules)
     if request.free_stages and not (chunked and stack.free_virtual_stages):
         yield InputError(
-            f"{name} does not take any numbers of layers per virtual stage",
-            hint="leave virtual_stages out, or another stack",
+            f"{name} has no virtual stages of any numbers of layers (--virtual-stages free)"
         )
     if job.constraints.recompute is not None:
         try:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MOST_ITEMS = 12
 """Items of a list shown in an entry; the rest is counted."""
 
+WIDEST_KEY = 36
+"""Columns that a key of an entry takes unbroken."""
+
 
 def catalog_table(listing: dict[str, list[dict[str, Any]]]) -> RenderableType:
     """Names, titles and aliases by kind; kinds without entries are left out."""
@@ -68,9 +71,12 @@ def entry_table(kind: str, document: dict[str, Any]) -> RenderableType:
     for used in ("name", "title"):
         body.pop(used, None)
     prose = _prose(body)
-    table = parts.grid(("", "left"), ("", "left"), ("", "left"))
-    for key, value, origin in _rows(body, ""):
-        table.add_row("", key, value, Text(origin, style="dim"))
+    rows = list(_rows(body, ""))
+    table = parts.grid(("", "left"), ("", "left"))
+    # A key is looked up and copied, so it stays in one piece where the value still has room.
+    table.columns[1].min_width = min(max((len(key) for key, _, _ in rows), default=0), WIDEST_KEY)
+    for key, value, origin in rows:
+        table.add_row("", key, Text.assemble(value, ("  " + origin if origin else "", "dim")))
     return Group(*blocks, table, *prose)
 
 

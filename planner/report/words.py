@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from cost_models.rounds import usual_round
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -119,12 +121,18 @@ def changes(base: Layout, other: Layout) -> str:
         f"{name} {_plain(getattr(base, name))} -> {_plain(getattr(other, name))}"
         for name in names
         if getattr(other, name) != getattr(base, name)
+        and not (name == "round_size" and _follows(base) and _follows(other))
     ]
     if recompute(base) != recompute(other):
         parts.append(recompute(other))
     if not parts and base.stages != other.stages:
         parts.append("other layers per stage")
     return ", ".join(parts) or "same degrees"
+
+
+def _follows(layout: Layout) -> bool:
+    """Whether rounds are what the schedule has where nobody says their size."""
+    return layout.round_size in (0, layout.pp, usual_round(layout.pp, layout.num_microbatches))
 
 
 def seconds(value: float) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from rich.console import RenderableType
 
+from hardware_profiles.loader import load_stack
 from planner.claims import tie_break
 from planner.plan import Chunk, Stage
+from planner.report.catalog import entry_table
 from planner.report.console import to_text
 from planner.report.evaluation import evaluation_table
 from planner.report.infeasibility import infeasibility_table
@@ -164,6 +166,24 @@ def test_changes_name_old_and_new() -> None:
     other = base.model_copy(update={"tp": 4, "sequence_parallel": False})
     assert changes(base, other) == "tp 8 -> 4, sequence_parallel on -> off"
     assert changes(base, base) == "same degrees"
+
+
+def test_changes_name_rounds_only_where_they_were_chosen() -> None:
+    base = sample.interleaved_plan().layout
+    usual = base.model_copy(update={"round_size": base.pp})
+    deeper = base.model_copy(update={"pp": 2 * base.pp, "round_size": 2 * base.pp})
+    longer = base.model_copy(update={"round_size": 2 * base.pp})
+    assert changes(usual, deeper) == f"pp {base.pp} -> {2 * base.pp}"
+    assert changes(usual, longer) == f"round_size {base.pp} -> {2 * base.pp}"
+
+
+def test_an_entry_of_80_columns_keeps_its_keys_in_one_piece(monkeypatch) -> None:
+    document = load_stack("deepspeed-nvme").model_dump(mode="json")
+    text = text_of(entry_table("stack", document), monkeypatch)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split() == ["layers.gradient_wire_bytes_per_64", "0"] for line in lines)
+    assert any("1,000 MB  datasheet: DeepSpeed" in line for line in lines)
 
 
 def test_samples_keep_the_promises_of_the_document() -> None:

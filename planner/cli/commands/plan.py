@@ -66,6 +66,12 @@ def plan(
     certificate = result.certificate
     if require_optimal and certificate.status != "optimal":
         raise LimitReachedError(
-            f"the plan is {certificate.status}, not proven optimal: {certificate.statement}",
-            hint="raise --time-limit or --tolerance",
+            f"the plan is {certificate.status}, not proven optimal: a gap of "
+            f"{100 * (certificate.relative_gap or 0):.2g} %, and the tolerance is "
+            f"{100 * certificate.tolerance:.2g} %",
+            hint=(
+                "raise --tolerance, or leave --virtual-stages free out: even ones are proved"
+                if request.free_stages
+                else "raise --time-limit or --tolerance"
+            ),
         )
