@@ -16,6 +16,8 @@ def settled_round(asked: object, request: Request, degree: Mapping[str, int]) ->
     """
     pp, microbatches, stack = degree["pp"], degree["num_microbatches"], request.stack
     sizes = round_sizes(stack.rounds, pp, microbatches)
+    if isinstance(asked, str):
+        raise InputError(f"layout: round_size = {asked!r} is not a whole number")
     if asked and asked not in sizes:
         shown = ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "")
         raise InputError(
@@ -32,3 +34,12 @@ def settled_round(asked: object, request: Request, degree: Mapping[str, int]) ->
             hint="vpp 1, another microbatch_size, or another dp",
         )
     return size
+
+
+def no_rounds(asked: object, schedule: str, pp: int) -> InputError:
+    """Why a layout whose schedule takes no rounds cannot have any of the size asked."""
+    over = f"schedule {schedule}" if pp > 1 else "pp = 1"
+    return InputError(
+        f"layout: round_size = {asked}, but {over} has no rounds: interleaving has",
+        hint="leave round_size out, or vpp 2 or more over pp 2 or more",
+    )

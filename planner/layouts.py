@@ -24,7 +24,7 @@ from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
-from planner.given_rounds import settled_round
+from planner.given_rounds import no_rounds, settled_round
 from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.recompute import named_policy
@@ -54,6 +54,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     _require_runnable(schedule, degree)
     if schedule in IN_ROUNDS and degree["pp"] > 1:
         base["round_size"] = settled_round(base.get("round_size", 0), request, degree)
+    elif base.get("round_size"):
+        raise no_rounds(base["round_size"], schedule, degree["pp"])
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
         base.setdefault(key, constant)

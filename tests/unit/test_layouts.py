@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from planner.errors import InputError
 from planner.layouts import complete_layout
 from planner.pipeline import read_request
 
@@ -23,3 +24,17 @@ def test_the_schedule_is_the_usual_one_that_the_stack_has(
 ) -> None:
     request = read_request("llama-3.1-8b", "dgx-h100", None, {"stack": stack, "global_batch": 32})
     assert complete_layout(layout, request).schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"pp": 2, "round_size": 4}, "schedule 1f1b has no rounds"),
+        ({"round_size": 4}, "pp = 1 has no rounds"),
+        ({"pp": 2, "vpp": 2, "round_size": "4"}, "round_size = '4' is not a whole number"),
+    ],
+)
+def test_rounds_that_nothing_would_run_are_refused(layout: dict[str, object], message: str) -> None:
+    request = read_request("llama-3.1-8b", "dgx-h100", None, {"global_batch": 32})
+    with pytest.raises(InputError, match=message):
+        complete_layout(layout, request)
