@@ -102,6 +102,11 @@ def cover(each: Compared, count: Counter[str]) -> None:
     count["constraint: fix"] += bool(limits.fix)
     count["constraint: max"] += bool(limits.max)
     count["constraint: forbid"] += bool(limits.forbid)
+    count["constraint: size of rounds"] += "round_size" in (
+        *limits.fix,
+        *limits.max,
+        *limits.forbid,
+    )
     count["constraint: free virtual stages"] += request.free_stages
     count["stack: per-stage recompute"] += request.stack.recompute_per_stage
     count["stack: even stages only"] += not request.stack.uneven_stages

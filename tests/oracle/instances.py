@@ -242,6 +242,18 @@ def draw_constraints(rng: Random, devices: int) -> ConstraintSpec:
     )
 
 
+def _limit_rounds(limits: ConstraintSpec, rng: Random) -> ConstraintSpec:
+    """The same with a limit on the size of rounds, or two."""
+    size, name = rng.randint(1, 6), "round_size"
+    changes: dict[str, Any] = {"forbid": (*limits.forbid, name)}
+    if rng.random() < 0.9:
+        changes = {"max": limits.max | {name: size}}
+        if rng.random() < 0.5:
+            changes = {"fix": limits.fix | {name: rng.randint(1, 6)}}
+            changes |= {"max": limits.max | {name: size}} if rng.random() < 0.2 else {}
+    return limits.model_copy(update=changes)
+
+
 def _candidate(rng: Random, stack_name: str | None) -> Request:
     cluster = draw_cluster(rng)
     layers = rng.choice((1, 2, 3, 4, 5, 5, 6, 7, 7, 8))
@@ -263,6 +275,9 @@ def _candidate(rng: Random, stack_name: str | None) -> Request:
     if stack.free_virtual_stages and stack.uneven_stages and own.random() < 0.2:
         free = job.constraints.model_copy(update={"virtual_stages": "free"})
         job = job.model_copy(update={"constraints": free})
+    if "interleaved" in stack.schedules and own.random() < 0.1:
+        limited = _limit_rounds(job.constraints, own)
+        job = job.model_copy(update={"constraints": limited})
     return Request(model, cluster, job, stack)
 
 

@@ -254,9 +254,9 @@ def rounds(request: Request, x: Layout) -> list[int]:
     limits = request.job.constraints
     if "round_size" in limits.forbid:
         sizes = [size for size in sizes if not size]
-    least = limits.fix.get("round_size", 0)
-    most = limits.fix.get("round_size", limits.max.get("round_size", 10**9))
-    return [size for size in sizes if least <= size <= most]
+    if "round_size" in limits.fix:
+        sizes = [size for size in sizes if size == limits.fix["round_size"]]
+    return [size for size in sizes if size <= limits.max.get("round_size", size)]
 
 
 def wanted(request: Request, x: Layout) -> bool:

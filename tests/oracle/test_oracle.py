@@ -25,7 +25,8 @@ WANTED = (
     "optimum: recompute differs by stage", "optimum: uneven stages",
     "optimum: an end stage without layers", "optimum: schedule gpipe", "optimum: schedule 1f1b",
     "optimum: schedule interleaved", "model: mixed", "constraint: fix", "constraint: max",
-    "constraint: forbid", "several nodes", "devices 3", "devices 5", "devices 6", "devices 7",
+    "constraint: forbid", "constraint: size of rounds", "several nodes", "devices 3", "devices 5",
+    "devices 6", "devices 7",
 )  # fmt: skip
 """What at least one instance must have."""
 
