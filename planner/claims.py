@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cost_models.layout import CHUNKED
 from planner import __version__
 from planner.leaves import Candidate, within
 from planner.plan import (
@@ -95,8 +96,12 @@ def certificate(request: Request, result: SearchResult, best: Candidate | None) 
 
 
 def _space(request: Request, result: SearchResult) -> str:
-    """What was looked at. Virtual stages are even unless the job frees them."""
-    narrowed = request.stack.free_virtual_stages and not request.free_stages
+    """What was looked at. Virtual stages, where there are any, are even unless freed."""
+    narrowed = (
+        request.stack.free_virtual_stages
+        and not request.free_stages
+        and not set(CHUNKED).isdisjoint(request.stack.schedules)
+    )
     even = " (virtual stages even)" if narrowed else ""
     return f"{result.size:,} layouts, all their partitions{even} and recomputation"
 

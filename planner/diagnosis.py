@@ -162,6 +162,9 @@ def _ways_out(request: Request) -> Iterator[WayOut]:
 
 Attempt = tuple[str, Callable[[], Request | None]]
 
+ON_DRIVES = ("parameter_offload", "optimizer_offload")
+"""What a job may send to the host or, where the stack has them, to the drives."""
+
 
 def _attempts(request: Request) -> Iterator[Attempt]:
     job, limits = request.job, request.job.constraints
@@ -171,7 +174,14 @@ def _attempts(request: Request) -> Iterator[Attempt]:
         yield "no memory reserve", lambda: _with_job(request, memory_reserve_bytes=0)
     if not job.allow_recompute:
         yield "allow recomputation", lambda: _with_job(request, allow_recompute=True)
-    for name in ("activation_offload", "parameter_offload", "optimizer_offload"):
+    if request.stack.offload is not None and request.stack.offload.drives is not None:
+        unused = [name for name in ON_DRIVES if not getattr(job, name)]
+        if unused:
+            yield (
+                f"{' and '.join(unused)}: true (in the job)",
+                lambda: _with_job(request, **dict.fromkeys(unused, True)),
+            )
+    for name in ("activation_offload", *ON_DRIVES):
         if getattr(job, name):
             yield f"{name}: false", lambda n=name: _with_job(request, **{n: False})  # type: ignore[misc]
     for kind, names in (("fix", limits.fix), ("max", limits.max), ("forbid", limits.forbid)):

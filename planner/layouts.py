@@ -63,7 +63,10 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         "sequence_parallel",
         degree["tp"] > 1
         and request.stack.sequence_parallel != "never"
-        and request.model.splits_sequence,
+        and request.model.splits_sequence
+        and not (
+            degree["cp"] > 1 and "no_sequence_parallelism_with_context" in request.stack.rules
+        ),
     )
     _complete_resharding(base, degree, request)
     _complete_context(base, degree["cp"], request)

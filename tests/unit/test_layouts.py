@@ -38,3 +38,10 @@ def test_rounds_that_nothing_would_run_are_refused(layout: dict[str, object], me
     request = read_request("llama-3.1-8b", "dgx-h100", None, {"global_batch": 32})
     with pytest.raises(InputError, match=message):
         complete_layout(layout, request)
+
+
+def test_sequence_parallelism_stays_off_unasked_where_the_stack_has_none_with_context() -> None:
+    flags = {"stack": "mindformers", "global_batch": 32}
+    request = read_request("llama-3.1-8b", "atlas-910b:2", None, flags)
+    assert complete_layout({"tp": 2}, request).sequence_parallel
+    assert not complete_layout({"tp": 2, "cp": 4}, request).sequence_parallel
