@@ -64,7 +64,7 @@ def interleaved_candidates(
     """
     if not len(partitions):
         return
-    opened = _Opened(leaf, partitions, options, cutoff)
+    opened = _Opened(leaf, partitions, options, cutoff, several=len(sizes) > 1)
     for size in sizes:
         if opened.least_ns >= cutoff() or (size != sizes[0] and spent()):
             yield Found(opened.least_ns)
@@ -83,6 +83,8 @@ class _Opened:
         partitions: Ints,
         options: Sequence[Recompute],
         cutoff: Callable[[], int],
+        *,
+        several: bool,
     ) -> None:
         self.leaf, self.partitions, self.cutoff = leaf, partitions, cutoff
         self.table = _Table(leaf, partitions)
@@ -90,8 +92,10 @@ class _Opened:
         """Surrogates without recomputation."""
         self.least_ns = int(self.plain.min())
         self.ordered = _by_time(leaf, options)
+        self.several = several
         self.hopeless = {option: np.zeros(len(partitions), dtype=bool) for option in options}
         """Partitions without room for an option, however long the rounds are."""
+        self._rooms: dict[Recompute, _Room] = {}
         self.looked_at_memory = False
         """Whether there was anything left to try in rounds of the last size."""
 
@@ -125,7 +129,10 @@ class _Opened:
             for index, time in zip(fast[holds], times[holds], strict=True):
                 found.append((int(time), tuple(self.partitions[index].tolist()), option))
             if option[0] == "full":
-                least = fast[~holds]
+                # More of them take no less time: what fits, or is slow already, is settled.
+                over = np.zeros(len(self.partitions), dtype=bool)
+                over[fast[holds]] = over[open_[slow]] = True
+                least = least[~over[least]]
             elif holds.any():
                 settled = np.zeros(len(self.partitions), dtype=bool)
                 settled[fast[holds]] = True
@@ -142,9 +149,13 @@ class _Opened:
         if not len(rows):
             return np.zeros(0, dtype=bool)
         self.looked_at_memory = True
-        room = self.table.room(rows, option)
-        self.hopeless[option][rows[~room.fits_in_some(size)]] = True
-        return room.fits(size)
+        if not self.several:
+            return self.table.room(rows, option).fits(size)
+        known = self._rooms.get(option)
+        if known is None:
+            known = self._rooms[option] = self.table.room(np.arange(len(self.partitions)), option)
+            self.hopeless[option] = ~known.fits_in_some(size)
+        return known.take(rows).fits(size)
 
 
 def _by_time(leaf: Leaf, options: Sequence[Recompute]) -> list[tuple[Recompute, tuple[int, ...]]]:
@@ -183,6 +194,10 @@ class _Room:
     """Bytes for all microbatches in flight; shape (partitions, ranks)."""
     possible: NDArray[np.bool_]
     """Whether there is room at the step's other moments."""
+
+    def take(self, rows: Ints) -> _Room:
+        """That of some of the partitions."""
+        return _Room(self.leaf, self.alive[rows], self.room[rows], self.possible[rows])
 
     def fits(self, size: int) -> NDArray[np.bool_]:
         """Whether each partition fits in rounds of ``size``."""

@@ -76,7 +76,7 @@ VirtualStages = Annotated[
     typer.Option(
         "--virtual-stages",
         metavar="even|free",
-        help="free: any numbers of layers, of which the best is found and bounded, not proved.",
+        help="free: any numbers of layers; the best is bounded, not proved. See --time-limit.",
     ),
 ]
 NoRecompute = Annotated[bool, typer.Option("--no-recompute", help="Never recompute activations.")]

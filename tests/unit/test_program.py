@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.peaks import fits
 from planner.interleaved import even_partitions, interleaved_candidates
 from planner.program import (
     UNLIMITED,
@@ -138,3 +139,27 @@ def test_interleaved_takes_the_fewest_recomputed_layers_that_fit() -> None:
     listed = [each.completion for each in found if each.completion is not None]
     listed = [completion for completion in listed if completion.bounds == tall]
     assert [completion.recompute for completion in listed] == [(("full", 7),) * 4]
+
+
+def test_every_size_of_rounds_takes_its_own_fewest_recomputed_layers() -> None:
+    """Longer rounds hold more: a number of recomputed layers that fits in none of them must not
+    hide a larger one that does."""
+    leaf = replace(
+        LEAF, schedule="interleaved", vpp=2, microbatches=6, sequence=(0,) * 16, head=row(),
+        capacity_bytes=200,
+    )  # fmt: skip
+    options: tuple[Recompute, ...] = tuple(("full", count) for count in range(1, 17))
+    partitions, sizes = even_partitions(leaf), (2, 3, 4, 6)
+    expected = set()
+    for bounds in map(tuple, partitions.tolist()):
+        for size in sizes:
+            completions = [Completion(bounds, (option,) * 4) for option in options]
+            variant = replace(leaf, round_size=size)
+            fitting = [c for c in completions if fits(variant, stage_costs(variant, c))]
+            expected |= {(size, fitting[0])} if fitting else set()
+    found = interleaved_candidates(
+        leaf, partitions, options, sizes, cutoff=lambda: UNLIMITED, spent=lambda: False
+    )
+    listed = {(each.round_size, each.completion) for each in found if each.completion is not None}
+    assert listed == expected
+    assert {size for size, _ in listed} == set(sizes)
