@@ -37,6 +37,10 @@ def only_full_fits(seed: int) -> Request | None:
     return replace(request, capacity_bytes=min(needs))
 
 
+ENOUGH = 1
+"""Instances whose optimum runs whole layers again."""
+
+
 def test_whole_layers_run_again_where_nothing_else_fits() -> None:
     found = 0
     for seed in range(120):
@@ -50,4 +54,6 @@ def test_whole_layers_run_again_where_nothing_else_fits() -> None:
             found += 1
             assert better_layout(request, answer.time) is None
             assert better_layout(request, answer.time + 1) is not None
-    assert found > 0
+        if found == ENOUGH:
+            return
+    raise AssertionError(f"only {found} of the instances need it")
