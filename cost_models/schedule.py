@@ -60,6 +60,21 @@ def live_peaks(
     return tuple(sorted(set(map(tuple, live.tolist()))))
 
 
+@lru_cache(maxsize=65536)
+def live_at_first_backward(
+    pp: int, vpp: int, microbatches: int, rank: int, size: int
+) -> tuple[int, ...]:
+    """Microbatches alive per chunk of an interleaved rank when its first backward begins.
+
+    In every entry at least that of shorter rounds: those of the first round, and what runs ahead
+    on the first chunk.
+    """
+    warmup = warmup_forwards("interleaved", pp, vpp, microbatches, rank, size)
+    if warmup == microbatches * vpp:
+        return (microbatches,) * vpp
+    return tuple(_per_chunk(np.array([warmup + 1]), vpp, microbatches, size)[0].tolist())
+
+
 def _per_chunk(
     actions: NDArray[np.int64], vpp: int, microbatches: int, size: int
 ) -> NDArray[np.int64]:

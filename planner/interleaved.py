@@ -18,7 +18,7 @@ from cost_models.layout import V_SHAPED, Schedule
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
 from cost_models.recompute import group_of
-from cost_models.schedule import live_peaks
+from cost_models.schedule import live_at_first_backward, live_peaks
 from cost_models.step import Field
 
 UNLIMITED = 1 << 62
@@ -209,14 +209,13 @@ class _Room:
         return ok
 
     def fits_in_some(self, size: int) -> NDArray[np.bool_]:
-        """Whether each partition may fit in rounds of ``size`` or more: the longer they are, the
-        more is in flight of all chunks together, if not of each."""
+        """Whether each partition may fit in rounds of ``size`` or more: what is in flight at the
+        first backward does not fall with it."""
         leaf, ok = self.leaf, self.possible
-        lightest = self.alive[:, : leaf.vpp].min(axis=1)
         for rank in range(leaf.pp):
-            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size)
-            most = vectors[: leaf.vpp].sum(axis=0).max()
-            ok = ok & (lightest[:, rank] * most <= self.room[:, rank])
+            live = live_at_first_backward(leaf.pp, leaf.vpp, leaf.microbatches, rank, size)
+            least = self.alive[:, : leaf.vpp, rank] @ np.array(live)
+            ok = ok & (least <= self.room[:, rank])
         return ok
 
 

@@ -23,7 +23,7 @@ from cost_models.orders import rank_order
 from cost_models.partitions import interleaved_bounds
 from cost_models.peaks import peak_bytes
 from cost_models.rounds import round_sizes
-from cost_models.schedule import Durations, live_peaks, simulate
+from cost_models.schedule import Durations, live_at_first_backward, live_peaks, simulate
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions
 from tests.oracle.leaves import draw_leaf, draw_options
@@ -103,6 +103,19 @@ def test_live_peaks_equal_a_walk(shape: Shape, seed: int) -> None:
         for sizes in ([1] * width, [rng.randint(0, 9) for _ in range(width)]):
             most = max(sum(n * s for n, s in zip(v, sizes, strict=True)) for v in listed)
             assert most == most_live_bytes(schedule, pp, vpp, m, rank, sizes, size)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.integers(2, 8), st.integers(2, 5), st.integers(1, 40))
+def test_longer_rounds_hold_no_less_at_the_first_backward(pp: int, vpp: int, m: int) -> None:
+    for rank in range(pp):
+        before = (0,) * vpp
+        for size in round_sizes("any", pp, m):
+            live = live_at_first_backward(pp, vpp, m, rank, size)
+            assert all(a <= b for a, b in zip(before, live, strict=True))
+            peaks = live_peaks("interleaved", pp, vpp, m, rank, size)
+            assert any(all(a >= b for a, b in zip(p, live, strict=True)) for p in peaks)
+            before = live
 
 
 def completions(leaf: Leaf, rng: Random) -> list[Completion]:
