@@ -20,10 +20,15 @@ FloatArray = npt.NDArray[np.float64]
 MatmulStage = Literal["fprop", "dgrad", "wgrad"]
 AttentionStage = Literal["forward", "backward"]
 
-OPERAND_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5625}
+CAST = {"fp32_in_bf16": "bf16"}
+"""Operands that a compiler casts between memory and the product, by what they are cast to."""
+
+OPERAND_BYTES = {
+    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5625, "fp32_in_bf16": 4.0,
+}  # fmt: skip
 """Bytes per element of a product's operand; nvfp4 has an 8-bit scale for each 16 elements."""
 
-ALIGNMENT = {"bf16": 8, "fp16": 8, "fp32": 4, "fp8": 16, "nvfp4": 32}
+ALIGNMENT = {"bf16": 8, "fp16": 8, "fp32": 4, "fp8": 16, "nvfp4": 32, "fp32_in_bf16": 4}
 """Elements of 16 bytes, where rows must start for the widest loads: NVIDIA, Matrix Multiplication
 Background User's Guide."""
 
@@ -38,7 +43,9 @@ CUDA_CORE_SHARE = 0.626
 the A100's 19.5 TFLOP/s with heads of 140 elements (bf16, CUDA 11.6; github pytorch/pytorch issue
 83272). BLOOM's tests of heads of 108, 150 and 450 elements say 10 to 11."""
 
-_OUTPUT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "nvfp4": 2.0}
+_OUTPUT_BYTES = {
+    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "nvfp4": 2.0, "fp32_in_bf16": 4.0,
+}  # fmt: skip
 _ACCUMULATE_BYTES = 8.0
 
 
@@ -61,7 +68,8 @@ def matmul_time_s(
     (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` with ``accumulate``
     adds to an fp32 gradient (8 bytes per element read and written); other stages write 16 bits
     (fp32: 32).
-    ``fp32`` means fp32 multiplication: tf32 is off; ``fp8`` and ``nvfp4`` operands are quantised
+    ``fp32`` means fp32 multiplication: tf32 is off; ``fp32_in_bf16`` operands and results are fp32
+    in memory and bf16 in the product (:data:`CAST`); ``fp8`` and ``nvfp4`` operands are quantised
     already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
     weights, tokens are not: only features need alignment. Training kernels of the three stages
     differ by 3 % beyond their traffic (benchmarks/kernels), so there is no factor per stage.
@@ -82,7 +90,7 @@ def matmul_time_s(
         n,
         k,
         batch=batch,
-        peak_flops=device.peak_flops[dtype].si,
+        peak_flops=device.peak_flops[arithmetic(dtype)].si,
         bandwidth_bytes_per_s=device.memory_bandwidth.si,
         compute_units=device.compute_units.si,
         operand_bytes=OPERAND_BYTES[dtype],
@@ -196,7 +204,7 @@ def roofline_time_s(
     since nothing is known of its shape. Raises :class:`ValueError` as :func:`matmul_time_s`.
     """
     constants = matmul_constants(device, dtype)
-    rate = constants.e_compute * constants.sustained * device.peak_flops[dtype].si
+    rate = constants.e_compute * constants.sustained * device.peak_flops[arithmetic(dtype)].si
     compute_s = _array(flops) / rate
     memory_s = _array(bytes_moved) / memory_bound_bandwidth_bytes_per_s(device)
     return smooth_maximum(compute_s, memory_s, constants.p)
@@ -207,9 +215,14 @@ def memory_bound_bandwidth_bytes_per_s(device: DeviceSpec) -> float:
     return device.memory_bandwidth.si * device.kernels.memory_bound_efficiency.si
 
 
+def arithmetic(dtype: str) -> str:
+    """What a product of operands in ``dtype`` computes in."""
+    return CAST.get(dtype, dtype)
+
+
 def matmul_constants(device: DeviceSpec, dtype: str) -> MatmulConstants:
     """The constants of ``dtype`` on ``device``; fp16 borrows bf16's where their peaks are equal."""
-    name = _resolve(device, dtype, device.kernels.matmul.keys())
+    name = _resolve(device, arithmetic(dtype), device.kernels.matmul.keys())
     if name is None:
         raise ValueError(
             f"{device.name} has no {dtype} matrix products; it has "

@@ -151,10 +151,17 @@ class Machine:
         return "wgrad_accumulation" in self.stack.fused
 
     def dtype(self, *, low_precision: bool) -> str:
-        """Arithmetic of a matrix product."""
+        """Operands of a matrix product, as ``cost_models.compute`` knows them."""
         if self.precision in compute.QUANTISATION_BYTES and not low_precision:
             return "bf16"
+        if self.precision == "fp32" and "fp32" in self.stack.cast_products:
+            return f"fp32_in_{self.stack.cast_products['fp32']}"
         return self.precision
+
+    @property
+    def product_dtypes(self) -> tuple[str, ...]:
+        """Arithmetic of a job's matrix products, the densest first."""
+        return tuple(compute.arithmetic(self.dtype(low_precision=low)) for low in (True, False))
 
 
 class _Accumulator:

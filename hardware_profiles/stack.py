@@ -234,6 +234,9 @@ class StackSpec(Profile):
         "fp32", "bf16", "fp16", "fp8", "nvfp4",
     )  # fmt: skip
     """Arithmetic that it trains in; the device may have less."""
+    cast_products: dict[Literal["fp32"], Literal["bf16"]] = Field(default_factory=dict)
+    """Arithmetic of products whose operands and results keep the job's precision in memory: a
+    compiler casts them on their way."""
     fine_tuning: tuple[Literal["lora", "qlora", "freeze"], ...] = ()
     """Ways in which it trains a part of a model only."""
     dropout: bool = False

@@ -236,7 +236,8 @@ def _beyond_measured(request: Request, slowest_mfu: float) -> bool:
 
 
 def _peak_name(request: Request) -> str:
-    return request.job.precision
+    """The arithmetic that a device's peak is of, which MFU relates to."""
+    return request.machine.product_dtypes[0]
 
 
 def _peak_flops(request: Request) -> float:
@@ -271,8 +272,7 @@ def _assumptions(request: Request) -> tuple[str, ...]:
     if request.job.precision not in device.best_run_mfu:
         notes.append(f"no published {request.job.precision} training run on {device.name}")
     for dtype, constants in device.kernels.matmul.items():
-        wanted = {machine.dtype(low_precision=low) for low in (True, False)}
-        if constants.borrowed_from and dtype in wanted:
+        if constants.borrowed_from and dtype in machine.product_dtypes:
             notes.append(
                 f"{dtype} matrix products of {device.name} are priced with the efficiencies of "
                 f"{constants.borrowed_from}"

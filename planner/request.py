@@ -120,9 +120,10 @@ class Request:
     def unsupported(self) -> str | None:
         """Why the device cannot run this job's precision under this stack, or None."""
         device, precision = self.machine.device, self.job.precision
-        if precision not in device.peak_flops:
+        missing = [name for name in self.machine.product_dtypes if name not in device.peak_flops]
+        if missing:
             return (
-                f"{device.name} has no {precision} arithmetic "
+                f"{device.name} has no {missing[0]} arithmetic "
                 f"(it has {', '.join(sorted(device.peak_flops))})"
             )
         kernel = self.stack.attention_kernel(device.name)
@@ -142,9 +143,8 @@ class Request:
     def kernel_basis(self) -> Basis:
         """How the efficiencies of the kernels that this job uses are known, the weakest of them."""
         device, precision = self.machine.device, self.job.precision
-        dtypes = tuple(self.machine.dtype(low_precision=low) for low in (True, False))
         kernel = "unfused" if precision == "fp32" else self.stack.attention_kernel(device.name)
-        return kernel_basis(device, dtypes, kernel)
+        return kernel_basis(device, self.machine.product_dtypes, kernel)
 
     @property
     def device_bytes(self) -> int:
