@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from cost_models import expert_exchange, interconnect
 from cost_models.fabric import Fabric
 from cost_models.graph import Int64, Shard
+from cost_models.lanes import exchange_stride
 from cost_models.ops import Collective, CollectiveKind, Reals, Routing
 from hardware_profiles.schema import StackSpec
 
@@ -67,6 +68,8 @@ def visible(
 ) -> Visible | None:
     """The visible time of ``op`` for every configuration; ``None`` where nobody takes part."""
     size, stride = group_of(op, shard)
+    if op.group == "ep" and stack.layers.experts == "folded":
+        stride = exchange_stride(shard.tp, shard.ep, fabric.nodes * fabric.devices_per_node)
     active = np.asarray(op.active) & (size > 1)
     if not active.any():
         return None

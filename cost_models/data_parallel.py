@@ -36,6 +36,7 @@ from cost_models.data_traffic import (
     gathers_each,
     meshes,
     reduces_each,
+    sums_each,
     tensor_parallel_sums,
 )
 from cost_models.fabric import Fabric
@@ -72,7 +73,7 @@ def price_kind(
     """
     local = state.local_parameters(kind, shard, vocab_divisor, drop_tied=drop_tied)
     dense = local.dense
-    attention_mesh, expert_mesh = meshes(shard, data)
+    attention_mesh, expert_mesh = _meshes(shard, data, machine)
     gathering = attention_mesh.ways, attention_mesh.stride
     reducing = attention_mesh.ways * data.replicate, attention_mesh.stride
     forward = _window(times, "forward", machine.fabric, *gathering)
@@ -109,7 +110,7 @@ def price_kind(
         ),
         "backward": to_ns(
             np.where(fsdp, expose(in_backward, backward, contention), 0.0)
-            + np.where(data.pp == 1, sums_s, 0.0)
+            + np.where(sums_each(data, stack.layers, rules), sums_s, 0.0)
             + copies["backward"]
         ),
     }  # fmt: skip
@@ -129,7 +130,8 @@ def price_kind(
     rows = np.zeros((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
-    rows[Field.GRADIENT] = to_ns(gradient + np.where(data.pp == 1, 0.0, sums_s))
+    late_sums = np.where(sums_each(data, stack.layers, rules), 0.0, sums_s)
+    rows[Field.GRADIENT] = to_ns(gradient + late_sums)
     rows[Field.PARAMETER] = to_ns(np.where(each | (data.zero_stage == 0), 0.0, parameter))
     update = _optimizer_seconds(dense, local.expert, attention_mesh, expert_mesh, data, machine)
     if rules.optimizer.orthogonalises:
@@ -194,7 +196,7 @@ def layer_state(
 ) -> state.StateBytes:
     """Persistent state of one layer on one device; experts are sharded over their own mesh."""
     parts = []
-    for mesh, expert in zip(meshes(shard, data), (False, True), strict=True):
+    for mesh, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
         parts.append(
             state.state_bytes(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
@@ -206,6 +208,10 @@ def layer_state(
             )
         )
     return parts[0] + parts[1]
+
+
+def _meshes(shard: Shard, data: DataParallel, machine: Machine) -> tuple[Mesh, Mesh]:
+    return meshes(shard, data, machine.stack.layers, machine.fabric.devices_per_node)
 
 
 def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: Int64) -> Real:
@@ -297,7 +303,7 @@ def _orthogonalise_seconds(
     """
     rules, device = machine.rules, machine.device
     total = np.zeros(len(shard.tp))
-    for mesh, expert in zip(meshes(shard, data), (False, True), strict=True):
+    for mesh, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
         matrices = [
             (weight, state.local_tensor(weight, shard, vocab_divisor))
             for weight in kind.weights

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.interconnect import CollectiveKind
+from cost_models.lanes import replica_stride
 from cost_models.state import (
     StateRules,
     frozen_per_64,
@@ -156,13 +157,18 @@ def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:
     return (zero_stage >= 3) & (kind.name != "head" and kind.backward)
 
 
-def meshes(shard: Shard, data: DataParallel) -> tuple[Mesh, Mesh]:
-    """The attention mesh and the expert mesh of each configuration."""
+def meshes(
+    shard: Shard, data: DataParallel, layers: LayersSpec, per_node: int
+) -> tuple[Mesh, Mesh]:
+    """The attention mesh and the expert mesh of each configuration, on nodes of ``per_node``."""
     span = shard.tp * shard.cp * data.shard
-    expert_ranks = np.maximum(span // (shard.ep * shard.etp), 1)
+    apart = shard.ep * shard.etp
+    expert_ranks = np.maximum(span // apart, 1)
+    if layers.experts == "folded":
+        apart = replica_stride(shard.tp, shard.ep, data.shard * data.replicate, per_node)
     return (
         Mesh(data.shard * shard.cp, shard.tp, data.replicate, span),
-        Mesh(expert_ranks, shard.ep * shard.etp, data.replicate, span),
+        Mesh(expert_ranks, apart, data.replicate, span),
     )
 
 
@@ -231,20 +237,31 @@ def tensor_parallel_sums(
     With sequence parallelism each rank has a part of the sum; without, those inside the attention
     do, whose heads tp splits. FSDP2 needs the sums in every backward, in the dtype of the weights;
     under a pipeline once per step, in that of the reduction. Megatron sums all weights of a
-    stage in one piece once per step: about 1 MB, not counted.
+    stage in one piece once per step: about 1 MB, not counted. DeepSpeed averages all of them in
+    fp32 where experts are folded over tp, the ends' too (``reduce_autoep_folding_gradient``).
     """
     if layers.replicated_gradients == "step":
         return ()
+    folded = layers.replicated_gradients == "reduction"
     each = np.where(data.pp == 1, rules.gather_bytes, rules.gradient_bytes)
+    each = np.full_like(each, 4) if folded else each
     return tuple(
         DataCall(
             "gradient", "all_reduce", 1.0 * each * (weight.elements // weight.count), shard.tp,
             np.ones_like(shard.tp),
-            shard.sequence_parallel | weight.name.startswith("attention."), weight.count,
+            shard.sequence_parallel | weight.name.startswith("attention.") | folded, weight.count,
         )
         for weight in kind.weights
         if weight.sharding == "replicated" and not weight.frozen
     )  # fmt: skip
+
+
+def sums_each(data: DataParallel, layers: LayersSpec, rules: StateRules) -> Bools:
+    """Whether those sums come with every microbatch, not once per step."""
+    if layers.replicated_gradients == "reduction":
+        return reduces_each(data, rules)
+    every: Bools = data.pp == 1
+    return every
 
 
 @dataclass(frozen=True)

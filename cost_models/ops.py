@@ -132,7 +132,7 @@ class Side:
 
     kind: CollectiveKind
     bytes: Reals
-    count: int
+    count: Ints
     hidden: str | None
     product: str | None
 
@@ -170,8 +170,8 @@ class Collective:
     backward_bytes: Reals
     forward_hidden: str | None = None
     backward_hidden: str | None = None
-    backward_count: int = 1
-    forward_count: int = 1
+    backward_count: Ints = 1
+    forward_count: Ints = 1
     active: NDArray[np.bool_] | bool = True
     """Where False the collective does not happen (for example without sequence parallelism)."""
     forward_product: str | None = None

@@ -109,9 +109,9 @@ def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]
             kind, payload = expert_exchange.sent(dispatcher, routing, size, back=op.back != back)
             if dispatcher not in ("alltoall", "allgather"):
                 kind = f"{dispatcher}_{'combine' if op.back != back else 'dispatch'}"
-        count = side.count
+        count = round(_first(side.count))
         if kind == "ring":
-            kind, count = "send_recv", side.count * (ranks - 1)
+            kind, count = "send_recv", count * (ranks - 1)
         each = round(_first(payload))
         phase: Pass = "backward" if back else "forward"
         group = "cp" if op.group.startswith("cp") and ranks == shard.cp[0] else op.group
@@ -133,7 +133,9 @@ def data_calls(
     again = every and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
     each = bool(data_traffic.gathers_each(data, machine.rules)[0])
     found: list[Calls] = []
-    attention, expert = data_traffic.meshes(shard, data)
+    attention, expert = data_traffic.meshes(
+        shard, data, machine.stack.layers, machine.fabric.devices_per_node
+    )
     for elements, mesh, group in (
         (local.dense, attention, "dp_shard"), (local.expert, expert, "expert_dp"),
     ):  # fmt: skip
@@ -171,7 +173,8 @@ def data_calls(
     ):
         if call.active[0] and call.size[0] > 1:
             size = round(call.count * float(call.bytes[0]))
-            when: Pass = "backward" if int(data.pp[0]) == 1 else "step"
+            late = not data_traffic.sums_each(data, machine.stack.layers, machine.rules)[0]
+            when: Pass = "step" if late else "backward"
             found.append(
                 Calls(
                     f"{kind.name}.sum", "tp", int(call.size[0]), when, call.kind, call.count, size

@@ -15,19 +15,23 @@ class LayersSpec(Profile):
     tensor_parallel: Literal["megatron", "dtensor"] = "megatron"
     """Megatron's asynchronous layers gather their input again in the backward and hide reductions
     behind products; DTensor's keep the gathered input and hide nothing."""
-    replicated_gradients: Literal["step", "backward"] = "step"
+    replicated_gradients: Literal["step", "backward", "reduction"] = "step"
     """When gradients of weights that tp replicates (norms under sequence parallelism, routers) are
-    summed over tp: all at once per step, which is not priced, or one by one in every backward, as
-    FSDP2 needs them (under a pipeline once per step)."""
+    summed over tp: all at once per step, which is not priced; one by one in every backward, as
+    FSDP2 needs them (under a pipeline once per step); or those of all such weights, one by one in
+    fp32, whenever they are reduced over data parallelism (AutoEP under AutoTP)."""
     separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     """Projections of one input that are products of their own: without sequence parallelism each
     has its own reduction of the input's gradient."""
     vocabulary: Literal["split", "whole", "split_without_context"] = "split"
     """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
     computes all logits (AutoTP); or context parallelism takes the embedding whole, not the head."""
-    experts: Literal["dealt", "sliced"] = "dealt"
+    experts: Literal["dealt", "sliced", "folded"] = "dealt"
     """Whether tokens are sent to ranks that hold some experts (or, under expert tensor parallelism,
-    parts of some), or tp slices every expert as it does other layers: etp is tp then (AutoTP)."""
+    parts of some); tp slices every expert as it does other layers: etp is tp then (AutoTP); or
+    tensor-parallel ranks, which all have the same tokens, deal the tokens' copies out among
+    themselves, send them to ranks that hold some experts, and gather all outputs again (AutoEP
+    under AutoTP)."""
     weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
     """Bytes of 64 elements of sharded weights on their way, scales included, where they are
     quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""

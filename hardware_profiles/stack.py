@@ -31,7 +31,7 @@ StackRule = Literal[
     "no_zero_3_with_context",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
-    "shards_fill_nodes", "experts_follow_tp",
+    "shards_fill_nodes", "experts_follow_tp", "tp_needs_expert_parallelism",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""

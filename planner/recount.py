@@ -162,6 +162,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "the stack has no pipeline"
     if mesh.ep > 1 and "no_expert_parallelism" in stack.rules:
         return "the stack has no expert parallelism"
+    if mesh.tp > 1 and mesh.ep == 1 and "tp_needs_expert_parallelism" in stack.rules:
+        return "the stack has no tensor parallelism without expert parallelism"
     if mesh.pp > model.layer_count + (2 if stack.uneven_stages else 0):
         return "more stages than layers"
     if request.global_batch % (mesh.dp * mesh.mbs):

@@ -167,6 +167,10 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
     "no_experts_with_tp": ("no mixture of experts under tp", lambda m: m.tp > 1),
     "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
     "experts_follow_tp": ("experts are split as tp splits all else", lambda m: m.etp != m.tp),
+    "tp_needs_expert_parallelism": (
+        "tensor parallelism needs expert parallelism",
+        lambda m: (m.tp > 1) & (m.ep == 1),
+    ),
     "no_tied_embeddings": ("no tied embeddings", lambda m: m.tp >= 1),
     "no_tied_embeddings_in_pipeline": ("no tied embeddings under a pipeline", lambda m: m.pp > 1),
     "no_pipeline": ("no pipeline parallelism", lambda m: m.pp > 1),

@@ -71,6 +71,7 @@ def build_workload(
         dtensor=stack.layers.tensor_parallel == "dtensor",
         separate=frozenset(stack.layers.separate_projections),
         sliced_experts=stack.layers.experts == "sliced",
+        folded_experts=stack.layers.experts == "folded",
         balanced_context=stack.balanced_context,
         whole_vocabulary=stack.layers.vocabulary == "whole",
         exchanges_output_again=stack.layers.exchanged_output == "again",

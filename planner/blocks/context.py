@@ -40,6 +40,9 @@ class BlockContext:
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
     sliced_experts: bool = False
     """Whether tp splits every expert over ranks that all have the same tokens."""
+    folded_experts: bool = False
+    """Whether ranks of tp, which have the same tokens, deal the tokens' copies out to each other
+    before they send them on, and gather all outputs."""
     document: int | None = None
     """Tokens within which tokens see each other where samples are packed; None: the sample."""
     saved_input_bytes_per_64: int | None = None

@@ -3,7 +3,8 @@
 Each device routes its own tokens (the residual stream, so 1/tp of the sequence with sequence
 parallelism), sends them to the ranks that hold their ``top_k`` experts by the dispatcher of the
 stack, and with expert-tensor parallelism gathers the rows over etp. Where experts are sliced as all
-other layers are, ranks send nothing to each other before they sum.
+other layers are, ranks send nothing to each other before they sum. Where they are folded over
+tensor-parallel ranks, ``planner.blocks.folded_experts`` says what comes before and after.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
-from planner.blocks import mlp
+from planner.blocks import folded_experts, mlp
 from planner.blocks.context import BlockContext, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
@@ -82,8 +83,9 @@ def imbalance(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> NDArray[np.floa
 
 def rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Balanced rows that one rank's experts see: its own tokens' copies, times etp where those of
-    its neighbours are gathered. Sliced experts see what all tensor-parallel ranks have alike."""
-    own = shard.residual_tokens * spec.top_k
+    its neighbours are gathered. Sliced experts see what all tensor-parallel ranks have alike,
+    folded ones a part of that."""
+    own = folded_experts.dealt(ctx, shard, shard.residual_tokens * spec.top_k)
     return own if ctx.sliced_experts else own * shard.etp
 
 
@@ -148,7 +150,8 @@ def exchanges(
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
     r, h, e = shard.residual_tokens, spec.latent or ctx.hidden, ctx.element_bytes
-    own = r * spec.top_k * h * e
+    copies = r * spec.top_k
+    own = folded_experts.dealt(ctx, shard, copies) * h * e
     hot = rows(spec, ctx, shard) * imbalance(spec, ctx, shard)
     local = spec.experts // shard.ep
     width = spec.intermediate // shard.etp
@@ -158,15 +161,18 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     inner = hot * width * e
     read = 2 if spec.gated else 1
     routing = Routing(
-        tokens=r, row_bytes=h * e, experts=spec.experts, top_k=spec.top_k,
-        groups=spec.routing_groups, group_limit=spec.routing_group_limit,
+        tokens=folded_experts.dealt(ctx, shard, r), row_bytes=h * e, experts=spec.experts,
+        top_k=spec.top_k, groups=spec.routing_groups,
+        group_limit=spec.routing_group_limit,
     )  # fmt: skip
     before, arrived, leaving, after = reorderings(ctx, own, gathered, local)
+    deal, restore = folded_experts.around(ctx, shard, copies, h * e)
     inward, outward = exchanges(spec, ctx, own, gathered, routing)
     result: list[Op] = [
         MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
         *_latent("latent_down", spec, r, h, ctx.hidden),
+        *deal,
         *before,
         *_count_exchange(spec, ctx),
         *inward,
@@ -178,6 +184,7 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *leaving,
         *outward,
         *after,
+        *restore,
         *_latent("latent_up", spec, r, ctx.hidden, h),
     ]  # fmt: skip
     if spec.shared_intermediate:
@@ -209,8 +216,9 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("dispatched", ctx.saved_input(hot * h * e), input_of="expert_fc1"),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner, input_of="moe_act"),
         SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),
-        # torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, combine).
-        SavedTensor("combined", shard.residual_tokens * spec.top_k * h * (4 if ctx.dtensor else e)),
+        SavedTensor(
+            "combined", shard.residual_tokens * spec.top_k * h * _weighed_bytes(ctx, shard)
+        ),
     ]
     if spec.gated and "swiglu" not in ctx.fused:
         result.append(SavedTensor("expert_gate_activation", inner, modules=("moe_act",)))
@@ -223,12 +231,19 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
     return within("moe", result)
 
 
+def _weighed_bytes(ctx: BlockContext, shard: Shard) -> Int64:
+    """Of an element of the experts' outputs when they are weighed: fp32 in torchtitan's combine
+    (token_dispatcher.py), 16 bits where all of them were gathered."""
+    plain = np.full_like(shard.tp, 4 if ctx.dtensor else ctx.element_bytes)
+    weighed: Int64 = np.where(folded_experts.folds(ctx, shard), ctx.element_bytes, plain)
+    return weighed
+
+
 def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Gradients of the dispatched rows and of the experts' inner tensors.
 
-    Where torchtitan weighs the experts' outputs in fp32 (token_dispatcher.py, ``combine``), its
-    backward holds three such tensors before: the gradient, and it times the weights and times the
-    outputs.
+    Where torchtitan weighs the experts' outputs, its backward holds three such tensors before: the
+    gradient, and it times the weights and times the outputs.
     """
     hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
     hidden = spec.latent or ctx.hidden
@@ -237,5 +252,6 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     gathered = ctx.gathered_bytes(shard)
     if not ctx.dtensor:
         return gradients + gathered
-    weighing = 3 * 4 * shard.residual_tokens * spec.top_k * hidden
-    return np.maximum(gradients + gathered, weighing)
+    weighing = 3 * _weighed_bytes(ctx, shard) * shard.residual_tokens * spec.top_k * hidden
+    largest: Int64 = np.maximum(gradients + gathered, weighing)
+    return largest

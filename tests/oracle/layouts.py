@@ -215,6 +215,8 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "no_expert_parallelism" in rules and x.ep > 1:
         return False
+    if "tp_needs_expert_parallelism" in rules and x.ep == 1 and x.tp > 1:
+        return False
     replicated = x.zero == 0 and x.dp > 1
     if "zero_0_is_replicate_only" in rules and replicated and x.tp * x.cp * x.pp > 1:
         return False

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cost_models.graph import Shard
+from cost_models.lanes import exchange_stride, replica_stride
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.errors import InputError
 from planner.models.reader import read_model
@@ -192,3 +195,89 @@ def test_sliced_experts_are_a_part_of_each_expert() -> None:
     assert gone == 3 * (8 * expert + attention) // 4
     with pytest.raises(InputError, match="experts are split as tp splits all else"):
         price("mixtral-8x7b", "deepspeed-autotp", tp=4, etp=2, zero_stage=1)
+
+
+FOLDED = "deepspeed-autoep-autotp"
+
+
+def folded(**layout: int) -> tuple[Request, EvaluatedLayout]:
+    job = JobSpec(sequence_length=4096, global_batch=64, stack=FOLDED)
+    cluster = load_cluster("dgx-h100:2")
+    request = Request(read_model("mixtral-8x7b"), cluster, job, load_stack(FOLDED))
+    return request, evaluate(request, {"microbatch_size": 1, **layout})
+
+
+def test_ranks_with_the_same_tokens_deal_their_copies_out_and_gather_every_output() -> None:
+    """Mixtral over tp 4 and ep 4: of 4,096 tokens to 2 experts each a rank sends a quarter of the
+    8,192 rows of 4,096 bf16 numbers, and gets all back; the gather's backward sums each quarter."""
+    request, found = folded(tp=4, ep=4, zero_stage=2)
+    copies = 4096 * 2 * 4096 * 2
+    made = communication(request, found).layers["decoder"]
+    calls = {(c.name, c.phase): (c.group, c.kind, c.count, c.bytes) for c in made}
+    for name in ("dispatch", "combine"):
+        for phase in PASSES:
+            assert calls[name, phase] == ("ep", "all_to_all", 1, copies // 4)
+    assert calls["restore.outputs", "forward"] == ("tp", "all_gather", 1, copies)
+    assert calls["restore.outputs", "backward"] == ("tp", "all_reduce", 4, copies)
+    assert calls["restore.weights", "forward"] == ("tp", "all_gather", 1, 8192 * 2)
+    assert calls["restore.indices", "forward"] == ("tp", "all_gather", 3, 3 * 8192 * 8)
+    assert calls["experts.average", "backward"] == ("tp", "all_reduce", 1, 4096 * 4096 * 2)
+
+
+def test_experts_that_are_folded_keep_their_own_rows_and_every_output() -> None:
+    """A rank of tp 2 runs 4,096 of the 8,192 copies, and keeps all outputs in 16 bits for their
+    weights' gradients; alone it keeps 8,192 of both, the outputs in 32 bits."""
+    kept = {}
+    for tp in (1, 2):
+        request, _ = folded(tp=tp, ep=8, zero_stage=2)
+        one = [np.array([value]) for value in (1, tp, 1, 8, 1)]
+        shard = Shard(4096, *one, np.array([False]), np.array([0]))
+        saved = request.workload.kinds["decoder"].saved(shard)
+        kept[tp] = {t.name: int(np.ravel(t.bytes)[0]) for t in saved}
+    row = 4096
+    assert kept[1]["dispatched"] == 8192 * row * 2
+    assert kept[2]["dispatched"] == 4096 * row * 2
+    assert kept[1]["combined"] == 8192 * row * 4
+    assert kept[2]["combined"] == 8192 * row * 2
+
+
+def test_what_tensor_parallelism_repeats_is_averaged_when_it_is_reduced() -> None:
+    """Router, norms, embedding and head in fp32, one by one: per step in stage 1, in every backward
+    in stage 2; 32,000 x 4,096 numbers at each end."""
+    for stage, phase in ((1, "step"), (2, "backward")):
+        request, found = folded(tp=4, ep=4, zero_stage=stage)
+        layers = communication(request, found).layers
+        summed = {
+            name: sorted((c.count, c.bytes) for c in calls if c.name == f"{name}.sum")
+            for name, calls in layers.items()
+        }
+        assert {c.phase for calls in layers.values() for c in calls if ".sum" in c.name} == {phase}
+        assert summed["decoder"] == [(1, 8 * 4096 * 4), (2, 2 * 4096 * 4)]
+        assert summed["embedding"] == [(1, 32000 * 4096 * 4)]
+        assert summed["head"] == [(1, 4096 * 4), (1, 32000 * 4096 * 4)]
+
+
+@pytest.mark.parametrize(("tp", "ep", "dp", "ranks", "replicas"), [
+    # 16 ranks, tp 4: lanes 0 4 8 12, 1 5 9 13, ...; groups of 4 are lanes, those of 8 two of them.
+    (4, 4, 4, 4, 2),
+    (4, 8, 4, 2, 2),
+    (2, 2, 8, 2, 2),
+    # The expert groups of all ranks: no other holds the same experts.
+    (4, 16, 4, 1, 4),
+])  # fmt: skip
+def test_expert_groups_take_one_lane_after_the_other(
+    tp: int, ep: int, dp: int, ranks: int, replicas: int
+) -> None:
+    sizes = [np.array([value]) for value in (tp, ep, dp)]
+    assert exchange_stride(sizes[0], sizes[1], tp * dp).tolist() == [ranks]
+    assert replica_stride(*sizes, per_node=8).tolist() == [replicas]
+
+
+@pytest.mark.parametrize(("layout", "reason"), [
+    ({"tp": 2}, "tensor parallelism needs expert parallelism"),
+    ({"tp": 2, "ep": 2, "zero_stage": 3}, "has no ZeRO stage 3"),
+    ({"tp": 2, "ep": 2, "cp": 2}, "no context parallelism"),
+])  # fmt: skip
+def test_what_does_not_fold_is_refused(layout: dict[str, int], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        folded(**layout)
