@@ -141,8 +141,9 @@ def _fullest(shape: Shape, totals: Totals, rank: Real) -> Real:
 
 
 def split(shape: Shape, totals: Totals) -> Real:
-    """A schedule that splits the backward: each rank's own work, after transfers through the ranks
-    before it. Where three ranks or more have chunks, one of them has full chunks only."""
+    """A schedule that splits the backward or lies on a V: each rank's own work, after transfers
+    through the ranks before it. Where three ranks or more have chunks, one of them has full chunks
+    only."""
     m, pp = shape.microbatches, shape.pp
     average = m * totals.work / pp + (pp - 1) / 2 * totals.hop
     rank = m * totals.rank_work + (pp - 2) * totals.hop
@@ -175,7 +176,7 @@ def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
     totals = occupied(shape, totals, turns=np.isin(schedule, codes_of(V_SHAPED)))
     pipeline = np.select(
         [schedule == code for code in codes_of(("gpipe", "1f1b"))]
-        + [np.isin(schedule, codes_of(SPLIT_BACKWARD))],
+        + [np.isin(schedule, codes_of((*SPLIT_BACKWARD, *V_SHAPED)))],
         [gpipe(shape, totals), one_f_one_b(shape, totals), split(shape, totals)],
         interleaved(shape, totals),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from cost_models import interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
+from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import Waiting, refuse_without_room
 from cost_models.layer_times import to_ns
@@ -105,9 +106,9 @@ class PricedConfigs:
 
     def leaf(
         self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool,
-        round_size: int = 0,
+        round_size: int = 0, order: GivenOrder | None = None,
     ) -> Leaf:  # fmt: skip
-        """The leaf of configuration ``index`` under a schedule."""
+        """The leaf of configuration ``index`` under a schedule, or the user's own ``order``."""
         position = {name: i for i, name in enumerate(self.kind_names)}
         hop = int(self.hop_ns[index])
         late = tuple((int(on[index]), int(back[index])) for on, back in self.late)
@@ -135,6 +136,7 @@ class PricedConfigs:
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             round_size=round_size,
+            order=order,
             late=late,
             sends=sends,
             policies=self.policies,

@@ -10,24 +10,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from hardware_profiles.stack import Schedule as Schedule
+from hardware_profiles.stack import Schedule as NamedSchedule
 
+GivenSchedule = Literal["given", "given_split", "given_v", "given_v_split"]
+"""Orders of work that a user gives (``cost_models.given_order``): virtual stages round and round or
+on a V, backwards whole or some of them split."""
+Schedule: TypeAlias = Literal[NamedSchedule, GivenSchedule]
 RecomputeMode: TypeAlias = str
 """``none``, ``full``, or the name of one of the stack's policies (:class:`RecomputePolicy`)."""
 CpKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
 
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+NAMED: tuple[NamedSchedule, ...] = get_args(NamedSchedule)
+GIVEN: tuple[GivenSchedule, ...] = get_args(GivenSchedule)
+SCHEDULES: tuple[Schedule, ...] = (*NAMED, *GIVEN)
 CHUNKED: tuple[Schedule, ...] = (
     "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 )  # fmt: skip
 """Schedules whose ranks hold several virtual stages."""
+LISTED: tuple[Schedule, ...] = (*CHUNKED, *GIVEN)
+"""Schedules whose partitions are few and listed (``cost_models.partitions``)."""
 ALL_AT_ONCE: tuple[Schedule, ...] = ("gpipe", "looped_bfs")
 """Schedules with all forwards before the first backward."""
 IN_ROUNDS: tuple[Schedule, ...] = ("interleaved", "interleaved_zero_bubble")
 """The ones that take the microbatches in rounds (``cost_models.orders``)."""
-V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev")
+V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev", "given_v", "given_v_split")
 """The ones whose second virtual stages run from the last rank back to the first."""
-SPLIT_BACKWARD: tuple[Schedule, ...] = ("interleaved_zero_bubble", "zbv", "dualpipev")
+SPLIT_BACKWARD: tuple[Schedule, ...] = (
+    "interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split"
+)  # fmt: skip
 """Schedules that compute the gradients of inputs and of weights apart."""
 
 

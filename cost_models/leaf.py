@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from cost_models.given_order import GivenOrder
 from cost_models.layout import (
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -77,6 +78,8 @@ class Leaf:
     round_size: int = 0
     """Microbatches of a round, where the schedule has rounds (``cost_models.rounds``); 0: the usual
     number."""
+    order: GivenOrder | None = None
+    """What every rank runs, where the user gave it."""
     receive_bytes: int = 0
     """One receive buffer of a pipeline stage; there is one per microbatch and neighbour."""
     output_bytes: int = 0
@@ -377,7 +380,7 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
         [half.inputs_ns for half in halves], [half.weights_ns for half in halves],
     )  # fmt: skip
     timeline = simulate(
-        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop, leaf.round_size
+        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop, leaf.round_size, leaf.order
     )
     ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
     critical = ends.index(max(ends))

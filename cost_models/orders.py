@@ -20,31 +20,20 @@ compares them with its own tables.
 from __future__ import annotations
 
 from collections import deque
-from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.given_order import GivenOrder
 from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, SPLIT_BACKWARD, Schedule
+from cost_models.passes import Pass as Pass
 from cost_models.rounds import usual_round
 
 Table = NDArray[np.int64]
 Row = tuple[int, int, int]
 """Pass, chunk and microbatch."""
-
-
-class Pass(IntEnum):
-    """What an action computes."""
-
-    FORWARD = 0
-    BACKWARD = 1
-    """Gradients of inputs and weights."""
-    INPUT = 2
-    """Gradients of inputs alone."""
-    WEIGHT = 3
-    """Gradients of weights alone."""
 
 
 class Action(NamedTuple):
@@ -81,9 +70,12 @@ def rank_order(
 
 @lru_cache(maxsize=4096)
 def order_table(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
-) -> Table:
-    """The same as rows of pass, chunk and microbatch."""
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0,
+    given: GivenOrder | None = None,
+) -> Table:  # fmt: skip
+    """The same as rows of pass, chunk and microbatch; ``given`` is the user's own order."""
+    if given is not None:
+        return given.ranks[rank]
     if schedule == "zbv":
         return np.array(_zbv(pp, microbatches, rank))
     if schedule == "dualpipev":

@@ -65,7 +65,9 @@ def live_activations(
 ) -> tuple[int, tuple[int, ...]]:
     """Most activation bytes alive at once, with what a split backward holds beside them, and the
     microbatches per chunk that they belong to."""
-    peaks = live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, leaf.round_size)
+    peaks = live_peaks(
+        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, leaf.round_size, leaf.order
+    )
     sizes = [chunk.activation_bytes for chunk in chunks]
     halves = [chunk.split for chunk in chunks if chunk.split]
     sizes += [half.deferred_bytes for half in halves]

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from cost_models import bounds
 from cost_models.checked_rows import CheckedRows
 from cost_models.configs import PricedConfigs
+from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
-from cost_models.layout import ALL_AT_ONCE, CHUNKED, SPLIT_BACKWARD, V_SHAPED, codes_of
+from cost_models.layout import LISTED, V_SHAPED, codes_of
+from cost_models.least_alive import Pipelines, alive_on_every_chunk, alive_on_full_chunks
 from cost_models.recompute import mode_rows
 from cost_models.split_backward import layers_for_weights
 from cost_models.step import Field
@@ -51,19 +53,19 @@ class Relaxation:
     ``config`` is each layout's column in the tables, ``schedule`` its code; ``modes`` are the
     allowed recompute modes, and ``counted`` says whether full recomputation may be limited to a
     number of layers. With ``per_stage`` only the stages that need it recompute, so the time bound
-    has none; with ``free`` virtual stages hold any numbers of layers.
+    has none; with ``free`` virtual stages hold any numbers of layers. ``order`` is the user's own.
     """
 
     def __init__(
         self, tables: PricedConfigs, *, config: Int64, schedule: Int64, vpp: Int64,
         microbatches: Int64, modes: Collection[str], counted: bool,
-        per_stage: bool = False, free: bool = False,
+        per_stage: bool = False, free: bool = False, order: GivenOrder | None = None,
     ) -> None:  # fmt: skip
         self.tables, self.config = tables, config
         self.schedule, self.vpp, self.m = schedule, vpp, microbatches
         self.pp = tables.configs.pp[config]
         self.modes, self.counted, self.per_stage = modes, counted, per_stage
-        self.free = free
+        self.free, self.order = free, order
         self.rows = mode_rows(tables.policies)
         self.kind_counts = layer_counts(tables)
         self.layers = sum(self.kind_counts)
@@ -255,7 +257,7 @@ class Relaxation:
         # Longest pipelines first: those that have a rank are then the first ones.
         order = np.argsort(-self.pp[index], kind="stable")
         index, option = index[order], option.take(order)
-        chunked = np.isin(self.schedule[index], () if self.free else codes_of(CHUNKED))
+        chunked = np.isin(self.schedule[index], () if self.free else codes_of(LISTED))
         ok = np.ones(len(index), dtype=bool)
         widest = np.zeros(len(index))
         if chunked.any():
@@ -321,7 +323,7 @@ class Relaxation:
             at_end = rank == pp[has] - 1
             left = room[has] - first[has] if rank == 0 else room[has]
             left = left - np.where(at_end & ~turns[has], last[has], 0.0)
-            live = self._least_alive(index[has], rank).astype(np.float64)
+            live = alive_on_every_chunk(self._pipelines(index[has]), rank).astype(np.float64)
             cost_front, cost_rest = static[has] + live * front[has], static[has] + live * rest[has]
             holds = np.floor(np.maximum(left, 0.0) / cost_front)
             counted = np.where(np.isinf(limit[has]), 0.0, limit[has])
@@ -334,16 +336,10 @@ class Relaxation:
             widest[has] = np.maximum(widest[has], np.minimum(holds, self.layers))
         return total, widest
 
-    def _least_alive(self, index: Int64, rank: int) -> Int64:
-        """Microbatches of which a layer of a rank holds activations at once, at least: of the last
-        of several chunks, when the first backward begins (``cost_models.orders``)."""
-        pp, m, code = self.pp[index], self.m[index], self.schedule[index]
-        behind, several = pp - rank, self.vpp[index] > 1
-        ahead = np.where(np.isin(code, codes_of(SPLIT_BACKWARD)), behind, 2 * behind - 1)
-        alive = np.where(several, np.minimum(ahead, pp), behind)
-        alive = np.where(self.turns[index], 1, alive)
-        alive = np.where(np.isin(code, codes_of(ALL_AT_ONCE)), m, np.minimum(alive, m))
-        return np.maximum(alive, 1)
+    def _pipelines(self, index: Int64) -> Pipelines:
+        return Pipelines(
+            self.pp[index], self.vpp[index], self.m[index], self.schedule[index], self.order
+        )
 
     def _chunked(self, index: Int64, option: CheckedRows) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.
@@ -352,7 +348,7 @@ class Relaxation:
         microbatches that it may have in flight; on a V the first rank has both, and the last none.
         """
         config, tables = self.config[index], self.tables.kinds
-        pp, vpp, m, height = self.pp[index], self.vpp[index], self.m[index], self.height[index]
+        pp, vpp, height = self.pp[index], self.vpp[index], self.height[index]
         limit = option.limit
 
         def least(field: Int64) -> Real:
@@ -370,7 +366,6 @@ class Relaxation:
         one = bounds.least_sum((vpp - 1) * height, static, self.kind_counts)
         each = np.where(turns, on_rank // 2, height)
         per_chunk = np.minimum(limit, each) * front + np.maximum(each - limit, 0) * rest
-        in_flight = self._in_flight(index)
         ok = np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
             has = slice(int(np.searchsorted(-pp, -rank)))
@@ -379,20 +374,7 @@ class Relaxation:
             turned = turns[has]
             left = left - np.where(np.where(turned, rank == 0, at_end), last[has], 0.0)
             lighter = (rank == 0) * (1 + turned) + (at_end & ~turned & (rank > 0))
-            alive = np.minimum(in_flight[0][has] - rank * in_flight[1][has], (m * vpp)[has])
-            alive = np.maximum(alive - lighter * m[has], 0)
+            alive = alive_on_full_chunks(self._pipelines(index[has]), rank, lighter)
             held = np.select([lighter == 0, lighter == 1], [inner[has], one[has]], none[has])
             ok[has] &= held + alive * per_chunk[has] <= left
         return ok
-
-    def _in_flight(self, index: Int64) -> tuple[Int64, Int64]:
-        """Chunks times microbatches that the first rank has in flight at least, of enough
-        microbatches, and how many fewer each next one has (``cost_models.orders.warmup_forwards``,
-        and one more)."""
-        pp, vpp, m, code = self.pp[index], self.vpp[index], self.m[index], self.schedule[index]
-        fewer = np.where(np.isin(code, codes_of(SPLIT_BACKWARD)), 1, 2)
-        each_round = m // np.maximum(m // pp, 1)
-        begun = fewer * (pp - 1) + (vpp - 1) * each_round + 1
-        on_v, at_once = (np.isin(code, codes_of(n)) for n in (V_SHAPED, ("looped_bfs",)))
-        begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
-        return np.where(at_once, m * vpp, begun), np.where(on_v | at_once, 0, fewer)

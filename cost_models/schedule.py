@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.given_order import GivenOrder
 from cost_models.layout import (
     ALL_AT_ONCE,
     SPLIT_BACKWARD,
@@ -30,12 +31,13 @@ Vector = tuple[int, ...]
 
 @lru_cache(maxsize=65536)
 def live_peaks(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0
-) -> tuple[Vector, ...]:
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int = 0,
+    given: GivenOrder | None = None,
+) -> tuple[Vector, ...]:  # fmt: skip
     """Largest numbers of microbatches whose activations a rank holds, per chunk; where a schedule
     splits the backward, followed by those that only wait for their weight gradients, and by those
     (0 or 1) whose weight gradients wait for the next backward of the chunk. ``size`` is that of
-    rounds (``cost_models.rounds``; 0: the usual one).
+    rounds (``cost_models.rounds``; 0: the usual one), ``given`` the user's own order.
 
     Each entry is a vector over chunks; no entry is dominated by another. The peak of any
     activation sizes is the maximum over the entries.
@@ -44,8 +46,12 @@ def live_peaks(
         return ((microbatches,) * vpp,)
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
-    if schedule in SPLIT_BACKWARD:
-        return _undominated(_walk(schedule, pp, vpp, microbatches, rank, size))
+    if given is not None or schedule in SPLIT_BACKWARD:
+        order = order_table(schedule, pp, vpp, microbatches, rank, size, given)
+        met = _walk(order, vpp)
+        if schedule not in SPLIT_BACKWARD:
+            met = {vector[:vpp] for vector in met}
+        return _undominated(met)
     # Each forward after the warm-up follows a backward: the number alive stays at its most, the
     # warm-up's vectors are below the first of these, and the pattern repeats every round of every
     # chunk, but for a shorter last round.
@@ -88,13 +94,11 @@ def _per_chunk(
     return begun
 
 
-def _walk(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int
-) -> set[Vector]:
+def _walk(order: NDArray[np.int64], vpp: int) -> set[Vector]:
     """What is alive, what of it only waits for its weight gradients, and whether the last of these
     have not been followed by a backward, per chunk after each action."""
     alive, waiting, late, met = [0] * vpp, [0] * vpp, [0] * vpp, set()
-    for work, chunk, _ in order_table(schedule, pp, vpp, microbatches, rank, size).tolist():
+    for work, chunk, _ in order.tolist():
         alive[chunk] += (work == Pass.FORWARD) - (work in (Pass.BACKWARD, Pass.WEIGHT))
         waiting[chunk] += (work == Pass.INPUT) - (work == Pass.WEIGHT)
         if work != Pass.FORWARD:
@@ -140,8 +144,10 @@ def simulate(
     times: Durations,
     hop_ns: int | Sequence[tuple[int, int]],
     size: int = 0,
+    given: GivenOrder | None = None,
 ) -> Timeline:
-    """Run the schedule, in rounds of ``size`` microbatches where it has them (0: the usual ones).
+    """Run the schedule, in rounds of ``size`` microbatches where it has them (0: the usual ones),
+    or the order that the user has ``given``.
 
     ``hop_ns`` is one transfer time for all, or per virtual stage that of its output to the next
     stage and that of the gradient back; what stays on a rank takes none. Raises
@@ -157,7 +163,7 @@ def simulate(
     forward, weight, unknown = times.forward, int(Pass.WEIGHT), -1
     forward_end = [unknown] * (stages * count)
     backward_end = [unknown] * (stages * count)
-    orders = [_coded(schedule, pp, vpp, count, rank, size) for rank in range(pp)]
+    orders = [_coded(schedule, pp, vpp, count, rank, size, given) for rank in range(pp)]
     position = [0] * pp
     clock = [0] * pp
     remaining = sum(len(works) for works, _ in orders)
@@ -208,9 +214,10 @@ def simulate(
 
 @lru_cache(maxsize=4096)
 def _coded(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int
-) -> tuple[list[int], list[int]]:
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int,
+    given: GivenOrder | None,
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """A rank's order in numbers: passes, and ``virtual stage * microbatches + microbatch``."""
-    works, chunks, numbers = order_table(schedule, pp, vpp, microbatches, rank, size).T
+    works, chunks, numbers = order_table(schedule, pp, vpp, microbatches, rank, size, given).T
     stages = np.array([stage_of(schedule, pp, rank, chunk) for chunk in range(vpp)])
     return works.tolist(), (stages[chunks] * microbatches + numbers).tolist()

@@ -75,10 +75,11 @@ def layers_for_weights(
     ``recomputed`` ones; arrays of layouts, ``schedule`` as code.
 
     All do but those of the first virtual stage. It has half of the layers at most, as another one
-    is no lighter; of ``free`` stages all but a layer on each stage between the ends.
+    is no lighter, where there are three or more; of ``free`` stages all but a layer on each stage
+    between the ends.
     """
     split = np.isin(schedule, codes_of(SPLIT_BACKWARD))
-    later = np.maximum(recomputed - -(-layers // 2), 0)
+    later = np.where(stages > 2, np.maximum(recomputed - -(-layers // 2), 0), 0)
     if free:
         later = np.minimum(recomputed, stages - 2)
     return np.where(split, later, 0)

@@ -23,7 +23,7 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
-"""Orders of work of a pipeline; see ``cost_models.orders``."""
+"""Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
 StackRule = Literal[
     "pipeline_needs_multiple_of_pp",
     "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
@@ -330,6 +330,9 @@ class StackSpec(Profile):
     """What context, communicators, workspaces and the allocator add."""
     offload: OffloadSpec | None = None
     """What the host can hold; None: nothing."""
+    given_orders: bool = False
+    """Whether it runs an order of work that the user gives as a file of actions; one with a split
+    backward where ``schedules`` has another of the kind."""
     not_priced: dict[str, str] = Field(default_factory=dict)
     """What this version runs and no layout of the space has: each with why, and where it is
     documented."""

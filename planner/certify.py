@@ -27,6 +27,7 @@ from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
 from planner.predict import predict, price, run_class
 from planner.recount import (
+    ON_A_V,
     SPLIT,
     Mesh,
     context_levels,
@@ -147,7 +148,7 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
 
 def _stage(layout: Layout, rank: int, index: int) -> int:
     """Virtual stage that a rank holds as its chunk ``index``: row by row, or there and back."""
-    back = layout.schedule in ("zbv", "dualpipev") and index == 1
+    back = layout.schedule in ON_A_V and index == 1
     return 2 * layout.pp - 1 - rank if back else index * layout.pp + rank
 
 

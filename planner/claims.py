@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cost_models.layout import CHUNKED
+from cost_models.layout import LISTED
 from planner import __version__
 from planner.leaves import Candidate, within
 from planner.plan import (
@@ -100,7 +100,7 @@ def _space(request: Request, result: SearchResult) -> str:
     narrowed = (
         request.stack.free_virtual_stages
         and not request.free_stages
-        and not set(CHUNKED).isdisjoint(request.stack.schedules)
+        and not set(LISTED).isdisjoint(request.schedules)
     )
     even = " (virtual stages even)" if narrowed else ""
     return f"{result.size:,} layouts, all their partitions{even} and recomputation"

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.given_order import GivenOrder
 from cost_models.layout import V_SHAPED, Schedule
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
@@ -175,10 +176,13 @@ def _by_time(leaf: Leaf, options: Sequence[Recompute]) -> list[tuple[Recompute, 
 
 
 @lru_cache(maxsize=16384)
-def _live(schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int) -> Ints:
+def _live(
+    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int,
+    given: GivenOrder | None,
+) -> Ints:  # fmt: skip
     """Microbatches alive per chunk (rows; then what a split backward holds beside them) at each
     candidate for the peak (columns)."""
-    vectors = live_peaks(schedule, pp, vpp, microbatches, rank, size)
+    vectors = live_peaks(schedule, pp, vpp, microbatches, rank, size, given)
     return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
 
 
@@ -203,7 +207,9 @@ class _Room:
         """Whether each partition fits in rounds of ``size``."""
         leaf, ok = self.leaf, self.possible
         for rank in range(leaf.pp):
-            vectors = _live(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size)
+            vectors = _live(
+                leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size, leaf.order
+            )
             most = (self.alive[:, :, rank] @ vectors).max(axis=1)
             ok = ok & (most <= self.room[:, rank])
         return ok

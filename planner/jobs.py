@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, did_you_mean
+from planner.schedule_csv import check_actions, with_actions
 from planner.specs import DEGREES, JobSpec
 
 
@@ -48,6 +49,8 @@ def read_job(
         merged.pop("global_batch_tokens", None)
     if "global_batch_tokens" in overrides and "global_batch" not in overrides:
         merged.pop("global_batch", None)
+    if merged.get("schedule_csv") is not None:
+        merged = with_actions(merged)
     job = validate(JobSpec, merged, where=where)
     _check(job)
     return job
@@ -85,6 +88,7 @@ def _check(job: JobSpec) -> None:
             raise InputError(f"--fix {name}={value} contradicts --max {name}={limits.max[name]}")
         if name in limits.forbid and value > 1:
             raise InputError(f"--fix {name}={value} contradicts --forbid {name}")
+    check_actions(job)
     if job.global_batch is not None and job.global_batch_tokens is not None:
         sequence = job.sequence_length
         if sequence is None or job.global_batch * sequence != job.global_batch_tokens:

@@ -11,6 +11,7 @@ from cost_models.configs import Configs
 from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code
 from cost_models.layout import (
     CHUNKED,
+    GIVEN,
     IN_ROUNDS,
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -23,6 +24,7 @@ from cost_models.split_backward import SPLIT_MODES
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
 from planner.even_stages import even_bounds
+from planner.given_orders import require_shape, settle_order
 from planner.given_rounds import no_rounds, settled_round
 from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
@@ -45,12 +47,16 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     base = {key: value for key, value in raw.items() if value is not None}
     recompute = str(base.pop("recompute", request.stack.recompute[0]))
     limit = base.pop("recompute_layers", None)
+    settle_order(base, request)
     if base.get("schedule") in V_SHAPED:
         base.setdefault("vpp", 2)
     degree = _degrees(base, request)
     vpp = degree["vpp"]
     schedule = base.setdefault("schedule", _usual_schedule(request, degree))
-    _require_runnable(schedule, degree)
+    if schedule in GIVEN:
+        require_shape(schedule, degree, request)
+    else:
+        _require_runnable(schedule, degree)
     if schedule in IN_ROUNDS and degree["pp"] > 1:
         base["round_size"] = settled_round(base.get("round_size", 0), request, degree)
     elif base.get("round_size"):

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from cost_models.layout import LISTED
 from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
 from cost_models.peaks import peaks
 from cost_models.recompute import group_of
@@ -149,7 +150,7 @@ class Opening:
         if self.leaf.splits_backward:
             options = tuple(option for option in options if option[0] in SPLIT_MODES)
         options = undominated(self.leaf, options)
-        if self.leaf.vpp > 1:
+        if self.leaf.schedule in LISTED:
             return self._interleaved(options)
         return self._chain(options, per_stage=per_stage)
 

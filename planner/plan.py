@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hardware_profiles.stack import ContextKind, Schedule
+from cost_models.layout import Schedule
+from hardware_profiles.stack import ContextKind
 
 SCHEMA_VERSION: Final = "1.0"
 SIGNIFICANT_DIGITS = 9

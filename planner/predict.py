@@ -59,6 +59,7 @@ def price(layout: Layout, request: Request) -> Priced:
         microbatches=layout.num_microbatches,
         uneven=True,
         round_size=layout.round_size,
+        order=request.order_of(layout.schedule),
     )
     ranks = stage_costs(leaf, completion)
     return Priced(layout, leaf, completion, tables, ranks, simulate_step(leaf, ranks))

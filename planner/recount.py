@@ -22,6 +22,7 @@ from planner.models.spec import (
 from planner.plan import Layout
 from planner.recompute import named_policy
 from planner.recount_host import inputs_held
+from planner.recount_order import impossible_order, order_shape
 from planner.request import Request
 
 
@@ -53,8 +54,11 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
+SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules that split the backward: whole layers run again or nothing does."""
+CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
+ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
+"""Schedules whose ranks hold two virtual stages, there and back."""
 
 
 def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
@@ -237,11 +241,16 @@ def impossible_layout(
     stack, layers = request.stack, request.model.layer_count
     m = request.global_batch // (mesh.dp * mesh.mbs)
     stages = mesh.pp * vpp
-    if mesh.pp > 1 and schedule not in stack.schedules:
+    if schedule.startswith("given"):
+        rows = request.job.schedule_actions
+        reason = impossible_order(rows, schedule, mesh.pp, vpp, m)
+        if reason:
+            return reason
+    elif mesh.pp > 1 and schedule not in stack.schedules:
         return f"the stack has no schedule {schedule}"
-    if (vpp > 1) != (schedule not in ("gpipe", "1f1b")):
+    elif (vpp > 1) != (schedule not in ("gpipe", "1f1b")):
         return "interleaving is what vpp > 1 means"
-    if schedule in ("zbv", "dualpipev") and vpp != 2:
+    if schedule in ON_A_V and vpp != 2:
         return "a V has two virtual stages per rank"
     if "pipeline_needs_multiple_of_pp" in stack.rules and m % mesh.pp:
         return "a pipeline needs a multiple of pp microbatches"
@@ -272,11 +281,11 @@ def impossible_layout(
         return "sharding over one rank is ZeRO stage 0"
     if not rounds_of(schedule, mesh, request):
         return "the stack has no rounds of so many microbatches"
-    if vpp > 1:
+    if vpp > 1 or schedule.startswith("given"):
         height = -(-layers // stages)
         most = 2 * height if stack.uneven_stages else 0
         fits = stages * height - layers <= most
-        if schedule in ("zbv", "dualpipev") and stack.uneven_stages:
+        if schedule in ON_A_V and stack.uneven_stages:
             fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
         if not fits and not request.free_stages:
             return "no even split into virtual stages"
@@ -311,7 +320,10 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
     a mesh."""
     stack, layers = request.stack, request.model.layer_count
     pipelines = [("1f1b", 1)] if mesh.pp == 1 else []
-    if mesh.pp > 1:
+    given = order_shape(request.job.schedule_actions)
+    if given is not None:
+        pipelines = [(given.schedule, given.vpp)]
+    elif mesh.pp > 1:
         most = (layers + 2) // mesh.pp if stack.uneven_stages else layers // mesh.pp
         pipelines += [(name, 1) for name in stack.schedules if name in ("gpipe", "1f1b")]
         pipelines += [
@@ -326,7 +338,7 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
             for schedule, vpp in pipelines:
                 if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
                     for keep in _kept(zero, shard * mesh.cp, request):
-                        yield mesh.dp // shard, shard, zero, SCHEDULES.index(schedule), vpp, keep
+                        yield mesh.dp // shard, shard, zero, CODES[schedule], vpp, keep
 
 
 def _zero_stages(request: Request) -> tuple[int, ...]:

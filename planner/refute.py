@@ -130,6 +130,7 @@ def _refute(
         counted=request.stack.recompute_layer_count,
         per_stage=request.stack.recompute_per_stage,
         free=request.free_stages,
+        order=request.order,
     ).bounds(float(least))
     for index in np.flatnonzero(bounds < least).tolist():
         leaf = tables.leaf(
@@ -138,6 +139,7 @@ def _refute(
             vpp=int(vpp[index]),
             microbatches=int(m[index]),
             uneven=request.stack.uneven_stages,
+            order=request.order,
         )
         name = (
             f"tp {tp[index]} cp {cp[index]} pp {pp[index]} ep {ep[index]} vpp {vpp[index]} "
@@ -178,7 +180,7 @@ def _better_completion(
     options.sort(key=lambda option: option[0] == "full")
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] in ("none", "full")]
-    if leaf.vpp > 1:
+    if leaf.vpp > 1 or leaf.order is not None:
         partitions = interleaved_bounds(leaf)
         if request.free_stages:
             if count_free_bounds(len(leaf.sequence), leaf.stages) > MOST_PARTITIONS:

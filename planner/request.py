@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from cost_models.given_order import GivenOrder
 from cost_models.graph import WorkloadGraph
+from cost_models.layout import GIVEN, Schedule
 from cost_models.offload import Offload
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
@@ -16,6 +18,7 @@ from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.kinds import Model
 from planner.plan import Layout
+from planner.schedule_csv import given_order
 from planner.specs import JobSpec
 
 DEFAULT_BATCH_TOKENS = 4 * 1024 * 1024
@@ -64,6 +67,26 @@ class Request:
         inputs = frozenset(spec.inputs) if spec is not None else frozenset()
         held = Offload(job.optimizer_offload, job.parameter_offload, job.activation_offload, inputs)
         return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
+
+    @cached_property
+    def order(self) -> GivenOrder | None:
+        """The user's own order of work, or None."""
+        rows = self.job.schedule_actions
+        return given_order(rows) if rows else None
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Schedules of the space: the stack's, or the user's own alone."""
+        return self.stack.schedules if self.order is None else (self.order.schedule,)
+
+    @property
+    def runnable_schedules(self) -> tuple[Schedule, ...]:
+        """Schedules that a layout may name."""
+        return tuple(dict.fromkeys((*self.stack.schedules, *self.schedules)))
+
+    def order_of(self, schedule: Schedule) -> GivenOrder | None:
+        """What a layout of ``schedule`` runs, where it is the user's own order."""
+        return self.order if schedule in GIVEN else None
 
     @property
     def layout_constants(self) -> dict[str, Any]:

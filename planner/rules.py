@@ -12,7 +12,7 @@ import numpy as np
 
 from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
-from cost_models.layout import ALL_AT_ONCE, CHUNKED, IN_ROUNDS, SCHEDULES, V_SHAPED, codes_of
+from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LISTED, SCHEDULES, V_SHAPED, codes_of
 from cost_models.rounds import runnable
 from hardware_profiles.stack import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
@@ -198,7 +198,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
     yield from _microbatch_rules(request)
     yield (
         "no even split into virtual stages, the first and last lighter at most",
-        lambda m, x: np.isin(x.schedule, codes_of(CHUNKED)) & ~_even_enough(request, m, x),
+        lambda m, x: np.isin(x.schedule, codes_of(LISTED)) & ~_even_enough(request, m, x),
     )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
@@ -379,7 +379,7 @@ def check_layout(request: Request, layout: Layout) -> None:
             f"{request.stack.name} has no {layout.cp_kind} context parallelism; "
             f"it has {', '.join(request.stack.cp_kinds)}"
         )
-    if layout.pp > 1 and layout.schedule not in request.stack.schedules:
+    if layout.pp > 1 and layout.schedule not in request.runnable_schedules:
         raise InputError(
             f"{request.stack.name} has no schedule {layout.schedule}; "
             f"it has {', '.join(request.stack.schedules)}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cost_models.cp_kinds import cp_kind_of
-from cost_models.layout import SCHEDULES
+from cost_models.layout import LISTED, SCHEDULES
 from cost_models.leaf import Leaf
 from planner.free_stages import free_partitions, improve, is_listed
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
@@ -144,7 +144,7 @@ class Search:
         if not self.request.free_stages:
             return
         for candidate in sorted(self.incumbent.kept, key=Candidate.key)[:IMPROVED]:
-            if candidate.leaf.vpp > 1:
+            if candidate.leaf.schedule in LISTED:
                 improve(self.incumbent, candidate, self._check_deadline)
 
     def _count_memory(
@@ -252,7 +252,7 @@ class Search:
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf, self.request)
         options = recompute_options(self.request, len(leaf.sequence))
-        free = self.request.free_stages and leaf.vpp > 1
+        free = self.request.free_stages and leaf.schedule in LISTED
         partitions = free_partitions(leaf) if free else None
         opening = Opening(
             leaf, degrees, self.incumbent, self._check_deadline, thorough=thorough,

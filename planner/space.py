@@ -19,6 +19,7 @@ from math import gcd
 import numpy as np
 
 from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code
+from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
 from cost_models.layout import CHUNKED, SCHEDULES, V_SHAPED, RecomputeMode, Schedule
 from planner import rules
@@ -49,6 +50,8 @@ def virtual_stage_options(request: Request, pp: int) -> tuple[tuple[Schedule, in
     """Schedules with their numbers of virtual stages per rank for a pipeline of ``pp``."""
     if pp == 1:
         return (("1f1b", 1),)
+    if request.order is not None:
+        return ((request.order.schedule, request.order.vpp),)
     options: list[tuple[Schedule, int]] = []
     for schedule in request.stack.schedules:
         if schedule not in CHUNKED:
@@ -181,12 +184,23 @@ def _constraint_rules(request: Request) -> Iterator[Rule]:
         column = "microbatch" if name == "microbatch_size" else name
         for reason, broken in degree_limits(limits.fix, limits.max, limits.forbid, name):
             yield reason, _on(column, broken)
+    if request.order is not None:
+        yield from _order_rules(request.order, request.global_batch)
     if limits.sequence_parallel is not None:
         wanted = int(limits.sequence_parallel)
         yield (
             f"asked for sequence_parallel = {bool(wanted)}",
             lambda m: (m.tp > 1) & (m.sp != wanted),
         )
+
+
+def _order_rules(order: GivenOrder, batch: int) -> Iterator[Rule]:
+    """The user's own order is one of so many ranks and microbatches."""
+    yield f"the given order is one of pp = {order.pp}", lambda m: m.pp != order.pp
+    yield (
+        f"the given order is one of {order.microbatches} microbatches",
+        lambda m: m.dp * m.microbatch * order.microbatches != batch,
+    )
 
 
 def _on(column: str, broken: Callable[[Int64], Bools]) -> Callable[[Meshes], Bools]:

@@ -123,6 +123,11 @@ class JobSpec(Spec):
     """Whether multi-token-prediction modules are trained, where the model has them."""
     finetune: FineTuneSpec | None = None
     """Train a part of the model only; default: all of it."""
+    schedule_csv: str | None = None
+    """File with the order of work of every pipeline rank: a row of actions each, as
+    ``torch.distributed.pipelining`` reads them. A plan holds what is in it."""
+    schedule_actions: tuple[str, ...] = ()
+    """The rows of such a file; they stand for ``schedule_csv``."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

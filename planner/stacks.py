@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cost_models.layout import CHUNKED
+from cost_models.layout import LISTED, SPLIT_BACKWARD
 from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES
@@ -77,8 +77,15 @@ def _faults(request: Request) -> Iterator[InputError]:
     if schedule is not None and schedule not in stack.schedules:
         known = ", ".join(stack.schedules)
         yield InputError(f"{name} has no schedule {schedule} (it has {known})")
-    chunked = not set(CHUNKED).isdisjoint(stack.schedules)
-    if request.free_stages and not (chunked and stack.free_virtual_stages):
+    order = request.order
+    if order is not None and not stack.given_orders:
+        yield InputError(f"{name} runs no order of work of one's own (--schedule-csv)")
+    elif not set(SPLIT_BACKWARD).isdisjoint(request.schedules) and set(SPLIT_BACKWARD).isdisjoint(
+        stack.schedules
+    ):
+        yield InputError(f"{name} does not split backwards, and the given order does (I and W)")
+    listed = not set(LISTED).isdisjoint(request.schedules)
+    if request.free_stages and not (listed and stack.free_virtual_stages):
         yield InputError(
             f"{name} has no virtual stages of any numbers of layers (--virtual-stages free)"
         )

@@ -91,19 +91,19 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
     ones, zero = np.ones_like(m), np.zeros(len(meshes))
     shape = bounds.Shape(meshes.pp, ones, m, ones, ones)
     send = zero
-    if set(request.stack.schedules) <= set(request.stack.blocking_transfers):
+    if set(request.schedules) <= set(request.stack.blocking_transfers):
         hop, send = zero, hop
     totals = bounds.Totals(
         work, zero, zero, zero, zero, zero, zero, zero, hop, zero, zero, send, zero
     )
     least = bounds.step_bound(ones, shape, totals)
-    if set(request.stack.schedules) - {"1f1b"}:
+    if set(request.schedules) - {"1f1b"}:
         # No schedule beats a rank's share of the work after the least fill (virtual stages of one
         # layer: cost_models.bounds.interleaved), nor one microbatch's latency; of both, only the
         # share holds where gradients of weights fill the gaps.
         busy = work + 2 * (meshes.pp - 1) * send
         relaxed = m * busy / meshes.pp
-        if set(request.stack.schedules).isdisjoint(SPLIT_BACKWARD):
+        if set(request.schedules).isdisjoint(SPLIT_BACKWARD):
             fill = layer * (meshes.pp - 1) * (meshes.pp - 2) / 2 / meshes.pp
             latency = work + 2 * (meshes.pp - 1) * (hop + send)
             relaxed = np.maximum(relaxed + fill, latency)
@@ -211,6 +211,7 @@ class PricedLayouts:
             vpp=int(self.layouts.vpp[index]),
             microbatches=self.request.global_batch // per_step,
             uneven=self.request.stack.uneven_stages,
+            order=self.request.order,
         )
 
 
@@ -256,5 +257,6 @@ def price_layouts(
         counted=request.stack.recompute_layer_count,
         per_stage=request.stack.recompute_per_stage,
         free=request.free_stages,
+        order=request.order,
     )
     return PricedLayouts(meshes, layouts, tables, config, relaxation.bounds(cutoff_ns), request)

@@ -71,6 +71,14 @@ Optimizer = Annotated[
 Stack = Annotated[
     str | None, typer.Option("--stack", metavar="NAME", help="Software that runs the plan.")
 ]
+ScheduleCsv = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule-csv",
+        metavar="FILE",
+        help="Order of work: a row of actions for each pipeline rank, such as 0F0,0F1,0B0,0B1.",
+    ),
+]
 VirtualStages = Annotated[
     str | None,
     typer.Option(
@@ -155,6 +163,7 @@ def job_flags(
     stack: Stack = None,
     reserve: Reserve = None,
     memory_margin: MemoryMargin = None,
+    schedule_csv: ScheduleCsv = None,
 ) -> dict[str, Any]:
     """The keys of ``planner.specs.JobSpec`` that the user set.
 
@@ -178,6 +187,7 @@ def job_flags(
         optimizer=optimizer,
         stack=stack,
         memory_margin=memory_margin,
+        schedule_csv=schedule_csv,
         memory_reserve_bytes=None if reserve is None else size("--reserve", reserve),
     )
 

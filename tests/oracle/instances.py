@@ -13,7 +13,7 @@ from math import ceil
 from random import Random
 from typing import Any
 
-from cost_models.layout import SCHEDULES
+from cost_models.layout import NAMED
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import (
     ClusterSpec,
@@ -201,7 +201,7 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["layers"] = stack.layers.model_copy(update=moved)
     if own.random() < 0.5:
         known = changes.get("schedules", stack.schedules)
-        more = [name for name in SCHEDULES if name not in known and own.random() < 0.5]
+        more = [name for name in NAMED if name not in known and own.random() < 0.5]
         changes["schedules"] = (*known, *more)
     if own.random() < 0.3:
         changes["recompute_groups"] = own.choice((2, 3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cost_models.layout import (
     CHUNKED,
     IN_ROUNDS,
-    SCHEDULES,
+    NAMED,
     SPLIT_BACKWARD,
     V_SHAPED,
     Schedule,
@@ -41,7 +41,7 @@ Shape = tuple[Schedule, int, int, int, int]
 
 @st.composite
 def shapes(draw: st.DrawFn, *, chunked: bool = False) -> Shape:
-    schedule = draw(st.sampled_from(CHUNKED if chunked else SCHEDULES))
+    schedule = draw(st.sampled_from(CHUNKED if chunked else NAMED))
     if schedule not in CHUNKED:
         return schedule, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14)), 0
     pp = draw(st.integers(2, 6))

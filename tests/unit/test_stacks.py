@@ -128,10 +128,15 @@ def test_sizes_without_bounds_are_refused_at_once(field: str) -> None:
 
 
 def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan() -> None:
-    request = read_request("llama-3.2-1b", "dgx-h100", None, {"stack": "torchtitan"})
+    request = read_request("llama-3.2-1b", "dgx-h100", None, {"stack": "maxtext-gpu"})
     result = plan(request)
-    assert result.target.not_priced == tuple(load_stack("torchtitan").not_priced)
-    assert "schedules of one's own" in result.target.not_priced
+    assert result.target.not_priced == tuple(load_stack("maxtext-gpu").not_priced)
+    assert "custom lists with mla_q and mla_kv" in result.target.not_priced
+
+
+def test_orders_of_one_s_own_are_torchtitans() -> None:
+    able = {name for name in catalog_names("stack") if load_stack(name).given_orders}
+    assert able == {name for name in catalog_names("stack") if name.startswith("torchtitan")}
 
 
 @pytest.mark.parametrize("name", catalog_names("stack"))
