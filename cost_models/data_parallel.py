@@ -36,6 +36,7 @@ from cost_models.data_traffic import (
     gathers_each,
     meshes,
     reduces_each,
+    state_mesh,
     sums_each,
     tensor_parallel_sums,
 )
@@ -80,7 +81,8 @@ def price_kind(
     backward = _window(times, "backward", machine.fabric, *reducing)
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
-    seconds = dict.fromkeys(("reduce", "replicas", "gather", "again"), np.zeros(len(shard.tp)))
+    names = ("reduce", "replicas", "gather", "again", "updated")
+    seconds = dict.fromkeys(names, np.zeros(len(shard.tp)))
     narrower = np.zeros_like(shard.tp)
     for elements, mesh, experts in (
         (dense, attention_mesh, False),
@@ -118,7 +120,10 @@ def price_kind(
     # What each microbatch's backward hides leaves so much less for what comes once per step.
     beside = np.maximum(backward - np.where(fsdp, in_backward, 0.0), 0.0)
     gradient = expose(last_s, beside, contention) if stack.overlap_dp_gradients else last_s
-    parameter = expose(gather_s, forward, contention) if stack.overlap_dp_parameters else gather_s
+    # Gathered with every microbatch, or once; in groups besides what they have updated parts of.
+    once_s = np.where(each, 0.0, gather_s) + seconds["updated"]
+    beside = np.maximum(forward - np.where(each, gather_s, 0.0), 0.0)
+    parameter = expose(once_s, beside, contention) if stack.overlap_dp_parameters else once_s
     buffers = held.step
     if rules.dummy_wgrad and kind.name == "head":
         buffers = buffers + dummy_wgrad_bytes(
@@ -132,8 +137,9 @@ def price_kind(
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
     late_sums = np.where(sums_each(data, stack.layers, rules), 0.0, sums_s)
     rows[Field.GRADIENT] = to_ns(gradient + late_sums)
-    rows[Field.PARAMETER] = to_ns(np.where(each | (data.zero_stage == 0), 0.0, parameter))
-    update = _optimizer_seconds(dense, local.expert, attention_mesh, expert_mesh, data, machine)
+    rows[Field.PARAMETER] = to_ns(np.where(data.zero_stage == 0, 0.0, parameter))
+    state_meshes = [state_mesh(m, data.zero_stage, rules) for m in (attention_mesh, expert_mesh)]
+    update = _optimizer_seconds(dense, local.expert, *state_meshes, data=data, machine=machine)
     if rules.optimizer.orthogonalises:
         update = update + _orthogonalise_seconds(kind, shard, data, machine, vocab_divisor)
     rows[Field.OPTIMIZER] = to_ns(update)
@@ -201,7 +207,7 @@ def layer_state(
             state.state_bytes(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
                 shard,
-                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1),
+                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1, mesh.replicas),
                 machine.rules,
                 vocab_divisor=vocab_divisor,
                 drop_tied=drop_tied,
@@ -232,20 +238,25 @@ def _data_parallel_times(
 ) -> dict[str, Real]:  # fmt: skip
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
     microbatch alone sums them over replicas) and to gather the weights for the forward
-    (``gather``) and the backward (``again``), in so many collectives."""
+    (``gather``) and the backward (``again``), in so many collectives; once per step, from groups
+    that have updated parts of the same shards (``updated``)."""
     wire = Wire(machine.stack.layers, machine.fabric.devices_per_node)
     found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire)
     late = machine.stack.replica_reduction == "step"
     gradients = [call for call in found if call.role == "gradient"]
+    weights = [call for call in found if call.role == "parameter"]
     parts = {
         "reduce": [call for call in gradients if not (late and call.over_replicas)],
         "replicas": [call for call in gradients if late and call.over_replicas],
-        "gather": [call for call in found if call.role == "parameter"],
+        "gather": [call for call in weights if not call.over_replicas],
+        "updated": [call for call in weights if call.over_replicas],
     }
     kept = backward_mesh(mesh, data)
     if kept is not mesh:
         again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered, wire)
-        parts["again"] = [call for call in again if call.role == "parameter"]
+        parts["again"] = [
+            call for call in again if call.role == "parameter" and not call.over_replicas
+        ]
     seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
     seconds.setdefault("again", seconds["gather"])
     host = machine.stack.offload
@@ -267,7 +278,7 @@ def _seconds(found: Iterable[DataCall], size: int, machine: Machine) -> Real:
 
 
 def _optimizer_seconds(
-    dense: Int64, expert: Int64, attention_mesh: Mesh, expert_mesh: Mesh, data: DataParallel,
+    dense: Int64, expert: Int64, attention_mesh: Mesh, expert_mesh: Mesh, *, data: DataParallel,
     machine: Machine,
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, the stack's other passes over the
@@ -303,7 +314,8 @@ def _orthogonalise_seconds(
     """
     rules, device = machine.rules, machine.device
     total = np.zeros(len(shard.tp))
-    for mesh, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
+    for own, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
+        mesh = state_mesh(own, data.zero_stage, rules)
         matrices = [
             (weight, state.local_tensor(weight, shard, vocab_divisor))
             for weight in kind.weights

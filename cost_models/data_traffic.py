@@ -20,6 +20,7 @@ from cost_models.state import (
     is_expert,
     local_tensor,
     narrower_bytes,
+    state_over_replicas,
     weights_sharded,
 )
 from hardware_profiles.schema import LayersSpec
@@ -63,7 +64,8 @@ class DataCall:
     count: int = 1
     """Equal calls."""
     over_replicas: bool = False
-    """Whether it sums shards that other groups hold too."""
+    """Whether it sums shards that other groups hold too, or brings those together that groups
+    have updated parts of: once per step."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,14 @@ def meshes(
     )
 
 
+def state_mesh(mesh: Mesh, zero_stage: Int64, rules: StateRules) -> Mesh:
+    """The mesh over which the optimizer's state is split: replicas of it lie side by side."""
+    if not rules.split_over_replicas:
+        return mesh
+    deeper = state_over_replicas(zero_stage, mesh.replicas, rules)
+    return replace(mesh, ways=np.where(deeper, mesh.ways * mesh.replicas, mesh.ways))
+
+
 def backward_mesh(mesh: Mesh, data: DataParallel) -> Mesh:
     """The mesh over which the backward gathers weights: of neighbours that keep a copy, if any."""
     if not data.reshard.any():
@@ -190,7 +200,8 @@ def calls(
 
     Unsharded, or summed whole all the same: one all-reduce of gradients. Sharded: reduce-scatter
     of gradients in their dtype over the shards, all-reduce of the shard over replicas, all-gather
-    of weights in so many ``pieces``. Quantised gradients are exchanged instead, inside nodes and
+    of weights in so many ``pieces``; where the state is split over replicas, an all-gather of the
+    updated shard over those. Quantised gradients are exchanged instead, inside nodes and
     across (DeepSpeed, runtime/comm/coalesced_collectives.py, ``all_to_all_quant_reduce``).
     """
     gradient = elements * float(rules.gradient_bytes)
@@ -225,6 +236,10 @@ def calls(
         DataCall(
             "parameter", "all_gather", gathered.frozen.astype(np.float64), mesh.ways, mesh.stride,
             weights_sharded(zero_stage, rules) & (gathered.frozen > 0),
+        ),
+        DataCall(
+            "parameter", "all_gather", weights / mesh.ways, mesh.replicas, mesh.replica_stride,
+            state_over_replicas(zero_stage, mesh.replicas, rules) & some, over_replicas=True,
         ),
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -138,6 +138,7 @@ class StateRules:
     unit_gradients: bool = False
     reduces_each_backward: bool = False
     graph_keeps_gathered: bool = False
+    split_over_replicas: bool = False
     bucket_elements: int | None = None
     bucket_elements_per_rank: int = 0
     optimizer: OptimizerRule = OPTIMIZERS["adamw"]
@@ -187,6 +188,19 @@ class Sharding:
     ways: Int64
     zero_stage: Int64
     pipelined: Bools
+    replicas: Int64 | int = 1
+    """Groups of ``ways`` ranks that hold the same weights."""
+
+    def of_state(self, rules: StateRules) -> Sharding:
+        """Where the optimizer's state is split."""
+        deeper = state_over_replicas(self.zero_stage, self.replicas, rules)
+        return replace(self, ways=np.where(deeper, self.ways * self.replicas, self.ways))
+
+
+def state_over_replicas(zero_stage: Int64, replicas: Int64 | int, rules: StateRules) -> Bools:
+    """Whether several groups that share weights split the optimizer's state among them too."""
+    result: Bools = (zero_stage == 3) & (np.asarray(replicas) > 1) & rules.split_over_replicas
+    return result
 
 
 def state_bytes(
@@ -207,6 +221,8 @@ def state_bytes(
     """
     stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
     whole, split, copied, extra, narrower = zero, zero, zero, zero, zero
+    finer, state_ways = zero, sharding.of_state(rules)
+    copies = state_over_replicas(stage, sharding.replicas, rules)
     frozen = FrozenBytes(zero, zero)
     for weight in weights:
         local = local_tensor(weight, shard, vocab_divisor)
@@ -218,21 +234,24 @@ def state_bytes(
             extra = extra + _kept(weight, rules.optimizer.extra_bytes(weight, local), drop_tied)
         whole = whole + _kept(weight, held, drop_tied)
         split = split + _kept(weight, shared, drop_tied)
+        own = _sizes(weight, local, state_ways, rules.layout)[1]
+        finer = finer + _kept(weight, own, drop_tied)
         if rules.quantised_bytes_per_64 and is_quantised(weight):
             copied = copied + local.total
         narrower = narrower + narrower_bytes(weight, local, rules)
     if rules.layout == "contiguous":
         whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding.ways, rules), 0)
     if rules.layout in ("contiguous", "flat"):
-        split = ceil_div(whole, sharding.ways)
+        split, finer = ceil_div(whole, sharding.ways), ceil_div(whole, state_ways.ways)
     fsdp = rules.weights_split_from < 3
     apart = weights_sharded(stage, rules)
     gradients_sharded = (stage >= 2) & ~(fsdp & sharding.pipelined)
-    shards = np.where(stage >= 1, split, whole)
+    shards = np.where(stage >= 1, finer, whole)
     if rules.optimizer.extra_bytes is not None:
-        extra = np.where(stage >= 1, ceil_div(extra, sharding.ways), extra)
+        extra = np.where(stage >= 1, ceil_div(extra, state_ways.ways), extra)
     return StateBytes(
-        weights=np.where(apart, split, whole) * rules.weight_bytes
+        weights=np.where(apart, finer, whole) * rules.weight_bytes
+        + np.where(copies, split * rules.gather_bytes, 0)
         + np.where(apart, frozen.split, frozen.whole)
         + ceil_div(copied * rules.quantised_bytes_per_64, np.array(64)),
         gradients=np.where(gradients_sharded, split, whole) * rules.held_gradient_bytes
@@ -371,6 +390,7 @@ def state_rules(
         unit_gradients=spec.unit_gradients or spec.layout == "dim0",
         reduces_each_backward=spec.reduces_each_backward,
         graph_keeps_gathered=spec.graph_keeps_gathered,
+        split_over_replicas=spec.split_over_replicas,
         bucket_elements=spec.bucket_elements,
         bucket_elements_per_rank=spec.bucket_elements_per_rank,
         optimizer=rule,

@@ -155,7 +155,7 @@ def data_calls(
             replicas = call.over_replicas
             name = f"{kind.name}.{call.role}"
             late = replicas and machine.stack.replica_reduction == "step"
-            late |= call.role == "parameter" and not each
+            late |= call.role == "parameter" and (replicas or not each)
             first: Pass = "forward" if call.role == "parameter" else "backward"
             base = Calls(
                 name, "dp_replicate" if replicas else "dp" if whole else group, int(call.size[0]),
@@ -163,7 +163,7 @@ def data_calls(
                 round(call.count * float(call.bytes[0])),
             )  # fmt: skip
             found.append(base)
-            if again and call.role == "parameter":
+            if again and call.role == "parameter" and not replicas:
                 kept = data_traffic.backward_mesh(mesh, data)
                 ways = int((call.size if kept is mesh else kept.ways)[0])
                 if ways > 1:

@@ -47,6 +47,10 @@ class StateSpec(Profile):
     """Wider copies of the gradients, tensor by tensor, that their norm is taken of: flat buffers of
     the step fit into none of those blocks. In stage 3 the step works by tensor too and takes them
     over."""
+    split_over_replicas: bool = False
+    """Whether optimizer state, and fp32 weights that it updates, are split over groups that hold
+    the same shards too: where weights are sharded in groups, each group then keeps a copy of its
+    shards as they are gathered, which comes together over the groups once per step."""
     graph_keeps_gathered: bool = False
     """Whether autograd holds the gathered weights of a layer, in stage 3, until its backward has
     run, where its activations are kept."""
