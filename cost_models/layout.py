@@ -69,6 +69,7 @@ def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
 OutputKind = Literal[
     "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul",
     "query", "key", "value", "out_proj", "mlp_gate", "mlp_up", "mlp_out", "layer_input",
+    "mla_q", "mla_kv",
 ]  # fmt: skip
 """Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
 layer, products that stand for several (q, k and v) counted one by one. The others are tensors

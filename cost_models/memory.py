@@ -13,7 +13,13 @@ import numpy as np
 from cost_models.communication import group_of
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.layout import OutputKind, RecomputePolicy
-from cost_models.named_outputs import LAYER_INPUT, REDUCED, pieces, unneeded
+from cost_models.named_outputs import (
+    LAYER_INPUT,
+    REDUCED,
+    latent_rows,
+    pieces,
+    unneeded,
+)
 from cost_models.ops import Attention, Collective, GroupedMatMul, Ints, MatMul, Op, Reals
 
 Sizes: TypeAlias = tuple[Int64, Int64]
@@ -125,6 +131,10 @@ def _outputs(
 
     for op in ops:
         maker = op.name
+        if op.name == "latent_norm":
+            rows = np.asarray(latent_rows(ops))
+            for piece in pieces(op, ops):
+                add(piece.name, rows * piece.width * element_bytes)
         if isinstance(op, MatMul | GroupedMatMul):
             for piece in pieces(op, ops):
                 ways = shard.sp if piece.name in REDUCED and isinstance(op, MatMul) else 1

@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[OutputKind, ...]] = {
 """Names that stand for several tensors."""
 NAMED: dict[str, tuple[OutputKind, ...]] = {
     "qkv": PARTS["qkv"], "qkv.gather": PARTS["qkv"], "qkv_bias": PARTS["qkv"],
+    "latent_norm": ("mla_q", "mla_kv"),
     "rope": ("query", "key"), "q_up": ("query",), "kv_up": ("key", "value"),
     "proj": ("out_proj",), "proj.scatter": ("out_proj",), "proj.reduce": ("out_proj",),
     "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"],
@@ -38,6 +39,11 @@ NAMED: dict[str, tuple[OutputKind, ...]] = {
     "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",),
 }  # fmt: skip
 """Tensors that the ops of ``planner.blocks`` make, in the order of their pieces."""
+LATENTS: dict[OutputKind, str] = {"mla_q": "q_up", "mla_kv": "kv_up"}
+"""Latents behind their norms, by the product that reads each."""
+NORM_WRITES = 0.5
+"""Of a norm, what a kept output spares: writing it. Its own backward needs its statistics again,
+which read all of its input, so the products before it run again."""
 REDUCED: frozenset[OutputKind] = frozenset({"out_proj", "mlp_out"})
 """Named behind their reduction, so scattered under sequence parallelism."""
 LAYER_INPUT: OutputKind = "layer_input"
@@ -68,9 +74,25 @@ class Piece(NamedTuple):
 def pieces(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
     """Tensors that ``op`` of a layer of ``ops`` makes."""
     named = NAMED.get(op.name, ())
+    if op.name == "latent_norm":
+        return _latents(op, ops)
     widths = _widths(op, ops)[: len(named)]
     whole: Ints = sum(np.asarray(width) for width in widths)
     return tuple(Piece(name, width, whole) for name, width in zip(named, widths, strict=False))
+
+
+def _latents(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
+    """Latents that one norm op makes: those of queries only where they are projected down."""
+    products = {other.name: other for other in ops if isinstance(other, MatMul)}
+    made = [name for name in NAMED[op.name] if name != "mla_q" or "q_down" in products]
+    widths = [products[LATENTS[name]].k for name in made]
+    whole: Ints = sum(np.asarray(width) for width in widths)
+    return tuple(Piece(name, width, whole) for name, width in zip(made, widths, strict=True))
+
+
+def latent_rows(ops: tuple[Op, ...]) -> Ints:
+    """Rows of a layer's latents: those of the product that projects down."""
+    return next(op.m for op in ops if isinstance(op, MatMul) and op.name == "kv_down")
 
 
 def _widths(op: Op, ops: tuple[Op, ...]) -> tuple[Ints, ...]:
@@ -93,6 +115,8 @@ def spared(op: Op, ops: tuple[Op, ...]) -> tuple[tuple[frozenset[OutputKind], Re
         product = next((o for o in ops if o.name == op.name.split(".")[0]), op)
         made = frozenset(piece.name for piece in pieces(product, ops))
         return ((made, 1.0),) if named else ()
+    if op.name == "latent_norm":
+        return tuple((frozenset({p.name}), NORM_WRITES * p.share) for p in pieces(op, ops))
     normed = op.name != "rope" and any(other.name == "qk_norm" for other in ops)
     return tuple(
         (frozenset({piece.name}), piece.share)

@@ -96,7 +96,9 @@ class SaveLists(Profile):
     separate: tuple[Literal["qkv", "mlp_in"], ...] = ()
     """Of those, the ones that a list may keep a part of: ``query``, ``key`` and ``value``;
     ``mlp_gate`` and ``mlp_up``."""
-    hosted: tuple[OutputName | Literal["layer_input"], ...] = ()
+    latents: tuple[Literal["mla_q", "mla_kv"], ...] = ()
+    """Latents of queries, and of keys and values, behind their norms, that a list may name too."""
+    hosted: tuple[OutputName | Literal["layer_input", "mla_q", "mla_kv"], ...] = ()
     """What a list may send to the host, as ``NAME@host``; ``layer_input`` is what a layer starts
     from, which stays on the device else."""
     source: str

@@ -85,6 +85,11 @@ def _written(
         rows = np.asarray(op.batch) * op.q_len * op.heads
         size = rows * (op.v_head_dim * element_bytes + 4)
         return float(np.ravel(size)[0]) if "attention" in policy.offloads else 0.0
+    if op.name == "latent_norm":
+        latents = sum(piece.width for piece in pieces(op, ops) if piece.name in policy.offloads)
+        down = next(other for other in ops if other.name == "kv_down")
+        assert isinstance(down, MatMul)
+        return float(np.ravel(np.asarray(down.m) * latents * element_bytes)[0])
     if not isinstance(op, MatMul | GroupedMatMul):
         return 0.0
     sent = [piece.share for piece in pieces(op, ops) if piece.name in policy.offloads]

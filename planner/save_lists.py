@@ -31,7 +31,7 @@ HOST = "@host"
 def words(lists: SaveLists) -> tuple[str, ...]:
     """Everything that a list of one's own may name."""
     parts = tuple(part for name in lists.separate for part in PARTS[name])
-    return (*lists.outputs, *parts, *(f"{name}{HOST}" for name in lists.hosted))
+    return (*lists.outputs, *parts, *lists.latents, *(f"{name}{HOST}" for name in lists.hosted))
 
 
 def read(mode: RecomputeMode, lists: SaveLists, stack_name: str) -> RecomputePolicy:

@@ -312,3 +312,38 @@ def test_no_plan_sends_outputs_where_there_is_no_room() -> None:
         plan(request(constraints=asked, **size))
     asked = {"recompute": "minimal_offloaded", "fix": {"pp": 1, **fixed}}
     assert plan(request(constraints=asked, **size)).prediction.host is not None
+
+
+DEEPSEEK = "deepseek-v3"
+"""Latents of 1536 for queries and of 512 for keys and values."""
+
+
+def test_a_kept_latent_spares_writing_it() -> None:
+    """Its norm reads its input once more for the statistics, so the product before runs again."""
+    bare = kept(keeping(), model=DEEPSEEK)
+    assert kept(keeping("mla_q"), model=DEEPSEEK) - bare == 1024 * 1536 * 2
+    assert kept(keeping("mla_kv"), model=DEEPSEEK) - bare == 1024 * 512 * 2
+    ops = layer(DEEPSEEK).ops(shard())
+    (norm,) = (op for op in ops if op.name == "latent_norm")
+    assert {"+".join(names): float(share) for names, share in spared(norm, ops)} == {
+        "mla_q": 0.5 * 1536 / 2048, "mla_kv": 0.5 * 512 / 2048,
+    }  # fmt: skip
+    saved = {
+        names: again(keeping(), DEEPSEEK) - again(keeping(*names), DEEPSEEK)
+        for names in (("mla_q",), ("mla_kv",), ("mla_q", "mla_kv"))
+    }
+    assert saved["mla_q",] == pytest.approx(3 * saved["mla_kv",], rel=1e-3)
+    assert saved["mla_q", "mla_kv"] == pytest.approx(4 * saved["mla_kv",], rel=1e-3)
+
+
+def test_latents_without_a_projection_of_queries_are_those_of_keys_and_values() -> None:
+    ops = layer("deepseek-v2-lite").ops(shard())
+    (norm,) = (op for op in ops if op.name == "latent_norm")
+    assert [names for names, _ in spared(norm, ops)] == [frozenset({"mla_kv"})]
+    assert outputs_of(layer("deepseek-v2-lite")) & {"mla_q", "mla_kv"} == {"mla_kv"}
+
+
+def test_a_list_with_latents_is_priced_where_it_is_named() -> None:
+    policy = named_policy("custom:mla_q+mla_kv@host+attention", load_stack("maxtext-tpu"))
+    assert policy.keeps == {"mla_q", "mla_kv", "attention"}
+    assert policy.offloads == {"mla_kv"}

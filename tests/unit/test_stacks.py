@@ -52,7 +52,7 @@ def test_the_default_looks_at_the_job_too() -> None:
 def test_a_named_stack_is_never_replaced() -> None:
     with pytest.raises(InputError, match=r"megatron-core 0\.13 does not run on tpu-v5p") as caught:
         read_request("llama-3.1-8b", "tpu-v5p-8", None, {"stack": "megatron-core"})
-    assert caught.value.hint == "--stack maxtext-tpu"
+    assert caught.value.hint == "--stack maxtext-tpu or --stack maxtext-tpu-sharded-optimizer"
 
 
 def test_hints_name_only_stacks_that_can_run_the_whole_request() -> None:
