@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.layout import SPLIT_BACKWARD, V_SHAPED, codes_of
+from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, V_SHAPED, codes_of
 
 Real: TypeAlias = NDArray[np.float64]
 Int64: TypeAlias = NDArray[np.int64]
@@ -49,6 +49,8 @@ class Totals:
     """Least transfer for which its sender waits too; of this and ``hop`` one is 0."""
     end_work: Real
     """Of the lighter of embedding and head."""
+    every_work: Real | float = 0.0
+    """What every rank works for the ends, where the ranks share them."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,14 @@ def split(shape: Shape, totals: Totals) -> Real:
     return np.maximum(average, _fullest(shape, totals, rank))
 
 
+def shared_ends(shape: Shape, totals: Totals) -> Real:
+    """A schedule whose ranks share embedding and head: each rank's own work, after transfers
+    through the ranks before it; of the average rank, and of one with the most layers."""
+    m, pp = shape.microbatches, shape.pp
+    average = m * totals.work / pp + (pp - 1) / 2 * totals.hop
+    return np.maximum(average, m * (totals.tallest_work + totals.every_work))
+
+
 def occupied(shape: Shape, totals: Totals, turns: NDArray[np.bool_]) -> Totals:
     """The same layouts with the transfers that a rank waits for counted as its work.
 
@@ -176,8 +186,16 @@ def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
     totals = occupied(shape, totals, turns=np.isin(schedule, codes_of(V_SHAPED)))
     pipeline = np.select(
         [schedule == code for code in codes_of(("gpipe", "1f1b"))]
-        + [np.isin(schedule, codes_of((*SPLIT_BACKWARD, *V_SHAPED)))],
-        [gpipe(shape, totals), one_f_one_b(shape, totals), split(shape, totals)],
+        + [
+            np.isin(schedule, codes_of(names))
+            for names in ((*SPLIT_BACKWARD, *V_SHAPED), OVER_PIPELINE)
+        ],
+        [
+            gpipe(shape, totals),
+            one_f_one_b(shape, totals),
+            split(shape, totals),
+            shared_ends(shape, totals),
+        ],
         interleaved(shape, totals),
     )
     average = (shape.microbatches * totals.work + totals.gradient) / shape.pp

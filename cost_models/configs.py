@@ -24,6 +24,7 @@ from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
 from cost_models.step import Machine, price_layer
+from cost_models.vocabulary import VocabularyTables, shared_ends, vocabulary_tables
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class PricedConfigs:
     """Per cut, what its transfers take beyond ``hop_ns``; empty where all cuts carry the same."""
     blocking: tuple[Schedule, ...] = ()
     """Schedules in which the sending rank waits for its transfers."""
+    vocabulary: VocabularyTables | None = None
+    """Of a stack whose pipeline ranks share embedding and head."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -117,22 +120,31 @@ class PricedConfigs:
             cuts = late or ((0, 0),) * (len(self.workload.layers) + 1)
             sends = tuple((hop + on, hop + back) for on, back in cuts)
             hop, late = 0, ()
+        pp = int(self.configs.pp[index])
+        embedding, head = (tuple(t[:, index].tolist()) for t in (self.embedding, self.head))
+        shared = None
+        if self.vocabulary is not None and pp > 1:
+            shared = shared_ends(
+                self.vocabulary, index, schedule, pp, microbatches, embedding, head
+            )
+            embedding, head = (0,) * len(embedding), (0,) * len(head)
         return Leaf(
             schedule=schedule,
-            pp=int(self.configs.pp[index]),
+            pp=pp,
             vpp=vpp,
             microbatches=microbatches,
             sequence=tuple(position[name] for name in self.workload.layers),
             kinds=tuple(tuple(table[:, index].tolist()) for table in self.kinds),
-            embedding=tuple(self.embedding[:, index].tolist()),
-            head=tuple(self.head[:, index].tolist()),
+            embedding=embedding,
+            head=head,
+            shared=shared,
             hop_ns=hop,
             bucket_ns=int(self.bucket_ns[index]),
             tied_sync_ns=int(self.tied_sync_ns[index]),
             sync_ns=int(self.sync_ns[index]),
             fixed_bytes=int(self.fixed_bytes[index]),
             receive_bytes=int(self.receive_bytes[index]),
-            output_bytes=int(self.output_bytes[index]),
+            output_bytes=0 if shared else int(self.output_bytes[index]),
             capacity_bytes=self.capacity_bytes,
             uneven=uneven,
             round_size=round_size,
@@ -140,7 +152,9 @@ class PricedConfigs:
             late=late,
             sends=sends,
             policies=self.policies,
-            idle_forward=self.machine.stack.idle_forward and self.workload.head.whole_logits,
+            idle_forward=self.machine.stack.idle_forward
+            and self.workload.head.whole_logits
+            and shared is None,
         )
 
 
@@ -155,7 +169,12 @@ def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
         etp=configs.etp,
         sequence_parallel=configs.sequence_parallel,
         cp_kind=configs.cp_kind,
+        vocabulary=_vocabulary_ranks(workload, configs.tp, configs.pp),
     )
+
+
+def _vocabulary_ranks(workload: WorkloadGraph, tp: Int64, pp: Int64) -> Int64 | None:
+    return tp * pp if workload.vocabulary_over_pipeline else None
 
 
 def price_configs(
@@ -170,7 +189,8 @@ def price_configs(
 
     ``capacity_bytes`` stands in for the device's own memory.
     """
-    shard_keys, shard_of_key = unique_rows(configs.shard_columns())
+    shared = configs.pp if workload.vocabulary_over_pipeline else np.ones_like(configs.pp)
+    shard_keys, shard_of_key = unique_rows([*configs.shard_columns(), shared])
     shards = _shard_from_keys(workload, shard_keys)
     key_columns, config_of = unique_rows([shard_of_key, *configs.data_columns()])
     shard_index = key_columns[0]
@@ -221,6 +241,7 @@ def price_configs(
         capacity_bytes=capacity,
         late=transfers.late_ns(workload, machine, shard, configs),
         blocking=machine.stack.blocking_transfers,
+        vocabulary=vocabulary_tables(workload, machine, shard, configs),
     )  # fmt: skip
 
 
@@ -287,10 +308,11 @@ def unique_rows(columns: list[Int64]) -> tuple[list[Int64], Int64]:
 
 
 def _shard_from_keys(workload: WorkloadGraph, keys: list[Int64]) -> Shard:
-    microbatch, tp, cp, cp_kind, ep, etp, sp = keys
+    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = keys
     return Shard(
         sequence=workload.sequence, microbatch=microbatch, tp=tp, cp=cp, ep=ep, etp=etp,
         sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
+        vocabulary=_vocabulary_ranks(workload, tp, stages),
     )  # fmt: skip
 
 
@@ -304,4 +326,5 @@ def _take_shard(shard: Shard, index: Int64) -> Shard:
         etp=shard.etp[index],
         sequence_parallel=shard.sequence_parallel[index],
         cp_kind=shard.cp_kind[index],
+        vocabulary=None if shard.vocabulary is None else shard.vocabulary[index],
     )

@@ -46,7 +46,7 @@ from cost_models.gradient_copies import copy_seconds
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.host_outputs import move_outputs
 from cost_models.layer_times import NS, LayerTimes, to_ns
-from cost_models.layout import SPLIT_BACKWARD, RecomputePolicy
+from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
 from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
@@ -156,7 +156,7 @@ def price_kind(
         held, copies=stack.optimizer_step_copies, state=max(4, rules.optimizer_bytes)
     )
     write_modes(rows, kind, shard, times, policies)
-    if not set(SPLIT_BACKWARD).isdisjoint(stack.schedules):
+    if not {*SPLIT_BACKWARD, *OVER_PIPELINE}.isdisjoint(stack.schedules):
         write_halves(rows, kind, shard, weights_ns=times.weights * NS)
         trained = local.total - local.frozen_dense - local.frozen_expert
         rows[Field.LATE_GRADIENTS] = late_gradient_bytes(trained, rules)

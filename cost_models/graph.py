@@ -73,6 +73,13 @@ class Shard:
     sequence_parallel: Bools
     cp_kind: Int64
     """Codes of ``cost_models.cp_kinds``."""
+    vocabulary: Int64 | None = None
+    """Ranks that share the rows of the vocabulary, where it is not tp."""
+
+    @property
+    def vocabulary_ranks(self) -> Int64:
+        """Ranks that share the rows of the vocabulary."""
+        return self.tp if self.vocabulary is None else self.vocabulary
 
     @property
     def tokens(self) -> Int64:
@@ -165,6 +172,8 @@ class WorkloadGraph:
     each cut from before the first layer to after the last."""
     policies: tuple[RecomputePolicy, ...] = ()
     """Recomputation that is priced, beside none."""
+    vocabulary_over_pipeline: bool = False
+    """Whether the ranks of a pipeline share embedding and head (``cost_models.vocabulary``)."""
     global_batch: int | None = None
     """Samples per step, which under a pipeline decide what waits on the hosts; None: nothing is
     refused for that."""

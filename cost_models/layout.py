@@ -39,6 +39,8 @@ SPLIT_BACKWARD: tuple[Schedule, ...] = (
     "interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split"
 )  # fmt: skip
 """Schedules that compute the gradients of inputs and of weights apart."""
+OVER_PIPELINE: tuple[Schedule, ...] = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
+"""Schedules whose ranks all hold a part of the vocabulary (``cost_models.vocabulary_orders``)."""
 
 
 def codes_of(names: Iterable[Schedule]) -> list[int]:

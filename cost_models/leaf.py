@@ -24,13 +24,12 @@ from cost_models.layout import (
     RecomputeMode,
     Schedule,
     crosses_ranks,
-    place_of,
     stage_of,
 )
 from cost_models.recompute import ModeRows, group_of, mode_rows
-from cost_models.schedule import Durations, Timeline, simulate
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
+from cost_models.vocabulary import SharedEnds
 
 Row = tuple[int, ...]
 """One value per :class:`Field`, then the rows of the policies."""
@@ -85,6 +84,9 @@ class Leaf:
     output_bytes: int = 0
     """Output of a microbatch on the last virtual stage, kept until the step ends; the one at work
     is counted with the head."""
+    shared: SharedEnds | None = None
+    """Parts of embedding and head that every rank holds; ``embedding`` and ``head`` are nothing
+    then."""
 
     def held(self, rank: int) -> list[int]:
         """Virtual stages of a rank, by chunk."""
@@ -105,12 +107,20 @@ class Leaf:
         return self.output_bytes * (self.microbatches - 1)
 
     def step_buffer_bytes(self, rank: int) -> int:
-        """Buffers of a rank that stay for a step."""
-        return self.received_bytes(rank) + self.kept_output_bytes(rank)
+        """Bytes of a rank that stay for a step, whatever layers it holds."""
+        shared = 0 if self.shared is None else self.shared.static_bytes
+        return self.received_bytes(rank) + self.kept_output_bytes(rank) + shared
 
     def sends_on(self, stage: int) -> bool:
         """Whether a virtual stage sends its output to another rank (-1: there is none)."""
         return 0 <= stage < self.stages - 1 and crosses_ranks(self.schedule, self.pp, stage)
+
+    def ends_on(self, stage: int) -> tuple[Row | None, Row | None]:
+        """What a virtual stage has of embedding and head."""
+        if self.shared is not None:
+            return self.shared.embedding, self.shared.head
+        first, last = stage == 0, stage == self.stages - 1
+        return self.embedding if first else None, self.head if last else None
 
     @property
     def stages(self) -> int:
@@ -280,6 +290,12 @@ def _chunk_costs(
             activation += end[Field.ACT_NONE]
             made += end[Field.NEW_GRADIENTS]
             step += end[Field.UPDATE_BYTES]
+    if leaf.shared is not None:
+        forward += leaf.shared.forward_ns
+        backward += leaf.shared.backward_ns
+        gradient += leaf.shared.total(Field.GRADIENT)
+        update += leaf.shared.total(Field.OPTIMIZER, Field.PARAMETER)
+        step += leaf.shared.total(Field.UPDATE_BYTES)
     # What a unit reduces is in flight while the one before it works, without the former's
     # activations; the head's, before any other.
     if at_end:
@@ -302,6 +318,8 @@ def _chunk_costs(
         short = leaf.embedding[Field.WORK_NONE]
         draining = max(draining, leaf.embedding[Field.ACT_NONE] + short)
         working, freed = max((working, freed), (short - activation, activation))
+    if leaf.shared is not None:
+        working, freed = max((working, freed), (leaf.shared.working_bytes, 0))
     split = None
     if leaf.splits_backward:
         again = front if mode == "full" and not at_start else (0,) * len(held)
@@ -325,7 +343,7 @@ class RankCosts:
 
     chunks: tuple[ChunkCosts, ...]
     work_ns: int
-    """Forward and backward of one microbatch through all chunks."""
+    """Forward and backward of one microbatch through all chunks, and through a part of the head."""
     gradient_ns: int
     update_ns: int
 
@@ -334,7 +352,8 @@ def rank_costs(leaf: Leaf, chunks: tuple[ChunkCosts, ...]) -> RankCosts:
     """Sum the chunks of a rank."""
     return RankCosts(
         chunks=chunks,
-        work_ns=sum([chunk.forward_ns + chunk.backward_ns for chunk in chunks]),
+        work_ns=sum([chunk.forward_ns + chunk.backward_ns for chunk in chunks])
+        + (0 if leaf.shared is None else leaf.shared.head_ns),
         gradient_ns=leaf.bucket_ns + sum([chunk.gradient_ns for chunk in chunks]),
         update_ns=sum([chunk.update_ns for chunk in chunks]),
     )
@@ -349,50 +368,4 @@ def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
     ]
     return tuple(
         [rank_costs(leaf, tuple([chunks[j] for j in leaf.held(r)])) for r in range(leaf.pp)]
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """A step's time and what it is made of, in ns."""
-
-    total_ns: int
-    critical_rank: int
-    """The rank on which the pipeline and its gradient reduction end last."""
-    pipeline_ns: int
-    gradient_ns: int
-    update_rank: int
-    update_ns: int
-    sync_ns: int
-    timeline: Timeline
-
-
-def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
-    """The step's exact time under the schedule."""
-    places = [place_of(leaf.schedule, leaf.pp, j) for j in range(leaf.stages)]
-    chunks = [ranks[rank].chunks[chunk] for rank, chunk in places]
-    hop: int | list[tuple[int, int]] = leaf.hop_ns
-    if leaf.late:
-        hop = [(leaf.hop_ns + c.late_on_ns, leaf.hop_ns + c.late_back_ns) for c in chunks]
-    halves = [chunk.split for chunk in chunks if chunk.split]
-    times = Durations(
-        [chunk.forward_ns for chunk in chunks], [chunk.backward_ns for chunk in chunks],
-        [half.inputs_ns for half in halves], [half.weights_ns for half in halves],
-    )  # fmt: skip
-    timeline = simulate(
-        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop, leaf.round_size, leaf.order
-    )
-    ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
-    critical = ends.index(max(ends))
-    updates = [rank.update_ns for rank in ranks]
-    update = updates.index(max(updates))
-    return StepTime(
-        total_ns=ends[critical] + updates[update] + leaf.sync_ns,
-        critical_rank=critical,
-        pipeline_ns=timeline.finish_ns[critical],
-        gradient_ns=ranks[critical].gradient_ns,
-        update_rank=update,
-        update_ns=updates[update],
-        sync_ns=leaf.sync_ns,
-        timeline=timeline,
     )

@@ -7,7 +7,7 @@ layer alone, the stages together must have room for all layers of that kind.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
 from cost_models.layout import LISTED, V_SHAPED, codes_of
 from cost_models.least_alive import Pipelines, alive_on_every_chunk, alive_on_full_chunks
+from cost_models.model_sums import divided, layer_counts, model_sum
 from cost_models.recompute import mode_rows
 from cost_models.split_backward import layers_for_weights
 from cost_models.step import Field
@@ -27,24 +28,6 @@ Real = NDArray[np.float64]
 
 PAIRS = 200_000
 """Layouts times recomputation modes whose memory is checked at once."""
-
-
-def layer_counts(priced: PricedConfigs) -> tuple[int, ...]:
-    """Layers of each kind, in the order of the tables."""
-    layers = priced.workload.layers
-    return tuple(layers.count(name) for name in priced.kind_names)
-
-
-def model_sum(priced: PricedConfigs, fields: Iterable[Field], *, ends: bool = True) -> Real:
-    """Fields summed over all layers and, unless told otherwise, embedding and head; per
-    configuration."""
-    total = np.zeros(priced.embedding.shape[1])
-    for field in fields:
-        for count, table in zip(layer_counts(priced), priced.kinds, strict=True):
-            total += count * table[field].astype(np.float64)
-        if ends:
-            total += priced.embedding[field] + priced.head[field].astype(np.float64)
-    return total
 
 
 class Relaxation:
@@ -73,6 +56,7 @@ class Relaxation:
         self.height = -(-self.layers // stages)
         self.spare = stages * self.height - self.layers
         self.turns = np.isin(schedule, codes_of(V_SHAPED))
+        self.divided = divided(tables)[config]
         self.rank_layers = np.where(self.turns, -(-self.layers // self.pp), vpp * self.height)
         """Least layers of a rank with no end of the model, where ranks hold several chunks."""
 
@@ -165,12 +149,13 @@ class Relaxation:
             first_work=self.cheapest_layers(
                 np.maximum((self.pp - 2) * self.height - np.minimum(self.spare, self.height), 0)
             ),
-            embedding_work=ends[0],
+            embedding_work=np.where(self.divided, 0.0, ends[0]),
             hop=np.where(blocking, 0.0, transfer),
             bucket=self.tables.bucket_ns[self.config].astype(np.float64),
             sync=self.tables.sync_ns[self.config].astype(np.float64),
             send=np.where(blocking, transfer, 0.0),
-            end_work=np.minimum(*ends),
+            end_work=np.where(self.divided, 0.0, np.minimum(*ends)),
+            every_work=np.where(self.divided, sum(ends), 0.0),
         )
         shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare, self.free)
         return bounds.step_bound(self.schedule, shape, totals)
@@ -294,7 +279,9 @@ class Relaxation:
         first = self._static(embedding, index) + embedding[Field.ACT_NONE][config]
         loss = head[Field.ACT_NONE][config] + head[Field.WORK_NONE][config]
         last = self._static(head, index) + np.maximum(loss - short_lived, 0.0)
-        return room - short_lived, first, last
+        every = np.where(self.divided[index], first + last, 0.0)
+        first, last = (np.where(self.divided[index], 0.0, end) for end in (first, last))
+        return room - short_lived - every, first, last
 
     def _static(self, table: Int64, index: Int64) -> Real:
         """Static bytes, with the gradients that earlier microbatches have made."""

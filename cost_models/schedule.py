@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cost_models.given_order import GivenOrder
 from cost_models.layout import (
     ALL_AT_ONCE,
+    OVER_PIPELINE,
     SPLIT_BACKWARD,
     V_SHAPED,
     Schedule,
@@ -25,6 +26,7 @@ from cost_models.layout import (
 )
 from cost_models.orders import Pass, order_table, warmup_forwards
 from cost_models.rounds import usual_round
+from cost_models.vocabulary_orders import most_alive
 
 Vector = tuple[int, ...]
 
@@ -46,6 +48,8 @@ def live_peaks(
         return ((microbatches,) * vpp,)
     if schedule == "1f1b":
         return ((min(microbatches, pp - rank),),)
+    if schedule in OVER_PIPELINE:
+        return ((most_alive(schedule, pp, microbatches, rank),),)
     if given is not None or schedule in SPLIT_BACKWARD:
         order = order_table(schedule, pp, vpp, microbatches, rank, size, given)
         met = _walk(order, vpp)

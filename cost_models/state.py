@@ -56,7 +56,8 @@ def local_tensor(weight: Weight, shard: Shard, vocab_divisor: int) -> LocalTenso
         case "replicated":
             pass
         case "vocab" | "vocab_without_context":
-            ways = tp if weight.sharding == "vocab" else np.where(shard.cp > 1, 1, tp)
+            split = weight.sharding == "vocab"
+            ways = shard.vocabulary_ranks if split else np.where(shard.cp > 1, 1, tp)
             rows = ceil_div(rows, vocab_divisor * ways) * vocab_divisor
         case "column":
             rows = ceil_div(rows, np.minimum(tp, weight.kv_heads) if weight.kv_heads else tp)

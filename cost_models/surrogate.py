@@ -22,6 +22,10 @@ Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and bac
    for, and where virtual stages lie on a V, with its second chunk: only its own work (1) counts,
    after the first forwards of the ranks before it.
 
+7. where the ranks share the head, each works on a part of it for every microbatch; what is left of
+   it with the last may follow the last backward, so it counts in (1) and not in what other ranks
+   wait for. Rounds (3) are longer there.
+
 Each is the length of a path in the graph of the schedule, so it cannot exceed the longest one.
 Where cuts carry different amounts, ``d`` is the least transfer of all cuts, and what the chosen
 cuts take beyond it (``late_ns``) is added to the paths that cross them: to ``S`` and to both nested
@@ -79,12 +83,14 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
     work = label.work + costs.work_ns + first.late_ns
     widest = max(label.widest, costs.work_ns)
     nested = m * costs.work_ns
-    ends = 0
+    if leaf.shared is not None:
+        nested -= leaf.shared.times.later
+    ends = m * costs.work_ns + costs.gradient_ns
     if rank < leaf.pp - 1:
         round_trip = first.forward_ns + first.backward_ns + 2 * hop + first.late_ns
         if not leaf.splits_backward:
             nested = max(nested, round_trip + label.nested)
-        ends = first.forward_ns + hop + first.late_on_ns + label.ends
+        ends = max(ends, first.forward_ns + hop + first.late_on_ns + label.ends)
     loops, rest = divmod(m - 1, k)
     trip = work + 2 * (k - 1) * hop
     tail = label.tail

@@ -23,9 +23,10 @@ class LayersSpec(Profile):
     separate_projections: tuple[Literal["qkv", "gate_up"], ...] = ()
     """Projections of one input that are products of their own: without sequence parallelism each
     has its own reduction of the input's gradient."""
-    vocabulary: Literal["split", "whole", "split_without_context"] = "split"
+    vocabulary: Literal["split", "whole", "split_without_context", "over_pipeline"] = "split"
     """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
-    computes all logits (AutoTP); or context parallelism takes the embedding whole, not the head."""
+    computes all logits (AutoTP); context parallelism takes the embedding whole, not the head; or
+    the ranks of a pipeline share them besides (``cost_models.vocabulary``)."""
     experts: Literal["dealt", "sliced", "folded"] = "dealt"
     """Whether tokens are sent to ranks that hold some experts (or, under expert tensor parallelism,
     parts of some); tp slices every expert as it does other layers: etp is tp then (AutoTP); or

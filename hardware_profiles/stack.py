@@ -21,9 +21,12 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 
 
 Schedule = Literal[
-    "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
-]
+    "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev",
+    "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced",
+]  # fmt: skip
 """Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
+_SHARED_VOCABULARY = ("1f1b_vocab", "1f1b_interlaced")
+"""How the names of those begin whose ranks share the vocabulary."""
 StackRule = Literal[
     "pipeline_needs_multiple_of_pp",
     "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
@@ -353,6 +356,14 @@ class StackSpec(Profile):
                     f"recompute_modules joined by + ({known})"
                     + (f", or a save list ({', '.join(listed)})" if listed else "")
                 )
+        shares = [name.startswith(_SHARED_VOCABULARY) for name in self.schedules]
+        if any(shares) != (self.layers.vocabulary == "over_pipeline") or any(shares) != all(shares):
+            raise ValueError(
+                f"layers.vocabulary over_pipeline goes with schedules {_SHARED_VOCABULARY}, "
+                f"and they with nothing else: schedules {self.schedules}"
+            )
+        if any(shares) and self.new_gradients:
+            raise ValueError("layers.vocabulary over_pipeline: gradients are buffers that stay")
         needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
         if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):
             raise ValueError(f"rank_order must hold each of {', '.join(needed)} once")

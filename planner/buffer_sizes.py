@@ -69,11 +69,12 @@ def _has_frozen(priced: Priced) -> bool:
 def _modules(priced: Priced, stage: int) -> Iterator[LayerKind]:
     """What a virtual stage holds, in the order of its modules."""
     workload, bounds = priced.tables.workload, priced.completion.bounds
-    if stage == 0:
+    everywhere = priced.leaf.shared is not None
+    if stage == 0 or everywhere:
         yield workload.embedding
     for name in workload.layers[bounds[stage] : bounds[stage + 1]]:
         yield workload.kinds[name]
-    if stage == priced.leaf.stages - 1:
+    if stage == priced.leaf.stages - 1 or everywhere:
         yield workload.head
 
 

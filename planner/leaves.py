@@ -15,11 +15,12 @@ from itertools import accumulate
 import numpy as np
 
 from cost_models.layout import LISTED
-from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.leaf import Completion, Leaf, Recompute, stage_costs
 from cost_models.peaks import peaks
 from cost_models.recompute import group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
+from cost_models.step_time import simulate_step
 from planner.interleaved import Ints, even_partitions, interleaved_candidates
 from planner.options import undominated
 from planner.program import (
@@ -318,6 +319,9 @@ class _TimeAlone:
         self.cheapest, self.work, self.tallest = plain[0], sum(plain), sum(plain[: self.tall])
         for end in (leaf.embedding, leaf.head):
             self.work += end[Field.FORWARD] + end[Field.BACKWARD]
+        if leaf.shared is not None:
+            each = leaf.shared.total(Field.FORWARD, Field.BACKWARD)
+            self.work, self.tallest = self.work + leaf.pp * each, self.tallest + each
         self._added: dict[str, list[int]] = {}
 
     def _least_added(self, mode: str) -> list[int]:
@@ -344,6 +348,8 @@ class _TimeAlone:
             tallest += added[min(count, self.tall)]
         if self.leaf.schedule == "gpipe":
             return max(m * work // pp, work + (m - 1) * tallest)
+        if self.leaf.shared is not None:
+            return m * max(work // pp, tallest)
         return max(m * work // pp, (1 + (m - 1) // pp) * work, work + max(m - pp, 0) * tallest)
 
 

@@ -18,10 +18,10 @@ from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import (
     Completion,
     sent_ns,
-    simulate_step,
     stage_costs,
 )
 from cost_models.step import CATEGORIES, Field, price_layer
+from cost_models.step_time import simulate_step
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
@@ -305,10 +305,11 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
             count = leaf.counts[last][index] - leaf.counts[first][index]
             if count:
                 parts.append((times[name], count, leaf.kinds[index]))
-        if j == 0:
-            parts.append((priced_alone(workload.embedding), 1, leaf.embedding))
-        if j == leaf.stages - 1:
-            parts.append((priced_alone(workload.head), 1, leaf.head))
+        embedding, head = leaf.ends_on(j)
+        if embedding is not None:
+            parts.append((priced_alone(workload.embedding), 1, embedding))
+        if head is not None:
+            parts.append((priced_alone(workload.head), 1, head))
     work = 0
     for layer, count, row in parts:
         own = 0

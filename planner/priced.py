@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models.configs import PricedConfigs
-from cost_models.leaf import Completion, Leaf, RankCosts, StepTime
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    RankCosts,
+)
 from cost_models.peaks import fits
+from cost_models.step_time import StepTime
 from planner.plan import Layout
 
 

@@ -75,6 +75,9 @@ class Ranges:
             sent = np.maximum(sent, head[Field.IN_FLIGHT])
             draining = np.where(self.many, draining, draining + head[Field.IN_FLIGHT])
         working = working + sent
+        if leaf.shared is not None:
+            step = step + leaf.shared.total(Field.UPDATE_BYTES)
+            working = np.maximum(working, leaf.shared.working_bytes)
         if rank == leaf.pp - 1:
             loss = head[Field.WORK_NONE] + (idle if leaf.idle_forward else 0)
             working = np.maximum(working - head[Field.ACT_NONE], loss)

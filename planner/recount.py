@@ -56,6 +56,8 @@ def _divisors(number: int) -> list[int]:
 
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules that split the backward: whole layers run again or nothing does."""
+ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
+"""Schedules with one virtual stage per rank."""
 CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
 ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
 """Schedules whose ranks hold two virtual stages, there and back."""
@@ -248,7 +250,7 @@ def impossible_layout(
             return reason
     elif mesh.pp > 1 and schedule not in stack.schedules:
         return f"the stack has no schedule {schedule}"
-    elif (vpp > 1) != (schedule not in ("gpipe", "1f1b")):
+    elif (vpp > 1) != (schedule not in ONE_STAGE):
         return "interleaving is what vpp > 1 means"
     if schedule in ON_A_V and vpp != 2:
         return "a V has two virtual stages per rank"
@@ -325,12 +327,12 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
         pipelines = [(given.schedule, given.vpp)]
     elif mesh.pp > 1:
         most = (layers + 2) // mesh.pp if stack.uneven_stages else layers // mesh.pp
-        pipelines += [(name, 1) for name in stack.schedules if name in ("gpipe", "1f1b")]
+        pipelines += [(name, 1) for name in stack.schedules if name in ONE_STAGE]
         pipelines += [
             (name, v)
             for name in stack.schedules
             for v in range(2, most + 1)
-            if name not in ("gpipe", "1f1b")
+            if name not in ONE_STAGE
         ]
     for zero in _zero_stages(request):
         shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]

@@ -23,12 +23,12 @@ from cost_models.leaf import (
     Recompute,
     chunk_costs,
     rank_costs,
-    simulate_step,
     stage_costs,
 )
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
 from cost_models.peaks import fits, peak_bytes
 from cost_models.relaxation import Relaxation
+from cost_models.step_time import simulate_step
 from cost_models.surrogate import (
     EMPTY_LABEL,
     Label,

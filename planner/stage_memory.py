@@ -74,6 +74,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     held["buffers"] = sums[Field.BUFFER_BYTES]
     held["receive_buffers"] = leaf.received_bytes(rank)
     held["kept_outputs"] = leaf.kept_output_bytes(rank)
+    held["vocabulary_buffers"] = 0 if leaf.shared is None else leaf.shared.held_bytes
     step = sums[Field.STEP_BYTES]
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
     inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)
@@ -165,6 +166,5 @@ def _sums(priced: Priced, rank: int) -> dict[Field, int]:
         for field in sums:
             for kind, low, high in zip(leaf.kinds, before, after, strict=True):
                 sums[field] += kind[field] * (high - low)
-            sums[field] += leaf.embedding[field] if j == 0 else 0
-            sums[field] += leaf.head[field] if j == leaf.stages - 1 else 0
+            sums[field] += sum([end[field] for end in leaf.ends_on(j) if end is not None])
     return sums

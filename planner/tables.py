@@ -19,9 +19,12 @@ from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of,
 from cost_models.graph import Int64
 from cost_models.layout import SCHEDULES, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.leaf import Leaf, Recompute
+from cost_models.model_sums import divided, layer_counts, model_sum
 from cost_models.named_outputs import LAYER_INPUT
 from cost_models.recompute import mode_rows
-from cost_models.relaxation import Relaxation, layer_counts, model_sum
+from cost_models.relaxation import (
+    Relaxation,
+)
 from cost_models.step import Field
 from cost_models.transfers import hop_ns
 from planner.meshes import Layouts, Meshes
@@ -128,7 +131,7 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
-    work = model_sum(priced, (Field.FORWARD, Field.BACKWARD))
+    work = _sum_for_any_pipeline(priced, (Field.FORWARD, Field.BACKWARD))
     return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
 
 
@@ -167,7 +170,14 @@ def _trained(priced: PricedConfigs) -> Real:
     kinds = (*workload.kinds.values(), workload.embedding, workload.head)
     if any(weight.frozen for kind in kinds for weight in kind.weights):
         return np.zeros(len(priced.configs))
-    return model_sum(priced, (Field.PARAMETERS,))
+    return _sum_for_any_pipeline(priced, (Field.PARAMETERS,))
+
+
+def _sum_for_any_pipeline(priced: PricedConfigs, fields: tuple[Field, ...]) -> Real:
+    """Fields of the model that hold for any number of ranks where these are priced for two: without
+    the ends where the ranks share them."""
+    whole, layers = model_sum(priced, fields), model_sum(priced, fields, ends=False)
+    return np.where(divided(priced), layers, whole)
 
 
 def _least_state(request: Request, parameters: Real, meshes: Meshes, microbatches: Int64) -> Real:

@@ -100,6 +100,7 @@ def build_workload(
         ),
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
+        vocabulary_over_pipeline=stack.layers.vocabulary == "over_pipeline",
         policies=searched_policies(stack, job, kinds.values()),
         global_batch=job.global_batch,
         assumptions=_assumptions(model, job, stack, images, ctx),

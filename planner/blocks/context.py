@@ -77,7 +77,7 @@ class BlockContext:
         """The shard as embedding and head see it."""
         if not self.whole_vocabulary:
             return shard
-        return replace(shard, tp=np.ones_like(shard.tp))
+        return replace(shard, tp=np.ones_like(shard.tp), vocabulary=None)
 
     def span(self, shard: Shard, limit: int | None = None) -> int:
         """Tokens within which tokens see each other: the sample, a document, or a chunk."""
@@ -241,7 +241,8 @@ def norm_saved(
     )
 
 
-def padded_vocab(ctx: BlockContext, tp: Int64) -> Int64:
-    """Vocabulary rows after padding to a multiple of ``vocab_divisor * tp``, or of tp alone."""
-    multiple = ctx.vocab_divisor * tp
-    return -(-np.int64(ctx.vocab) // multiple) * multiple
+def vocabulary_rows(ctx: BlockContext, shard: Shard) -> Int64:
+    """Vocabulary rows of one of the ranks that share them, padded to a multiple of
+    ``vocab_divisor``."""
+    multiple = ctx.vocab_divisor * shard.vocabulary_ranks
+    return -(-np.int64(ctx.vocab) // multiple) * ctx.vocab_divisor

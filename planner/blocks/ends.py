@@ -11,8 +11,8 @@ from planner.blocks.context import (
     enter_tensor_parallel,
     norm,
     norm_saved,
-    padded_vocab,
     product_input_bytes,
+    vocabulary_rows,
 )
 
 
@@ -44,7 +44,7 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Final norm, vocabulary-parallel logits, cross-entropy."""
     shard = ctx.vocabulary_shard(shard)
     x = shard.tokens
-    vocab = padded_vocab(ctx, shard.tp) // shard.tp
+    vocab = vocabulary_rows(ctx, shard)
     logits = 1.0 * x * vocab
     fused = "cross_entropy" in ctx.fused
     # Unfused: cast to fp32, maximum, subtract-exponentiate, sum, divide; backward: subtract, cast.
@@ -68,7 +68,7 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """The head's input and what the loss keeps per logit."""
     shard = ctx.vocabulary_shard(shard)
     elements = ctx.residual_bytes(shard) // ctx.element_bytes
-    logits = shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp)
+    logits = shard.tokens * vocabulary_rows(ctx, shard)
     norms = norm_saved("final_norm", elements, shard.residual_tokens, ctx)
     if ctx.loss_chunks > 1:
         whole = ctx.gathered_bytes(shard)
@@ -90,7 +90,7 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
 def head_output(ctx: BlockContext, shard: Shard) -> Int64:
     """Logits of one microbatch on one device."""
     shard = ctx.vocabulary_shard(shard)
-    return shard.tokens * (padded_vocab(ctx, shard.tp) // shard.tp) * ctx.element_bytes
+    return shard.tokens * vocabulary_rows(ctx, shard) * ctx.element_bytes
 
 
 def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
@@ -106,7 +106,7 @@ def head_working(ctx: BlockContext, shard: Shard) -> Int64:
     """Short-lived logits and their gradient; of a chunk with its part of the input's gradient, and
     what a loss that makes the weights' gradient holds of it."""
     shard = ctx.vocabulary_shard(shard)
-    rows = padded_vocab(ctx, shard.tp) // shard.tp
+    rows = vocabulary_rows(ctx, shard)
     logits = shard.tokens * rows // ctx.loss_chunks
     each = _scaled(logits, ctx.logit_working_bytes)
     if ctx.logit_working_bytes_split is not None:

@@ -15,7 +15,10 @@ from planner.errors import InputError, did_you_mean
 
 Command: TypeAlias = Callable[..., None]
 
-SCHEDULE_HELP = "gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble, zbv or dualpipev."
+SCHEDULE_HELP = (
+    "gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble, zbv, dualpipev, 1f1b_vocab_1, "
+    "1f1b_vocab_2 or 1f1b_interlaced."
+)
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
     "zero_stage", "round_size",

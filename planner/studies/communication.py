@@ -104,9 +104,9 @@ class _Counter:
                 again = 1 + passes * (leaf.splits_backward and j > 0)
                 mode_here = mode if index < upto else "none"
                 yield workload.kinds[workload.layers[index]], mode_here, again
-            if j == 0:
+            if j == 0 or leaf.shared is not None:
                 yield workload.embedding, "none", 0
-            if j == stages - 1:
+            if j == stages - 1 or leaf.shared is not None:
                 yield workload.head, "none", 0
 
     def _pipeline(self, rank: int) -> Iterator[Calls]:

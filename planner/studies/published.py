@@ -298,6 +298,9 @@ def _schedule(reading: Reading, pp: int, warnings: list[str]) -> tuple[str, int]
         return "1f1b", 1
     if pattern(table("frameworks")["schedules_not_modelled"]["match"]).search(text):
         raise SkippedError(f"schedule not modelled: {text}")
+    for entry in table("frameworks")["schedules_by_text"]["names"]:
+        if pattern(entry["match"]).search(text):
+            return entry["schedule"], 1
     vpp = reading.size("vpp")
     if "gpipe" in text:
         return "gpipe", 1

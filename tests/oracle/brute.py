@@ -32,6 +32,7 @@ from tests.oracle.layouts import (
     rounds,
 )
 from tests.oracle.timeline import SPLIT, finish_times, held, homes, most_live_bytes
+from tests.oracle.vocabulary import Ends, ends_of, finish, most_live
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,15 @@ class Prices:
     """Schedules in which a rank waits until what it sends has arrived."""
     blocks_stay: bool = False
     """Whether what a layer does not keep stays cached beside the loss."""
+    ends: Ends | None = None
+    """Parts of embedding and head that every rank has."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
-                self.waiting, self.blocks_stay)  # fmt: skip
+                self.waiting, self.blocks_stay, self.ends)  # fmt: skip
 
 
 @dataclass
@@ -165,6 +168,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         waiting=request.stack.blocking_transfers,
         blocks_stay=request.stack.idle_forward
         and not (request.job.loss == "chunked" and request.stack.loss_chunks > 1),
+        ends=ends_of(tables, index),
     )
 
 
@@ -263,9 +267,19 @@ def chunks_of(
     for j, size in enumerate(sizes):
         start, end = j == 0, j == stages - 1
         many = home[0] != home[-1]
+        bare = prices.ends is not None
         chunk = sum_chunk(
-            prices, start, end, many, first, size, options[home[j]], halves=x.schedule in SPLIT
+            prices,
+            start and not bare,
+            end and not bare,
+            many,
+            first,
+            size,
+            options[home[j]],
+            halves=x.schedule in SPLIT,
         )
+        if prices.ends is not None:
+            chunk = with_parts(chunk, prices.ends)
         if x.schedule in prices.waiting:
             # Sending is the rank's work: the output and the input's gradient, to other ranks.
             stays, stayed = (end or home[j + 1] == home[j]), (start or home[j - 1] == home[j])
@@ -280,6 +294,21 @@ def chunks_of(
     return chunks
 
 
+def with_parts(chunk: Chunk, ends: Ends) -> Chunk:
+    """A rank's layers with its parts of embedding and head; the head's passes are apart."""
+    rows = (ends.embedding, ends.head)
+    return replace(
+        chunk,
+        forward=chunk.forward + ends.embedding[Field.FORWARD],
+        backward=chunk.backward + ends.embedding[Field.BACKWARD],
+        gradient=chunk.gradient + ends.both(Field.GRADIENT),
+        update=chunk.update + ends.both(Field.OPTIMIZER) + ends.both(Field.PARAMETER),
+        static=chunk.static + ends.both(Field.STATIC) + ends.both(Field.NEW_GRADIENTS),
+        step=chunk.step + ends.both(Field.UPDATE_BYTES),
+        working=max(chunk.working, *(row[Field.WORK_NONE] for row in rows)),
+    )
+
+
 def transfer(prices: Prices, cut: int) -> tuple[int, int]:
     """Time of the transfers at a cut between layers, on and back."""
     on, back = prices.late[cut] if prices.late else (0, 0)
@@ -291,6 +320,12 @@ def rank_peak(
 ) -> int:
     """Peak bytes of a device of ``rank``."""
     split = x.schedule in SPLIT
+    if prices.ends is not None:
+        live = most_live(x.schedule, x.pp, m, rank) * own[0].activation
+        static = prices.fixed + own[0].static + prices.ends.kept(x.schedule, x.pp, m)
+        first = live + own[0].working + (own[0].made if m > 1 else 0)
+        emptied = own[0].made + (own[0].draining if m == 1 else 0)
+        return static + max(first, emptied, own[0].made + own[0].step)
     sizes = [c.activation for c in own] + [c.waiting for c in own if split]
     sizes += [c.unsummed for c in own if split]
     live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes, size)
@@ -322,7 +357,12 @@ def step_time(
     durations = [t for c in chunks for t in (c.forward, c.backward, c.inputs, c.weights)]
     own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, r)] for r in range(x.pp)]
     hops = hops_of(prices, x, sizes)
-    ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops, size)
+    if prices.ends is not None:
+        lags = [(hops, hops)] * x.pp if isinstance(hops, int) else hops
+        forward, backward = [c.forward for c in chunks], [c.backward for c in chunks]
+        ends = finish(x.schedule, x.pp, m, forward, backward, lags, prices.ends)
+    else:
+        ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops, size)
     reduced = max(
         end + prices.bucket + sum(c.gradient for c in own[rank]) for rank, end in enumerate(ends)
     )

@@ -13,7 +13,7 @@ from math import ceil
 from random import Random
 from typing import Any
 
-from cost_models.layout import NAMED
+from cost_models.layout import NAMED, OVER_PIPELINE
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import (
     ClusterSpec,
@@ -201,12 +201,16 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["layers"] = stack.layers.model_copy(update=moved)
     if own.random() < 0.5:
         known = changes.get("schedules", stack.schedules)
-        more = [name for name in NAMED if name not in known and own.random() < 0.5]
+        others = (name for name in NAMED if name not in (*known, *OVER_PIPELINE))
+        more = [name for name in others if own.random() < 0.5]
         changes["schedules"] = (*known, *more)
     if own.random() < 0.3:
         changes["recompute_groups"] = own.choice((2, 3))
     if own.random() < 0.3:
         changes["keeps_outputs"] = True
+    if stack.layers.vocabulary == "over_pipeline":
+        # Its schedules are no other stack's, and it has no others.
+        changes |= {"schedules": stack.schedules, "layers": stack.layers}
     if own.random() < 0.6:
         changes["rounds"] = own.choice(("pp", "equal", "at_least_pp", "at_least_pp", "any"))
     return stack.model_copy(update=changes)

@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass
 from planner.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from planner.request import Request
 
+ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
+"""Schedules with one virtual stage per rank."""
 CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather")
 
 
@@ -125,7 +127,7 @@ def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
         yield "1f1b", 1
         return
     for schedule in request.stack.schedules:
-        if schedule in ("gpipe", "1f1b"):
+        if schedule in ONE_STAGE:
             yield schedule, 1
         else:
             # Every virtual stage but the first and the last holds a layer; a V has two per rank.
@@ -297,7 +299,7 @@ def partitions(
         return list(_compositions(layers, stages, at_start=True))
     if schedule in ("zbv", "dualpipev"):
         return _on_a_v(layers, pp)
-    if schedule not in ("gpipe", "1f1b"):
+    if schedule not in ONE_STAGE:
         found = []
         for height in range(1, layers + 1):
             for first in range(height + 1):

@@ -8,8 +8,14 @@ from random import Random
 
 import pytest
 
-from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    stage_costs,
+)
 from cost_models.peaks import fits
+from cost_models.step_time import simulate_step
 from cost_models.surrogate import surrogate_ns
 from planner.program import UNLIMITED, enumerate_chain, solve_chain
 from planner.solve import solve_cp_sat

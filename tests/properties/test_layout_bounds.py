@@ -19,11 +19,17 @@ from hypothesis import strategies as st
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
 from cost_models.layout import SCHEDULES, RecomputePolicy
-from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    stage_costs,
+)
 from cost_models.peaks import fits, peaks
 from cost_models.relaxation import Relaxation
 from cost_models.reserve import Reserve
 from cost_models.step import Field
+from cost_models.step_time import simulate_step
 from tests.oracle.layouts import partitions
 from tests.oracle.leaves import draw_leaf
 from tests.properties.test_schedules import Shape, shapes

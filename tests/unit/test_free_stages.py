@@ -8,8 +8,12 @@ from itertools import pairwise
 import pytest
 
 from cost_models.layout import V_SHAPED, Schedule
-from cost_models.leaf import Completion, simulate_step, stage_costs
+from cost_models.leaf import (
+    Completion,
+    stage_costs,
+)
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
+from cost_models.step_time import simulate_step
 from planner.free_stages import free_partitions, improve, is_listed
 from planner.leaves import DEGREES_IN_ORDER, Candidate, Incumbent
 from planner.program import ProgramSolution

@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    stage_costs,
+)
 from cost_models.partitions import interleaved_bounds
 from cost_models.peaks import fits, live_activations, peaks
 from cost_models.step import Field
+from cost_models.step_time import simulate_step
 from cost_models.surrogate import surrogate_ns
 from tests.rows import POLICIES, row
 

@@ -6,8 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from cost_models.leaf import Completion, Leaf, Recompute, simulate_step, stage_costs
+from cost_models.leaf import (
+    Completion,
+    Leaf,
+    Recompute,
+    stage_costs,
+)
 from cost_models.peaks import fits
+from cost_models.step_time import simulate_step
 from planner.interleaved import even_partitions, interleaved_candidates
 from planner.program import (
     UNLIMITED,

@@ -68,7 +68,7 @@ def test_a_complete_run_is_priced_without_a_policy() -> None:
         ({"precision": "nvfp4"}, "h100-sxm-80gb has no nvfp4 arithmetic"),
         ({"precision": "fp8", "accelerator": "A100"}, "a100-sxm-80gb has no fp8 arithmetic"),
         ({"offload": "activations"}, "offload not modelled: activations"),
-        ({"schedule": "1F1B (vocab-1)"}, "schedule not modelled: 1f1b (vocab-1)"),
+        ({"schedule": "zero bubble"}, "schedule not modelled: zero bubble"),
         ({"recompute": "custom"}, "recomputation not modelled: custom"),
         ({"gpus": "12"}, "12 devices do not fill nodes of 8"),
         ({"tp": "3"}, "tp 3 x pp 2 x cp 1 does not divide 16 devices"),

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.configs import Configs, price_configs
-from cost_models.leaf import simulate_step, stage_costs
+from cost_models.leaf import (
+    stage_costs,
+)
+from cost_models.step_time import simulate_step
 from planner.layouts import completion_of, configs_of
 from planner.plan import Layout
 from planner.predict import with_policies
