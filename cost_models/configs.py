@@ -197,11 +197,13 @@ def price_configs(
     data = DataParallel(*key_columns[1:])
     expanded = _take_shard(shards, shard_index)
     drop_tied = data.pp == 1
+    (shard_used, pipelined), timed = unique_rows([shard_index, np.minimum(data.pp, 2)])
 
     def table(
         kind: LayerKind, policies: tuple[RecomputePolicy, ...] = (), drop: Bools | None = None
     ) -> Int64:
-        times = price_layer(kind, shards, machine).take(shard_index).in_pipeline(data.pp)
+        times = price_layer(kind, shards, machine).take(shard_used).in_pipeline(pipelined)
+        times = times.take(timed)
         rows, _ = price_kind(
             kind, times, expanded, data, machine, vocab_divisor=workload.vocab_divisor,
             policies=policies, drop_tied=drop,

@@ -25,17 +25,21 @@ class LayerTimes:
     """Of the backward's matrix products, those that give the gradients of weights."""
     merged: dict[str, Real] | None = None
     """``ep_comm`` by phase where a pipeline merges the passes of two microbatches."""
+    places: Int64 | None = None
+    """Column of ``repeats`` of each configuration; None: its own. Many configurations repeat alike,
+    and policies are many too."""
 
     def in_pipeline(self, pp: Int64) -> LayerTimes:
         """The same layer in pipelines of ``pp`` stages: merging takes more than one."""
         if self.merged is None:
             return self
         plain, merged = self.terms["ep_comm"], self.merged
+        repeats = self.repeats if self.places is None else self.repeats.take(self.places)
         exchange = {p: np.where(pp > 1, merged[p], plain[p]) for p in plain}
         hidden = plain["forward"] - exchange["forward"]
         return LayerTimes(
             {**self.terms, "ep_comm": exchange}, self.wire,
-            replace(self.repeats, exchange_hidden=hidden), self.weights,
+            replace(repeats, exchange_hidden=hidden), self.weights,
         )  # fmt: skip
 
     def nanoseconds(self, phase: str) -> Int64:
@@ -46,7 +50,8 @@ class LayerTimes:
 
     def recompute_ns(self, policies: tuple[RecomputePolicy, ...]) -> Int64:
         """Extra backward time: the forward of what each policy runs again; (policies, configs)."""
-        return to_ns(self.repeats.seconds(policies))
+        again = to_ns(self.repeats.seconds(policies))
+        return again if self.places is None else again[:, self.places]
 
     def take(self, index: Int64) -> LayerTimes:
         """The times of the configurations at ``index``."""
@@ -55,7 +60,8 @@ class LayerTimes:
             for table in (self.terms, self.wire)
         )
         merged = None if self.merged is None else {p: v[index] for p, v in self.merged.items()}
-        return LayerTimes(terms, wire, self.repeats.take(index), self.weights[index], merged)
+        places = index if self.places is None else self.places[index]
+        return LayerTimes(terms, wire, self.repeats, self.weights[index], merged, places)
 
 
 def to_ns(seconds: Real) -> Int64:

@@ -90,7 +90,7 @@ def _latents(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
     return tuple(Piece(name, width, whole) for name, width in zip(made, widths, strict=True))
 
 
-def latent_rows(ops: tuple[Op, ...]) -> Ints:
+def latent_rows(ops: tuple[Op, ...]) -> Reals:
     """Rows of a layer's latents: those of the product that projects down."""
     return next(op.m for op in ops if isinstance(op, MatMul) and op.name == "kv_down")
 
