@@ -51,6 +51,9 @@ class Totals:
     """Of the lighter of embedding and head."""
     every_work: Real | float = 0.0
     """What every rank works for the ends, where the ranks share them."""
+    waits: tuple[Real | float, Int64 | int] = (0.0, 0)
+    """What the last stage's backward puts off behind all its passes (1F1B, interleaved), and in how
+    many microbatches."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     """
     m, pp = shape.microbatches.astype(np.float64), shape.pp.astype(np.float64)
     loops, rest = np.divmod(shape.microbatches - 1, shape.pp)
+    # What waits is in no path before the last stage's end: of its own work n of m products, of the
+    # trips' those of every pp-th microbatch.
+    each, count = totals.waits
+    waiting = np.minimum(-(-count // shape.pp), 1 + loops) / (1 + loops)
+    less = each * np.maximum(count / m, waiting)
+    totals, late = replace(totals, work=totals.work - less), each - less
     trips = (1.0 + loops) * (totals.work + 2 * (pp - 1) * totals.hop)
     ranks = np.where(rest > 0, pp - rest, pp)
     growth = geometric(m, ranks)
@@ -100,7 +109,7 @@ def one_f_one_b(shape: Shape, totals: Totals) -> Real:
     relaxed = np.maximum(np.where(rest > 0, lifted, trips), geometric(m, pp) * totals.work)
     # Layers are whole: with the tallest rank of work w, two trips and its own work between them are
     # at least W + (m - pp) w (cost_models.surrogate, bound 3 with a = 1 and k <= pp).
-    whole = totals.work + (m - pp) * totals.tallest_work
+    whole = totals.work - late + (m - pp) * totals.tallest_work
     return np.maximum(relaxed, np.where(m > pp, whole, 0.0))
 
 
@@ -129,7 +138,7 @@ def interleaved(shape: Shape, totals: Totals) -> Real:
     fill = full * (pp - 1) * (pp - 2) / 2 / pp + (pp - 1) * totals.hop
     # Rank s waits for s first forwards and s first backwards, of which rank 0's sends nothing.
     fill = fill + totals.send * (pp - 1) ** 2 / pp
-    average = m * totals.work / pp + fill
+    average = (m * totals.work - totals.waits[0] * totals.waits[1]) / pp + fill
     hops = 2 * (pp - 2) * totals.hop
     rank = m * totals.rank_work + totals.first_work + totals.embedding_work + hops
     return np.maximum(average, _fullest(shape, totals, rank))

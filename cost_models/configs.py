@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cost_models import interconnect, transfers
+from cost_models import deferral, interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.given_order import GivenOrder
@@ -101,6 +101,8 @@ class PricedConfigs:
     """Schedules in which the sending rank waits for its transfers."""
     vocabulary: VocabularyTables | None = None
     """Of a stack whose pipeline ranks share embedding and head."""
+    put_off: deferral.PutOff | None = None
+    """What the last stage may put off; None: nothing."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -152,6 +154,7 @@ class PricedConfigs:
             late=late,
             sends=sends,
             policies=self.policies,
+            deferral=deferral.deferral_of(self.put_off, index, schedule, microbatches),
             idle_forward=self.machine.stack.idle_forward
             and self.workload.head.whole_logits
             and shared is None,
@@ -215,6 +218,12 @@ def price_configs(
     reserve = reserve_of(workload, machine, shard, configs)
     stage_stride = shard.tp * shard.cp * configs.dp_replicate * configs.dp_shard
     capacity = capacity_bytes or int(machine.device.memory_capacity.si)
+    vocabulary = vocabulary_tables(workload, machine, shard, configs)
+    put_off, most = None, machine.stack.deferred_head_gradients
+    if most and vocabulary is None:
+        each = deferral.put_off_ns(workload, machine, shards)[shard_index][config_of]
+        each = np.where(configs.pp > 1, each, 0)
+        put_off = deferral.PutOff(each, deferral.put_off_bytes(workload, shard), most)
     kinds = tuple(table(workload.kinds[name], workload.policies) for name in names)
     if workload.global_batch is not None:
         waiting = Waiting(configs.pp, configs.microbatches(workload.global_batch))
@@ -243,7 +252,8 @@ def price_configs(
         capacity_bytes=capacity,
         late=transfers.late_ns(workload, machine, shard, configs),
         blocking=machine.stack.blocking_transfers,
-        vocabulary=vocabulary_tables(workload, machine, shard, configs),
+        vocabulary=vocabulary,
+        put_off=put_off,
     )  # fmt: skip
 
 

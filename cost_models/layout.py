@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 from hardware_profiles.stack import Schedule as NamedSchedule
@@ -41,6 +42,17 @@ SPLIT_BACKWARD: tuple[Schedule, ...] = (
 """Schedules that compute the gradients of inputs and of weights apart."""
 OVER_PIPELINE: tuple[Schedule, ...] = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
 """Schedules whose ranks all hold a part of the vocabulary (``cost_models.vocabulary_orders``)."""
+
+
+@lru_cache(maxsize=64)
+def running_counts(sequence: tuple[int, ...], kinds: int) -> tuple[tuple[int, ...], ...]:
+    """``[i][kind]``: how often each kind is among the first ``i`` of a sequence."""
+    counts = [0] * kinds
+    result = [tuple(counts)]
+    for kind in sequence:
+        counts[kind] += 1
+        result.append(tuple(counts))
+    return tuple(result)
 
 
 def codes_of(names: Iterable[Schedule]) -> list[int]:

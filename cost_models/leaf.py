@@ -15,8 +15,9 @@ wait for their transfers (``Leaf.sends``), these are part of a chunk's forward a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
+from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
 from cost_models.layout import (
     SPLIT_BACKWARD,
@@ -24,6 +25,7 @@ from cost_models.layout import (
     RecomputeMode,
     Schedule,
     crosses_ranks,
+    running_counts,
     stage_of,
 )
 from cost_models.recompute import ModeRows, group_of, mode_rows
@@ -87,6 +89,8 @@ class Leaf:
     shared: SharedEnds | None = None
     """Parts of embedding and head that every rank holds; ``embedding`` and ``head`` are nothing
     then."""
+    deferral: Deferral = NOTHING
+    """Weight gradients of the output layer that wait for the pipeline to drain."""
 
     def held(self, rank: int) -> list[int]:
         """Virtual stages of a rank, by chunk."""
@@ -109,7 +113,13 @@ class Leaf:
     def step_buffer_bytes(self, rank: int) -> int:
         """Bytes of a rank that stay for a step, whatever layers it holds."""
         shared = 0 if self.shared is None else self.shared.static_bytes
-        return self.received_bytes(rank) + self.kept_output_bytes(rank) + shared
+        kept = self.kept_output_bytes(rank) + self.deferred_bytes(rank)
+        return self.received_bytes(rank) + kept + shared
+
+    def deferred_bytes(self, rank: int) -> int:
+        """Operands of products that a rank puts off, beside those of the microbatch at work."""
+        last = self.stages - 1 in self.held(rank)
+        return self.deferral.beside_loss_bytes(self.microbatches) if last else 0
 
     def sends_on(self, stage: int) -> bool:
         """Whether a virtual stage sends its output to another rank (-1: there is none)."""
@@ -152,22 +162,12 @@ class Leaf:
     @cached_property
     def counts(self) -> tuple[tuple[int, ...], ...]:
         """``counts[i][kind]``: layers of each kind among the first ``i``."""
-        return _running_counts(self.sequence, len(self.kinds))
+        return running_counts(self.sequence, len(self.kinds))
 
     @cached_property
     def chunk_cache(self) -> dict[tuple[object, ...], ChunkCosts]:
         """Costs of chunks by what they hold; see :func:`chunk_costs`."""
         return {}
-
-
-@lru_cache(maxsize=64)
-def _running_counts(sequence: tuple[int, ...], kinds: int) -> tuple[tuple[int, ...], ...]:
-    counts = [0] * kinds
-    result = [tuple(counts)]
-    for kind in sequence:
-        counts[kind] += 1
-        result.append(tuple(counts))
-    return tuple(result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,9 @@ def _chunk_costs(
     if at_end:
         # The loss works beside all activations, the layers without what the head kept. What a layer
         # does not keep was in blocks that the loss's larger tensors do not fit into.
-        loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE]
+        left = leaf.deferral.left_bytes(leaf.microbatches)
+        loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE] - left
+        draining += left
         loss += idle if leaf.idle_forward else 0
         working, freed = max((loss, 0), (working - freed, freed))
     if at_start:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models import bounds
+from cost_models import bounds, deferral
 from cost_models.checked_rows import CheckedRows
 from cost_models.configs import PricedConfigs
 from cost_models.given_order import GivenOrder
@@ -156,6 +156,7 @@ class Relaxation:
             send=np.where(blocking, transfer, 0.0),
             end_work=np.where(self.divided, 0.0, np.minimum(*ends)),
             every_work=np.where(self.divided, sum(ends), 0.0),
+            waits=deferral.waiting_in(self.tables.put_off, self.config, self.m),
         )
         shape = bounds.Shape(self.pp, self.vpp, self.m, self.height, self.spare, self.free)
         return bounds.step_bound(self.schedule, shape, totals)

@@ -149,12 +149,15 @@ def simulate(
     hop_ns: int | Sequence[tuple[int, int]],
     size: int = 0,
     given: GivenOrder | None = None,
+    put_off: tuple[int, int] = (0, 0),
 ) -> Timeline:
     """Run the schedule, in rounds of ``size`` microbatches where it has them (0: the usual ones),
     or the order that the user has ``given``.
 
     ``hop_ns`` is one transfer time for all, or per virtual stage that of its output to the next
-    stage and that of the gradient back; what stays on a rank takes none. Raises
+    stage and that of the gradient back; what stays on a rank takes none. ``put_off``: in how many
+    microbatches, the first ones, the last stage's backward is shorter by so much, which its rank
+    (the last one) makes up for when all its passes are over. Raises
     :class:`ValueError` where the orders of the ranks wait for each other.
     """
     stages, count = pp * vpp, microbatches
@@ -172,6 +175,7 @@ def simulate(
     clock = [0] * pp
     remaining = sum(len(works) for works, _ in orders)
     last = (stages - 1) * count
+    waiting, each = last + put_off[0], put_off[1]
     while remaining:
         before = remaining
         for rank in range(pp):
@@ -203,6 +207,8 @@ def simulate(
                         ready = forward_end[slot]
                         if ready < 0:
                             break
+                        if slot < waiting:
+                            ready, now = ready - each, now - each
                     if ready > now:
                         now = ready
                     now += taken[work][stage]
@@ -212,6 +218,7 @@ def simulate(
             position[rank], clock[rank] = index, now
         if remaining == before:
             raise ValueError(f"{schedule} with pp={pp}, vpp={vpp}, m={microbatches} deadlocks")
+    clock[-1] += put_off[0] * each
     busy = [sum([taken[w][slot // count] for w, slot in zip(*o, strict=True)]) for o in orders]
     return Timeline(tuple(clock), tuple(busy))
 

@@ -45,7 +45,7 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
     else:
         timeline = simulate(
             leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, times, hop, leaf.round_size,
-            leaf.order,
+            leaf.order, (leaf.deferral.microbatches, leaf.deferral.each_ns),
         )  # fmt: skip
     ends = [end + rank.gradient_ns for end, rank in zip(timeline.finish_ns, ranks, strict=True)]
     critical = ends.index(max(ends))

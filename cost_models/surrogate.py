@@ -25,6 +25,9 @@ Why the surrogate is a lower bound. Write ``f, b`` for a stage's forward and bac
 7. where the ranks share the head, each works on a part of it for every microbatch; what is left of
    it with the last may follow the last backward, so it counts in (1) and not in what other ranks
    wait for. Rounds (3) are longer there.
+8. where the first ``n`` microbatches put ``d`` of the last stage's backward off, behind its last
+   one (``cost_models.deferral``), its own work before that is ``m w - n d``, ``S`` is short by
+   ``d``, and trips of later microbatches have it back: of those ``k`` apart all but ``n / k``.
 
 Each is the length of a path in the graph of the schedule, so it cannot exceed the longest one.
 Where cuts carry different amounts, ``d`` is the least transfer of all cuts, and what the chosen
@@ -79,13 +82,16 @@ EMPTY_LABEL = Label(0, 0, 0, 0, 0, 0)
 def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label:
     """Prepend ``rank`` to a label that covers the ranks after it."""
     m, hop, k = leaf.microbatches, leaf.hop_ns, leaf.pp - rank
-    first = costs.chunks[0]
+    first, waits, behind = costs.chunks[0], leaf.deferral, 0
     work = label.work + costs.work_ns + first.late_ns
     widest = max(label.widest, costs.work_ns)
     nested = m * costs.work_ns
     if leaf.shared is not None:
         nested -= leaf.shared.times.later
     ends = m * costs.work_ns + costs.gradient_ns
+    if k == 1:
+        behind = waits.total_ns
+        work, nested = work - waits.each_ns, nested - behind
     if rank < leaf.pp - 1:
         round_trip = first.forward_ns + first.backward_ns + 2 * hop + first.late_ns
         if not leaf.splits_backward:
@@ -95,15 +101,18 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
     trip = work + 2 * (k - 1) * hop
     tail = label.tail
     if leaf.schedule == "1f1b":
-        if loops:
+        if loops and k > 1:
+            trips = (1 + loops) * trip + waits.in_trips_ns(1 + loops, k, rest)
+            two = 2 * trip + waits.in_trips_ns(2, m - 1)
             on_rank = (m - 1 - k) * costs.work_ns
-            nested = max(nested, (1 + loops) * trip + rest * costs.work_ns, 2 * trip + on_rank)
-        else:
+            nested = max(nested, trips + rest * costs.work_ns, two + on_rank)
+        elif k > 1:
             nested = max(nested, trip + rest * first.backward_ns)
         if k == (m - 1) % leaf.pp:
             tail = work + 2 * (k - 1) * hop
         if rank == 0:
-            nested = max(nested, (1 + loops) * trip + tail)
+            again = waits.in_trips_ns(1 + loops, k) + (waits.in_trips_ns(2, m - 1) if tail else 0)
+            nested = max(nested, (1 + loops) * trip + again + tail)
     elif leaf.schedule == "gpipe":
         nested = max(nested, trip + (m - 1) * widest)
         tail = 0
@@ -111,7 +120,7 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
         work=work,
         widest=widest if leaf.schedule == "gpipe" else 0,
         nested=nested,
-        ends=max(ends, nested + costs.gradient_ns),
+        ends=max(ends, nested + behind + costs.gradient_ns),
         update=max(label.update, costs.update_ns),
         tail=tail if leaf.schedule == "1f1b" else 0,
     )
@@ -151,7 +160,9 @@ def least_objective_ns(leaf: Leaf, label: Label, rank: int, work_left: int) -> i
         bound = max(bound, -(-leaf.microbatches * work_left // rank))
     if leaf.schedule == "1f1b":
         loops = (leaf.microbatches - 1) // leaf.pp
-        bound = max(bound, (1 + loops) * (total + 2 * (leaf.pp - 1) * leaf.hop_ns) + label.tail)
+        again = leaf.deferral.in_trips_ns(1 + loops, leaf.pp)
+        trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
+        bound = max(bound, (1 + loops) * trip + again + label.tail)
     elif leaf.schedule == "gpipe":
         widest = max(label.widest, -(-work_left // rank) if rank else 0)
         trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns

@@ -208,6 +208,10 @@ class StackSpec(Profile):
     blocking_transfers: tuple[Schedule, ...]
     """Schedules in which a pipeline rank waits for the transfer of each output and gradient before
     it goes on; in the others a transfer runs beside the rank's next pass."""
+    deferred_head_gradients: Annotated[int, Field(ge=0)] = 0
+    """Microbatches of a step, the first ones, of which the last pipeline stage multiplies the
+    output layer's weight gradient behind all its passes, while other stages drain; until then it
+    keeps both operands."""
     scattered_transfers: bool = False
     """Whether a boundary that every tensor-parallel rank holds is sent in tp parts, one by each,
     and gathered behind the transfer."""

@@ -297,8 +297,8 @@ class _Table:
         work = leaf.microbatches * (forward + backward).sum(axis=1).T
         out = forward[:, 0].T + leaf.hop_ns
         both = out + backward[:, 0].T + leaf.hop_ns
-        nested = work[-1]
-        ends = nested + reduction[-1]
+        nested = work[-1] - leaf.deferral.total_ns
+        ends = work[-1] + reduction[-1]
         for rank in reversed(range(leaf.pp - 1)):
             nested = work[rank] if split else np.maximum(work[rank], both[rank] + nested)
             ends = np.maximum(out[rank] + ends, nested + reduction[rank])
@@ -339,14 +339,16 @@ class _Table:
         start = leaf.embedding[Field.WORK_NONE]
         idle = self._largest(front, Field.ACT_NONE, less=kept)[:, -1] if leaf.idle_forward else 0
         loss = head[Field.WORK_NONE] + idle
-        working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE], loss)
+        left = leaf.deferral.left_bytes(leaf.microbatches)
+        draining[:, -1] += left
+        working[:, -1] = np.maximum(working[:, -1] - head[Field.ACT_NONE] + left, loss)
         first = leaf.embedding[Field.ACT_NONE] + start
         draining[:, 0] = np.maximum(draining[:, 0], first)
         working[:, 0] = np.maximum(working[:, 0], start - activation[:, 0])
         again = leaf.splits_backward and option[0] == "full"
         if again:
-            left = front[:, 1:] @ self.kinds[:, Field.LEFT_AGAIN]
-            working[:, 1:] = np.maximum(working[:, 1:], left)
+            graphs = front[:, 1:] @ self.kinds[:, Field.LEFT_AGAIN]
+            working[:, 1:] = np.maximum(working[:, 1:], graphs)
         static, made, step = (
             self._by_rank(self._sum(held, field)).sum(axis=1)
             for field in (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)

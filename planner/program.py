@@ -18,6 +18,8 @@ For one layout (degrees, schedule, virtual stages all fixed), with layers ``0 ..
     flow shop   nested_s >= S_s + 2 (k_s-1) hop + (m-1) max_{j>=s} w_j (flow_shop, GPipe)
     ends        ends_s >= nested_s + g_s
                 ends_s >= f_s + hop + ends_{s+1},  ends = ends_0     (ends)
+                ends_s >= nested_s + n d + g_s on the last rank, where the first n microbatches put
+                d of its backward off (cost_models.deferral); R, S and m w are short by it there
     update      update >= u_s                                        (update)
 
 The objective is the *surrogate* (``cost_models.surrogate``), a proved lower bound on the simulated

@@ -74,13 +74,15 @@ class Ranges:
             head = leaf.head
             sent = np.maximum(sent, head[Field.IN_FLIGHT])
             draining = np.where(self.many, draining, draining + head[Field.IN_FLIGHT])
+            left = leaf.deferral.left_bytes(leaf.microbatches)
+            draining = draining + left
         working = working + sent
         if leaf.shared is not None:
             step = step + leaf.shared.total(Field.UPDATE_BYTES)
             working = np.maximum(working, leaf.shared.working_bytes)
         if rank == leaf.pp - 1:
             loss = head[Field.WORK_NONE] + (idle if leaf.idle_forward else 0)
-            working = np.maximum(working - head[Field.ACT_NONE], loss)
+            working = np.maximum(working - head[Field.ACT_NONE] + left, loss)
         if rank == 0:
             short = leaf.embedding[Field.WORK_NONE]
             draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)

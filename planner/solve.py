@@ -86,7 +86,8 @@ class _Chain:
         """A rank's work, and the next rank's between its first forward and last backward."""
         leaf, value = self.leaf, self.value
         for s in range(leaf.pp):
-            self.model.add(self.nested[s] >= leaf.microbatches * value["work"][s])
+            behind = leaf.deferral.total_ns if s == leaf.pp - 1 else 0
+            self.model.add(self.nested[s] >= leaf.microbatches * value["work"][s] - behind)
             if s < leaf.pp - 1:
                 self.model.add(
                     self.nested[s]
@@ -95,23 +96,27 @@ class _Chain:
                 )  # fmt: skip
 
     def round_trips(self) -> None:
-        """1F1B: chains of round trips."""
-        leaf, work = self.leaf, self.value["work"]
+        """1F1B: chains of round trips, short by what waits behind them."""
+        leaf, work, waits = self.leaf, self.value["work"], self.leaf.deferral
+        m = leaf.microbatches
         for s in range(leaf.pp):
             k = leaf.pp - s
-            loops, rest = divmod(leaf.microbatches - 1, k)
-            trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns + self._late(s)
-            if loops:
-                on_rank = (leaf.microbatches - 1 - k) * work[s]
-                self.model.add(self.nested[s] >= (1 + loops) * trip + rest * work[s])
-                self.model.add(self.nested[s] >= 2 * trip + on_rank)
-            else:
+            loops, rest = divmod(m - 1, k)
+            trip = sum(work[s:]) + 2 * (k - 1) * leaf.hop_ns + self._late(s) - waits.each_ns
+            if loops and k > 1:
+                again = waits.in_trips_ns(1 + loops, k, rest)
+                self.model.add(self.nested[s] >= (1 + loops) * trip + again + rest * work[s])
+                again = waits.in_trips_ns(2, m - 1)
+                self.model.add(self.nested[s] >= 2 * trip + again + (m - 1 - k) * work[s])
+            elif k > 1:
                 self.model.add(self.nested[s] >= trip + rest * self.value["backward"][s])
             if s == 0:
                 tail: Any = 0
                 if rest:
                     tail = sum(work[leaf.pp - rest :]) + 2 * (rest - 1) * leaf.hop_ns
-                    tail += self._late(leaf.pp - rest)
+                    tail += self._late(leaf.pp - rest) - waits.each_ns
+                    tail += waits.in_trips_ns(2, m - 1)
+                tail += waits.in_trips_ns(1 + loops, leaf.pp)
                 self.model.add(self.nested[0] >= (1 + loops) * trip + tail)
 
     def _late(self, rank: int) -> Any:
@@ -130,7 +135,8 @@ class _Chain:
         """Ends of the ranks with their gradients; the update; the objective."""
         leaf, value = self.leaf, self.value
         for s in range(leaf.pp):
-            self.model.add(self.ends[s] >= self.nested[s] + value["gradient"][s])
+            behind = leaf.deferral.total_ns if s == leaf.pp - 1 else 0
+            self.model.add(self.ends[s] >= self.nested[s] + behind + value["gradient"][s])
             if s < leaf.pp - 1:
                 self.model.add(
                     self.ends[s]

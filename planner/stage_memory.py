@@ -75,6 +75,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     held["receive_buffers"] = leaf.received_bytes(rank)
     held["kept_outputs"] = leaf.kept_output_bytes(rank)
     held["vocabulary_buffers"] = 0 if leaf.shared is None else leaf.shared.held_bytes
+    held["deferred_products"] = leaf.deferred_bytes(rank)
     step = sums[Field.STEP_BYTES]
     kept_free = leaf.fixed_bytes - int(priced.tables.reserve.total[0])
     inside = sum(held.values()) + sum(reserve[name] for name in INSIDE)

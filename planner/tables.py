@@ -132,6 +132,8 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     )  # fmt: skip
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
     work = _sum_for_any_pipeline(priced, (Field.FORWARD, Field.BACKWARD))
+    if priced.put_off is not None:
+        work = work - priced.put_off.each_ns
     return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
 
 

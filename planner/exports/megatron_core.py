@@ -73,6 +73,7 @@ def export(plan: Plan) -> Launch:
         *_batch_flags(layout, job),
         *_data_parallel_flags(layout, stack),
         *_offload_flags(stack),
+        *_deferral_flags(layout, stack),
         *_RECIPE.get(software, _PRECISION[job.precision]),
         ("--optimizer", _OPTIMIZER[job.optimizer]),
     )
@@ -168,6 +169,14 @@ def _offload_flags(stack: StackSpec) -> tuple[Flag, ...]:
         return ()
     modules = ("--offload-modules", *stack.offload.inputs)
     return (("--fine-grained-activation-offloading",), modules)
+
+
+def _deferral_flags(layout: Layout, stack: StackSpec) -> tuple[Flag, ...]:
+    """Weight gradients of the output layer behind the last stage's passes (arguments.py)."""
+    if layout.pp == 1 or not stack.deferred_head_gradients:
+        return ()
+    limit = ("--wgrad-deferral-limit", str(stack.deferred_head_gradients))
+    return (("--defer-embedding-wgrad-compute",), limit)
 
 
 def _environment(layout: Layout, stack: StackSpec) -> dict[str, str]:

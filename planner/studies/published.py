@@ -111,7 +111,7 @@ def _request(
 
 def _changes(reading: Reading) -> tuple[tuple[str, Any], ...]:
     """What a policy says of the stack that ran, where it is not as the stack ships."""
-    names = ("vocab_divisor", "spare_layers")
+    names = ("vocab_divisor", "spare_layers", "deferred_head_gradients")
     return tuple((name, reading.assume[name]) for name in names if name in reading.assume)
 
 

@@ -217,6 +217,10 @@ def test_a_plan_for_a_file_that_extends_the_target(tmp_path: Path) -> None:
         update={"target": target, "inputs": plan.inputs.model_copy(update={"job": job})}
     )
     assert flags_of(plan)["--fp8-recipe"] == "mxfp8"
+    own.write_text("extends: base.yaml\nname: own\ndeferred_head_gradients: 22\n")
+    flags = flags_of(plan)
+    assert flags["--wgrad-deferral-limit"] == "22"
+    assert "--defer-embedding-wgrad-compute" in flags
     own.write_text("extends: torchtitan\nname: own\n")
     with pytest.raises(InputError, match="the plan is for own"):
         export(plan)

@@ -79,6 +79,9 @@ class Prices:
     """Per cut between layers, what its transfers take beyond ``hop``."""
     waiting: tuple[str, ...] = ()
     """Schedules in which a rank waits until what it sends has arrived."""
+    put_off: tuple[int, int, int] = (0, 0, 0)
+    """Of the last stage's backward: in how many microbatches at most a part waits, for how long it
+    runs and what it reads."""
     blocks_stay: bool = False
     """Whether what a layer does not keep stays cached beside the loss."""
     ends: Ends | None = None
@@ -89,7 +92,7 @@ class Prices:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
-                self.waiting, self.blocks_stay, self.ends)  # fmt: skip
+                self.waiting, self.put_off, self.blocks_stay, self.ends)  # fmt: skip
 
 
 @dataclass
@@ -166,19 +169,36 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         policies=tables.policies,
         late=tuple((int(on[index]), int(back[index])) for on, back in tables.late),
         waiting=request.stack.blocking_transfers,
+        put_off=_put_off(request, tables, index),
         blocks_stay=request.stack.idle_forward
         and not (request.job.loss == "chunked" and request.stack.loss_chunks > 1),
         ends=ends_of(tables, index),
     )
 
 
+def _put_off(request: Request, tables: PricedConfigs, index: int) -> tuple[int, int, int]:
+    most, found = request.stack.deferred_head_gradients, tables.put_off
+    if not most or found is None or not found.each_ns[index]:
+        return 0, 0, 0
+    return most, int(found.each_ns[index]), int(found.each_bytes[index])
+
+
+def waiting_products(prices: Prices, x: Layout, m: int) -> tuple[int, int, int]:
+    """In how many microbatches of a step the product waits; its time and its operands."""
+    most, each, operands = prices.put_off
+    if x.schedule not in ("1f1b", "interleaved"):
+        return 0, 0, 0
+    return min(most, m), each, operands
+
+
 def sum_chunk(
     prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option,
-    *, halves: bool,
+    *, halves: bool, stays: int = 0,
 ) -> Chunk:  # fmt: skip
     """A virtual stage of ``size`` layers from ``first`` on; ``start`` and ``end`` of the model,
-    ``many`` pipeline ranks, a backward in ``halves``."""
-    key = (start, end, many, first, size, option, halves)
+    ``many`` pipeline ranks, a backward in ``halves``. ``stays``: of what the head kept, what its
+    last backward leaves."""
+    key = (start, end, many, first, size, option, halves, stays)
     if key in prices.chunks:
         return prices.chunks[key]
     mode, limit = option
@@ -239,7 +259,8 @@ def sum_chunk(
     # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
     if end:
         loss = prices.head[Field.WORK_NONE] + (cached if prices.blocks_stay else 0)
-        working = max(working - prices.head[Field.ACT_NONE], loss)
+        working = max(working - prices.head[Field.ACT_NONE] + stays, loss)
+        draining += stays
     if start:
         short = prices.embedding[Field.WORK_NONE]
         draining = max(draining, prices.embedding[Field.ACT_NONE] + short)
@@ -259,9 +280,10 @@ def sum_chunk(
 
 
 def chunks_of(
-    prices: Prices, x: Layout, sizes: Sequence[int], options: Sequence[Option]
+    prices: Prices, x: Layout, m: int, sizes: Sequence[int], options: Sequence[Option]
 ) -> list[Chunk]:
     """All virtual stages, in order; ``options`` per rank."""
+    count, _, operands = waiting_products(prices, x, m)
     chunks, first, stages = [], 0, x.pp * x.vpp
     home = homes(x.schedule, x.pp, x.vpp)
     for j, size in enumerate(sizes):
@@ -277,6 +299,7 @@ def chunks_of(
             size,
             options[home[j]],
             halves=x.schedule in SPLIT,
+            stays=operands if end and count == m else 0,
         )
         if prices.ends is not None:
             chunk = with_parts(chunk, prices.ends)
@@ -335,6 +358,9 @@ def rank_peak(
         beside = home[max(j - 1, 0) : j] + home[j + 1 : j + 2]
         static += m * prices.receive * sum(other != rank for other in beside)
         static += (m - 1) * prices.output * (j == len(home) - 1)
+        if j == len(home) - 1:
+            count, _, operands = waiting_products(prices, x, m)
+            static += min(count, m - 1) * operands
     # A split backward keeps all activations until the last gradient of weights is there.
     moments = [live + max(c.working for c in own) + (made if m > 1 or split else 0)]
     moments.append(made + sum(c.step for c in own))
@@ -357,12 +383,13 @@ def step_time(
     durations = [t for c in chunks for t in (c.forward, c.backward, c.inputs, c.weights)]
     own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, r)] for r in range(x.pp)]
     hops = hops_of(prices, x, sizes)
+    put_off = waiting_products(prices, x, m)[:2]
     if prices.ends is not None:
         lags = [(hops, hops)] * x.pp if isinstance(hops, int) else hops
         forward, backward = [c.forward for c in chunks], [c.backward for c in chunks]
         ends = finish(x.schedule, x.pp, m, forward, backward, lags, prices.ends)
     else:
-        ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops, size)
+        ends = finish_times(x.schedule, x.pp, x.vpp, m, durations, hops, size, put_off)
     reduced = max(
         end + prices.bucket + sum(c.gradient for c in own[rank]) for rank, end in enumerate(ends)
     )
@@ -459,7 +486,7 @@ class BruteForce:
         options: tuple[Option, ...], best: int | None, size: int,
     ) -> int | None:  # fmt: skip
         """The step's time where it fits and is below ``best``."""
-        chunks = chunks_of(prices, x, sizes, options)
+        chunks = chunks_of(prices, x, m, sizes, options)
         for rank in range(x.pp):
             own = [chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)]
             if best is not None and m * sum(c.forward + c.backward for c in own) >= best:

@@ -213,6 +213,8 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes |= {"schedules": stack.schedules, "layers": stack.layers}
     if own.random() < 0.6:
         changes["rounds"] = own.choice(("pp", "equal", "at_least_pp", "at_least_pp", "any"))
+    if own.random() < 0.4:
+        changes["deferred_head_gradients"] = own.choice((1, 2, 3, 50))
     return stack.model_copy(update=changes)
 
 
@@ -302,7 +304,7 @@ def _middle(sizes: list[list[int]]) -> list[int]:
 def _needs(request: Request, x: Layout, prices: Prices, sizes: list[int], option: Option) -> int:
     """Bytes that the fullest device needs."""
     m = request.global_batch // (x.dp * x.microbatch)
-    chunks = chunks_of(prices, x, sizes, (option,) * x.pp)
+    chunks = chunks_of(prices, x, m, sizes, (option,) * x.pp)
     own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)] for rank in range(x.pp)]
     return max(rank_peak(prices, x, m, rank, each) for rank, each in enumerate(own))
 

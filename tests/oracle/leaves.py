@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
+from cost_models.deferral import Deferral
 from cost_models.layout import Schedule
 from cost_models.leaf import Completion, Leaf, Recompute, Row, stage_costs
 from cost_models.peaks import peaks
@@ -69,6 +71,7 @@ def draw_leaf(
         fixed_bytes=scale, capacity_bytes=1 << 50, uneven=uneven, policies=POLICIES,
         idle_forward=rng.random() < 0.5,
     )  # fmt: skip
+    free = replace(free, deferral=deferral_of(free))
     if not tight:
         return free
     height = -(-layers // free.stages)
@@ -78,6 +81,16 @@ def draw_leaf(
     need = max(peaks(free, stage_costs(free, even)))
     capacity = int(need * rng.uniform(0.6, 1.1))
     return Leaf(**{**_fields(free), "capacity_bytes": capacity})  # type: ignore[arg-type]
+
+
+def deferral_of(leaf: Leaf) -> Deferral:
+    """Half of the pipelines that can put a part of the head's backward off."""
+    backward, static = leaf.head[Field.BACKWARD], leaf.head[Field.STATIC]
+    if leaf.pp == 1 or leaf.schedule not in ("1f1b", "interleaved") or static % 2:
+        return Deferral()
+    # Not drawn, so that what is stays what it was.
+    count = min(leaf.microbatches, 1 + static // 2 % (leaf.microbatches + 3))
+    return Deferral(count, backward // (1 + static % 3), static % (leaf.head[Field.ACT_NONE] + 1))
 
 
 def draw_late(rng: Random, layers: int, scale: int) -> tuple[tuple[int, int], ...]:

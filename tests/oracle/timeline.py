@@ -119,9 +119,10 @@ def most_live_bytes(
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in topological order: (duration slot, predecessors without lag, with lag)."""
+    """Nodes in topological order: (duration slot, microbatch, predecessors without
+    lag, with lag)."""
 
-    nodes: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    nodes: tuple[tuple[int, int, tuple[int, ...], tuple[int, ...]], ...]
     last: tuple[int, ...]
     """Position of each rank's last action."""
 
@@ -163,6 +164,7 @@ def graph(schedule: Schedule, pp: int, vpp: int, m: int, size: int = 0) -> Graph
         nodes.append(
             (
                 4 * action[1] + WORKS.index(action[0]),
+                action[2],
                 tuple(position[need] for need, lag in before[action] if not lag),
                 tuple(position[need] for need, lag in before[action] if lag),
             )
@@ -178,12 +180,13 @@ def graph(schedule: Schedule, pp: int, vpp: int, m: int, size: int = 0) -> Graph
 
 def finish_times(
     schedule: Schedule, pp: int, vpp: int, m: int, durations: Sequence[int],
-    hop: int | Sequence[tuple[int, int]], size: int = 0,
+    hop: int | Sequence[tuple[int, int]], size: int = 0, put_off: tuple[int, int] = (0, 0),
 ) -> list[int]:  # fmt: skip
     """When each rank ends, in the unit of ``durations`` (of each pass, per virtual stage).
 
     ``hop`` is one transfer time, or one per virtual stage for its output and for the gradient that
-    comes back.
+    comes back. ``put_off``: in so many microbatches the last stage's backward is shorter by so
+    much, and its rank, the last, ends later by all of it.
     """
     plan = graph(schedule, pp, vpp, m, size)
     lag = [0] * len(durations)
@@ -193,7 +196,8 @@ def finish_times(
         if 4 * stage + 4 < len(lag):
             lag[4 * stage + 4] = on
     end: list[int] = []
-    for slot, direct, lagged in plan.nodes:
+    count, each = put_off
+    for slot, microbatch, direct, lagged in plan.nodes:
         start = 0
         for need in direct:
             if end[need] > start:
@@ -201,5 +205,6 @@ def finish_times(
         for need in lagged:
             if end[need] + lag[slot] > start:
                 start = end[need] + lag[slot]
-        end.append(start + durations[slot])
-    return [end[index] for index in plan.last]
+        waits = slot == len(durations) - 3 and microbatch < count
+        end.append(start + durations[slot] - each * waits)
+    return [end[index] + count * each * (index == plan.last[-1]) for index in plan.last]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cost_models import bounds
 from cost_models.configs import PricedConfigs
+from cost_models.deferral import PutOff
 from cost_models.layout import SCHEDULES, RecomputePolicy
 from cost_models.leaf import (
     Completion,
@@ -80,6 +81,9 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
         output_bytes=one(leaf.output_bytes),
         capacity_bytes=leaf.capacity_bytes,
         blocking=(leaf.schedule,) if leaf.sends else (),
+        put_off=PutOff(
+            one(leaf.deferral.each_ns), one(leaf.deferral.each_bytes), leaf.deferral.microbatches
+        ),
     )
 
 

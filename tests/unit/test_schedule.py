@@ -94,6 +94,20 @@ def test_1f1b_timeline() -> None:
     assert timeline.busy_ns == (2 * (2 + 4), 2 * (3 + 5))
 
 
+def test_what_the_last_stage_puts_off() -> None:
+    """The timeline above, with 2 of the last backward of 5 put off behind both, or behind one.
+
+    Rank 1: F0 3-6, B0 6-9, F1 9-12, B1 12-15, and the two products 15-19. Rank 0: B0 10-14 (9 +
+    hop), B1 16-20 (15 + hop). Of the first microbatch only: B1 12-17, its product 17-19; rank 0
+    ends at 22.
+    """
+    times = Durations([2, 3], [4, 5])
+    both = simulate("1f1b", 2, 1, 2, times, 1, put_off=(2, 2))
+    assert both.finish_ns == (20, 19)
+    assert both.busy_ns == (2 * (2 + 4), 2 * (3 + 5))
+    assert simulate("1f1b", 2, 1, 2, times, 1, put_off=(1, 2)).finish_ns == (22, 19)
+
+
 def test_gpipe_timeline() -> None:
     """The same ranks, all forwards first.
 
