@@ -31,7 +31,7 @@ from tests.oracle.layouts import (
     recompute_choices,
     rounds,
 )
-from tests.oracle.timeline import SPLIT, finish_times, held, homes, most_live_bytes
+from tests.oracle.timeline import GIVEN, finish_times, held, homes, most_live_bytes, splits
 from tests.oracle.vocabulary import Ends, ends_of, finish, most_live
 
 
@@ -298,7 +298,7 @@ def chunks_of(
             first,
             size,
             options[home[j]],
-            halves=x.schedule in SPLIT,
+            halves=splits(x.schedule),
             stays=operands if end and count == m else 0,
         )
         if prices.ends is not None:
@@ -342,7 +342,7 @@ def rank_peak(
     prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk], size: int = 0
 ) -> int:
     """Peak bytes of a device of ``rank``."""
-    split = x.schedule in SPLIT
+    split = splits(x.schedule)
     if prices.ends is not None:
         live = most_live(x.schedule, x.pp, m, rank) * own[0].activation
         static = prices.fixed + own[0].static + prices.ends.kept(x.schedule, x.pp, m)
@@ -446,14 +446,14 @@ class BruteForce:
             height = max(sizes)
             most = max(limit for _, limit in self.choices)
             useful = [o for o in self.choices if o[1] <= height or o[1] == most]
-            if x.schedule in SPLIT:
+            if splits(x.schedule):
                 useful = [o for o in useful if o[0] in ("none", "full")]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if option[0] != "full" or option[1] >= height:
                         self._uniform(x, prices, m, sizes, option)
             # Ranks of several chunks have one option for all, whatever the stack allows.
-            if stack.recompute_per_stage and x.vpp == 1:
+            if stack.recompute_per_stage and x.vpp == 1 and not x.schedule.startswith(GIVEN):
                 for options in product(useful, repeat=x.pp):
                     self._completion(x, prices, m, sizes, options)
             else:

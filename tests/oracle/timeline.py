@@ -8,6 +8,7 @@ action.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,37 @@ Action = tuple[str, int, int]
 """F, B (or its halves: I for inputs, then W for weights), virtual stage, microbatch."""
 WORKS = "FBIW"
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
+GIVEN = "given;"
+"""Begins a schedule that is the user's own order: then its rows, a rank each."""
 
 
-def homes(schedule: Schedule, pp: int, vpp: int) -> list[int]:
+@lru_cache(maxsize=256)
+def given_rows(schedule: str) -> list[list[Action]]:
+    """The actions of every rank of a user's own order."""
+    rows = schedule.removeprefix(GIVEN).split(";")
+    found = [re.findall(r"(\d+)([A-Z])(\d+)", row) for row in rows]
+    return [[(work, int(stage), int(i)) for stage, work, i in row] for row in found]
+
+
+def splits(schedule: str) -> bool:
+    """Whether backwards have halves."""
+    return schedule in SPLIT or (schedule.startswith(GIVEN) and "I" in schedule)
+
+
+def turns(schedule: str) -> bool:
+    """Whether virtual stages lie there and back."""
+    if not schedule.startswith(GIVEN):
+        return schedule in ("zbv", "dualpipev")
+    on_first = {stage for _, stage, _ in given_rows(schedule)[0]}
+    return on_first == {0, 2 * len(given_rows(schedule)) - 1}
+
+
+def homes(schedule: Schedule | str, pp: int, vpp: int) -> list[int]:
     """The rank of every virtual stage: round and round, or there and back."""
+    if schedule.startswith(GIVEN):
+        stages = range(pp * vpp)
+        rows = [{stage for _, stage, _ in row} for row in given_rows(schedule)]
+        return [next(rank for rank in range(pp) if stage in rows[rank]) for stage in stages]
     row = list(range(pp))
     if schedule in ("zbv", "dualpipev"):
         return row + row[::-1]
@@ -40,6 +68,8 @@ def rank_actions(
     schedule: Schedule, pp: int, vpp: int, m: int, rank: int, size: int = 0
 ) -> list[Action]:
     """What ``rank`` runs, in order, in rounds of ``size`` (0: the usual ones)."""
+    if schedule.startswith(GIVEN):
+        return given_rows(schedule)[rank]
     if schedule in ("zbv", "dualpipev"):
         # tests/unit/test_orders.py compares these with PyTorch's own tables.
         own = held(schedule, pp, vpp, rank)
@@ -102,7 +132,7 @@ def live_vectors(
         live[chunk] += {"F": 1, "B": -1, "I": 0, "W": -1}[work]
         waiting[chunk] += {"F": 0, "B": 0, "I": 1, "W": -1}[work]
         ended[chunk] = {"F": ended[chunk], "B": 0, "I": 0, "W": 1}[work]
-        met.add((*live, *waiting, *ended) if schedule in SPLIT else tuple(live))
+        met.add((*live, *waiting, *ended) if splits(schedule) else tuple(live))
     return tuple(sorted(met))
 
 
