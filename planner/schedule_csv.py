@@ -203,7 +203,8 @@ def _turns(rows: _Rows, home: Sequence[int], where: str) -> bool:
     if list(home) == [*range(pp), *reversed(range(pp))]:
         return True
     held = [[stage for stage, rank in enumerate(home) if rank == r] for r in range(pp)]
-    wrong = next(r for r in range(pp) if held[r] != list(range(r, len(home), pp)))
+    most = -(-len(home) // pp)
+    wrong = next(r for r in range(pp) if held[r] != [r + pp * chunk for chunk in range(most)])
     raise _fault(
         where, f"rank {wrong} holds virtual stages {', '.join(map(str, held[wrong]))} of "
         f"{len(home)}", row=wrong + 1,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 Flag = tuple[str, ...]
@@ -18,8 +19,16 @@ class Launch:
     devices: int
     flags: tuple[Flag, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Text of files that flags name, by name."""
     notes: tuple[str, ...] = ()
     """What the plan assumes and no flag can say."""
+
+    def placed_in(self, folder: Path) -> Launch:
+        """The same with flags that name files where they lie in ``folder``."""
+        paths = {name: str(folder / name) for name in self.files}
+        flags = tuple(tuple(paths.get(word, word) for word in flag) for flag in self.flags)
+        return replace(self, flags=flags)
 
     def line(self) -> str:
         """All flags on one line, for an unquoted ``$(...)``: no value needs a shell's quotes."""
@@ -36,5 +45,6 @@ class Launch:
             "devices": self.devices,
             "argv": [word for flag in self.flags for word in flag],
             "environment": self.environment,
+            "files": self.files,
             "notes": list(self.notes),
         }

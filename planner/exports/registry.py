@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from planner.exports.launch import Launch
     from planner.plan import Plan
 
-_MODULES = {"megatron-core": "planner.exports.megatron_core"}
+_MODULES = {
+    "megatron-core": "planner.exports.megatron_core",
+    "torchtitan": "planner.exports.torchtitan",
+}
 
 
 def targets() -> list[str]:

@@ -289,7 +289,7 @@ def test_layout_string_goes_through_all_ranks_of_a_virtual_stage_first() -> None
 
 
 def test_the_registry_knows_its_targets() -> None:
-    assert targets() == ["megatron-core"]
+    assert targets() == ["megatron-core", "torchtitan"]
     assert exporter("Megatron_Core") is export
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from planner.cli import options, output
 from planner.cli.documents import read_plan
+from planner.errors import InputError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -25,7 +27,7 @@ class Form(StrEnum):
 @app.command()
 def export(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="Software to launch: megatron-core.")
+        str, typer.Argument(metavar="TARGET", help="Software to launch: megatron-core, torchtitan.")
     ],
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="Plan as JSON.")] = "-",
     form: Annotated[
@@ -35,17 +37,25 @@ def export(
         ),
     ] = Form.LINE,
     output_file: options.Output = None,
+    files: Annotated[
+        Path,
+        typer.Option("--files", metavar="FOLDER", help="Where to write files that flags name."),
+    ] = Path(),
 ) -> None:
     """Print the flags that run PLAN (default: standard input) on TARGET.
 
-    The flags describe model, layout and batch; data, tokenizer, learning rate and checkpoints are
-    the launch script's. Environment variables that the layout needs go to standard error, and
-    into the document with --format json.
+    The flags describe layout and batch, for megatron-core the model too; data, tokenizer, learning
+    rate and checkpoints are the launch script's. Environment variables that the layout needs go to
+    standard error, and into the document with --format json. An order of work of one's own is
+    written to schedule.csv.
     """
     from planner.exports.registry import exporter
 
     write = exporter(target)
-    launch = write(read_plan(plan))
+    launch = write(read_plan(plan)).placed_in(files)
+    for path, text in placed(launch.files, files):
+        output.write(text, path)
+        typer.echo(f"note: wrote {path}", err=True)
     if form is Form.JSON:
         output.write(json.dumps(launch.as_dict(), indent=2) + "\n", output_file)
         return
@@ -54,3 +64,19 @@ def export(
         typer.echo(f"note: set {name}={value}", err=True)
     for note in launch.notes:
         typer.echo(f"note: {note}", err=True)
+
+
+def placed(texts: dict[str, str], folder: Path) -> list[tuple[Path, str]]:
+    """Where each file goes, without those that are there; raises :class:`InputError` where another
+    one is."""
+    found = []
+    for name, text in texts.items():
+        path = folder / name
+        if not path.exists():
+            found.append((path, text))
+        elif path.read_text(encoding="utf-8", errors="replace") != text:
+            raise InputError(
+                f"{path} is there, with something else in it",
+                hint="--files FOLDER: another place for it, or move it away",
+            )
+    return found
