@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from cost_models.layout import NAMED, V_SHAPED, Schedule, stage_of
-from cost_models.leaf import Completion, simulate_step, stage_costs
+from cost_models.layout import NAMED, OVER_PIPELINE, V_SHAPED, Schedule, stage_of
+from cost_models.leaf import Completion, stage_costs
 from cost_models.orders import rank_order
 from cost_models.peaks import peaks
 from cost_models.rounds import round_sizes
 from cost_models.schedule import Durations, live_peaks, simulate
+from cost_models.step_time import simulate_step
 from planner.errors import InputError
 from planner.jobs import read_job
 from planner.pipeline import evaluate, plan, read_request
@@ -54,7 +55,7 @@ def test_pytorchs_files_cost_what_its_schedules_do(name: str, recompute: str) ->
     ]
 
 
-@pytest.mark.parametrize("schedule", NAMED)
+@pytest.mark.parametrize("schedule", [name for name in NAMED if name not in OVER_PIPELINE])
 def test_any_named_schedule_written_out_costs_the_same(schedule: Schedule) -> None:
     rng = Random(f"written out {schedule}")
     compared = 0
