@@ -74,6 +74,13 @@ def place_of(schedule: Schedule, pp: int, stage: int) -> tuple[int, int]:
     return stage % pp, stage // pp
 
 
+def ends_on(schedule: Schedule, pp: int, vpp: int, stage: int) -> tuple[bool, bool]:
+    """Whether a virtual stage holds embedding and head, or parts of them."""
+    if schedule in OVER_PIPELINE and pp > 1:
+        return True, True
+    return stage == 0, stage == pp * vpp - 1
+
+
 def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
     """Whether ``stage`` sends its output to another rank: all but the last stage do, and but the
     one at the turn of a V."""

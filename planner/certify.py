@@ -27,6 +27,7 @@ from planner.models.kinds import model_of
 from planner.plan import Layout, Plan, digest, round_floats
 from planner.predict import predict, price, run_class
 from planner.recount import (
+    DIVIDED,
     ON_A_V,
     SPLIT,
     Mesh,
@@ -171,7 +172,9 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
             yield f"virtual stage {j} holds layers {chunk.layers}, expected to start at {position}"
             return
         position = chunk.layers[1]
-        if chunk.has_embedding != (j == 0) or chunk.has_head != (j == len(chunks) - 1):
+        everywhere = layout.schedule in DIVIDED and layout.pp > 1
+        ends = (everywhere or j == 0, everywhere or j == len(chunks) - 1)
+        if (chunk.has_embedding, chunk.has_head) != ends:
             yield f"virtual stage {j}: embedding or head in the wrong place"
     if position != request.model.layer_count:
         yield f"the stages hold {position} of {request.model.layer_count} layers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cost_models.layout import V_SHAPED, place_of
+from cost_models.layout import V_SHAPED, ends_on, place_of, stage_of
 from planner.errors import InputError
 from planner.plan import Chunk, Layout
 from planner.request import Request
@@ -73,11 +73,9 @@ def _order(layout: Layout) -> str:
 
 
 def _settled(layout: Layout, rank: int, index: int, chunk: Chunk) -> Chunk:
-    follows = {
-        "has_embedding": place_of(layout.schedule, layout.pp, 0) == (rank, index),
-        "has_head": place_of(layout.schedule, layout.pp, layout.pp * layout.vpp - 1)
-        == (rank, index),
-    }
+    stage = stage_of(layout.schedule, layout.pp, rank, index)
+    embedding, head = ends_on(layout.schedule, layout.pp, layout.vpp, stage)
+    follows = {"has_embedding": embedding, "has_head": head}
     for name, value in follows.items():
         if name in chunk.model_fields_set and getattr(chunk, name) != value:
             raise InputError(

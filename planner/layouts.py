@@ -17,6 +17,7 @@ from cost_models.layout import (
     V_SHAPED,
     RecomputeMode,
     Schedule,
+    ends_on,
     stage_of,
 )
 from cost_models.leaf import Completion, Recompute
@@ -268,13 +269,8 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
         mode: RecomputeMode = "none"
         for j in [stage_of(base["schedule"], pp, rank, chunk) for chunk in range(vpp)]:
             first, last = completion.bounds[j], completion.bounds[j + 1]
-            chunks.append(
-                Chunk(
-                    layers=(first, last),
-                    has_embedding=j == 0,
-                    has_head=j == pp * vpp - 1,
-                )
-            )
+            embedding, head = ends_on(base["schedule"], pp, vpp, j)
+            chunks.append(Chunk(layers=(first, last), has_embedding=embedding, has_head=head))
             mode, limit = completion.recompute[j]
             upto = min(last, first + limit) if mode == "full" else last
             for kind in kinds[first:upto] if mode != "none" else ():

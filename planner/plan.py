@@ -31,6 +31,7 @@ class Chunk(Document):
     layers: tuple[int, int]
     """``[first, last_exclusive]`` in the model's layer order."""
     has_embedding: bool = False
+    """Or, where the ranks share the vocabulary, a part of it; likewise the head."""
     has_head: bool = False
 
 
