@@ -14,6 +14,7 @@ import numpy as np
 from cost_models import deferral, interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
+from cost_models.fragments import lookup_block
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import Waiting, refuse_without_room
@@ -23,7 +24,7 @@ from cost_models.leaf import Leaf
 from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
-from cost_models.step import Machine, price_layer
+from cost_models.step import Field, Machine, price_layer
 from cost_models.vocabulary import VocabularyTables, shared_ends, vocabulary_tables
 
 
@@ -225,6 +226,11 @@ def price_configs(
         each = np.where(configs.pp > 1, each, 0)
         put_off = deferral.PutOff(each, deferral.put_off_bytes(workload, shard), most)
     kinds = tuple(table(workload.kinds[name], workload.policies) for name in names)
+    embedding = table(workload.embedding)
+    stages, of_stages = unique_rows([shard_of_key, configs.pp])
+    block = lookup_block(workload, _take_shard(shards, stages[0]), stages[1], machine.rules)
+    embedding[Field.LOOKUP_BLOCK] = block[of_stages]
+    embedding[Field.STATIC] += block[of_stages]
     if workload.global_batch is not None:
         waiting = Waiting(configs.pp, configs.microbatches(workload.global_batch))
         refuse_without_room(kinds, workload, shard, waiting, machine, capacity)
@@ -234,7 +240,7 @@ def price_configs(
         configs=configs,
         kind_names=names,
         kinds=kinds,
-        embedding=table(workload.embedding),
+        embedding=embedding,
         head=table(workload.head, drop=drop_tied),
         hop_ns=transfers.hop_ns(workload, machine, shard, configs),
         bucket_ns=_bucket_ns(machine, configs),

@@ -2,7 +2,7 @@
 
 PyTorch's allocator takes the smallest free block that is large enough, splits it, and joins the
 rest to nothing but its neighbours in the same ``cudaMalloc``
-(c10/cuda/CUDACachingAllocator.cpp, ``expandable_segments`` off). Two formulas follow, with no
+(c10/cuda/CUDACachingAllocator.cpp, ``expandable_segments`` off). Three formulas follow, with no
 constant in them; ``benchmarks/memory/fragmentation.py`` replays the allocator beside both.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cost_models.buffers import fused_name
 from cost_models.data_traffic import DataParallel
-from cost_models.graph import Int64, LayerKind, Shard
+from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.recompute import mode_rows
 from cost_models.state import StateRules, is_expert, local_tensor
 from cost_models.step import Field
@@ -45,6 +45,33 @@ def left_by_weights(
         rest = np.minimum(size, kind.boundary_bytes(shard))
         total = total + np.where(size > SMALL_BYTES, rest, 0)
     return np.where((data.zero_stage == 1) | (data.zero_stage == 2), total, 0)
+
+
+def lookup_block(workload: WorkloadGraph, shard: Shard, pp: Int64, rules: StateRules) -> Int64:
+    """The block of the dense gradient of the embedding's table.
+
+    Products write their weights' gradients into the buffer themselves; a lookup's is a tensor of
+    its own, as large as the table, which a hook adds to the buffer with each backward
+    (megatron/core/distributed/distributed_data_parallel.py, ``param.main_grad.add_``). The smallest
+    free block that holds an activation is one that held such another, so the block stays for the
+    next backward unless a larger one is free then: of a layer, or of the logits on the same rank,
+    where no softmax of them waits.
+    """
+    table, largest = np.zeros_like(shard.tp), np.zeros_like(shard.tp)
+    if not rules.dummy_wgrad or rules.layout != "contiguous":
+        return table
+    for weight in workload.embedding.weights:
+        if not weight.frozen:
+            local = local_tensor(weight, shard, workload.vocab_divisor)
+            table = np.maximum(table, local.elements * rules.gather_bytes)
+    for kind in workload.kinds.values():
+        for tensor in kind.saved(shard):
+            largest = np.maximum(largest, tensor.bytes)
+    logits = workload.head.output_bytes(shard)
+    wide = logits * 4 // workload.head.element_bytes
+    over_pipeline = workload.vocabulary_over_pipeline
+    beside = np.where(pp == 1, wide, logits if over_pipeline else 0)
+    return np.where(table > np.maximum(largest, beside), table, 0)
 
 
 def split_by_checkpoints(

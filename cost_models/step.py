@@ -102,6 +102,9 @@ class Field(IntEnum):
     """Weights whose gradients are passes of their own in the second half of a split backward."""
     DEFERRED_AGAIN = 25
     """As ``DEFERRED``, of a layer that runs again: what nothing else needed is gone anyway."""
+    LOOKUP_BLOCK = 27
+    """Of the static bytes, the block of the embedding's dense gradient, in which nothing else lies
+    when it is needed (``cost_models.fragments``)."""
     LEFT_AGAIN = 26
     """What these passes leave of a layer that runs again in each of them, until the stage's last
     weight is done."""

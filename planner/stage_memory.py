@@ -23,7 +23,7 @@ from planner.priced import Priced
 _SUMMED = (
     Field.WEIGHT_BYTES, Field.GRADIENT_BYTES, Field.OPTIMIZER_BYTES, Field.STEP_BYTES,
     Field.BUFFER_BYTES, Field.STATIC, Field.NEW_GRADIENTS, Field.PARAMETERS,
-    Field.LEFT_BLOCKS,
+    Field.LEFT_BLOCKS, Field.LOOKUP_BLOCK,
 )  # fmt: skip
 
 _ALWAYS = ("weights", "gradients", "optimizer", "activations", "working")
@@ -48,7 +48,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     split = peak_bytes(leaf, rank, chunks)
     chunks = stage_costs(rests, priced.completion)[rank].chunks
     split -= peak_bytes(rests, rank, chunks)
-    leaf, left = rests, sums[Field.LEFT_BLOCKS]
+    leaf, left, lookup = rests, sums[Field.LEFT_BLOCKS], sums[Field.LOOKUP_BLOCK]
     if own_blocks:
         made = sums[Field.GRADIENT_BYTES]
         leaf = _in_one_pool(leaf)
@@ -57,7 +57,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     in_flight = "+".join(str(n) for n in live)
     activations, working = moment.activations, moment.working
     reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
-    apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS] - left
+    apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS] - left - lookup
     apart -= sum(sums[field] for field in _SUMMED[:5])
     if not own_blocks:
         # Static bytes that are none of the sums: the head's own placeholder.
@@ -82,7 +82,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     short_lived = activations + working + moment.step
     allocated = inside + max(short_lived, step)
     reserved = inside + short_lived + step + alignment
-    reserved += sum(reserve[name] for name in CACHED) + idle + left + split
+    reserved += sum(reserve[name] for name in CACHED) + idle + left + split + lookup
     outside = sum(reserve[name] for name in OUTSIDE)
     streams = peak - kept_free - outside - reserved if own_blocks else 0
     reserved += streams
@@ -99,6 +99,8 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
              detail="reduced gradients, on a stream of their own, beside the peak of the others"),
         Term(name="left_blocks", bytes=left,
              detail="remains of the blocks in which weights were made, before they were copied"),
+        Term(name="lookup_block", bytes=lookup,
+             detail="block of the embedding's dense gradient, larger than any activation's"),
         Term(name="split_blocks", bytes=split,
              detail="remains of the blocks of score matrices that layer inputs were put in"),
         Term(name="idle_forward", bytes=idle,

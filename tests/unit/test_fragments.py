@@ -47,6 +47,48 @@ def test_less_than_one_activation_is_left_of_each_block_of_weights() -> None:
     assert "left_blocks" not in terms(stage(stack, 4096, zero_stage=0, recompute="full"))
 
 
+def _reserved(table: int, activations: list[int], *, looks_up: bool) -> int:
+    """Bytes of segments of a first rank of 1F1B with four microbatches in flight."""
+    allocator = CachingAllocator()
+    in_flight = []
+    for i in range(12):
+        in_flight.append([allocator.allocate(size) for size in activations])
+        if i < 3:
+            continue
+        for block in reversed(in_flight.pop(0)):
+            allocator.release(block)
+        if looks_up:
+            allocator.release(allocator.allocate(table))
+    return allocator.reserved
+
+
+@pytest.mark.parametrize("table", [100 * MIB, 300 * MIB, 1400 * MIB])
+def test_the_gradient_of_a_lookup_keeps_a_block_unless_an_activations_is_larger(table: int) -> None:
+    activations = [24 * MIB, 72 * MIB, 24 * MIB, 96 * MIB, 96 * MIB, 24 * MIB] * 4
+    more = _reserved(table, activations, looks_up=True)
+    more -= _reserved(table, activations, looks_up=False)
+    assert more == (table if table > max(activations) else 0)
+    larger = [*activations, 2000 * MIB]
+    assert _reserved(table, larger, looks_up=True) == _reserved(table, larger, looks_up=False)
+
+
+def test_the_first_rank_has_the_block_of_its_lookups_gradient() -> None:
+    """128,256 rows of 4,096 in 16 bits, on the first of two ranks; with 40,960 tokens the gate and
+    up projections' outputs (14,336 each) are larger."""
+    stack = load_stack("megatron-core")
+    size = 128_256 * 4096 * 2
+
+    def blocks(sequence: int) -> list[int]:
+        job = JobSpec(sequence_length=sequence, global_batch=8, stack=stack.name)
+        request = Request(MODEL, load_cluster("dgx-h100:1"), job, stack)
+        asked = {"microbatch_size": 1, "pp": 2, "zero_stage": 1}
+        stages = evaluate(request, asked).prediction.stages
+        return [terms(found).get("lookup_block", 0) for found in stages]
+
+    assert blocks(4096) == [size, 0]
+    assert blocks(40_960) == [0, 0]
+
+
 def test_layer_inputs_split_the_blocks_of_scores() -> None:
     """Scores of 32 heads and 4,160 tokens take 1,107,558,400 bytes: 32 inputs of 34,078,720, and
     532,480 bytes more for each. With 4,096 tokens exactly 32 fit, with 4,224 exactly 33 of
