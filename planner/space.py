@@ -196,9 +196,9 @@ def _constraint_rules(request: Request) -> Iterator[Rule]:
 
 def _order_rules(order: GivenOrder, batch: int) -> Iterator[Rule]:
     """The user's own order is one of so many ranks and microbatches."""
-    yield f"the given order is one of pp = {order.pp}", lambda m: m.pp != order.pp
+    yield f"the given order has pp = {order.pp}", lambda m: m.pp != order.pp
     yield (
-        f"the given order is one of {order.microbatches} microbatches",
+        f"the given order has {order.microbatches} microbatches",
         lambda m: m.dp * m.microbatch * order.microbatches != batch,
     )
 
