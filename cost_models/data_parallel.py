@@ -297,7 +297,12 @@ def _optimizer_seconds(
         return offload.update_seconds(
             elements.astype(np.float64), moments, node, host, weight_bytes=weights
         )
-    time = compute.memory_bound_time_s(machine.device, per_element * elements.astype(np.float64))
+    whole = machine.stack.gradient_buffer_bytes
+    ways = data.replicate * attention_mesh.ways
+    buffer = whole.get("zeroed", 0) + whole.get("checked", 0)
+    buffer = (buffer + np.where(ways > 1, whole.get("averaged", 0), 0)) * (dense + expert)
+    moved = per_element * elements.astype(np.float64) + buffer
+    time = compute.memory_bound_time_s(machine.device, moved)
     result: Real = np.where(elements > 0, time, 0.0)
     return result
 

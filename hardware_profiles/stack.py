@@ -326,6 +326,11 @@ class StackSpec(Profile):
     gradient_pass_bytes: ByPrecision = Field(default_factory=dict)
     """Bytes moved per parameter in each step by passes over the kept gradient beside those that its
     norm and the update take: copied to fp32, unscaled, clipped, zeroed."""
+    gradient_buffer_bytes: dict[
+        Literal["zeroed", "checked", "averaged"], Annotated[int, Field(ge=0)]
+    ] = Field(default_factory=dict)
+    """Bytes moved per parameter of a device in each step by passes over the whole gradient buffer,
+    however the update is split: ``averaged``, where several ranks sum it."""
     unsharded_copy_bytes: dict[Literal["gather", "reduce"], Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict
     )

@@ -39,7 +39,9 @@ def moved(stack: str, precision: str) -> float:
         ("megatron-lm-2022", "bf16", 8 + 4),
         ("megatron-lm-2021", "fp16", 6 + 8 + 8),  # copied, unscaled, clipped
         ("megatron-deepspeed", "fp16", 0),
-        ("megatron-core", "bf16", 0),
+        ("megatron-core", "bf16", 8 + 4 + 4),  # clipped, zeroed, checked; one rank averages nothing
+        ("nemo", "bf16", 8 + 4),  # clipped, zeroed
+        ("nemo-fp8", "fp8", 6 + 8 + 2),  # copied, clipped, zeroed
     ],
 )
 def test_bytes_per_parameter(stack: str, precision: str, passes: int) -> None:
