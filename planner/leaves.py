@@ -22,7 +22,7 @@ from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from cost_models.step_time import simulate_step
 from planner.interleaved import Ints, even_partitions, interleaved_candidates
-from planner.options import undominated
+from planner.options import undominated, with_room
 from planner.program import (
     UNLIMITED,
     ProgramSolution,
@@ -150,7 +150,9 @@ class Opening:
         """
         if self.leaf.splits_backward:
             options = tuple(option for option in options if option[0] in SPLIT_MODES)
-        options = undominated(self.leaf, options)
+        options = undominated(self.leaf, with_room(self.leaf, options))
+        if not options:
+            return None
         if self.leaf.schedule in LISTED:
             return self._interleaved(options)
         return self._chain(options, per_stage=per_stage)

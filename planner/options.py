@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import group_of
+from cost_models.step import Field
 
 FEW = 16
 """Options below which looking at all of them takes no longer than ruling some out."""
@@ -33,4 +35,34 @@ def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, 
         equal[:index] = False
         if np.any(no_more & ~equal & alone):
             dropped.add(option)
+    return tuple(option for option in options if option not in dropped)
+
+
+def with_room(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:
+    """``options`` less those of whole stages for which all ranks together have too little memory.
+
+    Each rank has its layers' state, what they keep of one microbatch, or of all where all forwards
+    come first, and beside that what one of its layers works with: the most demanding one where a
+    rank holds them all, the least where each holds some.
+    """
+    whole = [option for option in options if option[0] != "full"]
+    if len(whole) < FEW:
+        return options
+    kinds = [np.array(kind) for kind in leaf.kinds]
+    layers = [leaf.sequence.count(index) for index in range(len(kinds))]
+    kept, working = (
+        np.array([kind[[getattr(leaf.modes[mode], name) for mode, _ in whole]] for kind in kinds])
+        for name in ("kept", "working")
+    )
+    alive = leaf.microbatches if leaf.schedule in ALL_AT_ONCE else 1
+    need = sum(
+        count * (kind[Field.STATIC] + alive * each)
+        for count, kind, each in zip(layers, kinds, kept, strict=True)
+    )
+    if leaf.pp == 1:
+        need = need + np.max(working, axis=0)
+    elif not leaf.uneven:
+        need = need + leaf.pp * np.min(working, axis=0)
+    room = leaf.pp * (leaf.capacity_bytes - leaf.fixed_bytes)
+    dropped = {option for option, most in zip(whole, need > room, strict=True) if most}
     return tuple(option for option in options if option not in dropped)

@@ -14,6 +14,7 @@ from cost_models.graph import LayerKind
 from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import expanded
 from hardware_profiles.schema import StackSpec
+from hardware_profiles.stack import SaveLists
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
@@ -73,13 +74,22 @@ def _custom(name: str, stack: StackSpec) -> RecomputePolicy:
     """The policy of a list of one's own, under the stack's own name where it has one."""
     assert stack.save_lists is not None
     asked = save_lists.read(name, stack.save_lists, stack.name)
-    for mode in stack.recompute:
-        if mode in ("none", save_lists.CUSTOM):
-            continue
-        policy = named_policy(mode, stack)
-        if (policy.keeps, policy.offloads) == (asked.keeps, asked.offloads):
-            return policy
+    known = _own_lists(stack.recompute, stack.save_lists)
+    mode = known.get((asked.keeps, asked.offloads))
+    if mode is not None:
+        return named_policy(mode, stack)
     return replace(asked, needed_only=stack.recompute_needed_only)
+
+
+def _own_lists(modes: tuple[str, ...], lists: SaveLists) -> dict[object, str]:
+    """The stack's own names of lists, by what they keep and what of it on the host."""
+    found: dict[object, str] = {}
+    for mode in modes:
+        hosted = expanded(lists.offloaded.get(mode, ()))
+        kept = expanded(lists.policies.get(mode, ())) | hosted
+        if mode == "full" or kept:
+            found.setdefault((kept, hosted), mode)
+    return found
 
 
 def _to_the_end(stack: StackSpec) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, combinations, product
+from typing import TypeAlias
 
 from cost_models.graph import LayerKind
 from cost_models.layout import OutputKind, RecomputeMode, RecomputePolicy
@@ -20,7 +21,7 @@ from cost_models.named_outputs import (
     unneeded,
 )
 from cost_models.ops import Attention, Op
-from hardware_profiles.stack import SaveLists
+from hardware_profiles.stack import OutputName, SaveLists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
 
@@ -70,38 +71,54 @@ def searched(lists: SaveLists, kinds: Iterable[LayerKind]) -> Iterator[Recompute
     """Lists that the search looks at.
 
     All that keep outputs and parts of them on the device, and all that send some outputs to the
-    host and keep others, whole ones. Of two tensors that a list may keep either of, the one that
-    spares no more is kept where the other is.
+    host and keep others: whole ones, or either half of a product of two. Of two tensors that a list
+    may keep either of, the one that spares no more is kept where the other is.
     """
     for n in range(1, len(lists.outputs) + 1):
         for kept in combinations(lists.outputs, n):
             yield f"{CUSTOM}:{'+'.join(kept)}"
-    kinds = tuple(kinds)
+    pairs = _no_better_anywhere(tuple(kinds))
     alone = [name for name in lists.outputs if name not in lists.separate]
     apart = [part for name in lists.separate for part in PARTS[name]]
     if apart:
-        pairs = _no_better_anywhere(kinds)
         for n in range(1, len(apart) + len(alone) + 1):
             for parts in combinations((*alone, *apart), n):
                 if all(one not in parts or other in parts for one, other in pairs):
                     yield name_of(expanded(parts), frozenset())
-    yield from _with_hosts(lists)
+    yield from _with_hosts(lists, pairs)
 
 
-def _with_hosts(lists: SaveLists) -> Iterator[RecomputeMode]:
-    places: list[tuple[str, ...]] = [
-        ("", name, f"{name}{HOST}") if name in lists.hosted else ("", name)
-        for name in lists.outputs
-    ]
+Pairs: TypeAlias = frozenset[tuple[OutputKind, OutputKind]]
+
+
+def _with_hosts(lists: SaveLists, pairs: Pairs) -> Iterator[RecomputeMode]:
+    places = [_places(name, lists, pairs) for name in lists.outputs]
     if LAYER_INPUT in lists.hosted:
         places.append(("", f"{LAYER_INPUT}{HOST}"))
     for choice in product(*places):
         names = [name for name in choice if name]
-        if any(name.endswith(HOST) for name in names):
+        if any(HOST in name for name in names):
             yield f"{CUSTOM}:{'+'.join(names)}"
 
 
-def _no_better_anywhere(kinds: tuple[LayerKind, ...]) -> frozenset[tuple[OutputKind, OutputKind]]:
+def _places(name: OutputName, lists: SaveLists, pairs: Pairs) -> tuple[str, ...]:
+    """Where an output may be in a list that sends some to the host: nowhere, on the device, there;
+    and its halves apart. Where one half spares no more than the other, it is not kept without the
+    other, and of the two on different sides it is the one on the host: as many bytes on each."""
+    if name not in lists.hosted:
+        return "", name
+    whole = ("", name, f"{name}{HOST}")
+    halves = PARTS.get(name, ())
+    if name not in lists.separate or len(halves) != 2:
+        return whole
+    first, second = halves
+    apart = [first, f"{first}{HOST}", f"{first}+{second}{HOST}"]
+    if (second, first) not in pairs:
+        apart += [second, f"{second}{HOST}", f"{first}{HOST}+{second}"]
+    return (*whole, *apart)
+
+
+def _no_better_anywhere(kinds: tuple[LayerKind, ...]) -> Pairs:
     """Pairs of tensors of which the first spares no more than the second in any kind of layer."""
     of_kinds = [(no_better(kind.ops(ONE)), outputs_of(kind)) for kind in kinds]
     pairs = frozenset(chain.from_iterable(found for found, _ in of_kinds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from cost_models import traffic
 from cost_models.graph import LayerKind, Shard
 from cost_models.layout import FULL, RecomputePolicy
-from cost_models.memory import activation_bytes
+from cost_models.memory import Activations, activation_bytes
 from cost_models.named_outputs import expanded, no_better, spared, unneeded
 from cost_models.ops import Elementwise, MatMul, Op
 from cost_models.step import price_layer
@@ -172,12 +173,15 @@ def test_a_list_of_ones_own_has_the_stacks_name_where_it_has_one() -> None:
 def test_the_search_offers_every_list_that_a_model_can_tell_apart() -> None:
     """Of four outputs of a dense layer, and a fifth of one with experts: on the device queries,
     keys (with values or without) and the gate (with what it gates or without) apart; on the host
-    whole ones, with the layer's input or without. The empty list is full."""
+    whole ones or halves, with the layer's input or without. The empty list is full."""
     for model, outputs in ((LLAMA, 4), ("mixtral-8x7b", 5)):
         policies = request(model).workload.policies
         hosted = [policy for policy in policies if policy.offloads]
         assert len(policies) - len(hosted) == 2 * 3 * 3 * 2 ** (outputs - 2)
-        assert len(hosted) == 2 * 3**outputs - 2**outputs
+        # A layer's input, other outputs, and six ways of two halves: neither, both on one side,
+        # the gate alone on either, and one on each. Without the host, three ways of the halves.
+        others = outputs - 1
+        assert len(hosted) == 2 * 6 * 3**others - 3 * 2**others
         assert {"full", "save_dot_except_mlp", "minimal_offloaded"} <= {p.name for p in policies}
     normed = request("qwen3-8b").workload.policies
     assert sum(not policy.offloads for policy in normed) == 2**3 * 3 * 2**2
@@ -347,3 +351,33 @@ def test_a_list_with_latents_is_priced_where_it_is_named() -> None:
     policy = named_policy("custom:mla_q+mla_kv@host+attention", load_stack("maxtext-tpu"))
     assert policy.keeps == {"mla_q", "mla_kv", "attention"}
     assert policy.offloads == {"mla_kv"}
+
+
+def test_every_way_of_the_halves_has_a_searched_list_that_is_no_worse() -> None:
+    """All lists of halves and whole outputs on either side, listed once more by themselves: each
+    has one of the search that keeps, sends and repeats no more, to the byte and the nanosecond."""
+    found, kind = request(global_batch=8), layer()
+    activations = Activations(kind, shard())
+    repeats = price_layer(kind, shard(), found.machine).repeats
+
+    def costs(policies: list[RecomputePolicy]) -> np.ndarray[Any, Any]:
+        hosted = [int(activations.listed(p, p.offloads)[0]) for p in policies]
+        device = [int(activations.under(p)[0][0]) for p in policies]
+        seconds = repeats.seconds(tuple(policies))[:, 0]
+        return np.stack([hosted, device, np.round(seconds * 1e9)])
+
+    tensors = ({"query", "key", "value"}, {"attention"}, {"out_proj"}, {"mlp_gate"}, {"mlp_up"})
+    every = []
+    for places in product(("", "device", "host"), repeat=len(tensors)):
+        kept, sent = (
+            frozenset[Any]().union(*(t for t, p in zip(tensors, places, strict=True) if p in where))
+            for where in (("device", "host"), ("host",))
+        )
+        every += [
+            RecomputePolicy("", keeps=kept | more, offloads=sent | more, needed_only=True)
+            for more in (frozenset[Any](), frozenset[Any]({"layer_input"}))
+        ]
+    assert len(every) == 2 * 3**5
+    searched = costs([p for p in found.workload.policies if p.keeps is not None])
+    for one in costs(every).T:
+        assert np.any(np.all(searched <= one[:, None], axis=0))
