@@ -65,20 +65,34 @@ def _frozen_front(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
     kinds |= {name: _silent(graph.kinds[name.removesuffix(".frozen")], name) for name in front}
     trained = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers[count:])
     everything = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers)
-    share = 1.0 - (everything - trained) / max(graph.model_flops_per_token, everything)
+    spared = everything - trained
+    head, notes = graph.head, []
+    if graph.tied_embeddings:
+        head = _frozen_head(graph.head, norm=False)
+        spared += _weight_gradients(graph.head)
+        notes.append("the head shares the embedding's table, which is frozen: it trains no weight")
+    share = 1.0 - spared / max(graph.model_flops_per_token, everything)
     return replace(
         graph,
         layers=(*front, *graph.layers[count:]),
         kinds=kinds,
         embedding=_silent(graph.embedding, graph.embedding.name),
+        head=head,
         tied_embeddings=False,
         model_flops_per_token=graph.model_flops_per_token * share,
         assumptions=(
             *graph.assumptions,
             f"the embedding and {count} layers are frozen: no backward, nothing kept for one",
-            "a head that shares the embedding's table is trained apart from it",
+            *notes,
         ),
     )  # fmt: skip
+
+
+def _frozen_head(head: LayerKind, *, norm: bool) -> LayerKind:
+    """A head without weight gradients; its norm may train on."""
+    trained = tuple(w for w in head.weights if not norm and not w.name.startswith("head"))
+    frozen = tuple(w for w in head.weights if w not in trained)
+    return replace(head, weights=(*trained, *_freeze(frozen, bits=16)), ops=_frozen_ops(head))
 
 
 def _silent(kind: LayerKind, name: str) -> LayerKind:
@@ -124,9 +138,7 @@ def _lora(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
         graph,
         kinds=kinds,
         embedding=_silent(graph.embedding, graph.embedding.name),
-        head=replace(
-            graph.head, weights=_freeze(graph.head.weights, bits=16), ops=_frozen_ops(graph.head)
-        ),
+        head=_frozen_head(graph.head, norm=True),
         tied_embeddings=False,
         model_flops_per_token=graph.model_flops_per_token - saved + 3 * added,
         assumptions=(*graph.assumptions, *notes),

@@ -101,6 +101,23 @@ def test_times_in_order() -> None:
     assert lora.prediction.mfu == pytest.approx(full.prediction.mfu, rel=0.25)
 
 
+def test_a_tied_head_is_frozen_with_its_embedding() -> None:
+    """Llama 3.2 1B, 8 of 16 layers of 60,821,504 parameters and the last norm are trained."""
+    graph = request({"freeze_layers": 8}, "llama-3.2-1b").workload
+    assert {w.name: w.frozen for w in graph.head.weights} == {
+        "final_norm": False,
+        "head.tied": True,
+    }
+    product = next(op for op in graph.head.ops(SHARD) if isinstance(op, MatMul))
+    assert product.frozen
+    assert any("shares the embedding's table, which is frozen" in a for a in graph.assumptions)
+    found = evaluate(request({"freeze_layers": 8}, "llama-3.2-1b"), WHOLE)
+    assert memory(found)["optimizer"] == 8 * (8 * 60_821_504 + 2048) // 8
+    untied = request({"freeze_layers": 8}).workload
+    assert not any(weight.frozen for weight in untied.head.weights)
+    assert not any("shares the embedding's table" in a for a in untied.assumptions)
+
+
 def test_frozen_layers_keep_nothing() -> None:
     graph = request({"freeze_layers": 4}).workload
     assert graph.layers[:4] == ("decoder.frozen",) * 4
