@@ -181,3 +181,29 @@ def test_the_nearest_family_reads_what_the_config_has() -> None:
     with pytest.raises(UnknownModelError) as caught:
         read(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, routing="odd")
     assert "nearest known family: llama" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"architectures": ["NuForMaskedLM"]}, "architecture NuForMaskedLM"),
+        ({"architectures": ["NuEncoderModel"]}, "architecture NuEncoderModel"),
+        ({"causal": False}, "causal: false"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"architectures": "absent", "is_decoder": False}, "is_decoder: false"),
+    ],
+)
+def test_attention_that_looks_ahead_is_refused(said: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnknownModelError, match=f"attention that looks ahead .{words}"):
+        read(**said)
+
+
+def test_a_full_dump_of_a_decoder_is_no_encoder() -> None:
+    assert read(is_decoder=False, causal=True).hidden == 64
+
+
+@pytest.mark.parametrize("key", ["hidden_dropout_prob", "attention_dropout", "resid_pdrop"])
+def test_dropout_keeps_masks(key: str) -> None:
+    assert read(**{key: 0.1}).dropout
+    assert not read(**{key: 0.0}).dropout
+    assert key in read(**{key: 0.1}).keys_used

@@ -53,6 +53,12 @@ GATED = ("silu", "swish", "swiglu", "geglu")
 """Activations that stand for three matrices wherever they are used in published decoders."""
 PLAIN = ("relu", "gelu_new", "gelu_fast")
 """Activations that stand for two. Squared ReLU does in most, but BitNet gates it."""
+DROPOUT = (
+    "dropout", "hidden_dropout", "hidden_dropout_prob", "attention_dropout",
+    "attention_probs_dropout_prob", "resid_dropout", "attn_dropout", "embedding_dropout",
+    "resid_pdrop", "attn_pdrop", "embd_pdrop",
+)  # fmt: skip
+"""Rates under their usual names: any above zero keeps masks."""
 
 HARMLESS = re.compile(
     r"""
@@ -61,7 +67,7 @@ HARMLESS = re.compile(
     | transformers_version
     | .*_eps | .*epsilon | .*_scale | .*_scaling | .*_scaling_factor | .*multiplier | .*softcap.*
     | .*_coef | .*_alpha | .*dropout.* | .*pdrop | pretraining_tp | auto_map | quantization_config
-    | _name_or_path | id2label | label2id | torchscript | return_dict | output_.* | problem_type
+    | causal | is_causal | _name_or_path | id2label | label2id | torchscript | return_dict | output_.* | problem_type
     | norm_topk_prob | norm_top_k_prob | scoring_func | score_function | topk_method | n_group
     | topk_group | .*gating.* | max_position_embeddings | max_sequence_length | seq_length
     | model_max_length | n_positions | original_max_position_embeddings | attn_implementation
@@ -155,6 +161,7 @@ def _read(config: Config) -> ModelSpec:
         norm="layer" if layer_norm else "rms",
         norm_bias=layer_norm,
         max_sequence=config.optional_size("max_position_embeddings"),
+        dropout=max(config.rate(key, 0.0) for key in DROPOUT) > 0,
         blocks=decoder.blocks,
         layers=decoder.layers,
         mtp=(LayerRun(block=decoder.names[-1], count=modules),) if modules else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ _FEATURES = (
     ("recurrent (RWKV) layers", ("attention_hidden_size", "rescale_every")),
     ("experts on every n-th layer", ("interleave_moe_layer_step",)),
 )  # fmt: skip
+
+_BOTH_WAYS = re.compile(r"MaskedLM|Encoder|TokenClassification|QuestionAnswering")
+"""Classes of models whose attention looks ahead."""
 
 
 def _architectures(data: Mapping[str, Any]) -> list[str]:
@@ -55,12 +59,24 @@ def features(data: Mapping[str, Any]) -> list[str]:
         present = [key for key in keys if data.get(key)]
         if present:
             found.append(f"{what} ({', '.join(present)})")
+    found += _looks_ahead(data)
     kinds = data.get("layer_types")
     if isinstance(kinds, list) and not found:
         known = {"full_attention", "sliding_attention"}
         odd = sorted({str(kind)[:40] for kind in kinds} - known)
         found += [f"layers of type {', '.join(odd[:5])}"] if odd else []
     return found
+
+
+def _looks_ahead(data: Mapping[str, Any]) -> list[str]:
+    """What says that attention is not causal, as that of every decoder here is."""
+    names = _architectures(data)
+    said = [f"architecture {name}" for name in names if _BOTH_WAYS.search(name)]
+    said += [f"{key}: false" for key in ("causal", "is_causal") if data.get(key) is False]
+    said += ["use_bidirectional_attention"] if data.get("use_bidirectional_attention") else []
+    if data.get("is_decoder") is False and not any("CausalLM" in name for name in names):
+        said.append("is_decoder: false")
+    return [f"attention that looks ahead ({', '.join(said)})"] if said else []
 
 
 def _nearest(data: Mapping[str, Any]) -> str:
