@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cost_models import interconnect
+from cost_models.compute import memory_bound_time_s
 from cost_models.graph import Bools, Int64, Shard, WorkloadGraph
 from cost_models.layer_times import to_ns
 from cost_models.layout import Schedule
@@ -40,6 +41,9 @@ scaled and summed."""
 HELD_WIDE = {"1f1b_vocab_1": 2, "1f1b_vocab_2": 2, "1f1b_interlaced": 0}
 """Such tensors in fp32: the last output is sent in fp32 with the gradient of the loss in one
 tensor, and the one before is held until its gradient was used."""
+RESCALED, CAST = 8, 6
+"""Bytes moved per logit to bring a part's softmax to the sum of all ranks, in place in fp32; and to
+make 16 bits of it, which algorithm 2 does in its first pass besides (``vocab_output.py``)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class VocabularyTables:
     """Sum over the ranks of the gradient of the head's input."""
     scalar_ns: Int64
     """Sum of one number per token."""
+    rescale_ns: Int64
+    """Softmax of a part, brought to the sum of all."""
+    cast_ns: Int64
+    """The same in 16 bits."""
 
 
 def vocabulary_tables(
@@ -70,6 +78,7 @@ def vocabulary_tables(
     stride = configs.tp * configs.cp * configs.dp_replicate * configs.dp_shard
     boundary = shard.residual_tokens * workload.boundary_bytes_per_token
     element = workload.head.element_bytes
+    logits = workload.head.output_bytes(shard) // element
 
     def seconds(kind: interconnect.CollectiveKind, payload: Int64) -> Int64:
         return to_ns(
@@ -87,6 +96,8 @@ def vocabulary_tables(
         arrive_wide_ns=seconds("all_gather", boundary // element * 4),
         gradient_ns=seconds("all_reduce", boundary),
         scalar_ns=seconds("all_reduce", shard.residual_tokens * 4),
+        rescale_ns=to_ns(memory_bound_time_s(machine.device, logits * RESCALED)),
+        cast_ns=to_ns(memory_bound_time_s(machine.device, logits * CAST)),
     )
 
 
@@ -99,6 +110,8 @@ class SharedEnds:
     times: HeadTimes
     held_bytes: int
     """Activations and buffers that stay for the step."""
+    rescaling_ns: int = 0
+    """Of the head's passes, what a loss on one rank does not do."""
 
     @property
     def forward_ns(self) -> int:
@@ -145,12 +158,19 @@ def shared_ends(
         arrive = int(tables.arrive_ns[index])
         together = arrive + scalars + max(gradient - weights, 0)
     own = forward if schedule == "1f1b_vocab_1" else forward + backward - weights
+    later = forward + backward - own
+    scaled = cast = 0
+    if schedule != "1f1b_interlaced":
+        scaled = int(tables.rescale_ns[index])
+    if schedule == "1f1b_vocab_2":
+        cast = int(tables.cast_ns[index])
     hidden, element = int(tables.hidden[index]), tables.element_bytes
     held = HELD_COPIES[schedule] * element + HELD_WIDE[schedule] * 4
     return SharedEnds(
         embedding=embedding,
         head=head,
-        times=HeadTimes(own, forward + backward - own, arrive, scalars + gradient, together),
+        times=HeadTimes(own + cast, later + scaled, arrive, scalars + gradient, together),
+        rescaling_ns=cast + scaled,
         held_bytes=head[Field.ACT_NONE] + held * hidden
         + embedding[Field.ACT_NONE] * most_alive(schedule, pp, microbatches, 0),
     )  # fmt: skip

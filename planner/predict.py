@@ -322,6 +322,9 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         # What a layer costs beyond its own categories is FSDP traffic exposed per microbatch.
         totals["dp_comm"] += (row[Field.FORWARD] + row[Field.BACKWARD] - own) * count
         work += (row[Field.FORWARD] + row[Field.BACKWARD]) * count
+    if leaf.shared is not None:
+        totals["memory_bound"] += leaf.shared.rescaling_ns
+        work += leaf.shared.rescaling_ns
     sent = sum(sum(sent_ns(leaf, j, *completion.bounds[j : j + 2])) for j in own_stages)
     totals["pp_comm"] = sent
     m, busy = leaf.microbatches, step.timeline.busy_ns[rank]

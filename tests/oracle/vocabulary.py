@@ -93,6 +93,8 @@ class Ends:
     scalar: int
     hidden: int
     element: int
+    rescale: int = 0
+    cast: int = 0
 
     def both(self, field: Field) -> int:
         """A field of embedding and head."""
@@ -103,7 +105,9 @@ class Ends:
         forward, backward = self.head[Field.FORWARD], self.head[Field.BACKWARD]
         weights = self.head[Field.WEIGHT_BACKWARD]
         if schedule == "1f1b_vocab_1":
-            return forward, backward
+            return forward, backward + self.rescale
+        if schedule == "1f1b_vocab_2":
+            return forward + (backward - weights) + self.cast, weights + self.rescale
         return forward + (backward - weights), weights
 
     def kept(self, schedule: str, pp: int, m: int) -> int:
@@ -126,7 +130,7 @@ def ends_of(tables: PricedConfigs, index: int) -> Ends | None:
         tuple(tables.embedding[:, index].tolist()), tuple(tables.head[:, index].tolist()),
         int(shared.arrive_ns[index]), int(shared.arrive_wide_ns[index]),
         int(shared.gradient_ns[index]), int(shared.scalar_ns[index]), int(shared.hidden[index]),
-        shared.element_bytes,
+        shared.element_bytes, int(shared.rescale_ns[index]), int(shared.cast_ns[index]),
     )  # fmt: skip
 
 
