@@ -67,7 +67,8 @@ HARMLESS = re.compile(
     | transformers_version
     | .*_eps | .*epsilon | .*_scale | .*_scaling | .*_scaling_factor | .*multiplier | .*softcap.*
     | .*_coef | .*_alpha | .*dropout.* | .*pdrop | pretraining_tp | auto_map | quantization_config
-    | causal | is_causal | _name_or_path | id2label | label2id | torchscript | return_dict | output_.* | problem_type
+    | causal | is_causal
+    | _name_or_path | id2label | label2id | torchscript | return_dict | output_.* | problem_type
     | norm_topk_prob | norm_top_k_prob | scoring_func | score_function | topk_method | n_group
     | topk_group | .*gating.* | max_position_embeddings | max_sequence_length | seq_length
     | model_max_length | n_positions | original_max_position_embeddings | attn_implementation
