@@ -4,7 +4,7 @@
 
 ``RUNS.csv`` has the columns that ``planner validate`` reads. No constant of the memory model is
 fitted to these runs, and runs whose source does not say what was read are left out. The margin of a
-group of stacks is the least that covers 95 % of its runs; a group needs two families of runs and
+group of stacks is the least that covers 95 % of a family, on average; a group needs two families and
 twenty runs, else its stacks take the pooled margin. Beside each stands the share of a family's
 runs that the margin from the other families covers: what the claim is worth on runs not seen. A
 group whose own margin is smaller than the pooled one and worth less on such runs takes the pooled
@@ -14,7 +14,6 @@ one: its runs can warn, not reassure.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def _fields(residuals: Residuals) -> list[str]:
     margin = quantile(residuals)
     families = ", ".join(f"{name} {len(each)}" for name, each in sorted(residuals.items()))
     left_out = coverage(residuals)
-    covers = f"covers {CONFIDENCE:.0%} of measured peaks ({left_out:.0%} of a family left out)"
+    covers = f"covers {CONFIDENCE:.0%} of a family's measured peaks ({left_out:.0%} of a family left out)"
     return [
         f"margin: {margin:.3f}",
         f"runs: {runs}",
@@ -98,9 +97,16 @@ def _fields(residuals: Residuals) -> list[str]:
 
 
 def quantile(residuals: Residuals) -> float:
-    """The least margin, at least 0, that covers ``CONFIDENCE`` of the runs."""
-    values = sorted(value for each in residuals.values() for value in each)
-    return max(values[math.ceil(CONFIDENCE * len(values)) - 1], 0.0)
+    """The least margin, at least 0, that covers ``CONFIDENCE`` of a family, on average: families
+    count alike, since a run that is planned is of none of them."""
+    weighed = sorted((value, 1 / len(each)) for each in residuals.values() for value in each)
+    beyond, least = 0.0, weighed[-1][0]
+    for value, weight in reversed(weighed):
+        least = value
+        beyond += weight / len(residuals)
+        if beyond > 1 - CONFIDENCE + 1e-9:
+            break
+    return max(least, 0.0)
 
 
 def coverage(residuals: Residuals) -> float:
