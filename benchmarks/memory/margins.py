@@ -4,8 +4,8 @@
 
 ``RUNS.csv`` has the columns that ``planner validate`` reads. No constant of the memory model is
 fitted to these runs, and runs whose source does not say what was read are left out. The margin of a
-group of stacks is the least that covers 95 % of a family, on average; a group needs two families and
-twenty runs, else its stacks take the pooled margin. Beside each stands the share of a family's
+group of stacks is the least that covers 95 % of a family, on average; a group needs two families
+and twenty runs, else its stacks take the pooled margin. Beside each stands the share of a family's
 runs that the margin from the other families covers: what the claim is worth on runs not seen. A
 group whose own margin is smaller than the pooled one and worth less on such runs takes the pooled
 one: its runs can warn, not reassure.
@@ -87,7 +87,8 @@ def _fields(residuals: Residuals) -> list[str]:
     margin = quantile(residuals)
     families = ", ".join(f"{name} {len(each)}" for name, each in sorted(residuals.items()))
     left_out = coverage(residuals)
-    covers = f"covers {CONFIDENCE:.0%} of a family's measured peaks ({left_out:.0%} of a family left out)"
+    left = f"{left_out:.0%} of a family left out"
+    covers = f"covers {CONFIDENCE:.0%} of a family's measured peaks ({left})"
     return [
         f"margin: {margin:.3f}",
         f"runs: {runs}",
