@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from cost_models.graph import Bools, Int64
 from cost_models.layout import ALL_AT_ONCE, SPLIT_BACKWARD, V_SHAPED, Schedule, codes_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pipelines:
     """Shapes of pipelines, one entry per layout."""
 
@@ -29,6 +30,19 @@ class Pipelines:
         result: Bools = np.isin(self.schedule, codes_of(names))
         return result
 
+    @cached_property
+    def in_flight(self) -> tuple[Int64, Int64]:
+        """Chunks times microbatches that the first rank has in flight at least, of enough
+        microbatches, and how many fewer each next one has
+        (``cost_models.orders.warmup_forwards``, and one more)."""
+        pp, vpp, m = self.pp, self.vpp, self.microbatches
+        fewer = np.where(self.runs(SPLIT_BACKWARD), 1, 2)
+        each_round = m // np.maximum(m // pp, 1)
+        begun = fewer * (pp - 1) + (vpp - 1) * each_round + 1
+        on_v, at_once = self.runs(V_SHAPED), self.runs(("looped_bfs",))
+        begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
+        return np.where(at_once, m * vpp, begun), np.where(on_v | at_once, 0, fewer)
+
 
 def alive_on_every_chunk(runs: Pipelines, rank: int) -> Int64:
     """Microbatches of which a layer of ``rank`` holds activations at once, at least: of the last
@@ -44,23 +58,16 @@ def alive_on_every_chunk(runs: Pipelines, rank: int) -> Int64:
     return np.maximum(alive, 1)
 
 
-def alive_on_full_chunks(runs: Pipelines, rank: int, lighter: Int64) -> Int64:
-    """Chunks times microbatches that ``rank`` has in flight at least, without its ``lighter``
-    chunks: the first, the last, or on the first rank of a V both
-    (``cost_models.orders.warmup_forwards``, and one more)."""
-    pp, vpp, m = runs.pp, runs.vpp, runs.microbatches
+def alive_on_full_chunks(runs: Pipelines, has: slice, rank: int, lighter: Int64) -> Int64:
+    """Chunks times microbatches that ``rank`` has in flight at least in the layouts that ``has``
+    it, without its ``lighter`` chunks: the first, the last, or on the first rank of a V both."""
     if runs.order is not None:
         # All layouts have its shape, so as many lighter chunks.
         count = int(lighter.max(initial=0))
         ends = [0, -1][:count] if rank == 0 else [-1][:count]
-        return np.full_like(pp, given_order.most_alive_beside(runs.order, rank, ends))
-    fewer = np.where(runs.runs(SPLIT_BACKWARD), 1, 2)
-    each_round = m // np.maximum(m // pp, 1)
-    begun = fewer * (pp - 1) + (vpp - 1) * each_round + 1
-    on_v, at_once = runs.runs(V_SHAPED), runs.runs(("looped_bfs",))
-    begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
-    begun = np.where(at_once, m * vpp, begun)
-    fewer = np.where(on_v | at_once, 0, fewer)
-    alive = np.minimum(begun - rank * fewer, m * vpp)
+        return np.full_like(lighter, given_order.most_alive_beside(runs.order, rank, ends))
+    begun, fewer = runs.in_flight
+    m, vpp = runs.microbatches[has], runs.vpp[has]
+    alive = np.minimum(begun[has] - rank * fewer[has], m * vpp)
     least: Int64 = np.maximum(alive - lighter * m, 0)
     return least

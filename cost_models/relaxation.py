@@ -354,7 +354,7 @@ class Relaxation:
         one = bounds.least_sum((vpp - 1) * height, static, self.kind_counts)
         each = np.where(turns, on_rank // 2, height)
         per_chunk = np.minimum(limit, each) * front + np.maximum(each - limit, 0) * rest
-        ok = np.ones(len(index), dtype=bool)
+        runs, ok = self._pipelines(index), np.ones(len(index), dtype=bool)
         for rank in range(int(pp.max(initial=0))):
             has = slice(int(np.searchsorted(-pp, -rank)))
             at_end = rank == pp[has] - 1
@@ -362,7 +362,7 @@ class Relaxation:
             turned = turns[has]
             left = left - np.where(np.where(turned, rank == 0, at_end), last[has], 0.0)
             lighter = (rank == 0) * (1 + turned) + (at_end & ~turned & (rank > 0))
-            alive = alive_on_full_chunks(self._pipelines(index[has]), rank, lighter)
+            alive = alive_on_full_chunks(runs, has, rank, lighter)
             held = np.select([lighter == 0, lighter == 1], [inner[has], one[has]], none[has])
             ok[has] &= held + alive * per_chunk[has] <= left
         return ok
