@@ -7,7 +7,9 @@ gathered, so the same formulas serve one layout and a million.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from cost_models.host_outputs import Waiting, refuse_without_room
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
+from cost_models.outside import outside_configs, outside_of
 from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
@@ -46,9 +49,17 @@ class Configs:
     zero_stage: Int64
     reshard: Int64
     """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
+    stages: Int64 | None = None
+    """Among the replicas, pipeline stages, which split no state; None: there are none."""
 
     def __len__(self) -> int:
         return len(self.tp)
+
+    def take(self, index: Int64) -> Configs:
+        """Some of them."""
+        columns: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        taken: dict[str, Any] = {n: c if c is None else c[index] for n, c in columns.items()}
+        return Configs(**taken)
 
     def shard_columns(self) -> list[Int64]:
         """What the compute of a layer depends on."""
@@ -59,7 +70,10 @@ class Configs:
 
     def data_columns(self) -> list[Int64]:
         """What the data-parallel side adds."""
-        return [self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard]
+        stages = np.ones_like(self.pp) if self.stages is None else self.stages
+        return [
+            self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard, stages
+        ]  # fmt: skip
 
     def microbatches(self, global_batch: int) -> Int64:
         """Microbatches of a step on one rank; at least one."""
@@ -104,6 +118,9 @@ class PricedConfigs:
     """Of a stack whose pipeline ranks share embedding and head."""
     put_off: deferral.PutOff | None = None
     """What the last stage may put off; None: nothing."""
+    outside: tuple[Int64, ...] = ()
+    """As ``kinds``, of layers that all stages run at once (``cost_models.outside``); 0 without a
+    pipeline, empty where the stack has none."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -112,9 +129,10 @@ class PricedConfigs:
 
     def leaf(
         self, index: int, *, schedule: Schedule, vpp: int, microbatches: int, uneven: bool,
-        round_size: int = 0, order: GivenOrder | None = None,
+        round_size: int = 0, outside: int = 0, order: GivenOrder | None = None,
     ) -> Leaf:  # fmt: skip
-        """The leaf of configuration ``index`` under a schedule, or the user's own ``order``."""
+        """The leaf of configuration ``index`` under a schedule, or the user's own ``order``, with
+        so many layers ``outside``."""
         position = {name: i for i, name in enumerate(self.kind_names)}
         hop = int(self.hop_ns[index])
         late = tuple((int(on[index]), int(back[index])) for on, back in self.late)
@@ -131,7 +149,7 @@ class PricedConfigs:
                 self.vocabulary, index, schedule, pp, microbatches, embedding, head
             )
             embedding, head = (0,) * len(embedding), (0,) * len(head)
-        return Leaf(
+        leaf = Leaf(
             schedule=schedule,
             pp=pp,
             vpp=vpp,
@@ -160,6 +178,10 @@ class PricedConfigs:
             and self.workload.head.whole_logits
             and shared is None,
         )
+        if not outside:
+            return leaf
+        rows = tuple(tuple(table[:, index].tolist()) for table in self.outside)
+        return replace(leaf, outside=outside_of(leaf, rows, outside))
 
 
 def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
@@ -231,9 +253,12 @@ def price_configs(
     block = lookup_block(workload, _take_shard(shards, stages[0]), stages[1], machine.rules)
     embedding[Field.LOOKUP_BLOCK] = block[of_stages]
     embedding[Field.STATIC] += block[of_stages]
+    outside: tuple[Int64, ...] = ()
     if workload.global_batch is not None:
+        if machine.stack.outside_layers:
+            outside = _price_outside(workload, machine, configs, kinds)
         waiting = Waiting(configs.pp, configs.microbatches(workload.global_batch))
-        refuse_without_room(kinds, workload, shard, waiting, machine, capacity)
+        refuse_without_room((*kinds, *outside), workload, shard, waiting, machine, capacity)
     return PricedConfigs(
         workload=workload,
         machine=machine,
@@ -260,7 +285,23 @@ def price_configs(
         blocking=machine.stack.blocking_transfers,
         vocabulary=vocabulary,
         put_off=put_off,
+        outside=outside,
     )  # fmt: skip
+
+
+def _price_outside(
+    workload: WorkloadGraph, machine: Machine, configs: Configs, kinds: Sequence[Int64]
+) -> tuple[Int64, ...]:
+    """Tables like ``kinds`` of layers that all stages run at once."""
+    assert workload.global_batch is not None
+    tables = tuple(np.zeros_like(table) for table in kinds)
+    index = np.flatnonzero(configs.pp > 1)
+    if len(index):
+        shares = outside_configs(configs.take(index), workload.global_batch)
+        found = price_configs(replace(workload, global_batch=None), machine, shares).kinds
+        for table, rows in zip(tables, found, strict=True):
+            table[:, index] = rows
+    return tables
 
 
 def _kept_output_bytes(

@@ -207,7 +207,7 @@ def layer_state(
             state.state_bytes(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
                 shard,
-                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1, mesh.replicas),
+                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1, mesh.state_replicas),
                 machine.rules,
                 vocab_divisor=vocab_divisor,
                 drop_tied=drop_tied,

@@ -38,6 +38,8 @@ class DataParallel:
     zero_stage: Int64
     reshard: Int64
     """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
+    stages: Int64 | int = 1
+    """Among the replicas, pipeline stages: no state is split over them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ class Mesh:
     stride: Int64
     replicas: Int64
     replica_stride: Int64
+    stages: Int64 | int = 1
+    """Among the replicas, those that no state is split over."""
+
+    @property
+    def state_replicas(self) -> Int64:
+        """Replicas that may split what they all would hold."""
+        return self.replicas // self.stages
 
 
 @dataclass(frozen=True)
@@ -169,8 +178,8 @@ def meshes(
     if layers.experts == "folded":
         apart = replica_stride(shard.tp, shard.ep, data.shard * data.replicate, per_node)
     return (
-        Mesh(data.shard * shard.cp, shard.tp, data.replicate, span),
-        Mesh(expert_ranks, apart, data.replicate, span),
+        Mesh(data.shard * shard.cp, shard.tp, data.replicate, span, data.stages),
+        Mesh(expert_ranks, apart, data.replicate, span, data.stages),
     )
 
 
@@ -178,8 +187,8 @@ def state_mesh(mesh: Mesh, zero_stage: Int64, rules: StateRules) -> Mesh:
     """The mesh over which the optimizer's state is split: replicas of it lie side by side."""
     if not rules.split_over_replicas:
         return mesh
-    deeper = state_over_replicas(zero_stage, mesh.replicas, rules)
-    return replace(mesh, ways=np.where(deeper, mesh.ways * mesh.replicas, mesh.ways))
+    deeper = state_over_replicas(zero_stage, mesh.state_replicas, rules)
+    return replace(mesh, ways=np.where(deeper, mesh.ways * mesh.state_replicas, mesh.ways))
 
 
 def backward_mesh(mesh: Mesh, data: DataParallel) -> Mesh:
@@ -238,8 +247,9 @@ def calls(
             weights_sharded(zero_stage, rules) & (gathered.frozen > 0),
         ),
         DataCall(
-            "parameter", "all_gather", weights / mesh.ways, mesh.replicas, mesh.replica_stride,
-            state_over_replicas(zero_stage, mesh.replicas, rules) & some, over_replicas=True,
+            "parameter", "all_gather", weights / mesh.ways, mesh.state_replicas,
+            mesh.replica_stride, state_over_replicas(zero_stage, mesh.state_replicas, rules) & some,
+            over_replicas=True,
         ),
     )  # fmt: skip
 

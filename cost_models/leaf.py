@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
@@ -32,6 +33,9 @@ from cost_models.recompute import ModeRows, group_of, mode_rows
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
 from cost_models.vocabulary import SharedEnds
+
+if TYPE_CHECKING:
+    from cost_models.outside import Outside
 
 Row = tuple[int, ...]
 """One value per :class:`Field`, then the rows of the policies."""
@@ -59,7 +63,7 @@ class Leaf:
     tied_sync_ns: int
     """Reduction of a tied embedding's gradient between first and last stage."""
     sync_ns: int
-    """Once per step: gradient norm."""
+    """Once per step, all ranks at once: gradient norm, layers outside the pipeline."""
     fixed_bytes: int
     """Context, communicators, allocator slack, the user's reserve."""
     capacity_bytes: int
@@ -73,7 +77,8 @@ class Leaf:
     ``late``; empty where they run beside its work."""
     policies: tuple[RecomputeMode, ...] = ()
     """Recomputation that ``kinds`` has prices of."""
-
+    outside: Outside | None = None
+    """Layers that all ranks run beside the pipeline, in equal shares (``cost_models.outside``)."""
     idle_forward: bool = False
     """Whether blocks that the last layers' forward leaves free stay beside the loss."""
     round_size: int = 0
@@ -230,7 +235,7 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent)
     known = leaf.chunk_cache.get(key)
     if known is None:
-        known = leaf.chunk_cache[key] = _chunk_costs(leaf, *key)
+        known = leaf.chunk_cache[key] = held_costs(leaf, *key)
     return known
 
 
@@ -243,7 +248,7 @@ def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
     return on, leaf.sends[first][1] if leaf.sends_on(stage - 1) else 0
 
 
-def _chunk_costs(
+def held_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
     front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
@@ -368,6 +373,5 @@ def stage_costs(leaf: Leaf, completion: Completion) -> tuple[RankCosts, ...]:
         chunk_costs(leaf, j, bounds[j], bounds[j + 1], completion.recompute[j])
         for j in range(leaf.stages)
     ]
-    return tuple(
-        [rank_costs(leaf, tuple([chunks[j] for j in leaf.held(r)])) for r in range(leaf.pp)]
-    )
+    held = [tuple([chunks[j] for j in leaf.held(rank)]) for rank in range(leaf.pp)]
+    return tuple([rank_costs(leaf, own) for own in held])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cost_models.layout import place_of
 from cost_models.leaf import ChunkCosts, Leaf, RankCosts
 from cost_models.schedule import live_peaks
+from cost_models.step import Field
 
 
 def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
@@ -18,6 +20,8 @@ def peak_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
     """
     static = leaf.fixed_bytes + leaf.step_buffer_bytes(rank)
     static += sum([chunk.static_bytes for chunk in chunks])
+    if leaf.outside is not None:
+        static += leaf.outside.in_mode.static_bytes
     return static + max([moment.total for moment in moments(leaf, rank, chunks)])
 
 
@@ -50,6 +54,8 @@ def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Mome
     if rank != place_of(leaf.schedule, leaf.pp, leaf.stages - 1)[0]:
         most = replace(most, name="first backward")
     update = Moment("optimizer step", made, 0, 0, step)
+    if leaf.outside is not None:
+        return tuple(_with_outside(leaf, rank, most, update, live))
     if leaf.microbatches > 1 or leaf.splits_backward:
         return most, update
     draining = max([chunk.draining_bytes for chunk in chunks])
@@ -58,6 +64,27 @@ def moments(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> tuple[Mome
         Moment("last backward", made, 0, draining, 0),
         update,
     )
+
+
+def _with_outside(
+    leaf: Leaf, rank: int, most: Moment, update: Moment, live: int
+) -> Iterator[Moment]:
+    """The moments of a pipeline of several microbatches with layers outside. What those ahead of it
+    keep stays until their backward, the last one. Of those behind, loss and backward run beside all
+    that the pipeline keeps; then their gradients are there. Scanned layers make their gradients in
+    one array for all."""
+    assert leaf.outside is not None
+    costs = leaf.outside.in_mode
+    kept, made, working = costs.activation_bytes, costs.gradient_bytes, costs.working_bytes
+    if leaf.outside.ahead:
+        yield replace(most, activations=most.activations + kept)
+        yield Moment("last backward", update.gradients + made, kept, working, 0)
+    else:
+        yield replace(most, gradients=most.gradients + made)
+        yield Moment("first backward", made, live + kept, working, 0)
+        if rank == place_of(leaf.schedule, leaf.pp, leaf.stages - 1)[0]:
+            yield Moment("loss", 0, live + kept, leaf.head[Field.WORK_NONE], 0)
+    yield replace(update, gradients=update.gradients + made, step=update.step + costs.step_bytes)
 
 
 def live_activations(

@@ -131,6 +131,9 @@ class StackSpec(Profile):
     schedule takes them in rounds: pp, of which their number is a multiple; the fewest from pp on
     that make equal rounds; any number from pp on that leaves none or at least pp for the last
     round; or any such number, and fewer microbatches than ranks in one round."""
+    outside_layers: bool = False
+    """Whether layers may stay outside a pipeline whose forwards all come first: all ranks run them,
+    the stages as data parallelism (``cost_models.outside``)."""
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``, names of
     ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does
@@ -373,6 +376,14 @@ class StackSpec(Profile):
             )
         if any(shares) and self.new_gradients:
             raise ValueError("layers.vocabulary over_pipeline: gradients are buffers that stay")
+        freedom = self.uneven_stages or self.recompute_per_stage or self.recompute_layer_count
+        if self.outside_layers and (
+            freedom or "pipeline_needs_multiple_of_pp" not in self.rules or self.idle_forward
+        ):
+            raise ValueError(
+                "outside_layers needs equal stages that all recompute alike, and the rule "
+                "pipeline_needs_multiple_of_pp: the stages share the batch"
+            )
         needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
         if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):
             raise ValueError(f"rank_order must hold each of {', '.join(needed)} once")

@@ -135,7 +135,7 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
     mesh = Mesh.of(layout)
     reason = impossible_mesh(mesh, request) or impossible_layout(
         layout.dp_shard, layout.zero_stage, layout.schedule, layout.vpp, mesh, request,
-        layout.round_size,
+        layout.round_size, layout.layers_outside,
     )  # fmt: skip
     if reason:
         yield reason
@@ -166,7 +166,13 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
             yield f"stage {rank}: activation_offload_layers is not what the job asks"
         for index, chunk in enumerate(stage.chunks):
             chunks[_stage(layout, rank, index)] = chunk
-    position = 0
+    position, layers = 0, request.model.layer_count
+    if layout.layers_outside:
+        # The first ones where the model starts with another kind of layer, else the last.
+        names = request.workload.layers
+        ahead = names[0] != names[-1]
+        position = layout.layers_outside if ahead else 0
+        layers -= 0 if ahead else layout.layers_outside
     for j, chunk in sorted(chunks.items()):
         if chunk.layers[0] != position or chunk.layers[1] < position:
             yield f"virtual stage {j} holds layers {chunk.layers}, expected to start at {position}"
@@ -176,8 +182,8 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
         ends = (everywhere or j == 0, everywhere or j == len(chunks) - 1)
         if (chunk.has_embedding, chunk.has_head) != ends:
             yield f"virtual stage {j}: embedding or head in the wrong place"
-    if position != request.model.layer_count:
-        yield f"the stages hold {position} of {request.model.layer_count} layers"
+    if position != layers:
+        yield f"the stages hold layers up to {position} of {layers}"
         return
     yield from _check_recompute(layout, request)
 
@@ -215,7 +221,7 @@ def _check_constraints(layout: Layout, request: Request) -> Iterator[str]:
         if values[name] > value:
             yield f"{name} = {values[name]}, asked for at most {value}"
     for name in limits.forbid:
-        if values[name] > (0 if name == "zero_stage" else 1):
+        if values[name] > (name not in ("zero_stage", "layers_outside")):
             yield f"{name} = {values[name]}, asked for none"
     if limits.schedule is not None and layout.pp > 1 and layout.schedule != limits.schedule:
         yield f"schedule {layout.schedule}, asked for {limits.schedule}"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from cost_models.leaf import Leaf
+from cost_models.outside import leading
 from cost_models.partitions import interleaved_bounds
 from cost_models.step import Field
 from planner.errors import InputError
 from planner.request import Request
 
 
-def even_bounds(request: Request, pp: int, vpp: int) -> tuple[int, ...]:
+def even_bounds(request: Request, pp: int, vpp: int, outside: int = 0) -> tuple[int, ...]:
     """Layer boundaries of an even split; ``StackSpec.spare_layers`` says where the layers go that
-    it leaves over."""
+    it leaves over. Those with some layers ``outside`` are equal."""
     layers, stages = request.model.layer_count, pp * vpp
+    if outside:
+        first = outside if leading(request.workload.layers) else 0
+        return tuple(first + j * (layers - outside) // stages for j in range(stages + 1))
     if stages > layers + 2:
         raise InputError(f"{stages} virtual stages for {layers} layers")
     if vpp > 1:

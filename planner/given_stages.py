@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cost_models.layout import V_SHAPED, ends_on, place_of, stage_of
 from planner.errors import InputError
+from planner.given_outside import outside_range
 from planner.plan import Chunk, Layout
 from planner.request import Request
 
@@ -43,7 +44,8 @@ def _require_shape(layout: Layout) -> None:
 
 def _require_partition(layout: Layout, request: Request) -> None:
     """Refuse virtual stages that leave layers out, hold them twice or in another order."""
-    position, count = 0, layout.pp * layout.vpp
+    outside = outside_range(layout, request)
+    position, count = (len(outside) if outside.start == 0 else 0), layout.pp * layout.vpp
     for stage in range(count):
         rank, index = place_of(layout.schedule, layout.pp, stage)
         first, last = layout.stages[rank].chunks[index].layers
@@ -55,7 +57,7 @@ def _require_partition(layout: Layout, request: Request) -> None:
             )
         position = last
     layers = request.model.layer_count
-    if position != layers:
+    if position != (layers if outside.start == 0 else outside.start):
         raise InputError(
             f"layout: the stages hold {position} layers, the model has {layers}",
             hint="layers are [first, last_exclusive], numbered through the model",

@@ -9,6 +9,7 @@ from cost_models.graph import Shard
 from cost_models.host_outputs import Waiting, without_room
 from cost_models.memory import Activations
 from planner.errors import InputError
+from planner.given_outside import outside_recompute
 from planner.layouts import configs_of
 from planner.plan import Layout
 from planner.recompute import named_policy
@@ -37,6 +38,12 @@ def hosted_bytes(request: Request, layout: Layout) -> tuple[int, int]:
         part.layers * _listed(request, part.kind, part.mode, shard)
         for stage in layout.stages
         for part in stage.recompute
+    )
+    # A rank's share of the batch takes as much room outside the pipeline as inside.
+    whole += sum(
+        count * _listed(request, kind, mode, shard)
+        for (kind, mode), count in outside_recompute(layout, request).items()
+        if mode != "none"
     )
     return int(_waiting(layout).on_one_device(np.array([whole]))[0]), -(-whole // layout.pp)
 

@@ -26,6 +26,7 @@ from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
 from planner.even_stages import even_bounds
 from planner.given_orders import require_shape, settle_order
+from planner.given_outside import settled_outside, with_stages_left_out
 from planner.given_rounds import no_rounds, settled_round
 from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
@@ -62,6 +63,9 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         base["round_size"] = settled_round(base.get("round_size", 0), request, degree)
     elif base.get("round_size"):
         raise no_rounds(base["round_size"], schedule, degree["pp"])
+    if not base.get("stages"):
+        outside = settled_outside(base.get("layers_outside"), schedule, degree, request)
+        base["layers_outside"] = outside
     base.setdefault("zero_stage", _default_zero(request, degree))
     for key, constant in request.layout_constants.items():
         base.setdefault(key, constant)
@@ -81,12 +85,14 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
     if layout.stages:
         modes = [part.mode for stage in layout.stages for part in stage.recompute]
         _require_possible(layout.schedule, modes)
-        return settled_stages(layout, request)
+        layout = settled_stages(with_stages_left_out(layout, request), request)
+        settled_outside(layout.layers_outside, schedule, degree, request)
+        return layout
     recompute = named_policy(recompute, request.stack).name
     _require_possible(layout.schedule, [recompute])
     count = int(limit) if limit is not None else request.model.layer_count
     mode: Recompute = (recompute, count if recompute == "full" else 0)
-    bounds = even_bounds(request, degree["pp"], vpp)
+    bounds = even_bounds(request, degree["pp"], vpp, layout.layers_outside)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
 
@@ -301,7 +307,7 @@ def _offloaded(recompute: tuple[RecomputeLayers, ...], request: Request) -> int:
 
 def completion_of(layout: Layout, request: Request) -> Completion:
     """Partition and recompute of a complete layout."""
-    bounds = [0] * (layout.pp * layout.vpp + 1)
+    bounds = [layout.stages[0].chunks[0].layers[0]] * (layout.pp * layout.vpp + 1)
     modes: list[Recompute] = [("none", 0)] * (layout.pp * layout.vpp)
     for rank, stage in enumerate(layout.stages):
         mode = _stage_mode(stage)
@@ -309,10 +315,9 @@ def completion_of(layout: Layout, request: Request) -> Completion:
             j = stage_of(layout.schedule, layout.pp, rank, index)
             bounds[j + 1] = chunk.layers[1]
             modes[j] = mode
-    if bounds[-1] != request.model.layer_count:
-        raise InputError(
-            f"the stages hold {bounds[-1]} layers, the model has {request.model.layer_count}"
-        )
+    held, layers = bounds[-1] - bounds[0], request.model.layer_count
+    if held != layers - layout.layers_outside:
+        raise InputError(f"the stages hold {held} layers, the model has {layers}")
     return Completion(tuple(bounds), tuple(modes))
 
 

@@ -59,6 +59,7 @@ class Candidate:
 DEGREES_IN_ORDER = (
     "pp", "tp", "cp", "ep", "etp", "vpp", "dp_replicate", "microbatch_size", "zero_stage",
     "sequence_parallel", "cp_kind", "cp_inner", "reshard_after_forward", "schedule", "round_size",
+    "layers_outside",
 )  # fmt: skip
 
 

@@ -59,6 +59,8 @@ class Layouts:
     schedule: Int64
     """Index into ``cost_models.layout.SCHEDULES``."""
     vpp: Int64
+    outside: Int64
+    """Layers outside the pipeline (``cost_models.outside``)."""
 
     def __len__(self) -> int:
         return len(self.mesh)
@@ -68,4 +70,5 @@ class Layouts:
         return Layouts(
             self.mesh[index], self.dp_replicate[index], self.dp_shard[index],
             self.zero_stage[index], self.reshard[index], self.schedule[index], self.vpp[index],
+            self.outside[index],
         )  # fmt: skip

@@ -83,6 +83,10 @@ class Layout(Document):
     round_size: Annotated[int, Field(ge=0)] = 0
     """Microbatches that go through a virtual stage before the next has its turn, where the schedule
     takes them in rounds; in the input of ``evaluate`` 0 is the least that the stack can run."""
+    layers_outside: Annotated[int, Field(ge=0)] = 0
+    """Layers outside the pipeline, which all ranks run with the stages as data parallelism: the
+    first ones where a model starts with another kind of layer, else the last; in the input of
+    ``evaluate`` the fewest that leave equal stages."""
     rank_order: tuple[str, ...] = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
     optimizer_offload: bool = False
     parameter_offload: bool = False

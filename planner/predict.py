@@ -20,6 +20,7 @@ from cost_models.leaf import (
     sent_ns,
     stage_costs,
 )
+from cost_models.outside import recomputing
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
 from planner.accuracy import RunClass, band
@@ -60,7 +61,9 @@ def price(layout: Layout, request: Request) -> Priced:
         uneven=True,
         round_size=layout.round_size,
         order=request.order_of(layout.schedule),
+        outside=layout.layers_outside,
     )
+    leaf = recomputing(leaf, completion.recompute[0][0])
     ranks = stage_costs(leaf, completion)
     return Priced(layout, leaf, completion, tables, ranks, simulate_step(leaf, ranks))
 
@@ -328,6 +331,7 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     sent = sum(sum(sent_ns(leaf, j, *completion.bounds[j : j + 2])) for j in own_stages)
     totals["pp_comm"] = sent
     m, busy = leaf.microbatches, step.timeline.busy_ns[rank]
+    apart = leaf.outside.ns if leaf.outside is not None else 0
     totals["recompute"] = busy // m - work - sent
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])
@@ -342,7 +346,8 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
         ),
         ("gradient_reduction", step.gradient_ns, "exposed part, after the last backward"),
         ("optimizer_and_gather", step.update_ns, f"rank {step.update_rank}"),
-        ("synchronisation", step.sync_ns, "gradient norm over all devices"),
+        ("layers_outside", apart, "on all ranks at once, the stages as data parallelism"),
+        ("synchronisation", step.sync_ns - apart, "gradient norm over all devices"),
     ):
         if ns:
             terms.append(Term(name=name, seconds=ns / SECOND, detail=detail))

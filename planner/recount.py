@@ -23,6 +23,7 @@ from planner.plan import Layout
 from planner.recompute import named_policy
 from planner.recount_host import inputs_held
 from planner.recount_order import impossible_order, order_shape
+from planner.recount_outside import left_outside
 from planner.request import Request
 
 
@@ -239,10 +240,14 @@ def rounds_of(schedule: str, mesh: Mesh, request: Request) -> list[int]:
 
 
 def impossible_layout(
-    shard: int, zero: int, schedule: str, vpp: int, mesh: Mesh, request: Request, size: int = 0
-) -> str | None:
-    """Why this layout of a possible mesh cannot run (in rounds of ``size``, if not 0), or None."""
-    stack, layers = request.stack, request.model.layer_count
+    shard: int, zero: int, schedule: str, vpp: int, mesh: Mesh, request: Request, size: int = 0,
+    outside: int = 0,
+) -> str | None:  # fmt: skip
+    """Why this layout of a possible mesh cannot run (in rounds of ``size``, if not 0, and with so
+    many layers ``outside`` the pipeline), or None."""
+    stack, layers = request.stack, request.model.layer_count - outside
+    if outside not in left_outside(schedule, mesh.pp * vpp, request):
+        return f"no {outside} layers stay outside this pipeline"
     m = request.global_batch // (mesh.dp * mesh.mbs)
     stages = mesh.pp * vpp
     if schedule.startswith("given"):
@@ -319,9 +324,12 @@ def impossible_layout(
     return None
 
 
-def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """``(replicate, shard, zero, schedule code, vpp, ranks that keep weights)`` of every layout of
-    a mesh."""
+Entry = tuple[int, int, int, int, int, int, int]
+"""Replicas, shards, ZeRO stage, schedule code, vpp, ranks that keep weights, layers outside."""
+
+
+def every_layout(mesh: Mesh, request: Request) -> Iterator[Entry]:
+    """Every layout of a mesh."""
     stack, layers = request.stack, request.model.layer_count
     pipelines = [("1f1b", 1)] if mesh.pp == 1 else []
     given = order_shape(request.job.schedule_actions)
@@ -340,9 +348,12 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[tuple[int, int, int, 
         shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
         for shard in shards if zero else [1]:
             for schedule, vpp in pipelines:
-                if impossible_layout(shard, zero, schedule, vpp, mesh, request) is None:
-                    for keep in _kept(zero, shard * mesh.cp, request):
-                        yield mesh.dp // shard, shard, zero, CODES[schedule], vpp, keep
+                for out in left_outside(schedule, mesh.pp * vpp, request):
+                    data = shard, zero, schedule, vpp
+                    if impossible_layout(*data, mesh, request, outside=out) is None:
+                        for keep in _kept(zero, shard * mesh.cp, request):
+                            code = CODES[schedule]
+                            yield mesh.dp // shard, shard, zero, code, vpp, keep, out
 
 
 def _zero_stages(request: Request) -> tuple[int, ...]:
@@ -360,13 +371,13 @@ def _kept(zero: int, ways: int, request: Request) -> list[int]:
     return [request.machine.reshard_group or 0 if zero == 3 else 0]
 
 
-def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int, int], request: Request) -> bool:
+def wanted(mesh: Mesh, entry: Entry, request: Request) -> bool:
     """Whether a layout respects the user's constraints."""
     limits = request.job.constraints
     values: dict[str, int] = {
         "tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp,
         "microbatch_size": mesh.mbs, "dp_replicate": entry[0], "dp_shard": entry[1],
-        "zero_stage": entry[2], "vpp": entry[4],
+        "zero_stage": entry[2], "vpp": entry[4], "layers_outside": entry[6],
     }  # fmt: skip
     sizes = rounds_of(SCHEDULES[entry[3]], mesh, request)
     schedule, sp = limits.schedule, limits.sequence_parallel
@@ -374,7 +385,9 @@ def wanted(mesh: Mesh, entry: tuple[int, int, int, int, int, int], request: Requ
         any(wanted_round(size, request) for size in sizes)
         and all(values.get(name, value) == value for name, value in limits.fix.items())
         and all(values.get(name, 0) <= value for name, value in limits.max.items())
-        and all(values.get(n, 0) <= (0 if n == "zero_stage" else 1) for n in limits.forbid)
+        and all(
+            values.get(n, 0) <= (n not in ("zero_stage", "layers_outside")) for n in limits.forbid
+        )
         and (schedule is None or mesh.pp == 1 or SCHEDULES[entry[3]] == schedule)
         and (sp is None or mesh.tp == 1 or mesh.sp == sp)
     )

@@ -59,11 +59,17 @@ def outputs_held(layout: Layout, request: Request) -> int:
     shard = shard_of(request.workload, configs_of(layout))
     whole = 0
     for stage in layout.stages:
-        for part in stage.recompute:
-            policy = named_policy(part.mode, request.stack)
+        parts = [(part.kind, part.mode, part.layers) for part in stage.recompute]
+        if stage is layout.stages[0] and parts:
+            # The layers that no stage holds, in the mode of all.
+            held = {n for s in layout.stages for c in s.chunks for n in range(*c.layers)}
+            left = set(range(len(request.workload.layers))) - held
+            parts += [(request.workload.layers[n], parts[0][1], 1) for n in left]
+        for name, mode, layers in parts:
+            policy = named_policy(mode, request.stack)
             if not policy.offloads:
                 continue
-            kind = request.workload.kinds[part.kind]
+            kind = request.workload.kinds[name]
             ops = kind.ops(shard)
             ends = unneeded(ops) if policy.needed_only else frozenset()
             layer = 0.0
@@ -72,7 +78,7 @@ def outputs_held(layout: Layout, request: Request) -> int:
                     layer += _written(op, ops, policy, shard, kind.element_bytes)
             if LAYER_INPUT in policy.offloads:
                 layer += float(np.broadcast_to(kind.boundary_bytes(shard), (1,))[0])
-            whole += part.layers * math.ceil(layer)
+            whole += layers * math.ceil(layer)
     alive = layout.num_microbatches if layout.pp > 1 else 1
     return whole * alive // layout.pp * request.cluster.groups[0].node.devices_per_node
 

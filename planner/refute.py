@@ -25,6 +25,8 @@ from cost_models.leaf import (
     rank_costs,
     stage_costs,
 )
+from cost_models.outside import outside_bounds, recomputing
+from cost_models.outside_bounds import OutsideLayouts, outside_step_bounds
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
 from cost_models.peaks import fits, peak_bytes
 from cost_models.relaxation import Relaxation
@@ -113,25 +115,30 @@ def _refute(
 ) -> str | None:  # fmt: skip
     """A layout among ``rows`` that beats the claimed bound, in words; what is too large to tell is
     added to ``unchecked``."""
-    tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp, keep = rows.T
+    tp, sp, cp, kind, pp, ep, etp, mbs, replicate, shard, zero, schedule, vpp, keep, out = rows.T
     tables = price_configs(
         request.workload, request.machine,
         Configs(mbs, tp, cp, kind, ep, etp, sp.astype(bool), replicate, shard, pp, zero, keep),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     m = request.global_batch // (replicate * shard * mbs)
-    bounds = Relaxation(
+    modes, inside, column = recompute_modes(request), out == 0, np.arange(len(rows))
+    bounds = np.zeros(len(rows))
+    bounds[inside] = Relaxation(
         tables,
-        config=np.arange(len(rows)),
-        schedule=schedule,
-        vpp=vpp,
-        microbatches=m,
-        modes=recompute_modes(request),
+        config=column[inside],
+        schedule=schedule[inside],
+        vpp=vpp[inside],
+        microbatches=m[inside],
+        modes=modes,
         counted=request.stack.recompute_layer_count,
         per_stage=request.stack.recompute_per_stage,
         free=request.free_stages,
         order=request.order,
     ).bounds(float(least))
+    if not inside.all():
+        others = OutsideLayouts(column, schedule, vpp, m, out).take(column[~inside])
+        bounds[~inside] = outside_step_bounds(tables, others, modes, float(least))
     for index in np.flatnonzero(bounds < least).tolist():
         leaf = tables.leaf(
             index,
@@ -140,17 +147,20 @@ def _refute(
             microbatches=int(m[index]),
             uneven=request.stack.uneven_stages,
             order=request.order,
+            outside=int(out[index]),
         )
         name = (
             f"tp {tp[index]} cp {cp[index]} pp {pp[index]} ep {ep[index]} vpp {vpp[index]} "
-            f"microbatch {mbs[index]}"
+            f"microbatch {mbs[index]}" + (f" layers_outside {out[index]}" if out[index] else "")
         )
         mesh, data = meshes[index], (int(shard[index]), int(zero[index]))
         sizes = [
             size
             for size in rounds_of(leaf.schedule, mesh, request)
             if wanted_round(size, request)
-            and not impossible_layout(*data, leaf.schedule, leaf.vpp, mesh, request, size)
+            and not impossible_layout(
+                *data, leaf.schedule, leaf.vpp, mesh, request, size, int(out[index])
+            )
         ]
         try:
             better = _better_completion(leaf, least, request, sizes)
@@ -178,6 +188,8 @@ def _better_completion(
             options.append((mode, 0))
     # Numbers of whole layers last: where one takes too long, so do those that follow.
     options.sort(key=lambda option: option[0] == "full")
+    if leaf.outside is not None:
+        return _better_with_outside(leaf, least, options)
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] in ("none", "full")]
     if leaf.vpp > 1 or leaf.order is not None:
@@ -193,6 +205,18 @@ def _better_completion(
         found = _Chain(leaf, least, group, budget).better()
         if found is not None:
             return found
+    return None
+
+
+def _better_with_outside(leaf: Leaf, least: int, options: list[Recompute]) -> str | None:
+    """The same with layers outside the pipeline: the stages are equal, one mode serves all."""
+    for option in options:
+        variant = recomputing(leaf, option[0])
+        ranks = stage_costs(variant, Completion(outside_bounds(leaf), (option,) * leaf.stages))
+        if surrogate_ns(variant, ranks) < least and fits(variant, ranks):
+            total = simulate_step(variant, ranks).total_ns
+            if total < least:
+                return f"with {option} takes {total / 1e9:.6g} s"
     return None
 
 

@@ -71,4 +71,12 @@ def _without(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:
     )
 
 
-_LAYOUT_COLUMNS = ("dp_replicate", "dp_shard", "zero_stage", "reshard", "schedule", "vpp")
+_LAYOUT_COLUMNS = (
+    "dp_replicate",
+    "dp_shard",
+    "zero_stage",
+    "reshard",
+    "schedule",
+    "vpp",
+    "outside",
+)

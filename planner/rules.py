@@ -246,7 +246,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         layers = request.model.layer_count
         yield (
             f"{label}: {layers} layers do not split evenly over the stages",
-            lambda m, x: layers % (m.pp * x.vpp) != 0,
+            lambda m, x: (layers - x.outside) % (m.pp * x.vpp) != 0,
         )
 
 
@@ -332,7 +332,8 @@ def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts, rounds: Int64
 def _even_enough(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:
     """Whether equal virtual stages with a lighter first and last one can hold the layers, or on a
     V equal ranks behind a lighter first one (``cost_models.partitions``)."""
-    layers, stages = request.model.layer_count, meshes.pp * layouts.vpp
+    layers = request.model.layer_count - layouts.outside
+    stages = meshes.pp * layouts.vpp
     height = -(-layers // stages)
     spare = stages * height - layers
     if not request.stack.uneven_stages:
@@ -368,6 +369,7 @@ def check_layout(request: Request, layout: Layout) -> None:
         mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
         zero_stage=one(layout.zero_stage), reshard=one(layout.reshard_group),
         schedule=one(SCHEDULES.index(layout.schedule)), vpp=one(layout.vpp),
+        outside=one(layout.layers_outside),
     )  # fmt: skip
     if layout.zero_stage not in request.zero_stages:
         raise InputError(

@@ -23,6 +23,7 @@ from cost_models.leaf import Leaf
 from planner.free_stages import free_partitions, improve, is_listed
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
 from planner.meshes import Meshes
+from planner.outside import close_outside
 from planner.program import UNLIMITED
 from planner.request import Request
 from planner.rounds import open_rounds
@@ -252,6 +253,10 @@ class Search:
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf, self.request)
         options = recompute_options(self.request, len(leaf.sequence))
+        if leaf.outside is not None:
+            reached = close_outside(leaf, degrees, options, self.incumbent, self._check_deadline)
+            self._settle(reached, removed)
+            return
         free = self.request.free_stages and leaf.schedule in LISTED
         partitions = free_partitions(leaf) if free else None
         opening = Opening(
@@ -262,6 +267,10 @@ class Search:
         reached = opening.close(options, per_stage=self.request.stack.recompute_per_stage)
         if partitions is not None and not is_listed(leaf):
             reached = bound_ns if reached is None else min(reached, bound_ns)
+        self._settle(reached, removed)
+
+    def _settle(self, reached: int | None, removed: Counter[str]) -> None:
+        """Count a leaf by what its bound came to; None: nothing of it fits."""
         if reached is None:
             removed[OUT_OF_MEMORY] += 1
         else:
@@ -301,4 +310,5 @@ def _degrees(layouts: PricedLayouts, index: int, leaf: Leaf, request: Request) -
         "reshard_after_forward": request.resharding(zero, int(own.reshard[index])),
         "schedule": SCHEDULES[int(own.schedule[index])],
         "round_size": 0,
+        "layers_outside": int(own.outside[index]),
     }

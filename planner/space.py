@@ -22,12 +22,14 @@ from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
 from cost_models.layout import CHUNKED, SCHEDULES, V_SHAPED, RecomputeMode, Schedule
+from cost_models.outside import outside_numbers
 from planner import rules
 from planner.blocks.registry import model_splits
 from planner.meshes import Layouts, Meshes, joined
 from planner.request import Request
 from planner.rounds import round_limits
 from planner.rules import LayoutRule, Rule
+from planner.specs import LEAST
 
 
 @dataclass
@@ -62,6 +64,19 @@ def virtual_stage_options(request: Request, pp: int) -> tuple[tuple[Schedule, in
         most = min(most, 2) if schedule in V_SHAPED else most
         options += ((schedule, vpp) for vpp in range(2, most + 1))
     return tuple(options)
+
+
+def pipeline_options(request: Request, pp: int) -> tuple[tuple[Schedule, int, int], ...]:
+    """The same with how many layers are outside the pipeline."""
+    options = virtual_stage_options(request, pp)
+    if pp == 1 or not request.stack.outside_layers:
+        return tuple((*option, 0) for option in options)
+    layers = request.workload.layers
+    return tuple(
+        (schedule, vpp, number)
+        for schedule, vpp in options
+        for number in outside_numbers(layers, schedule, pp * vpp)
+    )
 
 
 def data_parallel_options(
@@ -104,7 +119,7 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
                 key = (dp, pp, _context_matters(request, cp))
                 if key not in weights:
                     weights[key] = len(data_parallel_options(request, dp, cp)) * len(
-                        virtual_stage_options(request, pp)
+                        pipeline_options(request, pp)
                     )
                 batch, rest = divmod(request.global_batch, dp)
                 microbatches = divisors(batch) if batch and not rest else (1,)
@@ -218,7 +233,7 @@ def degree_limits(
         limit = most[name]
         yield f"asked for {name} <= {limit}", lambda x: x > limit
     if name in forbid:
-        yield f"asked for no {name}", lambda x: x > (0 if name == "zero_stage" else 1)
+        yield f"asked for no {name}", lambda x: x > LEAST.get(name, 1)
 
 
 def expand(request: Request, meshes: Meshes) -> Layouts:
@@ -233,20 +248,20 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
             data[dp, cp] = np.array(data_parallel_options(request, dp, cp), dtype=np.int64)
         if pp not in stages:
             stages[pp] = np.array(
-                [(SCHEDULES.index(s), v) for s, v in virtual_stage_options(request, pp)],
+                [(SCHEDULES.index(s), v, n) for s, v, n in pipeline_options(request, pp)],
                 dtype=np.int64,
-            ).reshape(-1, 2)
+            ).reshape(-1, 3)
         index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp) & (context == cp))
         left, right = data[dp, cp], stages[pp]
         shape = (len(index), len(left), len(right))
-        block = np.empty((*shape, 7), dtype=np.int64)
+        block = np.empty((*shape, 8), dtype=np.int64)
         block[..., 0] = index[:, None, None]
         block[..., 1:5] = left[None, :, None, :]
-        block[..., 5:7] = right[None, None, :, :]
-        blocks.append(block.reshape(-1, 7))
-    table = np.concatenate(blocks) if blocks else np.empty((0, 7), dtype=np.int64)
+        block[..., 5:8] = right[None, None, :, :]
+        blocks.append(block.reshape(-1, 8))
+    table = np.concatenate(blocks) if blocks else np.empty((0, 8), dtype=np.int64)
     table = table[np.lexsort(table.T[::-1])]
-    return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(7)))
+    return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(8)))
 
 
 def layout_rules(request: Request) -> Iterator[LayoutRule]:
@@ -257,9 +272,9 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
 
 def _layout_constraint_rules(request: Request) -> Iterator[LayoutRule]:
     limits = request.job.constraints
-    for name in ("dp_replicate", "dp_shard", "zero_stage", "vpp"):
+    for name in ("dp_replicate", "dp_shard", "zero_stage", "vpp", "layers_outside"):
         for reason, broken in degree_limits(limits.fix, limits.max, limits.forbid, name):
-            yield reason, _on_layout(name, broken)
+            yield reason, _on_layout(name.removeprefix("layers_"), broken)
     if limits.schedule is not None:
         wanted = SCHEDULES.index(limits.schedule)
         yield (

@@ -12,9 +12,11 @@ from planner.models.spec import Positive, Spec
 
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
-    "zero_stage", "round_size",
+    "zero_stage", "round_size", "layers_outside",
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name."""
+LEAST = {"zero_stage": 0, "layers_outside": 0}
+"""What is left of a degree that is forbidden, where it is not 1."""
 
 Size = Annotated[int, Field(ge=1, le=10**9)]
 """Samples, or tokens of one; what is larger is a slip."""

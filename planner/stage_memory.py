@@ -116,12 +116,20 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         reserved_bytes=reserved,
         device_bytes=peak - kept_free,
         memory=tuple(term for term in terms if term.bytes or term.name in _ALWAYS),
-        compute_s=costs.work_ns * leaf.microbatches / 1e9,
+        compute_s=(costs.work_ns * leaf.microbatches + _outside_ns(leaf)) / 1e9,
         layers=sum(
             priced.completion.bounds[j + 1] - priced.completion.bounds[j] for j in leaf.held(rank)
-        ),
+        )
+        + priced.layout.layers_outside,
         parameters=sums[Field.PARAMETERS],
     )
+
+
+def _outside_ns(leaf: Leaf) -> int:
+    """Forward and backward of the layers outside the pipeline."""
+    if leaf.outside is None:
+        return 0
+    return leaf.outside.in_mode.forward_ns + leaf.outside.in_mode.backward_ns
 
 
 def _own_blocks(priced: Priced) -> bool:
@@ -170,4 +178,8 @@ def _sums(priced: Priced, rank: int) -> dict[Field, int]:
             for kind, low, high in zip(leaf.kinds, before, after, strict=True):
                 sums[field] += kind[field] * (high - low)
             sums[field] += sum([end[field] for end in leaf.ends_on(j) if end is not None])
+    if leaf.outside is not None:
+        for field in sums:
+            each = [kind[field] for kind in leaf.outside.kinds]
+            sums[field] += sum(n * size for n, size in zip(leaf.outside.counts, each, strict=True))
     return sums

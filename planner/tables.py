@@ -9,6 +9,7 @@ number it stands for.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from cost_models.layout import SCHEDULES, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.leaf import Leaf, Recompute
 from cost_models.model_sums import divided, layer_counts, model_sum
 from cost_models.named_outputs import LAYER_INPUT
+from cost_models.outside import outside_configs
+from cost_models.outside_bounds import OutsideLayouts, outside_step_bounds
 from cost_models.recompute import mode_rows
 from cost_models.relaxation import (
     Relaxation,
@@ -112,6 +115,9 @@ def mesh_bounds(request: Request, meshes: Meshes) -> Real:
             relaxed = np.maximum(relaxed + fill, latency)
         relaxed = relaxed * bounds.SAFETY
         least = np.where(meshes.pp > 1, np.minimum(least, relaxed), least)
+    if request.stack.outside_layers:
+        apart = _outside_bounds(request, meshes, m)
+        least = np.where(meshes.pp > 1, np.minimum(least, apart), least)
     held = _least_state(request, parameters, meshes, m) + kept
     room = meshes.pp.astype(np.float64) * (request.usable_bytes - fixed)
     return np.where(held > room, np.inf, least)
@@ -135,6 +141,46 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     if priced.put_off is not None:
         work = work - priced.put_off.each_ns
     return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
+
+
+def _outside_bounds(request: Request, meshes: Meshes, microbatches: Int64) -> Real:
+    """Lower bound in ns on the layouts of meshes with layers outside the pipeline: the average
+    rank's share of each layer, inside or outside, whichever takes less."""
+    configs = configs_of_meshes(
+        meshes, meshes.dp, np.ones_like(meshes.dp), *(np.zeros_like(meshes.dp),) * 2
+    )
+    shares = outside_configs(configs, request.global_batch)
+    inside, outside = (_kind_work(request, each) for each in (configs, shares))
+    each = microbatches / meshes.pp
+    total = each * inside[-1]
+    for count, one, other in zip(
+        Counter(request.workload.layers).values(), inside, outside, strict=False
+    ):
+        total = total + count * np.minimum(each * one, other)
+    return total * bounds.SAFETY
+
+
+def _kind_work(request: Request, configs: Configs) -> list[Real]:
+    """Forward and backward without recomputation in ns on one data-parallel rank: of each kind of
+    layer, and of the ends together."""
+    columns, where = unique_rows([*configs.shard_columns(), np.minimum(configs.pp, 2)])
+    found = []
+    for start in range(0, len(columns[0]), SHARDS):
+        part = [column[start : start + SHARDS] for column in columns]
+        microbatch, tp, cp, cp_kind, ep, etp, sp, stages = part
+        one = np.ones_like(tp)
+        shard = Configs(
+            microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0,
+            one * 0,
+        )  # fmt: skip
+        priced = price_configs(
+            replace(request.workload, policies=(), global_batch=None), request.machine, shard,
+            reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
+        )  # fmt: skip
+        work = [t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds]
+        ends = sum(t[Field.FORWARD] + t[Field.BACKWARD] for t in (priced.embedding, priced.head))
+        found.append(np.array([*work, ends], dtype=np.float64))
+    return list(np.concatenate(found, axis=1)[:, where])
 
 
 def thriftiest(policies: tuple[RecomputePolicy, ...]) -> tuple[RecomputePolicy, ...]:
@@ -224,6 +270,7 @@ class PricedLayouts:
             microbatches=self.request.global_batch // per_step,
             uneven=self.request.stack.uneven_stages,
             order=self.request.order,
+            outside=int(self.layouts.outside[index]),
         )
 
 
@@ -259,16 +306,27 @@ def price_layouts(
         ),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
-    relaxation = Relaxation(
-        tables,
-        config=config,
-        schedule=layouts.schedule,
-        vpp=layouts.vpp,
-        microbatches=request.global_batch // (meshes.dp * meshes.microbatch)[layouts.mesh],
-        modes=recompute_modes(request),
-        counted=request.stack.recompute_layer_count,
-        per_stage=request.stack.recompute_per_stage,
-        free=request.free_stages,
-        order=request.order,
-    )
-    return PricedLayouts(meshes, layouts, tables, config, relaxation.bounds(cutoff_ns), request)
+    microbatches = request.global_batch // (meshes.dp * meshes.microbatch)[layouts.mesh]
+    bound_ns = np.full(len(layouts), np.inf)
+    inside = layouts.outside == 0
+    if inside.any():
+        relaxation = Relaxation(
+            tables,
+            config=config[inside],
+            schedule=layouts.schedule[inside],
+            vpp=layouts.vpp[inside],
+            microbatches=microbatches[inside],
+            modes=recompute_modes(request),
+            counted=request.stack.recompute_layer_count,
+            per_stage=request.stack.recompute_per_stage,
+            free=request.free_stages,
+            order=request.order,
+        )
+        bound_ns[inside] = relaxation.bounds(cutoff_ns)
+    if not inside.all():
+        beside = OutsideLayouts(
+            config, layouts.schedule, layouts.vpp, microbatches, layouts.outside
+        ).take(np.flatnonzero(~inside))
+        modes = recompute_modes(request)
+        bound_ns[~inside] = outside_step_bounds(tables, beside, modes, cutoff_ns)
+    return PricedLayouts(meshes, layouts, tables, config, bound_ns, request)

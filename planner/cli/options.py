@@ -21,7 +21,7 @@ SCHEDULE_HELP = (
 )
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",
-    "zero_stage", "round_size",
+    "zero_stage", "round_size", "layers_outside",
 )  # fmt: skip
 """What ``--fix``, ``--max`` and ``--forbid`` may name (``planner.specs.Degree``)."""
 
@@ -272,7 +272,7 @@ def _assignments(flag: str, items: Iterable[str]) -> dict[str, int]:
                 f"{flag} {item}: expected DEGREE=VALUE", hint=f"for example {flag} tp=8"
             )
         name = _degree(flag, name)
-        least = 0 if name == "zero_stage" else 1
+        least = 0 if name in ("zero_stage", "layers_outside") else 1
         value = count(f"{flag} {name}", text, least=least, example=f"{flag} {name}=8")
         if values.setdefault(name, value) != value:
             raise InputError(f"{flag} sets {name} to both {values[name]} and {value}")

@@ -107,6 +107,11 @@ def stages_table(layout: Layout, prediction: Prediction) -> RenderableType:
             words.extent([stage.peak_bytes for stage in held], format_bytes),
         )
     remarks = []
+    if layout.layers_outside:
+        first, last = layout.stages[0].chunks[0].layers[0], layout.stages[-1].chunks[-1].layers[1]
+        span = words.span(0, first) if first else words.span(last, last + layout.layers_outside)
+        where = "ahead of" if first else "behind"
+        remarks.append(f"layers outside the pipeline: {span}, {where} it, on all devices")
     if len(runs) > MOST_STAGE_ROWS:
         remarks.append(f"{layout.pp - runs[MOST_STAGE_ROWS][0]} more stages: see --format json")
     if layout.schedule in V_SHAPED:

@@ -38,6 +38,8 @@ def schedule(layout: Layout) -> str:
     parts: list[str] = [layout.schedule] if layout.pp > 1 else []
     if layout.round_size > layout.pp:
         parts[0] += f" in rounds of {layout.round_size}"
+    if layout.layers_outside:
+        parts.append(f"{layout.layers_outside} layers outside the pipeline")
     plural = "" if layout.num_microbatches == 1 else "es"
     parts.append(
         f"{layout.num_microbatches:,} microbatch{plural} of {layout.microbatch_size} per step"
@@ -116,7 +118,8 @@ def span(first: int, last_exclusive: int) -> str:
 def changes(base: Layout, other: Layout) -> str:
     """How ``other`` differs from ``base``: ``vpp 2 -> 1, zero_stage 0 -> 1``."""
     names = (*_DEGREES, "cp_kind", "cp_inner", "sequence_parallel", "microbatch_size", "zero_stage",
-             "reshard_after_forward", "schedule", "round_size", "optimizer_offload")  # fmt: skip
+             "reshard_after_forward", "schedule", "round_size", "layers_outside",
+             "optimizer_offload")  # fmt: skip
     parts = [
         f"{name} {_plain(getattr(base, name))} -> {_plain(getattr(other, name))}"
         for name in names

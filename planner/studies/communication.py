@@ -10,9 +10,11 @@ from cost_models import traffic
 from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
+from cost_models.outside import outside_configs
 from cost_models.step import Field
 from cost_models.traffic import Calls, Pass
 from cost_models.transfers import scattered
+from planner.given_outside import outside_recompute
 from planner.pipeline import EvaluatedLayout, Request
 
 
@@ -88,8 +90,30 @@ class _Counter:
                 policy = self.policies[mode]
                 for call in traffic.recomputed_calls(kind, self.shard, self.machine, policy):
                     yield call.times(microbatches * again)
+        yield from self._outside()
         yield from self._pipeline(rank)
         yield from self._step(rank)
+
+    def _outside(self) -> Iterator[Calls]:
+        """The layers outside the pipeline: one pass of a device's share of the batch."""
+        if not self.layout.layers_outside:
+            return
+        configs = outside_configs(self.configs, self.request.global_batch)
+        shard, data = shard_of(self.request.workload, configs), data_parallel_of(configs)
+        for (name, mode), count in outside_recompute(self.layout, self.request).items():
+            kind = self.request.workload.kinds[name]
+            calls = [
+                *traffic.layer_calls(kind, shard, self.machine),
+                *traffic.data_calls(
+                    kind, shard, data, self.machine,
+                    vocab_divisor=self.request.workload.vocab_divisor,
+                ),
+            ]  # fmt: skip
+            if mode != "none":
+                policy = self.policies[mode]
+                calls += traffic.recomputed_calls(kind, shard, self.machine, policy)
+            for call in calls:
+                yield call.times(count)
 
     def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode, int]]:
         """Layers and ends of a rank, with their recomputation, and how often it runs."""

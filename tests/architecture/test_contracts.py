@@ -69,8 +69,8 @@ def test_what_scripts_rely_on_keeps_its_name() -> None:
     assert {
         "dp_replicate", "dp_shard", "cp", "cp_kind", "cp_inner", "tp", "sequence_parallel",
         "pp", "vpp", "ep", "etp", "expert_dp", "microbatch_size", "num_microbatches", "zero_stage",
-        "reshard_after_forward", "schedule", "round_size", "rank_order", "optimizer_offload",
-        "parameter_offload", "stages",
+        "reshard_after_forward", "schedule", "round_size", "layers_outside", "rank_order",
+        "optimizer_offload", "parameter_offload", "stages",
     } == Layout.model_fields.keys()  # fmt: skip
 
 

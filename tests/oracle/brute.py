@@ -28,6 +28,7 @@ from tests.oracle.layouts import (
     Option,
     every_layout,
     partitions,
+    parts,
     recompute_choices,
     rounds,
 )
@@ -86,13 +87,15 @@ class Prices:
     """Whether what a layer does not keep stays cached beside the loss."""
     ends: Ends | None = None
     """Parts of embedding and head that every rank has."""
+    shares: tuple[tuple[int, ...], ...] = ()
+    """As ``layers``, run by all stages at once, on a share of the batch each."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
-                self.waiting, self.put_off, self.blocks_stay, self.ends)  # fmt: skip
+                self.waiting, self.put_off, self.blocks_stay, self.ends, self.shares)  # fmt: skip
 
 
 @dataclass
@@ -154,7 +157,12 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         name: tuple(table[:, index].tolist())
         for name, table in zip(tables.kind_names, tables.kinds, strict=True)
     }
+    apart = {
+        name: tuple(table[:, index].tolist())
+        for name, table in zip(tables.kind_names, tables.outside, strict=False)
+    }
     return Prices(
+        shares=tuple(apart[name] for name in request.workload.layers if apart),
         layers=tuple(rows[name] for name in request.workload.layers),
         embedding=tuple(tables.embedding[:, index].tolist()),
         head=tuple(tables.head[:, index].tolist()),
@@ -279,12 +287,51 @@ def sum_chunk(
     return chunk
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Layers outside the pipeline: what all ranks do for them in a step, and hold."""
+
+    time: int = 0
+    static: int = 0
+    made: int = 0
+    kept: int = 0
+    working: int = 0
+    step: int = 0
+    ahead: bool = False
+
+
+def apart_of(prices: Prices, before: range, behind: range, mode: str) -> Apart:
+    """The layers outside, each in ``mode``."""
+    time = static = made = kept = step = 0
+    rows = [prices.shares[n] for n in (*before, *behind)]
+    most: list[int] = []
+    late: list[int] = []
+    parts: list[int] = []
+    for row in rows:
+        own, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
+        if mode != "none":
+            start_of = len(Field) + 3 * prices.policies.index(mode)
+            own, short, more = row[start_of : start_of + 3]
+        time += row[Field.FORWARD] + row[Field.BACKWARD] + more
+        time += row[Field.GRADIENT] + row[Field.OPTIMIZER] + row[Field.PARAMETER]
+        static += row[Field.STATIC]
+        made += row[Field.NEW_GRADIENTS]
+        step += row[Field.UPDATE_BYTES]
+        parts.append(own)
+        most.append(short)
+        late.append(max(row[Field.IN_FLIGHT] - own, 0) if len(rows) > 1 else 0)
+    together = int(mode.split(":")[1]) if mode.startswith("full:") else 1
+    kept = sum(parts) + max(parts) * (math.ceil(len(parts) / together) * together - len(parts))
+    return Apart(time, static, made, kept, max(most) + max(late), step, bool(before))
+
+
 def chunks_of(
-    prices: Prices, x: Layout, m: int, sizes: Sequence[int], options: Sequence[Option]
-) -> list[Chunk]:
-    """All virtual stages, in order; ``options`` per rank."""
+    prices: Prices, x: Layout, m: int, sizes: Sequence[int], options: Sequence[Option],
+    begin: int = 0,
+) -> list[Chunk]:  # fmt: skip
+    """All virtual stages, in order, from layer ``begin`` on; ``options`` per rank."""
     count, _, operands = waiting_products(prices, x, m)
-    chunks, first, stages = [], 0, x.pp * x.vpp
+    chunks, first, stages = [], begin, x.pp * x.vpp
     home = homes(x.schedule, x.pp, x.vpp)
     for j, size in enumerate(sizes):
         start, end = j == 0, j == stages - 1
@@ -339,8 +386,9 @@ def transfer(prices: Prices, cut: int) -> tuple[int, int]:
 
 
 def rank_peak(
-    prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk], size: int = 0
-) -> int:
+    prices: Prices, x: Layout, m: int, rank: int, own: Sequence[Chunk], size: int = 0,
+    apart: Apart | None = None,
+) -> int:  # fmt: skip
     """Peak bytes of a device of ``rank``."""
     split = splits(x.schedule)
     if prices.ends is not None:
@@ -361,6 +409,18 @@ def rank_peak(
         if j == len(home) - 1:
             count, _, operands = waiting_products(prices, x, m)
             static += min(count, m - 1) * operands
+    if apart is not None:
+        working, step = max(c.working for c in own), sum(c.step for c in own)
+        everything = made + apart.made
+        moments = [everything + step + apart.step]
+        if apart.ahead:
+            moments.append(live + apart.kept + made + working)
+            moments.append(everything + apart.kept + apart.working)
+        else:
+            loss = prices.head[Field.WORK_NONE] if rank == x.pp - 1 else 0
+            moments.append(live + everything + working)
+            moments.append(live + apart.kept + max(apart.made + apart.working, loss))
+        return static + apart.static + max(moments)
     # A split backward keeps all activations until the last gradient of weights is there.
     moments = [live + max(c.working for c in own) + (made if m > 1 or split else 0)]
     moments.append(made + sum(c.step for c in own))
@@ -442,6 +502,10 @@ class BruteForce:
         stack, layers = self.request.stack, self.request.model.layer_count
         m = self._microbatches(x)
         free = self.request.free_stages
+        if x.outside:
+            for option in self.choices:
+                self._with_outside(x, prices, m, option)
+            return
         for sizes in partitions(layers, x.schedule, x.pp, x.vpp, stack.uneven_stages, free):
             height = max(sizes)
             most = max(limit for _, limit in self.choices)
@@ -459,6 +523,24 @@ class BruteForce:
             else:
                 for option in useful:
                     self._completion(x, prices, m, sizes, (option,) * x.pp)
+
+    def _with_outside(self, x: Layout, prices: Prices, m: int, option: Option) -> None:
+        """Equal stages of what is in the pipeline; one mode for all layers."""
+        before, inside, behind = parts(self.request, x.outside)
+        sizes = [len(inside) // (x.pp * x.vpp)] * (x.pp * x.vpp)
+        options = (option,) * x.pp
+        self.answer.completions += 1
+        apart = apart_of(prices, before, behind, option[0])
+        chunks = chunks_of(prices, x, m, sizes, options, inside.start)
+        for rank in range(x.pp):
+            own = [chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)]
+            if rank_peak(prices, x, m, rank, own, apart=apart) > prices.capacity:
+                return
+        time = step_time(prices, x, m, chunks, sizes) + apart.time
+        if self.answer.time is None or time < self.answer.time:
+            self.answer.time, self.answer.layout = time, x
+            self.answer.sizes, self.answer.options = tuple(sizes), options
+            self.answer.round_size = 0
 
     def _uniform(
         self, x: Layout, prices: Prices, m: int, sizes: Sequence[int], option: Option

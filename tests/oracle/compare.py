@@ -141,6 +141,7 @@ def cover(each: Compared, count: Counter[str]) -> None:
         free = request.free_stages and x.vpp > 1
         count["optimum: free virtual stages"] += free
         count["optimum: rounds of more than pp"] += answer.round_size > x.pp
+        count["optimum: layers outside the pipeline"] += x.outside > 0
         count["optimum: uneven stages"] += len(inner) > 1
         count["optimum: an end stage without layers"] += 0 in inner
         count["optimum: recompute differs by stage"] += len(set(answer.options)) > 1

@@ -35,12 +35,13 @@ from planner.models.spec import (
 )
 from planner.request import Request
 from planner.specs import ConstraintSpec, JobSpec
-from tests.oracle.brute import Prices, chunks_of, price_all, rank_peak, work_per_rank
+from tests.oracle.brute import Prices, apart_of, chunks_of, price_all, rank_peak, work_per_rank
 from tests.oracle.layouts import (
     Layout,
     Option,
     every_layout,
     partitions,
+    parts,
     recompute_choices,
     rounds,
 )
@@ -215,6 +216,10 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["rounds"] = own.choice(("pp", "equal", "at_least_pp", "at_least_pp", "any"))
     if own.random() < 0.4:
         changes["deferred_head_gradients"] = own.choice((1, 2, 3, 50))
+    if stack.outside_layers:
+        # What they need stays: equal stages that all recompute alike.
+        for fixed in ("uneven_stages", "recompute_per_stage", "recompute_layer_count"):
+            changes.pop(fixed, None)
     return stack.model_copy(update=changes)
 
 
@@ -304,12 +309,14 @@ def _middle(sizes: list[list[int]]) -> list[int]:
 def _needs(request: Request, x: Layout, prices: Prices, sizes: list[int], option: Option) -> int:
     """Bytes that the fullest device needs."""
     m = request.global_batch // (x.dp * x.microbatch)
-    chunks = chunks_of(prices, x, m, sizes, (option,) * x.pp)
+    before, inside, behind = parts(request, x.outside)
+    apart = apart_of(prices, before, behind, option[0]) if x.outside else None
+    chunks = chunks_of(prices, x, m, sizes, (option,) * x.pp, inside.start)
     own = [[chunks[j] for j in held(x.schedule, x.pp, x.vpp, rank)] for rank in range(x.pp)]
-    return max(rank_peak(prices, x, m, rank, each) for rank, each in enumerate(own))
+    return max(rank_peak(prices, x, m, rank, each, apart=apart) for rank, each in enumerate(own))
 
 
-def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | None:
+def capacity_of(request: Request, layouts: list[Layout], rng: Random) -> int | None:
     """Device memory: below what the thriftiest layout needs, just what a quick one needs with some
     partition and recomputation, or plenty."""
     sample = layouts if len(layouts) <= 40 else rng.sample(layouts, 40)
@@ -340,7 +347,7 @@ def _capacity(request: Request, layouts: list[Layout], rng: Random) -> int | Non
 
 def _sizes(request: Request, x: Layout) -> list[list[int]]:
     uneven = request.stack.uneven_stages
-    layers, free = request.model.layer_count, request.free_stages
+    layers, free = request.model.layer_count - x.outside, request.free_stages
     return partitions(layers, x.schedule, x.pp, x.vpp, uneven, free)
 
 
@@ -354,7 +361,7 @@ def draw(seed: int, stack: str | None = None) -> Request:
             continue
         if not layouts and rng.random() < 0.7:
             continue
-        usable = _capacity(request, layouts, rng)
+        usable = capacity_of(request, layouts, rng)
         margin = Random(f"margin {seed}").choice((0.0, 0.0, 0.037))
         capacity = None if usable is None else ceil(usable * (1 + Fraction(str(margin))))
         job = request.job.model_copy(update={"memory_margin": margin})

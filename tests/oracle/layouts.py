@@ -11,6 +11,7 @@ from tests.oracle.timeline import GIVEN, given_rows, turns
 
 ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
 """Schedules with one virtual stage per rank."""
+FORBIDDEN = {"zero_stage": 0, "layers_outside": 0}
 CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather")
 
 
@@ -33,6 +34,7 @@ class Layout:
     reshard: int
     schedule: str
     vpp: int
+    outside: int = 0
 
     @property
     def dp(self) -> int:
@@ -69,10 +71,10 @@ def every_layout(request: Request) -> Iterator[Layout]:
                             for etp in _expert_tp(request, experts, tp):
                                 for mbs in factors(request.global_batch // dp):
                                     for rep, shard, zero, keep in _sharding(request, dp, cp):
-                                        for schedule, vpp in _schedules(request, pp):
+                                        for schedule, vpp, out in _schedules(request, pp):
                                             layout = Layout(
                                                 tp, sp, cp, kind, inner, pp, ep, etp, mbs, rep,
-                                                shard, zero, keep, schedule, vpp,
+                                                shard, zero, keep, schedule, vpp, out,
                                             )  # fmt: skip
                                             if runs(request, layout) and wanted(request, layout):
                                                 yield layout
@@ -123,17 +125,44 @@ def _keeping(request: Request, spread: int) -> list[int]:
     return [request.cluster.groups[0].node.devices_per_node if keeps == "node" else keeps or 0]
 
 
-def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
+def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int, int]]:
+    """Schedules, virtual stages per rank, and layers outside the pipeline."""
     if pp == 1:
         if not request.job.schedule_actions:
-            yield "1f1b", 1
+            yield "1f1b", 1, 0
         return
     rows = request.job.schedule_actions
     if rows:
         schedule = GIVEN + ";".join(rows)
         if len(rows) == pp:
-            yield schedule, len({stage for _, stage, _ in given_rows(schedule)[0]})
+            yield schedule, len({stage for _, stage, _ in given_rows(schedule)[0]}), 0
         return
+    for schedule, vpp in _orders(request, pp):
+        for out in range(request.model.layer_count):
+            if may_be_outside(request, schedule, out):
+                yield schedule, vpp, out
+
+
+def may_be_outside(request: Request, schedule: str, out: int) -> bool:
+    """Whether the stack leaves so many layers out of the pipeline, apart from how many it holds."""
+    before, inside, behind = parts(request, out)
+    if not request.stack.outside_layers or schedule not in ("gpipe", "looped_bfs"):
+        return out == 0
+    kinds = [run.block for run in request.model.layers]
+    if len(kinds) > 2:
+        return out == 0
+    # Of a model of two kinds the first does not enter the pipeline.
+    return len({request.workload.layers[n] for n in inside}) == 1 and (not before or not behind)
+
+
+def parts(request: Request, out: int) -> tuple[range, range, range]:
+    """Layers ahead of the pipeline, in it, and behind it."""
+    layers, kinds = request.model.layer_count, len(request.model.layers)
+    first, last = (out, layers) if kinds == 2 else (0, layers - out)
+    return range(first), range(first, last), range(last, layers)
+
+
+def _orders(request: Request, pp: int) -> Iterator[tuple[str, int]]:
     for schedule in request.stack.schedules:
         if schedule in ONE_STAGE:
             yield schedule, 1
@@ -147,7 +176,7 @@ def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int]]:
 
 def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
-    stack, layers = request.stack, request.model.layer_count
+    stack, layers = request.stack, request.model.layer_count - x.outside
     experts = False
     host = request.cluster.groups[0].node.host_memory
     if stack.offload is not None and stack.offload.inputs and host is None:
@@ -279,7 +308,7 @@ def wanted(request: Request, x: Layout) -> bool:
     degree = {
         "tp": x.tp, "cp": x.cp, "pp": x.pp, "vpp": x.vpp, "dp_replicate": x.dp_replicate,
         "dp_shard": x.dp_shard, "ep": x.ep, "etp": x.etp, "microbatch_size": x.microbatch,
-        "zero_stage": x.zero, "round_size": 0,
+        "zero_stage": x.zero, "round_size": 0, "layers_outside": x.outside,
     }  # fmt: skip
     if not rounds(request, x):
         return False
@@ -288,7 +317,7 @@ def wanted(request: Request, x: Layout) -> bool:
         return False
     if any(degree[name] > value for name, value in limits.max.items()):
         return False
-    if any(degree[name] > (0 if name == "zero_stage" else 1) for name in limits.forbid):
+    if any(degree[name] > FORBIDDEN.get(name, 1) for name in limits.forbid):
         return False
     if limits.schedule is not None and x.pp > 1 and x.schedule != limits.schedule:
         return False

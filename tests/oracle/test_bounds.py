@@ -51,6 +51,7 @@ def as_tuple(meshes: Meshes, layouts: Layouts, index: int) -> Layout:
         reshard=int(layouts.reshard[index]),
         schedule=SCHEDULES[int(layouts.schedule[index])],
         vpp=int(layouts.vpp[index]),
+        outside=int(layouts.outside[index]),
     )
 
 
@@ -63,9 +64,9 @@ def test_the_spaces_are_the_same(start: int) -> None:
         assert sorted(found) == sorted(every_layout(request)), f"seed {seed}"
 
 
-def check_bounds(seed: int, stack: str | None = None) -> int:
+def check_bounds(seed: int, stack: str | None = None, request: Request | None = None) -> int:
     """Compare the bounds of one instance's layouts; how many were compared."""
-    request = draw(seed, stack)
+    request = request or draw(seed, stack)
     meshes, layouts = surviving(request)
     if not len(layouts):
         return 0

@@ -69,6 +69,10 @@ def evaluate(
         int | None,
         typer.Option("--round-size", help="Interleaved: microbatches in a row of a virtual stage."),
     ] = None,
+    layers_outside: Annotated[
+        int | None,
+        typer.Option("--layers-outside", help="Layers outside the pipeline (MaxText)."),
+    ] = None,
     recompute: Annotated[
         str | None,
         typer.Option("--recompute", help="none, selective, full, or modules joined by +."),
@@ -92,7 +96,7 @@ def evaluate(
         "cp_inner": cp_inner, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp,
         "dp_replicate": dp_replicate, "dp_shard": dp_shard,
         "microbatch_size": microbatch_size, "zero_stage": zero_stage, "schedule": schedule,
-        "round_size": round_size, "recompute": recompute,
+        "round_size": round_size, "layers_outside": layers_outside, "recompute": recompute,
     }  # fmt: skip
     layout = {key: value for key, value in named.items() if value is not None}
     if layouts is not None and layout:
