@@ -57,6 +57,16 @@ Trainable = Literal[
     "gated_delta_net", "mlp", "moe", "vision", "layers",
 ]  # fmt: skip
 """Kinds of sub-block (``planner.blocks.registry``), vision towers, and sequences of layers."""
+ModelFeature = Literal[
+    "ALiBi", "attention sinks", "softcapped scores", "softcapped logits", "sliding windows",
+    "windows by layer", "chunked attention", "layers without positions", "gated attention outputs",
+    "values that are keys", "norms over all heads", "norms behind sub-blocks", "normed embeddings",
+    "projected embeddings", "biases of the head", "biases of experts", "parallel blocks",
+    "shared experts", "latent experts", "experts in state-space hybrids", "multi-token prediction",
+    "RMS norms", "grouped queries",
+]  # fmt: skip
+"""What some software lacks for a model whose kinds of sub-block it has; see
+``planner.models.features``."""
 ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 
@@ -183,6 +193,9 @@ class StackSpec(Profile):
     rules: tuple[StackRule, ...] = ()
     layer_kinds: tuple[Trainable, ...] = ("attention", "latent_attention", "mlp", "moe")
     """Kinds of sub-block that it can train, and ``vision`` for a vision tower."""
+    lacks: dict[ModelFeature, str] = Field(default_factory=dict)
+    """Features of models that this version cannot run although it has the kinds of sub-block: each
+    with where that is seen. A stack that extends another states all of its own, or none."""
     rank_order: tuple[RankDimension, ...]
     """Innermost dimension first, for the attention mesh."""
     attention_kernels: dict[str, str]

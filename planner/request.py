@@ -13,9 +13,11 @@ from cost_models.offload import Offload
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
+from hardware_profiles.stack import ModelFeature
 from planner.blocks.registry import model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
+from planner.models.features import model_features
 from planner.models.kinds import Model
 from planner.plan import Layout
 from planner.schedule_csv import given_order
@@ -161,6 +163,11 @@ class Request:
     def foreign_kinds(self) -> tuple[str, ...]:
         """Kinds of layer that the model has and the stack cannot train."""
         return tuple(kind for kind in model_kinds(self.model) if kind not in self.stack.layer_kinds)
+
+    @cached_property
+    def lacking(self) -> tuple[ModelFeature, ...]:
+        """Features that the model needs and this version of the stack lacks."""
+        return tuple(name for name in model_features(self.model) if name in self.stack.lacks)
 
     @property
     def kernel_basis(self) -> Basis:

@@ -73,6 +73,12 @@ def _faults(request: Request) -> Iterator[InputError]:
     if request.foreign_kinds:
         kinds = ", ".join(KIND_NAMES.get(kind, kind) for kind in request.foreign_kinds)
         yield InputError(f"{name} has no {kinds}, and {request.model.name} is made of them")
+    if request.lacking:
+        features = ", ".join(request.lacking)
+        yield InputError(
+            f"{name} has no {features}, which {request.model.name} needs "
+            f"({stack.lacks[request.lacking[0]]})"
+        )
     schedule = job.constraints.schedule
     if schedule is not None and schedule not in stack.schedules:
         known = ", ".join(stack.schedules)

@@ -231,6 +231,8 @@ def _assumptions(
     notes = list(model.notes)
     for part in model_parts(model):
         notes += (note for note in kind_of(part).assumptions(part) if note not in notes)
+    if model.logit_softcap:
+        notes.append("softcapped logits: the tanh between head and loss is not priced")
     if model.vision is not None:
         notes += vision.assumptions(model.vision, images)
     notes += _data_assumptions(job, stack, ctx)

@@ -69,8 +69,15 @@ def flops_per_token(spec: AttentionSpec, span: int) -> float:
 
 
 def assumptions(spec: AttentionSpec) -> tuple[str, ...]:
-    """A window is priced whole, a tied value by its missing matrix only."""
+    """A window is priced whole, a tied value by its missing matrix only; what changes scores on
+    their way to the softmax is free."""
     notes = []
+    if spec.alibi:
+        notes.append("ALiBi: the bias that scores get is not priced, nor are its slopes")
+    if spec.softcap:
+        notes.append("softcapped scores: the tanh inside the attention kernel is not priced")
+    if spec.sinks:
+        notes.append("attention sinks: their logit in each softmax is not priced")
     if spec.window is not None:
         notes.append(
             "sliding windows: every query is priced with a whole window of keys, also the first "
@@ -107,7 +114,7 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
-    if ctx.rotary and spec.rotary:
+    if ctx.rotary and spec.rotary and not spec.alibi:
         passes, launches = ROTARY["rope" in ctx.fused]
         moved = passes * rotated
         result.append(Elementwise("rope", moved, moved, launches, launches))

@@ -79,7 +79,7 @@ def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
         return none
     if isinstance(mixer, LatentAttentionSpec):
         width = mixer.qk_rope_head_dim
-    elif isinstance(mixer, AttentionSpec) and mixer.rotary:
+    elif isinstance(mixer, AttentionSpec) and mixer.rotary and not mixer.alibi:
         width = mixer.head_dim
     else:
         return none

@@ -38,12 +38,16 @@ class AttentionSpec(Spec):
     """Tokens see only their own chunk of this many (Llama 4); ``None`` = the whole sample."""
     sinks: bool = False
     """Whether each head has a learned logit that takes part in the softmax (gpt-oss)."""
+    alibi: bool = False
+    """Whether scores get a bias by distance instead of rotated q and k (BLOOM)."""
+    softcap: bool = False
+    """Whether a tanh bounds the scores (Gemma 2)."""
     output_gate: bool = False
     """Whether q's projection is twice as wide and half of it gates the output (Qwen3.5)."""
     tied_kv: bool = False
     """Whether values are the keys before their norm: no matrix of their own (Gemma 4)."""
     rotary: bool = True
-    """Whether q and k are rotated, in a model without a learned position table."""
+    """Whether q and k are rotated, in a model without a learned position table or ALiBi."""
     causal: bool = True
 
     @model_validator(mode="after")
@@ -283,6 +287,8 @@ class ModelSpec(Spec):
     embedding_norm: bool = False
     final_norm: bool = True
     head_bias: bool = False
+    logit_softcap: bool = False
+    """Whether a tanh bounds the logits (Gemma 2)."""
     max_sequence: Positive | None = None
     dropout: bool = False
     blocks: dict[str, BlockSpec]

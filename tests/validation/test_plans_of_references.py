@@ -16,6 +16,7 @@ from planner.blocks.registry import model_kinds
 from planner.blocks.weights import parameter_counts
 from planner.certify import verify
 from planner.errors import InputError
+from planner.models.features import model_features
 from planner.models.reader import model_from_document
 from planner.models.spec import ModelSpec
 from planner.pipeline import plan, read_request
@@ -38,9 +39,13 @@ def one_shard(sequence: int) -> Shard:
 
 
 def stack_of(model: ModelSpec) -> str:
-    """The first of three stacks that trains all of the model's layers."""
+    """The first of three stacks that trains all of the model's layers and lacks none of its
+    features."""
     for name in ("megatron-core", "megatron-bridge", "nemo-automodel"):
-        if set(model_kinds(model)) <= set(load_stack(name).layer_kinds):
+        stack = load_stack(name)
+        if set(model_kinds(model)) <= set(stack.layer_kinds) and stack.lacks.keys().isdisjoint(
+            model_features(model)
+        ):
             return name
     raise AssertionError(model_kinds(model))
 

@@ -88,6 +88,10 @@ class Config:
             raise self.error(f"{key} = {_show(value)}, and must be true or false")
         return value
 
+    def given(self, key: str, default: bool) -> bool:
+        """Whether ``key`` has a value; absent, the family's ``default``, and ``null`` is none."""
+        return self.get(key) is not None or (default and not self.is_null(key))
+
     def text(self, key: str, default: str) -> str:
         """A string; ``null`` counts as absent."""
         value = self.get(key)

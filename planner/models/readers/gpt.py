@@ -85,7 +85,7 @@ def read_bloom(config: Config) -> ModelSpec:
     heads = _either(config, "n_head", "num_attention_heads")
     layers = layer_count(config, config.first("n_layer", "num_hidden_layers"))
     block = BlockSpec(
-        mixer=_multi_head(config, hidden, heads, keys=("hidden_size", "n_head")),
+        mixer=_multi_head(config, hidden, heads, keys=("hidden_size", "n_head"), alibi=True),
         feed_forward=_mlp(4 * hidden, "gelu"),
     )
     dropout = max(config.rate("hidden_dropout", 0.0), config.rate("attention_dropout", 0.0)) > 0
@@ -111,12 +111,16 @@ def read_falcon(config: Config) -> ModelSpec:
             f"num_attention_heads = {heads} is not a multiple of num_kv_heads = {kv_heads}"
         )
     bias = config.flag("bias", False)
-    config.flag("alibi", False)
     parallel = config.flag("parallel_attn", True)
     norms = config.size("num_ln_in_parallel_attn", 2 if new else 1) if parallel else 2
     block = BlockSpec(
         mixer=AttentionSpec(
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, qkv_bias=bias, out_bias=bias
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            qkv_bias=bias,
+            out_bias=bias,
+            alibi=config.flag("alibi", False),
         ),
         feed_forward=_mlp(
             config.optional_size("ffn_hidden_size") or 4 * hidden,
@@ -156,10 +160,11 @@ def _multi_head(
     *,
     bias: bool = True,
     keys: tuple[str, str] = ("hidden_size", "num_attention_heads"),
+    alibi: bool = False,
 ) -> AttentionSpec:
     head_dim = per_head(config, hidden, heads, keys=keys)
     return AttentionSpec(
-        heads=heads, kv_heads=heads, head_dim=head_dim, qkv_bias=bias, out_bias=bias
+        heads=heads, kv_heads=heads, head_dim=head_dim, qkv_bias=bias, out_bias=bias, alibi=alibi
     )
 
 

@@ -97,7 +97,9 @@ def read_gemma4(config: Config) -> ModelSpec:
         decoder.add(
             f"{kind}_{name}", BlockSpec(mixer=mixer, feed_forward=feed_forward, norms=norms)
         )
-    return rotary_model(config, hidden, decoder, positions=131072, tied=True)
+    model = rotary_model(config, hidden, decoder, positions=131072, tied=True)
+    capped = config.given("final_logit_softcapping", False)
+    return model.model_copy(update={"logit_softcap": capped})
 
 
 def _gemma4_full(config: Config, local: AttentionSpec) -> AttentionSpec:

@@ -74,17 +74,18 @@ def read_phi3(config: Config) -> ModelSpec:
 
 
 def read_gemma2(config: Config) -> ModelSpec:
-    """Four norms per block; every second layer slides, from the first on."""
-    return _gemma(config, qk_norm=False, pattern=2, positions=8192)
+    """Four norms per block; every second layer slides, from the first on; scores and logits are
+    bounded unless the config says null."""
+    return _gemma(config, qk_norm=False, pattern=2, positions=8192, caps=True)
 
 
 def read_gemma3(config: Config) -> ModelSpec:
     """As gemma2, with q and k norms; every sixth layer sees everything."""
     pattern = config.size("sliding_window_pattern", 6)
-    return _gemma(config, qk_norm=True, pattern=pattern, positions=131072)
+    return _gemma(config, qk_norm=True, pattern=pattern, positions=131072, caps=False)
 
 
-def _gemma(config: Config, *, qk_norm: bool, pattern: int, positions: int) -> ModelSpec:
+def _gemma(config: Config, *, qk_norm: bool, pattern: int, positions: int, caps: bool) -> ModelSpec:
     hidden = config.size("hidden_size")
     layers = layer_count(config)
     bias = config.flag("attention_bias", False)
@@ -97,12 +98,15 @@ def _gemma(config: Config, *, qk_norm: bool, pattern: int, positions: int) -> Mo
         out_bias=bias,
         qk_norm="per_head" if qk_norm else "none",
     )
+    if config.given("attn_logit_softcapping", caps):
+        attention = attention.model_copy(update={"softcap": True})
     window = config.optional_size("sliding_window", 4096)
     sliding = sliding_layers(config, layers, lambda index: (index + 1) % pattern != 0)
     mlp = gated_mlp(config, activation_key="hidden_activation")
     mixers = [_with_window(attention, window if slides else None) for slides in sliding]
     decoder = stack(mixers, [("dense", mlp)] * layers, norms=4)
-    return rotary_model(config, hidden, decoder, positions=positions, tied=True)
+    model = rotary_model(config, hidden, decoder, positions=positions, tied=True)
+    return model.model_copy(update={"logit_softcap": config.given("final_logit_softcapping", caps)})
 
 
 def _windowed(config: Config, hidden: int, attention: AttentionSpec) -> ModelSpec:
