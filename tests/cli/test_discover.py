@@ -71,11 +71,28 @@ def test_the_file_can_be_planned_for(tmp_path: Path) -> None:
         "-o", path,
     )  # fmt: skip
     assert done.code == 0
-    assert "8 x infiniband-ndr is what dgx-h100 has (pass ibstat's output)" in done.err
+    assert "8 x infiniband-ndr, the rate of dgx-h100's 8 (pass ibstat's output)" in done.err
     assert "of a rate that no file says" in path.read_text()
     planned = planner("plan", "llama-3.2-1b", path, "--format", "json")
     assert planned.code == 0
     assert planner("catalog", "check", path).code == 0
+
+
+def test_no_more_adapters_than_were_found(tmp_path: Path) -> None:
+    """Four of the eight H200 that a DGX has, and two adapters that nothing says the rate of."""
+    gpus = [f"GPU{n}" for n in range(4)]
+    columns = [*gpus, "NIC0", "NIC1"]
+    rows = [
+        "\t".join([a, *("X" if a == b else "NV18" if b in gpus else "PIX" for b in columns)])
+        for a in gpus
+    ]
+    topology, names = tmp_path / "topo.txt", tmp_path / "list.txt"
+    topology.write_text("\n".join(["\t" + "\t".join(columns), *rows]) + "\n")
+    names.write_text("".join(f"GPU {n}: NVIDIA H200 (UUID: GPU-{n})\n" for n in range(4)))
+    done = planner("discover", topology, names)
+    assert done.code == 0, done.err
+    assert yaml.safe_load(done.out)["node"]["nics"] == 2
+    assert "2 network adapters found, of a rate that no file says; 2 x infiniband-ndr" in done.err
 
 
 def test_lanes_that_the_link_has_not_are_said() -> None:
@@ -103,6 +120,7 @@ def test_memory_tells_products_apart(tmp_path: Path) -> None:
         ("GPU0\tX\tNV18\nGPU1\tX\n", "the row of GPU1 has 1 entries for 2 GPUs"),
         ("==== NVSMI LOG ====\nAttached GPUs : 8\n", "no 'Product Name'"),
         ("==== NVSMI LOG ====\nProduct Name : Foo 9000\n", "no device of the catalogue is called"),
+        ("Product Name : NVIDIA A100\nMIG Mode\n    Current : Enabled\n", "MIG is enabled"),
         ("    Product Name : NVIDIA H100\n    Product Name : NVIDIA A100\n", "devices of 2 kinds"),
         ("CA 'mlx5_0'\n\tPort 1:\n\t\tState: Down\n\t\tRate: 10\n", "no active port"),
         ("CA 'mlx5_0'\n\tPort 1:\n\t\tState: Active\n\t\tRate: fast\n", "has rate 'fast'"),

@@ -193,11 +193,13 @@ def _scale_out(node: dict[str, Any], facts: Facts, base: NodeSpec | None, device
         node["nics"] = len(ports)
         return
     link, nics = base.scale_out.name, base.nics * devices // base.devices_per_node
-    node["scale_out"], node["nics"] = link, max(1, nics)
+    # More adapters than the node has for its devices are for storage and management.
+    nics = max(1, min(nics, facts.nics) if facts.nics else nics)
+    node["scale_out"], node["nics"] = link, nics
     if facts.nics:
         facts.notes.append(
-            f"{facts.nics} network adapters found, of a rate that no file says; {node['nics']} x "
-            f"{link} is what {base.name} has (pass ibstat's output)"
+            f"{facts.nics} network adapters found, of a rate that no file says; {nics} x {link}, "
+            f"the rate of {base.name}'s {base.nics} (pass ibstat's output)"
         )
     else:
         facts.notes.append(f"network: {node['nics']} x {link}, what {base.name} has; not read")

@@ -22,6 +22,7 @@ _SMI_NAME = re.compile(r"^\s*Product Name\s*:\s*(.+?)\s*$", re.MULTILINE)
 _SMI_ATTACHED = re.compile(r"^Attached GPUs\s*:\s*(\d+)", re.MULTILINE)
 _SMI_MEMORY = re.compile(r"FB Memory Usage\s*\n\s*Total\s*:\s*(\d+)\s*MiB")
 _SMI_PCIE = re.compile(r"PCIe Generation\s*\n\s*Max\s*:\s*(\d+)")
+_SMI_MIG = re.compile(r"MIG Mode\s*\n\s*Current\s*:\s*Enabled")
 _SMI_LIST = re.compile(r"^GPU (\d+): (.+?) \(UUID: ", re.MULTILINE)
 _ROCM_NAME = re.compile(r"^GPU\[(\d+)\]\s*:\s*Card [Ss]eries:\s*(.+?)\s*$", re.MULTILINE)
 _ROCM_MEMORY = re.compile(r"^GPU\[(\d+)\]\s*:\s*VRAM Total Memory \(B\):\s*(\d+)", re.MULTILINE)
@@ -89,6 +90,11 @@ def _smi_query(text: str, facts: Facts, where: str) -> None:
     names = _SMI_NAME.findall(text)
     if not names:
         raise InputError(f"{where}: nvidia-smi's report has no 'Product Name'")
+    if _SMI_MIG.search(text):
+        raise InputError(
+            f"{where}: MIG is enabled: a job gets instances, and no layout spans them",
+            hint="nvidia-smi -mig 0, then nvidia-smi -q again",
+        )
     _set_product(facts, names, where)
     attached = _SMI_ATTACHED.search(text)
     if attached is not None and int(attached.group(1)) != len(names):
