@@ -29,7 +29,7 @@ from cost_models.layout import (
     running_counts,
     stage_of,
 )
-from cost_models.recompute import ModeRows, group_of, mode_rows
+from cost_models.recompute import ModeRows, group_of, is_counted, mode_rows, parts_of
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
 from cost_models.vocabulary import SharedEnds
@@ -41,7 +41,7 @@ Row = tuple[int, ...]
 """One value per :class:`Field`, then the rows of the policies."""
 
 Recompute = tuple[RecomputeMode, int]
-"""Mode and, for ``full``, the number of layers at the front of a chunk that are recomputed."""
+"""Mode and, for ``full`` and mixed ones, how many layers at the front of a chunk it changes."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class Leaf:
         """Rows of ``kinds`` for each mode."""
         return mode_rows(self.policies)
 
+    def parts(self, mode: RecomputeMode) -> tuple[ModeRows, ModeRows]:
+        """Rows of a virtual stage's first layers and of the rest."""
+        front, rest = parts_of(mode)
+        return self.modes[front], self.modes[rest]
+
     @cached_property
     def least_sends(self) -> tuple[int, int]:
         """The least of ``sends`` on and back, of any cut."""
@@ -227,7 +232,7 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     """
     mode, limit = recompute
     counts = leaf.counts
-    split = last if mode != "full" else min(last, first + limit)
+    split = min(last, first + limit) if is_counted(mode) else last
     held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
     front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
     late = leaf.late[last] if leaf.late and leaf.sends_on(stage) else (0, 0)
@@ -252,11 +257,12 @@ def held_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
     front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int],
 ) -> ChunkCosts:  # fmt: skip
-    """Costs of ``held`` layers per kind, the ``front`` ones of them in ``mode``."""
+    """Costs of ``held`` layers per kind, the ``front`` ones of them in the first mode."""
     forward, backward = sends
     gradient = update = static = activation = working = draining = made = 0
     step = freed = sent = behind = idle = 0
-    kept, short, extra = leaf.modes[mode]
+    in_front, behind_it = leaf.parts(mode)
+    kept, short, extra = in_front
     layers = sum(held)
     for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
         if not total:
@@ -268,12 +274,10 @@ def held_costs(
         static += total * kind[Field.STATIC]
         made += total * kind[Field.NEW_GRADIENTS]
         step += total * kind[Field.UPDATE_BYTES]
-        backward += changed * kind[extra]
-        activation += changed * kind[kept] + (total - changed) * kind[Field.ACT_NONE]
-        for count, act, work in (
-            (changed, kept, short), (total - changed, Field.ACT_NONE, Field.WORK_NONE)
-        ):  # fmt: skip
+        for count, (act, work, more) in ((changed, in_front), (total - changed, behind_it)):
             if count:
+                backward += count * kind[more]
+                activation += count * kind[act]
                 working = max(working, kind[work])
                 draining = max(draining, kind[act] + kind[work] - kind[Field.NEW_GRADIENTS])
                 idle = max(idle, kind[Field.ACT_NONE] - kind[act])

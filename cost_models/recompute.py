@@ -7,6 +7,9 @@ from the modules of ops and saved tensors; nothing is stated per policy.
 ``full:N`` keeps one input for ``N`` consecutive layers of a stage and has all of their tensors back
 at once. In the table a layer keeps its part of that input; what the last group of a stage has
 beyond its layers' parts is added where the stage is known (``cost_models.leaf``).
+
+Where a stack can mix two modes in a virtual stage, ``A/B`` stands for A in so many of its first
+layers and B in the rest; ``full`` is ``full/none``.
 """
 
 from __future__ import annotations
@@ -64,6 +67,24 @@ def write_modes(
             rows[working] += (policy.group - 1) * rows[Field.ACT_NONE]
     if policies:
         rows[[places[policy.name].extra for policy in policies]] = times.recompute_ns(policies)
+
+
+MIXED = "/"
+"""Between the mode of a virtual stage's first layers and that of the rest."""
+
+
+@lru_cache(maxsize=4096)
+def parts_of(mode: RecomputeMode) -> tuple[RecomputeMode, RecomputeMode]:
+    """Modes of a virtual stage's first layers and of the rest; the same where all are alike."""
+    if mode == "full":
+        return "full", "none"
+    front, mixed, rest = mode.partition(MIXED)
+    return front, rest if mixed else front
+
+
+def is_counted(mode: RecomputeMode) -> bool:
+    """Whether a mode comes with the number of a virtual stage's first layers that it changes."""
+    return mode == "full" or MIXED in mode
 
 
 @lru_cache(maxsize=256)

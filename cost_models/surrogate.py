@@ -131,9 +131,11 @@ def least_work(leaf: Leaf, options: Sequence[Recompute], cutoff_ns: int) -> list
 
     With ``n`` layers recomputed at the front of each stage, a stage of at most ``most`` layers
     recomputes at least ``n / max(n, most)`` of them; a longer one is above the cutoff by itself.
+    A mixed option repeats in each layer at least what the lesser of its modes does there.
     """
     mode = options[0][0] if len(options) == 1 else "none"
-    extra_row, share = leaf.modes[mode].extra, (1, 1)
+    front, rest = (rows.extra for rows in leaf.parts(mode))
+    share = (1, 1)
     if mode == "full":
         cheapest = min(kind[Field.FORWARD] + kind[Field.BACKWARD] for kind in leaf.kinds)
         most = min(len(leaf.sequence), cutoff_ns // max(1, leaf.microbatches * cheapest))
@@ -142,8 +144,10 @@ def least_work(leaf: Leaf, options: Sequence[Recompute], cutoff_ns: int) -> list
     for index in leaf.sequence:
         kind = leaf.kinds[index]
         total += kind[Field.FORWARD] + kind[Field.BACKWARD]
-        extra = min(k[extra_row] for k in leaf.kinds) if mode == "full" else kind[extra_row]
-        total += extra * share[0] // share[1]
+        if mode == "full":
+            total += min(k[front] for k in leaf.kinds) * share[0] // share[1]
+        else:
+            total += min(kind[front], kind[rest])
         result.append(total)
     return result
 

@@ -161,6 +161,8 @@ class StackSpec(Profile):
     name more. 1: the stack runs each layer again by itself."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
+    recompute_mixed: bool = False
+    """Whether a stage's first layers may run more again than the rest: other modules, or all."""
     recompute_per_stage: bool
     """Whether mode and number may differ from stage to stage (1F1B and GPipe; interleaved virtual
     stages always share them)."""
@@ -397,6 +399,8 @@ class StackSpec(Profile):
                 "outside_layers needs equal stages that all recompute alike, and the rule "
                 "pipeline_needs_multiple_of_pp: the stages share the batch"
             )
+        if self.recompute_mixed and not self.recompute_per_stage:
+            raise ValueError("recompute_mixed needs recompute_per_stage: bounds know no other way")
         needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
         if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):
             raise ValueError(f"rank_order must hold each of {', '.join(needed)} once")

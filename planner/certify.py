@@ -34,10 +34,10 @@ from planner.recount import (
     context_levels,
     impossible_layout,
     impossible_mesh,
-    recompute_modes,
     rounds_of,
 )
 from planner.recount_host import outputs_held
+from planner.recount_modes import mixed_modes, recompute_modes
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import JobSpec
@@ -197,14 +197,18 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
         for j in [_stage(layout, rank, index) for index in range(layout.vpp)]:
             mode, limit = completion.recompute[j]
             first, last = completion.bounds[j], completion.bounds[j + 1]
-            upto = min(last, first + limit) if mode == "full" else last
-            for kind in kinds[first:upto] if mode != "none" else ():
-                counts[kind, mode] = counts.get((kind, mode), 0) + 1
+            front, _, rest = ("full/none" if mode == "full" else mode).partition("/")
+            for index in range(first, last):
+                own = rest if rest and index >= first + limit else front
+                if own != "none":
+                    counts[kinds[index], own] = counts.get((kinds[index], own), 0) + 1
         stated = {(part.kind, part.mode): part.layers for part in stage.recompute}
         if stated != counts:
             yield f"stage {rank}: recompute {stated} is not what its layers make, {counts}"
     modes = {mode for mode, _ in completion.recompute}
-    allowed = set(recompute_modes(request))
+    allowed = {*recompute_modes(request)}
+    if layout.schedule in ("1f1b", "gpipe"):
+        allowed |= {*mixed_modes(request)}
     if layout.schedule in SPLIT:
         allowed &= {"none", "full"}
     if not modes <= allowed:

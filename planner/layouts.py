@@ -30,8 +30,8 @@ from planner.given_outside import settled_outside, with_stages_left_out
 from planner.given_rounds import no_rounds, settled_round
 from planner.given_stages import settled_stages
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
-from planner.recompute import named_policy
 from planner.request import Request
+from planner.stage_recompute import asked_recompute, recompute_of, stated
 
 
 def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
@@ -88,10 +88,8 @@ def complete_layout(raw: Mapping[str, Any], request: Request) -> Layout:
         layout = settled_stages(with_stages_left_out(layout, request), request)
         settled_outside(layout.layers_outside, schedule, degree, request)
         return layout
-    recompute = named_policy(recompute, request.stack).name
-    _require_possible(layout.schedule, [recompute])
-    count = int(limit) if limit is not None else request.model.layer_count
-    mode: Recompute = (recompute, count if recompute == "full" else 0)
+    mode = asked_recompute(recompute, limit, request)
+    _require_possible(layout.schedule, [mode[0]])
     bounds = even_bounds(request, degree["pp"], vpp, layout.layers_outside)
     completion = Completion(bounds, tuple(mode for _ in range(degree["pp"] * vpp)))
     return layout_of(base, completion, request)
@@ -271,21 +269,13 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
     stages = []
     for rank in range(pp):
         chunks = []
-        counts: dict[str, int] = {}
-        mode: RecomputeMode = "none"
+        held = []
         for j in [stage_of(base["schedule"], pp, rank, chunk) for chunk in range(vpp)]:
             first, last = completion.bounds[j], completion.bounds[j + 1]
             embedding, head = ends_on(base["schedule"], pp, vpp, j)
             chunks.append(Chunk(layers=(first, last), has_embedding=embedding, has_head=head))
-            mode, limit = completion.recompute[j]
-            upto = min(last, first + limit) if mode == "full" else last
-            for kind in kinds[first:upto] if mode != "none" else ():
-                counts[kind] = counts.get(kind, 0) + 1
-        recompute = tuple(
-            RecomputeLayers(kind=kind, mode=mode, layers=count)
-            for kind, count in counts.items()
-            if mode != "none"
-        )
+            held.append((completion.recompute[j], first, last))
+        recompute = stated(held, kinds)
         stages.append(
             Stage(
                 chunks=tuple(chunks),
@@ -310,7 +300,7 @@ def completion_of(layout: Layout, request: Request) -> Completion:
     bounds = [layout.stages[0].chunks[0].layers[0]] * (layout.pp * layout.vpp + 1)
     modes: list[Recompute] = [("none", 0)] * (layout.pp * layout.vpp)
     for rank, stage in enumerate(layout.stages):
-        mode = _stage_mode(stage)
+        mode = recompute_of(stage, request)
         for index, chunk in enumerate(stage.chunks):
             j = stage_of(layout.schedule, layout.pp, rank, index)
             bounds[j + 1] = chunk.layers[1]
@@ -319,24 +309,6 @@ def completion_of(layout: Layout, request: Request) -> Completion:
     if held != layers - layout.layers_outside:
         raise InputError(f"the stages hold {held} layers, the model has {layers}")
     return Completion(tuple(bounds), tuple(modes))
-
-
-def _stage_mode(stage: Stage) -> Recompute:
-    """One mode per stage; ``full`` counts layers at the front of each chunk."""
-    if not stage.recompute:
-        return ("none", 0)
-    mode = stage.recompute[0].mode
-    if mode != "full":
-        return (mode, 0)
-    total = sum(part.layers for part in stage.recompute)
-    sizes = [chunk.layers[1] - chunk.layers[0] for chunk in stage.chunks]
-    for count in range(1, max(sizes, default=0) + 1):
-        if sum(min(count, size) for size in sizes) == total:
-            return ("full", count)
-    raise InputError(
-        f"{total} fully recomputed layers cannot be the same number of layers at the front of "
-        f"chunks of {sizes} layers"
-    )
 
 
 def configs_of(layout: Layout) -> Configs:

@@ -17,10 +17,11 @@ import numpy as np
 from cost_models.layout import LISTED
 from cost_models.leaf import Completion, Leaf, Recompute, stage_costs
 from cost_models.peaks import peaks
-from cost_models.recompute import group_of
+from cost_models.recompute import MIXED, group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
 from cost_models.step_time import simulate_step
+from planner.cheapest import BEST, Cheapest
 from planner.interleaved import Ints, even_partitions, interleaved_candidates
 from planner.options import undominated, with_room
 from planner.program import (
@@ -151,6 +152,8 @@ class Opening:
         """
         if self.leaf.splits_backward:
             options = tuple(option for option in options if option[0] in SPLIT_MODES)
+        if self.leaf.schedule in LISTED:
+            options = tuple(option for option in options if MIXED not in option[0])
         options = undominated(self.leaf, with_room(self.leaf, options))
         if not options:
             return None
@@ -194,9 +197,9 @@ class Opening:
 
     def _chain(self, options: tuple[Recompute, ...], *, per_stage: bool) -> int | None:
         """Solve the program for each option (or all at once where ranks may differ)."""
-        # Nothing, some modules of every layer, then more and more whole layers.
-        groups: list[tuple[Recompute, ...]]
         groups = [options] if per_stage else [(option,) for option in options]
+        if per_stage and any(MIXED in mode for mode, _ in options):
+            self.rows.cheapest, groups = Cheapest(self.leaf, options), [(BEST,)]
         reached: int | None = None
         fast = [g for g in groups if self._alone.bound(g, self.cutoff) < self.cutoff]
         if len(fast) < len(groups):
@@ -328,16 +331,17 @@ class _TimeAlone:
         self._added: dict[str, list[int]] = {}
 
     def _least_added(self, mode: str) -> list[int]:
-        """``[n]``: what recomputing some ``n`` layers adds at least."""
+        """``[n]``: what recomputing some ``n`` layers adds at least; of two modes, the lesser."""
         if mode not in self._added:
-            row = self.leaf.modes[mode].extra
-            extra = sorted(kind[row] for kind in self.kinds)
+            front, rest = (rows.extra for rows in self.leaf.parts(mode))
+            rest = front if mode == "full" else rest
+            extra = sorted(min(kind[front], kind[rest]) for kind in self.kinds)
             self._added[mode] = list(accumulate(extra, initial=0))
         return self._added[mode]
 
     def bound(self, group: tuple[Recompute, ...], cutoff_ns: int) -> int:
         """Lower bound on the step in ns for ``group``; 0 for several options or no cutoff."""
-        if len(group) > 1 or cutoff_ns >= UNLIMITED:
+        if len(group) > 1 or cutoff_ns >= UNLIMITED or group[0] is BEST:
             return 0
         mode, count = group[0]
         work, tallest, layers = self.work, self.tallest, len(self.kinds)
@@ -379,7 +383,7 @@ def _fastest_fitting(
     no more in any kind of layer, and less in some: the step takes no longer with the other.
     """
     leaf = rows.leaf
-    if (leaf.uneven and leaf.pp > 1) or any(len(group) > 1 for group in groups):
+    if (leaf.uneven and leaf.pp > 1) or any(len(g) > 1 or g[0] is BEST for g in groups):
         return [group for group in groups if reaches(rows, group)]
     extras = {
         group: tuple(kind[leaf.modes[group[0][0]].extra] for kind in leaf.kinds) for group in groups

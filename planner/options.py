@@ -6,7 +6,7 @@ import numpy as np
 
 from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import Leaf, Recompute
-from cost_models.recompute import group_of
+from cost_models.recompute import group_of, is_counted
 from cost_models.step import Field
 
 FEW = 16
@@ -22,7 +22,7 @@ def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, 
     What runs several layers again together keeps more where a stage is no multiple of them: it
     rules nothing out.
     """
-    whole = [option for option in options if option[0] != "full"]
+    whole = [option for option in options if not is_counted(option[0])]
     if len(whole) < FEW:
         return options
     fields = [leaf.modes[mode] for mode, _ in whole]
@@ -45,7 +45,7 @@ def with_room(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ..
     come first, and beside that what one of its layers works with: the most demanding one where a
     rank holds them all, the least where each holds some.
     """
-    whole = [option for option in options if option[0] != "full"]
+    whole = [option for option in options if not is_counted(option[0])]
     if len(whole) < FEW:
         return options
     kinds = [np.array(kind) for kind in leaf.kinds]

@@ -21,6 +21,7 @@ from cost_models.leaf import (
     stage_costs,
 )
 from cost_models.outside import recomputing
+from cost_models.recompute import parts_of
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
 from planner.accuracy import RunClass, band
@@ -72,7 +73,8 @@ def with_policies(request: Request, completion: Completion) -> WorkloadGraph:
     """The workload with the policies of ``completion`` priced beside those of the search."""
     workload = request.workload
     known = {"none", *(policy.name for policy in workload.policies)}
-    more = dict.fromkeys(mode for mode, _ in completion.recompute if mode not in known)
+    named = [mode for whole, _ in completion.recompute for mode in parts_of(whole)]
+    more = dict.fromkeys(mode for mode in named if mode not in known)
     policies = tuple(named_policy(name, request.stack) for name in more)
     return replace(workload, policies=(*workload.policies, *policies)) if policies else workload
 

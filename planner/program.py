@@ -52,6 +52,7 @@ from cost_models.surrogate import (
     least_objective_ns,
     least_work,
 )
+from planner.cheapest import BEST, Cheapest
 from planner.ranges import Ranges, Table
 
 UNLIMITED = 1 << 62
@@ -64,6 +65,8 @@ class Rows:
     leaf: Leaf
     cache: dict[tuple[int, int, int, Recompute], RankCosts] = field(default_factory=dict)
     rooms: dict[tuple[int, Recompute], Table] = field(default_factory=dict)
+    cheapest: Cheapest | None = None
+    """What ``BEST`` stands for."""
 
     def least(self, rank: int) -> int:
         """Fewest layers that a rank may hold: a rank with an end may do without."""
@@ -90,7 +93,7 @@ class Rows:
         key = (rank, first, last, option)
         costs = self.cache.get(key)
         if costs is None:
-            chunk = chunk_costs(self.leaf, rank, first, last, option)
+            chunk = chunk_costs(self.leaf, rank, first, last, self.meant(rank, first, last, option))
             costs = self.cache[key] = rank_costs(self.leaf, (chunk,))
         return costs
 
@@ -98,8 +101,29 @@ class Rows:
         """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``."""
         key = (rank, option)
         if key not in self.rooms:
-            self.rooms[key] = self._space.table(rank, option, least=self.least(rank))
+            self.rooms[key] = (
+                self.cheapest.table(rank, least=self.least(rank))
+                if option is BEST and self.cheapest is not None
+                else self._space.table(rank, option, least=self.least(rank))
+            )
         return self.rooms[key]
+
+    def meant(self, rank: int, first: int, last: int, option: Recompute) -> Recompute:
+        """The option that ``option`` stands for on a rank with these layers."""
+        if option is not BEST or self.cheapest is None:
+            return option
+        return self.cheapest.option(rank, first, last)
+
+    def settled(self, completion: Completion) -> Completion:
+        """The completion with the options that its own stand for."""
+        if self.cheapest is None:
+            return completion
+        bounds = completion.bounds
+        options = [
+            self.meant(rank, bounds[rank], bounds[rank + 1], option)
+            for rank, option in enumerate(completion.recompute)
+        ]
+        return Completion(bounds, tuple(options))
 
     @cached_property
     def _space(self) -> Ranges:
@@ -137,7 +161,7 @@ def solve_chain(
     layers = len(leaf.sequence)
     if not fits and not reaches(rows, choices):
         return ProgramSolution("infeasible", None, None, "dynamic_program")
-    least = least_work(leaf, choices, cutoff_ns)
+    least = least_work(leaf, _priced(choices), cutoff_ns)
     states: dict[int, list[_Node]] = {layers: [_Node(EMPTY_LABEL, layers, ("none", 0), None)]}
     for rank in reversed(range(leaf.pp)):
         following: dict[int, list[_Node]] = {}
@@ -164,8 +188,14 @@ def solve_chain(
     if best is None:
         return ProgramSolution("cutoff", None, None, "dynamic_program")
     return ProgramSolution(
-        "optimal", best.label.objective_ns(leaf), best.completion(layers), "dynamic_program"
-    )
+        "optimal", best.label.objective_ns(leaf), rows.settled(best.completion(layers)),
+        "dynamic_program",
+    )  # fmt: skip
+
+
+def _priced(options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:
+    """``options``, none for what stands for others: those repeat no less."""
+    return (("none", 0),) if BEST in options else options
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +257,7 @@ def enumerate_chain(
     """
     rows, choices = rows or Rows(leaf), tuple(options)
     layers = len(leaf.sequence)
-    least = least_work(leaf, choices, cutoff())
+    least = least_work(leaf, _priced(choices), cutoff())
 
     def descend(node: _Node, last: int, rank: int) -> Iterator[_Node]:
         tick()
@@ -250,4 +280,4 @@ def enumerate_chain(
     for node in descend(root, layers, leaf.pp - 1):
         objective = node.label.objective_ns(leaf)
         if objective < cutoff():
-            yield objective, node.completion(layers)
+            yield objective, rows.settled(node.completion(layers))

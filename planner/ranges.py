@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.layout import RecomputeMode
 from cost_models.leaf import Leaf, Recompute
-from cost_models.recompute import group_of
+from cost_models.recompute import group_of, is_counted, parts_of
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -41,28 +43,96 @@ class Ranges:
 
         The peak of ``cost_models.peaks.peak_bytes``; fewer than ``least`` layers are not allowed.
         """
-        leaf = self.leaf
-        layers, pp = len(leaf.sequence), leaf.pp
-        live = live_peaks(leaf.schedule, pp, leaf.vpp, leaf.microbatches, rank)[0][0]
-        # Of the ranks between the ends only that number differs.
-        most = self._most_alive(rank, option) if rank in (0, pp - 1) else self._between(option)
-        allowed: Table = (most >= live) & (self.layers >= least)
+        leaf, pp = self.leaf, self.leaf.pp
+        # Of the ranks between the ends only the number of microbatches in flight differs.
+        at_end = rank in (0, pp - 1)
+        most = self._most_alive(rank, self._bytes(option)) if at_end else self._between(option)
+        allowed: Table = (most >= self._live(rank)) & (self.layers >= least)
         if not leaf.uneven:
-            first, last = rank * layers // pp, (rank + 1) * layers // pp
-            alone = np.zeros_like(allowed)
-            alone[first, last] = allowed[first, last]
-            return alone
+            return allowed & self.even(rank)
         return allowed
+
+    def even(self, rank: int) -> Table:
+        """The range of a rank where all hold as many layers."""
+        layers, pp = len(self.leaf.sequence), self.leaf.pp
+        alone = np.zeros(self.layers.shape, dtype=bool)
+        alone[rank * layers // pp, (rank + 1) * layers // pp] = True
+        return alone
+
+    def fewest(self, rank: int, mode: RecomputeMode) -> tuple[Ints, Table]:
+        """Fewest layers at the front of each range that a counted mode must change to fit on
+        ``rank``, less than all of them, and whether any number does; of a mode whose front keeps
+        no more than its rest in any kind of layer.
+
+        What is kept falls with the number; short-lived bytes may rise where the next layer is the
+        first of its kind. So the number lies between that which fits without any and that which
+        fits with the most that a layer of the range may need.
+        """
+        if len(self.kinds) == 1:
+            return self._bisected(rank, lambda count: self._measured(mode, count))
+        none = (np.zeros_like(self.layers),) * 4
+        count, possible = self._bisected(rank, lambda n: (self._kept(mode, n), *none))
+        most = self._most_short_lived(mode)
+        high, sure = self._bisected(rank, lambda n: (self._kept(mode, n), *most))
+        high = np.where(sure, high, np.maximum(self.layers - 1, 1))
+        fits, open_ = np.zeros_like(possible), possible
+        while open_.any():
+            enough = open_ & self._fits(rank, self._measured(mode, count))
+            fits |= enough
+            open_ = open_ & ~enough & (count < high)
+            count = np.where(open_, count + 1, count)
+        return count, fits
+
+    def _bisected(
+        self, rank: int, needed: Callable[[Ints], tuple[Ints, ...]]
+    ) -> tuple[Ints, Table]:
+        """The fewest layers of each range that fit, if more need no more."""
+        low = np.ones_like(self.layers)
+        high = np.maximum(self.layers - 1, 1)
+        fits = self._fits(rank, needed(high)) & (self.layers > 1)
+        while np.any(low < high):
+            middle = (low + high) // 2
+            enough = self._fits(rank, needed(middle))
+            high = np.where(enough, middle, high)
+            low = np.where(enough, low, np.minimum(middle + 1, high))
+        return high, fits
+
+    def _kept(self, mode: RecomputeMode, count: Ints) -> Ints:
+        front, rest = self._split(mode, count)
+        kept, behind = (self.kinds[:, rows.kept] for rows in self.leaf.parts(mode))
+        total: Ints = front @ kept + rest @ behind
+        return total
+
+    def _most_short_lived(self, mode: RecomputeMode) -> tuple[Ints, ...]:
+        """What :meth:`_measured` says beside the activations, at most for any number of layers."""
+        each = [self._bytes((part, len(self.leaf.sequence))) for part in parts_of(mode)]
+        return tuple(np.maximum(*pair) for pair in zip(*(e[1:] for e in each), strict=True))
+
+    def _fits(self, rank: int, needed: tuple[Ints, ...]) -> Table:
+        found: Table = self._most_alive(rank, needed) >= self._live(rank)
+        return found
+
+    def repeated(self, mode: RecomputeMode, count: Ints | int) -> Ints:
+        """Time in ns that recomputation adds to a microbatch's backward of each range."""
+        front, rest = self._split(mode, count)
+        in_front, behind_it = (self.kinds[:, rows.extra] for rows in self.leaf.parts(mode))
+        total: Ints = front @ in_front + rest @ behind_it
+        return total
+
+    def _live(self, rank: int) -> int:
+        leaf = self.leaf
+        return live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
 
     def _between(self, option: Recompute) -> Ints:
         if option not in self._most:
-            self._most[option] = self._most_alive(1, option)
+            self._most[option] = self._most_alive(1, self._bytes(option))
         return self._most[option]
 
-    def _most_alive(self, rank: int, option: Recompute) -> Ints:
-        """Most microbatches that ``rank`` has room for with each range; negative without any."""
+    def _most_alive(self, rank: int, needed: tuple[Ints, ...]) -> Ints:
+        """Most microbatches that ``rank`` has room for with each range that needs so many bytes;
+        negative without any."""
         leaf = self.leaf
-        activation, working, draining, sent, idle = self._bytes(option)
+        activation, working, draining, sent, idle = needed
         static, made, step = self.sums
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
@@ -102,37 +172,43 @@ class Ranges:
         more than its activations, and most that one does not keep, of every range of layers."""
         known = self._known.get(option)
         if known is None:
-            mode, limit = option
-            held = self.held
-            front = held
-            if mode == "full":
-                edges: Ints = np.arange(len(self.leaf.sequence) + 1)
-                split = np.minimum(edges[None, :], edges[:, None] + limit)
-                front = self.counts[split] - self.counts[:, None, :]
-            rest = held - front
-            kept, short, _ = self.leaf.modes[mode]
-            made, sent = self.kinds[:, Field.NEW_GRADIENTS], self.kinds[:, Field.IN_FLIGHT]
-            least, most = self.kinds[:, kept], self.kinds[:, Field.ACT_NONE]
-            in_mode, plain = self.kinds[:, short], self.kinds[:, Field.WORK_NONE]
-            any_, changed, other = held > 0, front > 0, rest > 0
-            group = group_of(mode)
-            unfilled = -front.sum(axis=2) % group * _largest(changed, least) if group > 1 else 0
-            known = (
-                front @ least + rest @ most + unfilled,
-                np.maximum(_largest(changed, in_mode), _largest(other, plain)),
-                np.maximum(
-                    _largest(changed, least + in_mode - made), _largest(other, most + plain - made)
-                )
-                + np.where(self.many, _largest(any_, sent), 0),
-                np.where(
-                    self.many,
-                    np.maximum(_largest(changed, sent - least), _largest(other, sent - most)),
-                    0,
-                ),
-                _largest(changed, most - least),
-            )
-            self._known[option] = known
+            known = self._known[option] = self._measured(*option)
         return known
+
+    def _split(self, mode: RecomputeMode, count: Ints | int) -> tuple[Ints, Ints]:
+        """Layers of each kind at the front and in the rest of every range."""
+        if not is_counted(mode):
+            return self.held, np.zeros_like(self.held)
+        edges: Ints = np.arange(len(self.leaf.sequence) + 1)
+        split = np.minimum(edges[None, :], edges[:, None] + count)
+        front: Ints = self.counts[split] - self.counts[:, None, :]
+        return front, self.held - front
+
+    def _measured(self, mode: RecomputeMode, count: Ints | int) -> tuple[Ints, ...]:
+        """What :meth:`_bytes` says, of one number of layers or of one for each range."""
+        front, rest = self._split(mode, count)
+        (kept, short, _), (kept_behind, short_behind, _) = self.leaf.parts(mode)
+        made, sent = self.kinds[:, Field.NEW_GRADIENTS], self.kinds[:, Field.IN_FLIGHT]
+        least, most = self.kinds[:, kept], self.kinds[:, kept_behind]
+        in_mode, plain = self.kinds[:, short], self.kinds[:, short_behind]
+        whole = self.kinds[:, Field.ACT_NONE]
+        any_, changed, other = self.held > 0, front > 0, rest > 0
+        group = group_of(mode)
+        unfilled = -front.sum(axis=2) % group * _largest(changed, least) if group > 1 else 0
+        return (
+            front @ least + rest @ most + unfilled,
+            np.maximum(_largest(changed, in_mode), _largest(other, plain)),
+            np.maximum(
+                _largest(changed, least + in_mode - made), _largest(other, most + plain - made)
+            )
+            + np.where(self.many, _largest(any_, sent), 0),
+            np.where(
+                self.many,
+                np.maximum(_largest(changed, sent - least), _largest(other, sent - most)),
+                0,
+            ),
+            np.maximum(_largest(changed, whole - least), _largest(other, whole - most)),
+        )
 
 
 def _largest(present: Table, values: Ints) -> Ints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cost_models.layout import SCHEDULES, RecomputeMode
+from cost_models.layout import SCHEDULES
 from hardware_profiles.schema import StackSpec
 from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity
 from planner.models.spec import (
@@ -20,7 +20,6 @@ from planner.models.spec import (
     SparseLatentAttentionSpec,
 )
 from planner.plan import Layout
-from planner.recompute import named_policy
 from planner.recount_host import inputs_held
 from planner.recount_order import impossible_order, order_shape
 from planner.recount_outside import left_outside
@@ -64,23 +63,6 @@ ONE_STAGE = ("gpipe", "1f1b", *DIVIDED)
 CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
 ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
 """Schedules whose ranks hold two virtual stages, there and back."""
-
-
-def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
-    """Modes that the stack has and the user allows."""
-    job = request.job
-    return tuple(
-        mode
-        for mode in ("none", *(policy.name for policy in request.workload.policies))
-        if (mode != "none" or "none" in request.stack.recompute)
-        and (job.allow_recompute or mode == "none")
-        and _asked(request) in (None, mode)
-    )
-
-
-def _asked(request: Request) -> RecomputeMode | None:
-    name = request.job.constraints.recompute
-    return None if name is None else named_policy(name, request.stack).name
 
 
 def every_mesh(request: Request) -> Iterator[Mesh]:

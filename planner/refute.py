@@ -29,6 +29,7 @@ from cost_models.outside import outside_bounds, recomputing
 from cost_models.outside_bounds import OutsideLayouts, outside_step_bounds
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
 from cost_models.peaks import fits, peak_bytes
+from cost_models.recompute import is_counted
 from cost_models.relaxation import Relaxation
 from cost_models.step_time import simulate_step
 from cost_models.surrogate import (
@@ -46,11 +47,11 @@ from planner.recount import (
     every_layout,
     every_mesh,
     impossible_layout,
-    recompute_modes,
     rounds_of,
     wanted,
     wanted_round,
 )
+from planner.recount_modes import mixed_modes, recompute_modes
 from planner.request import Request
 
 BATCH = 20_000
@@ -186,6 +187,9 @@ def _better_completion(
             options += [("full", count) for count in counts]
         else:
             options.append((mode, 0))
+    layers = len(leaf.sequence)
+    if leaf.vpp == 1 and leaf.order is None:
+        options += [(mode, n) for mode in mixed_modes(request) for n in range(1, layers)]
     # Numbers of whole layers last: where one takes too long, so do those that follow.
     options.sort(key=lambda option: option[0] == "full")
     if leaf.outside is not None:
@@ -265,6 +269,8 @@ class _Chain:
         self.reached = 0
         self._closed: dict[tuple[int, int], list[Label]] = {}
         self._stages: dict[tuple[int, int, int, Recompute], tuple[RankCosts, bool]] = {}
+        self.mixes = any("/" in mode for mode, _ in options)
+        self._best: dict[tuple[int, int, int], tuple[Recompute, ...]] = {}
 
     def better(self) -> str | None:
         """A completion that simulates below ``least``, in words."""
@@ -287,7 +293,7 @@ class _Chain:
         before = self.reached
         for first in self._firsts(rank, last):
             slow = True
-            for option in self.options:
+            for option in self._offered(rank, first, last):
                 costs, holds = self._stage(rank, first, last, option)
                 if leaf.microbatches * costs.work_ns >= self.least:
                     continue
@@ -316,6 +322,33 @@ class _Chain:
         if rank:
             return range(last - fewest, -1, -1)
         return range(0, -1, -1) if last >= fewest else range(0)
+
+    def _offered(self, rank: int, first: int, last: int) -> Sequence[Recompute]:
+        """All options; of many, the one that repeats least among those that fit, which the others
+        can only take longer than, or the fastest where none does."""
+        if not self.mixes:
+            return self.options
+        key = rank, first, last
+        if key not in self._best:
+            ordered = self._by_time(first, last)
+            fits = (o for o in ordered if self._stage(rank, first, last, o)[1])
+            self._best[key] = (next(fits, ordered[0]),)
+        return self._best[key]
+
+    def _by_time(self, first: int, last: int) -> list[Recompute]:
+        """Options by what they add to the backward of layers ``first .. last - 1``."""
+        counts, kinds = self.leaf.counts, range(len(self.leaf.kinds))
+
+        def added(option: Recompute) -> int:
+            front, rest = (rows.extra for rows in self.leaf.parts(option[0]))
+            split = min(last, first + option[1]) if is_counted(option[0]) else last
+            return sum(
+                (counts[split][k] - counts[first][k]) * self.leaf.kinds[k][front]
+                + (counts[last][k] - counts[split][k]) * self.leaf.kinds[k][rest]
+                for k in kinds
+            )
+
+        return sorted(self.options, key=added)
 
     def _stage(self, rank: int, first: int, last: int, option: Recompute) -> tuple[RankCosts, bool]:
         """Costs of a stage, and whether it fits."""

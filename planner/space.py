@@ -23,6 +23,7 @@ from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
 from cost_models.layout import CHUNKED, SCHEDULES, V_SHAPED, RecomputeMode, Schedule
 from cost_models.outside import outside_numbers
+from cost_models.recompute import MIXED
 from planner import rules
 from planner.blocks.registry import model_splits
 from planner.meshes import Layouts, Meshes, joined
@@ -187,6 +188,24 @@ def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
     return (
         *(plain if asked in (None, "none") else ()),
         *(policy.name for policy in request.workload.policies),
+    )
+
+
+def mixed_modes(request: Request) -> tuple[RecomputeMode, ...]:
+    """Pairs of modes that may share a virtual stage, the one at its front first: it runs again all
+    that the other does."""
+    if not request.stack.recompute_mixed:
+        return ()
+    modes = recompute_modes(request)
+    again = {"none": frozenset[str]()}
+    again |= {p.name: p.modules for p in request.workload.policies if p.keeps is None}
+    parts = [mode for mode in modes if mode in again]
+    whole = "full" in modes and request.stack.recompute_layer_count
+    return tuple(
+        f"{front}{MIXED}{rest}"
+        for rest in parts
+        for front in (*parts, *(("full",) if whole and rest != "none" else ()))
+        if front == "full" or again[front] > again[rest]
     )
 
 

@@ -32,7 +32,7 @@ from cost_models.step import Field
 from cost_models.transfers import hop_ns
 from planner.meshes import Layouts, Meshes
 from planner.request import Request
-from planner.space import recompute_modes
+from planner.space import mixed_modes, recompute_modes
 
 QUANTUM = "1 ns per layer and category, 1 byte"
 
@@ -275,8 +275,9 @@ class PricedLayouts:
 
 
 def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
-    """What a stage may recompute: nothing, some modules of its layers, or a number of layers. The
-    numbers come last and ascend, wherever the stack lists ``full``."""
+    """What a stage may recompute: nothing, some modules of its layers, a number of layers in one
+    way and the rest in another, or a number of whole layers. The numbers ascend, those of ``full``
+    last, wherever the stack lists it."""
     options: list[Recompute] = []
     for mode in sorted(recompute_modes(request), key=lambda mode: mode == "full"):
         if mode != "full":
@@ -285,7 +286,9 @@ def recompute_options(request: Request, layers: int) -> tuple[Recompute, ...]:
             options += (("full", count) for count in range(1, layers + 1))
         else:
             options.append(("full", layers))
-    return tuple(options)
+    mixed = [(mode, count) for mode in mixed_modes(request) for count in range(1, layers)]
+    place = next((i for i, (mode, _) in enumerate(options) if mode == "full"), len(options))
+    return (*options[:place], *mixed, *options[place:])
 
 
 def price_layouts(

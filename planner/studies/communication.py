@@ -11,6 +11,7 @@ from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
 from cost_models.outside import outside_configs
+from cost_models.recompute import is_counted, parts_of
 from cost_models.step import Field
 from cost_models.traffic import Calls, Pass
 from cost_models.transfers import scattered
@@ -122,11 +123,12 @@ class _Counter:
         for j in leaf.held(rank):
             first, last = completion.bounds[j], completion.bounds[j + 1]
             mode, limit = completion.recompute[j]
-            upto = min(last, first + limit) if mode == "full" else last
+            upto = min(last, first + limit) if is_counted(mode) else last
+            front, rest = parts_of(mode)
             for index in range(first, last):
                 passes = leaf.kinds[leaf.sequence[index]][Field.WEIGHT_PASSES]
                 again = 1 + passes * (leaf.splits_backward and j > 0)
-                mode_here = mode if index < upto else "none"
+                mode_here = front if index < upto else rest
                 yield workload.kinds[workload.layers[index]], mode_here, again
             if j == 0 or leaf.shared is not None:
                 yield workload.embedding, "none", 0

@@ -214,10 +214,15 @@ def sum_chunk(
     draining = sent = behind = cached = weights = waiting = 0
     unsummed = left = 0
     for place, row in enumerate(prices.layers[first : first + size]):
-        again = mode != "none" and (mode != "full" or place < limit)
+        here = mode
+        if mode == "full" and place >= limit:
+            here = "none"
+        elif "/" in mode:
+            here = mode.split("/")[place >= limit]
+        again = here != "none"
         kept, short, more = row[Field.ACT_NONE], row[Field.WORK_NONE], 0
         if again:
-            start_of = len(Field) + 3 * prices.policies.index(mode)
+            start_of = len(Field) + 3 * prices.policies.index(here)
             kept, short, more = row[start_of : start_of + 3]
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD] + more
@@ -510,11 +515,13 @@ class BruteForce:
             height = max(sizes)
             most = max(limit for _, limit in self.choices)
             useful = [o for o in self.choices if o[1] <= height or o[1] == most]
+            if x.vpp > 1 or x.schedule.startswith(GIVEN):
+                useful = [o for o in useful if "/" not in o[0]]
             if splits(x.schedule):
                 useful = [o for o in useful if o[0] in ("none", "full")]
             if len(set(sizes)) == 1:
                 for option in useful:
-                    if option[0] != "full" or option[1] >= height:
+                    if not option[1] or option[1] >= height:
                         self._uniform(x, prices, m, sizes, option)
             # Ranks of several chunks have one option for all, whatever the stack allows.
             if stack.recompute_per_stage and x.vpp == 1 and not x.schedule.startswith(GIVEN):

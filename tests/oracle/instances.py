@@ -220,6 +220,9 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         # What they need stays: equal stages that all recompute alike.
         for fixed in ("uneven_stages", "recompute_per_stage", "recompute_layer_count"):
             changes.pop(fixed, None)
+    per_stage = changes.get("recompute_per_stage", stack.recompute_per_stage)
+    if per_stage and Random(f"mixed {name} {sorted(changes)} {moe}").random() < 0.5:
+        changes["recompute_mixed"] = True
     return stack.model_copy(update=changes)
 
 

@@ -375,7 +375,8 @@ Option = tuple[str, int]
 
 
 def recompute_choices(request: Request) -> list[Option]:
-    """What a stage may recompute: a mode, and how many layers at a chunk's front for ``full``."""
+    """What a stage may recompute: a mode, and how many layers at a chunk's front for ``full`` and
+    for two modes."""
     limits, stack = request.job.constraints, request.stack
     choices: list[Option] = []
     layers = request.model.layer_count
@@ -391,4 +392,21 @@ def recompute_choices(request: Request) -> list[Option]:
             choices += [("full", count) for count in range(1, layers + 1)]
         else:
             choices.append(("full", layers))
-    return choices
+    return choices + _mixtures(request, {mode for mode, _ in choices}, layers)
+
+
+def _mixtures(request: Request, modes: set[str], layers: int) -> list[Option]:
+    """Two modes in one stage, the one at the front running again all that the other does."""
+    if not request.stack.recompute_mixed:
+        return []
+    again = {p.name: p.modules for p in request.workload.policies if p.keeps is None}
+    again["none"] = frozenset()
+    found = []
+    for front in modes:
+        for rest in again.keys() & modes - {front}:
+            wanted = front in again and again[rest] <= again[front]
+            if front == "full":
+                wanted = request.stack.recompute_layer_count and rest != "none"
+            if wanted:
+                found += [(f"{front}/{rest}", count) for count in range(1, layers)]
+    return sorted(found)

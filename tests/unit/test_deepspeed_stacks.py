@@ -213,7 +213,7 @@ def test_ranks_with_the_same_tokens_deal_their_copies_out_and_gather_every_outpu
     request, found = folded(tp=4, ep=4, zero_stage=2)
     copies = 4096 * 2 * 4096 * 2
     made = communication(request, found).layers["decoder"]
-    calls = {(c.name, c.phase): (c.group, c.kind, c.count, c.bytes) for c in made}
+    calls = {(c.name, str(c.phase)): (c.group, c.kind, c.count, c.bytes) for c in made}
     for name in ("dispatch", "combine"):
         for phase in PASSES:
             assert calls[name, phase] == ("ep", "all_to_all", 1, copies // 4)
@@ -230,8 +230,8 @@ def test_experts_that_are_folded_keep_their_own_rows_and_every_output() -> None:
     kept = {}
     for tp in (1, 2):
         request, _ = folded(tp=tp, ep=8, zero_stage=2)
-        one = [np.array([value]) for value in (1, tp, 1, 8, 1)]
-        shard = Shard(4096, *one, np.array([False]), np.array([0]))
+        one = np.ones(1, dtype=np.int64)
+        shard = Shard(4096, one, tp * one, one, 8 * one, one, one < 1, 0 * one)
         saved = request.workload.kinds["decoder"].saved(shard)
         kept[tp] = {t.name: int(np.ravel(t.bytes)[0]) for t in saved}
     row = 4096
@@ -268,9 +268,9 @@ def test_what_tensor_parallelism_repeats_is_averaged_when_it_is_reduced() -> Non
 def test_expert_groups_take_one_lane_after_the_other(
     tp: int, ep: int, dp: int, ranks: int, replicas: int
 ) -> None:
-    sizes = [np.array([value]) for value in (tp, ep, dp)]
-    assert exchange_stride(sizes[0], sizes[1], tp * dp).tolist() == [ranks]
-    assert replica_stride(*sizes, per_node=8).tolist() == [replicas]
+    one = np.ones(1, dtype=np.int64)
+    assert exchange_stride(tp * one, ep * one, tp * dp).tolist() == [ranks]
+    assert replica_stride(tp * one, ep * one, dp * one, 8).tolist() == [replicas]
 
 
 @pytest.mark.parametrize(("layout", "reason"), [

@@ -7,12 +7,14 @@ import pytest
 
 from cost_models.cp_kinds import cp_kind_code, cp_kind_of
 from cost_models.graph import Shard
+from cost_models.leaf import ChunkCosts
 from cost_models.memory import activation_bytes
 from cost_models.state import local_parameters
 from cost_models.step import price_layer
 from cost_models.traffic import layer_calls, recomputed_calls
 from planner.errors import InputError
 from planner.pipeline import evaluate, plan, read_request
+from planner.predict import price
 from planner.recompute import named_policy
 from planner.request import Request
 from planner.space import enumerate_meshes
@@ -150,3 +152,56 @@ def test_local_parameters_of_the_embedding() -> None:
     )  # fmt: skip
     held = local_parameters(request().workload.embedding, place, 1)
     assert held.dense.tolist() == [VOCABULARY // 4, VOCABULARY]
+
+
+def chunk(recompute: str, layers: int | None = None) -> ChunkCosts:
+    """The first of two stages of 16 layers."""
+    asked: dict[str, object] = {"pp": 2, "tp": 4, "recompute": recompute}
+    if layers is not None:
+        asked["recompute_layers"] = layers
+    own = request()
+    return price(evaluate(own, asked).layout, own).ranks[0].chunks[0]
+
+
+def test_some_layers_run_again_in_one_way_and_the_rest_in_another() -> None:
+    """5 whole layers and 11 with select_recompute: backward and tensors in between, in proportion;
+    and 3 of 16 layers with it beside 13 that keep everything."""
+    whole, some, none = (chunk(mode) for mode in ("full", "selective", "none"))
+    mixed, few = chunk("full/selective", 5), chunk("selective", 3)
+    for name in ("backward_ns", "activation_bytes"):
+        ends = getattr(none, name)
+        full, less = getattr(whole, name) - ends, getattr(some, name) - ends
+        assert getattr(mixed, name) - ends == 5 * full // 16 + 11 * less // 16
+        assert getattr(few, name) - ends == 3 * less // 16
+        assert full % 16 == less % 16 == 0
+    assert mixed.forward_ns == none.forward_ns
+    assert mixed.working_bytes == max(whole.working_bytes, some.working_bytes)
+
+
+def test_two_modes_of_a_stage_are_stated_and_read_again() -> None:
+    asked = request()
+    layout = evaluate(
+        asked, {"pp": 2, "tp": 4, "recompute": "full/selective", "recompute_layers": 5}
+    )
+    parts = [(part.mode, part.layers) for part in layout.layout.stages[1].recompute]
+    assert parts == [("full", 5), ("selective", 11)]
+    assert evaluate(asked, layout.layout.model_dump()).prediction == layout.prediction
+
+
+@pytest.mark.parametrize("mode", ["selective/full", "sp_gather/layernorm"])
+def test_modes_that_do_not_mix_are_refused(mode: str) -> None:
+    with pytest.raises(InputError, match="the first layers run again all that the rest"):
+        evaluate(request(), {"recompute": mode})
+    other = {"stack": "megatron-core", "sequence_length": 4096, "global_batch": 16}
+    with pytest.raises(InputError, match="all layers of a stage again in one way"):
+        evaluate(
+            read_request("llama-3.1-8b", "dgx-h100:2", None, other), {"recompute": "full/none"}
+        )
+
+
+def test_a_mixture_is_found_where_memory_is_short_and_holds_against_the_recheck() -> None:
+    limits = {"fix": {"pp": 2, "tp": 1, "microbatch_size": 1}, "forbid": ("vpp", "cp")}
+    found = plan(request(constraints=limits | {"schedule": "1f1b"}))
+    modes = [[part.mode for part in stage.recompute] for stage in found.layout.stages]
+    assert max(len(own) for own in modes) == 2
+    assert verify(found) == []
