@@ -378,7 +378,6 @@ def _fastest_fitting(
     rows: Rows, groups: list[tuple[Recompute, ...]]
 ) -> list[tuple[Recompute, ...]]:
     """Of groups without numbers of layers, those for which some partition fits.
-
     Where there is but one partition, less those of one option than which another that fits repeats
     no more in any kind of layer, and less in some: the step takes no longer with the other.
     """
