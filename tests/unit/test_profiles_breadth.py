@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from cost_models import compute
@@ -25,6 +26,7 @@ from hardware_profiles.schema import (
 from planner.pipeline import plan, read_request
 
 DATA = Path(__file__).parents[2] / "benchmarks" / "kernels" / "data"
+DATASHEETS = yaml.safe_load((Path(__file__).parents[1] / "data" / "datasheets.yaml").read_text())
 
 NEW_DEVICES = [
     "a100-pcie-40gb",
@@ -237,33 +239,30 @@ def test_node_sums(name: str) -> None:
     assert not measured or min(measured) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "devices_per_node", "out_bytes_per_s"),
-    [
-        ("hgx-v100-32gb", 8, 50e9),  # 4 x 100 Gb/s
-        ("hgx-v100-32gb-x4", 4, 50e9),
-        ("hgx-h100-96gb", 8, 400e9),
-        ("azure-nd-a100-v4", 8, 200e9),  # 8 x 200 Gb/s
-        ("gcp-a3-high", 8, 100e9),  # 4 x 200 Gb/s
-        ("dgx-b300", 8, 800e9),  # 8 x 800 Gb/s
-        ("aws-p6-b300", 8, 800e9),  # 16 x 400 Gb/s
-        ("gb200-nvl72", 72, 3.6e12),  # 72 x 400 Gb/s
-        ("gb300-nvl72", 72, 7.2e12),  # 72 x 800 Gb/s
-        ("frontier", 8, 100e9),  # 4 x 200 Gb/s
-        ("mi300x-8", 8, 400e9),
-        ("gaudi2-hls", 8, 300e9),  # 24 x 100 Gb/s
-        ("gaudi3-hls", 8, 600e9),  # 24 x 200 Gb/s
-        ("aws-trn1", 16, 100e9),  # 800 Gb/s
-        ("aws-trn2", 16, 400e9),  # 16 x 200 Gb/s
-        ("tpu-v5e-pod", 256, 800e9),  # 6.4 Tb/s
-        ("tpu-v5p-cube", 64, 400e9),  # 25 GB/s for each of 16 hosts
-        ("cloudmatrix384", 384, 19.2e12),  # 384 x 400 Gb/s
-    ],
-)
-def test_node_ports(name: str, devices_per_node: int, out_bytes_per_s: float) -> None:
+@pytest.mark.parametrize("name", loader.catalog_names("node"))
+def test_network_adapters_of_a_node_are_those_of_its_data_sheet(name: str) -> None:
     node = loader.load_node(name)
-    assert node.devices_per_node == devices_per_node
-    assert node.nics * node.scale_out.bandwidth.si == pytest.approx(out_bytes_per_s)
+    total = 8e-9 * node.nics * node.scale_out.bandwidth.si
+    assert total == pytest.approx(DATASHEETS["nodes"][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", loader.catalog_names("device"))
+def test_memory_and_peak_of_a_device_are_those_of_its_data_sheet(name: str) -> None:
+    device = loader.load_device(name)
+    peak = device.peak_flops.get("bf16") or device.peak_flops["fp16"]
+    found = [1e-9 * device.memory_bandwidth.si, 1e-12 * peak.si]
+    assert found == pytest.approx(DATASHEETS["devices"][name], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("hgx-v100-32gb-x4", 4), ("dgx-h100", 8), ("frontier", 8), ("aws-trn2", 16),
+        ("gb200-nvl72", 72), ("tpu-v5p-cube", 64), ("tpu-v5e-pod", 256), ("cloudmatrix384", 384),
+    ],
+)  # fmt: skip
+def test_devices_of_a_node(name: str, devices: int) -> None:
+    assert loader.load_node(name).devices_per_node == devices
 
 
 def _in_node(node: NodeSpec, what: CollectiveKind, payload: float, size: int) -> float:
