@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -59,3 +60,21 @@ class LayersSpec(Profile):
     gradient_sums: Literal["scattered", "whole"] = "scattered"
     """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
     all-reduce over shards and replicas, as without sharding."""
+
+
+_SHARED_VOCABULARY = ("1f1b_vocab", "1f1b_interlaced")
+"""How the names of schedules begin whose ranks share the vocabulary."""
+
+
+def require_shared_vocabulary(
+    layers: LayersSpec, schedules: Sequence[str], *, new_gradients: bool
+) -> None:
+    """Raise :class:`ValueError` where schedules and the vocabulary's place disagree."""
+    shares = [name.startswith(_SHARED_VOCABULARY) for name in schedules]
+    if any(shares) != (layers.vocabulary == "over_pipeline") or any(shares) != all(shares):
+        raise ValueError(
+            f"layers.vocabulary over_pipeline goes with schedules {_SHARED_VOCABULARY}, "
+            f"and they with nothing else: schedules {schedules}"
+        )
+    if any(shares) and new_gradients:
+        raise ValueError("layers.vocabulary over_pipeline: gradients are buffers that stay")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from hardware_profiles.holdings import ByPrecision, OffloadSpec, Precision, ReserveSpec, StateSpec
 from hardware_profiles.layers_spec import LayersSpec as LayersSpec
+from hardware_profiles.layers_spec import require_shared_vocabulary
 from hardware_profiles.sourced import Profile, Sourced
 
 Value = TypeVar("Value")
@@ -25,8 +26,6 @@ Schedule = Literal[
     "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced",
 ]  # fmt: skip
 """Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
-_SHARED_VOCABULARY = ("1f1b_vocab", "1f1b_interlaced")
-"""How the names of those begin whose ranks share the vocabulary."""
 StackRule = Literal[
     "pipeline_needs_multiple_of_pp",
     "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
@@ -383,14 +382,7 @@ class StackSpec(Profile):
                     f"recompute_modules joined by + ({known})"
                     + (f", or a save list ({', '.join(listed)})" if listed else "")
                 )
-        shares = [name.startswith(_SHARED_VOCABULARY) for name in self.schedules]
-        if any(shares) != (self.layers.vocabulary == "over_pipeline") or any(shares) != all(shares):
-            raise ValueError(
-                f"layers.vocabulary over_pipeline goes with schedules {_SHARED_VOCABULARY}, "
-                f"and they with nothing else: schedules {self.schedules}"
-            )
-        if any(shares) and self.new_gradients:
-            raise ValueError("layers.vocabulary over_pipeline: gradients are buffers that stay")
+        require_shared_vocabulary(self.layers, self.schedules, new_gradients=self.new_gradients)
         freedom = self.uneven_stages or self.recompute_per_stage or self.recompute_layer_count
         if self.outside_layers and (
             freedom or "pipeline_needs_multiple_of_pp" not in self.rules or self.idle_forward

@@ -56,10 +56,8 @@ def _divisors(number: int) -> list[int]:
 
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules that split the backward: whole layers run again or nothing does."""
-DIVIDED = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
-"""Schedules whose ranks all hold parts of embedding and head."""
+DIVIDED = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")  # parts of both ends on all ranks
 ONE_STAGE = ("gpipe", "1f1b", *DIVIDED)
-"""Schedules with one virtual stage per rank."""
 CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
 ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
 """Schedules whose ranks hold two virtual stages, there and back."""
