@@ -20,6 +20,7 @@ from cost_models.fragments import lookup_block
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import Waiting, refuse_without_room
+from cost_models.host_room import HostTables, host_tables
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
@@ -121,6 +122,8 @@ class PricedConfigs:
     outside: tuple[Int64, ...] = ()
     """As ``kinds``, of layers that all stages run at once (``cost_models.outside``); 0 without a
     pipeline, empty where the stack has none."""
+    hosts: HostTables | None = None
+    """What the devices send to their hosts; None: nothing."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -177,6 +180,7 @@ class PricedConfigs:
             idle_forward=self.machine.stack.idle_forward
             and self.workload.head.whole_logits
             and shared is None,
+            hosts=None if self.hosts is None else self.hosts.of(index, shared_ends=bool(shared)),
         )
         if not outside:
             return leaf
@@ -286,6 +290,7 @@ def price_configs(
         vocabulary=vocabulary,
         put_off=put_off,
         outside=outside,
+        hosts=host_tables(workload, machine, shard, configs),
     )  # fmt: skip
 
 

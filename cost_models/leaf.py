@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
+from cost_models.host_room import HostRoom
 from cost_models.layout import (
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -96,6 +97,8 @@ class Leaf:
     then."""
     deferral: Deferral = NOTHING
     """Weight gradients of the output layer that wait for the pipeline to drain."""
+    hosts: HostRoom | None = None
+    """What the devices send to their hosts; None: nothing."""
 
     def held(self, rank: int) -> list[int]:
         """Virtual stages of a rank, by chunk."""
@@ -217,6 +220,10 @@ class ChunkCosts:
     """Transfer of that output's gradient back, beyond the least hop."""
     split: SplitBackward | None = None
     """Where the schedule splits the backward."""
+    host_bytes: int = 0
+    """State that a device keeps on its host."""
+    host_inputs: int = 0
+    """Modules' inputs of one microbatch that wait there."""
 
     @property
     def late_ns(self) -> int:
@@ -344,8 +351,19 @@ def held_costs(
         )  # fmt: skip
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,
-        step, *late, split,
+        step, *late, split, *_on_host(leaf.hosts, held, at_start=at_start, at_end=at_end),
     )  # fmt: skip
+
+
+def _on_host(
+    hosts: HostRoom | None, held: tuple[int, ...], *, at_start: bool, at_end: bool
+) -> tuple[int, int]:
+    """State of ``held`` layers per kind on a device's host, and inputs of one microbatch."""
+    if hosts is None:
+        return 0, 0
+    state = sum([n * size for n, size in zip(held, hosts.kinds, strict=True)])
+    state += hosts.embedding * at_start + hosts.head * at_end
+    return state, sum([n * size for n, size in zip(held, hosts.inputs, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)

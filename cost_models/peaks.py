@@ -111,8 +111,43 @@ def peaks(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> tuple[int, ...]:
 
 
 def fits(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> bool:
-    """Whether every rank's peak is within capacity."""
-    return all(
+    """Whether every rank's peak is within capacity, and what leaves the devices within the hosts'
+    room."""
+    devices = all(
         peak_bytes(leaf, rank, costs.chunks) <= leaf.capacity_bytes
         for rank, costs in enumerate(ranks)
     )
+    return devices and hosts_hold(leaf, ranks)
+
+
+def fits_alone(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> bool:
+    """Whether a rank's peak is within capacity, and what its devices send to a node within the
+    room there, whatever other ranks send."""
+    if peak_bytes(leaf, rank, chunks) > leaf.capacity_bytes:
+        return False
+    if leaf.hosts is None:
+        return True
+    return host_bytes(leaf, rank, chunks) * leaf.hosts.most_on_node(rank) <= leaf.hosts.room
+
+
+def hosts_hold(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> bool:
+    """Whether every node has room for what its devices send to it."""
+    if leaf.hosts is None:
+        return True
+    sizes = [host_bytes(leaf, rank, costs.chunks) for rank, costs in enumerate(ranks)]
+    return leaf.hosts.fullest(sizes) <= leaf.hosts.room
+
+
+def host_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
+    """Most bytes that one device of ``rank`` has on its host: state, and the modules' inputs of the
+    microbatches in flight."""
+    waiting = 0
+    if any(chunk.host_inputs for chunk in chunks):
+        waiting = max(
+            sum([n * chunk.host_inputs for n, chunk in zip(peak, chunks, strict=False)])
+            for peak in live_peaks(
+                leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, leaf.round_size,
+                leaf.order,
+            )
+        )  # fmt: skip
+    return sum([chunk.host_bytes for chunk in chunks]) + waiting

@@ -30,7 +30,7 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
     expert_ranks = max(1, ranks * layout.tp // (layout.ep * layout.etp))
     whole = split = copied = 0
     for j in priced.leaf.held(rank):
-        kinds = tuple(_modules(priced, j))
+        kinds = tuple(priced.modules(j))
         # Only the first model chunk of the first stage has more than one bucket.
         bucketed = j == 0 and machine.stack.overlap_dp_gradients
         for expert, ways in ((False, ranks), (True, expert_ranks)):
@@ -64,18 +64,6 @@ def _has_frozen(priced: Priced) -> bool:
     workload = priced.tables.workload
     kinds = (*workload.kinds.values(), workload.embedding, workload.head)
     return any(weight.frozen for kind in kinds for weight in kind.weights)
-
-
-def _modules(priced: Priced, stage: int) -> Iterator[LayerKind]:
-    """What a virtual stage holds, in the order of its modules."""
-    workload, bounds = priced.tables.workload, priced.completion.bounds
-    everywhere = priced.leaf.shared is not None
-    if stage == 0 or everywhere:
-        yield workload.embedding
-    for name in workload.layers[bounds[stage] : bounds[stage + 1]]:
-        yield workload.kinds[name]
-    if stage == priced.leaf.stages - 1 or everywhere:
-        yield workload.head
 
 
 def _tensor_sizes(

@@ -5,42 +5,47 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.graph import Int64
+from cost_models.host_room import bytes_there, fills_drives, leaving
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
 from planner.request import Request
 
 
-def host_bytes_per_node(request: Request, replicas: int) -> int:
-    """Bytes on each node, on its drives where the stack fills any, were the hosts filled evenly;
-    ``replicas`` is how often each parameter's state is held. A node whose devices belong to a
-    fuller pipeline stage holds more."""
-    each = bytes_per_parameter(request)
-    return -(-_parameters(request) * each * replicas // request.cluster.nodes) if each else 0
-
-
-def bytes_per_parameter(request: Request, *, beside: bool = False) -> int:
-    """Bytes for each parameter of a shard in the host's memory, or on the drives where the stack
-    fills any; ``beside`` the drives, in memory."""
-    drives, parts = on_drives(request), _offloaded(request)
-    there = parts if drives is None else {k: v for k, v in parts.items() if k in drives.holds}
-    return sum(parts.values()) - sum(there.values()) if beside else sum(there.values())
+def least_bytes_per_node(request: Request) -> int:
+    """Bytes of state on each node, on its drives where the stack fills any, were the hosts filled
+    evenly and each parameter held once. The fullest node holds no less; what it holds is known with
+    the pipeline stages (``cost_models.host_room``)."""
+    spec = request.stack.offload
+    if spec is None:
+        return 0
+    optimizer, weights = bytes_there(spec, request.machine.offload)
+    held = _parameters(request, trained=True) * optimizer + _parameters(request) * weights
+    return held // request.cluster.nodes
 
 
 def _offloaded(request: Request) -> dict[str, int]:
     """Bytes per parameter of what leaves the devices, by the names of ``DrivesSpec.holds``."""
-    spec, offload = request.stack.offload, request.machine.offload
-    if spec is None:
-        return {}
-    parts = {"optimizer": spec.optimizer_bytes} if offload.optimizer else {}
-    return parts | ({"parameters": spec.parameter_bytes or 0} if offload.parameters else {})
+    spec = request.stack.offload
+    return {} if spec is None else leaving(spec, request.machine.offload)
 
 
-def _parameters(request: Request) -> int:
-    """Of the whole model, those that embedding and head share once."""
+def _beside_drives(request: Request) -> int:
+    """Bytes of all state that leaves the devices and stays in memory beside the drives."""
+    drives, parts = on_drives(request), _offloaded(request)
+    stays = {} if drives is None else {k: v for k, v in parts.items() if k not in drives.holds}
+    trained = _parameters(request, trained=True) * stays.get("optimizer", 0)
+    return trained + _parameters(request) * stays.get("parameters", 0)
+
+
+def _parameters(request: Request, *, trained: bool = False) -> int:
+    """Of the whole model, or those that are trained; what embedding and head share counts once."""
     workload = request.workload
     held = [workload.embedding, *(workload.kinds[name] for name in workload.layers), workload.head]
     return sum(
-        weight.elements for kind in held for weight in kind.weights if weight.name != "head.tied"
+        weight.elements
+        for kind in held
+        for weight in kind.weights
+        if weight.name != "head.tied" and not (trained and weight.frozen)
     )
 
 
@@ -57,8 +62,10 @@ def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp
 
 def on_drives(request: Request) -> DrivesSpec | None:
     """How the stack keeps on NVMe drives some of what leaves the devices, or None."""
-    drives = request.stack.offload.drives if request.stack.offload is not None else None
-    return None if drives is None or _offloaded(request).keys().isdisjoint(drives.holds) else drives
+    spec = request.stack.offload
+    if spec is None or not fills_drives(spec, request.machine.offload):
+        return None
+    return spec.drives
 
 
 def host_capacity(request: Request) -> int | None:
@@ -81,8 +88,7 @@ def buffer_bytes_per_node(request: Request) -> int:
         each += min(drives.buffer_elements, working) * drives.buffer_bytes
     if "parameters" in parts:
         each += drives.parameter_buffer_bytes
-    stays = _parameters(request) * bytes_per_parameter(request, beside=True)
-    return each * devices + -(-stays // request.cluster.nodes)
+    return each * devices + -(-_beside_drives(request) // request.cluster.nodes)
 
 
 def cannot_offload(request: Request) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.given_order import GivenOrder
+from cost_models.host_room import HostRoom
 from cost_models.layout import V_SHAPED, Schedule
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
@@ -373,7 +374,19 @@ class _Table:
         else:
             at_the_end = made + np.maximum(last, step)
         possible = (at_the_end <= free).all(axis=1)
+        if leaf.hosts is not None:
+            possible &= self._hosted(held, leaf.hosts)
         return _Room(leaf, alive, free - short_lived, possible)
+
+    def _hosted(self, held: Ints, hosts: HostRoom) -> NDArray[np.bool_]:
+        """Whether each rank's state, by itself, has room on the hosts."""
+        state = held @ np.array(hosts.kinds)
+        state[:, 0] += hosts.embedding
+        state[:, -1] += hosts.head
+        devices = np.array([hosts.most_on_node(rank) for rank in range(self.leaf.pp)])
+        on_node = self._by_rank(state).sum(axis=1) * devices
+        holds: NDArray[np.bool_] = on_node.max(axis=1) <= hosts.room
+        return holds
 
     def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
         values = self.kinds[:, list(fields)].sum(axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cost_models.layout import LISTED
 from cost_models.leaf import Completion, Leaf, Recompute, stage_costs
-from cost_models.peaks import peaks
+from cost_models.peaks import hosts_hold, peaks
 from cost_models.recompute import MIXED, group_of
 from cost_models.split_backward import SPLIT_MODES
 from cost_models.step import Field
@@ -89,16 +89,17 @@ class Incumbent:
     def simulate(
         self, leaf: Leaf, degrees: Degrees, completion: Completion, program: ProgramSolution
     ) -> int:
-        """Simulate a completion, keep it if it is the best so far, and return its time in ns."""
+        """Time in ns of a completion, which is kept if best: endless where its hosts are too small."""
         self.simulated += 1
         ranks = stage_costs(leaf, completion)
-        step = simulate_step(leaf, ranks)
-        peak = max(peaks(leaf, ranks))
-        candidate = Candidate(step.total_ns, peak, degrees, leaf, completion, program)
+        if not hosts_hold(leaf, ranks):
+            return UNLIMITED
+        time_ns, peak = simulate_step(leaf, ranks).total_ns, max(peaks(leaf, ranks))
+        candidate = Candidate(time_ns, peak, degrees, leaf, completion, program)
         if self.best is None or candidate.key() < self.best.key():
             self.best = candidate
         self._keep(candidate)
-        return step.total_ns
+        return time_ns
 
     def _keep(self, candidate: Candidate) -> None:
         """Remember the best completion of each of the best layouts."""
@@ -113,10 +114,9 @@ class Incumbent:
 class Opening:
     """One leaf against the incumbent; ``check_deadline`` raises when the time is up.
 
-    ``thorough`` is whether completions are listed where the program's optimum does not settle it;
-    without, a leaf gives a fair completion and a valid, lower bound. ``sizes`` are those of rounds
-    of microbatches (``cost_models.rounds``), where the schedule has them; ``partitions`` stand for
-    those of even virtual stages.
+    ``thorough``: whether completions are listed where the program's optimum does not settle it (if
+    not, its bound stands). ``sizes`` are those of rounds of microbatches (``cost_models.rounds``),
+    if any; ``partitions`` stand for those of even virtual stages.
     """
 
     def __init__(

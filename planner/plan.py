@@ -133,13 +133,15 @@ class HostPrediction(Document):
 
     place: Literal["memory", "drives"] = "memory"
     bytes_per_node: int
-    """Were the hosts filled evenly."""
+    """Of the fullest node: which stages its devices belong to decides."""
     capacity_bytes_per_node: int | None
     """Of that place."""
     buffer_bytes_per_node: int = 0
     """Of memory beside the drives: what is on its way to them and back, and what stays there."""
     link_bytes_per_step: int
-    """Across each device's link to the host, both directions."""
+    """Across the link of one device to its host, both directions; the busiest device's."""
+    link_bytes_per_node_per_step: int = 0
+    """Across all links of one node; the busiest node's."""
 
 
 class Prediction(Document):

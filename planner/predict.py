@@ -10,31 +10,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.activation_offload import moved_bytes
 from cost_models.configs import price_configs, shard_of
 from cost_models.graph import LayerKind, WorkloadGraph
 from cost_models.layer_times import LayerTimes
-from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import (
     Completion,
     sent_ns,
     stage_costs,
 )
 from cost_models.outside import recomputing
+from cost_models.peaks import host_bytes
 from cost_models.recompute import parts_of
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
-from planner.hosted_inputs import Pipelines, input_bytes_per_node
+from planner.host_link import link_bytes
 from planner.hosted_outputs import hosted_bytes
-from planner.hosting import (
-    buffer_bytes_per_node,
-    bytes_per_parameter,
-    host_bytes_per_node,
-    host_capacity,
-    on_drives,
-)
+from planner.hosting import buffer_bytes_per_node, host_capacity, on_drives
 from planner.layouts import completion_of, configs_of
 from planner.models.spec import ModelSpec, MoeSpec
 from planner.plan import HostPrediction, Layout, Prediction, Term
@@ -160,71 +153,31 @@ def _is_familiar(request: Request) -> bool:
 def _host(priced: Priced, request: Request) -> HostPrediction | None:
     """What is kept on the hosts, or None."""
     layout, request = priced.layout, request.offloading(priced.layout)
-    spec = request.stack.offload
+    spec, node = request.stack.offload, request.cluster.groups[0].node
     outputs, sent = hosted_bytes(request, layout)
     if outputs:
+        crossed, devices = 2 * sent * layout.num_microbatches, node.devices_per_node
         return HostPrediction(
-            bytes_per_node=outputs * request.cluster.groups[0].node.devices_per_node,
+            bytes_per_node=outputs * devices,
             capacity_bytes_per_node=host_capacity(request),
-            link_bytes_per_step=2 * sent * layout.num_microbatches,
+            link_bytes_per_step=crossed,
+            link_bytes_per_node_per_step=crossed * devices,
         )
     if spec is None or not request.machine.offload.anything:
         return None
-    replicas = layout.dp_replicate * (1 if layout.zero_stage else layout.dp_shard * layout.cp)
-    held = host_bytes_per_node(request, replicas)
-    each = bytes_per_parameter(request)
-    elements = held * request.cluster.nodes // each // request.devices if each else 0
-    crossing = elements * spec.link_bytes
-    moved = _checkpoint_bytes(layout, request)
-    held += moved * request.cluster.groups[0].node.devices_per_node
-    crossing += 2 * moved * layout.num_microbatches
-    runs = Pipelines(
-        np.array([layout.pp]), np.array([layout.vpp]), np.array([layout.num_microbatches]),
-        np.array([layout.schedule in ALL_AT_ONCE]), np.array([layout.round_size]),
-    )  # fmt: skip
-    shard = shard_of(request.workload, priced.tables.configs)
-    held += int(input_bytes_per_node(request, shard, runs)[0])
-    crossing += 2 * _input_bytes(priced, request) * layout.num_microbatches
-    if layout.parameter_offload:
-        crossing += 2 * elements * request.machine.rules.gather_bytes * layout.num_microbatches
+    hosts, crossing = priced.leaf.hosts, [link_bytes(priced, r, request) for r in range(layout.pp)]
+    capacity = host_capacity(request)
+    if hosts is None or capacity is None:
+        return None
+    sizes = [host_bytes(priced.leaf, r, costs.chunks) for r, costs in enumerate(priced.ranks)]
     return HostPrediction(
         place="memory" if on_drives(request) is None else "drives",
-        bytes_per_node=held,
-        capacity_bytes_per_node=host_capacity(request),
+        bytes_per_node=capacity - hosts.room + hosts.fullest(sizes),
+        capacity_bytes_per_node=capacity,
         buffer_bytes_per_node=buffer_bytes_per_node(request),
-        link_bytes_per_step=crossing,
+        link_bytes_per_step=max(crossing),
+        link_bytes_per_node_per_step=hosts.fullest(crossing),
     )
-
-
-def _input_bytes(priced: Priced, request: Request) -> int:
-    """Bytes of modules' inputs that one microbatch sends to the host of the fullest rank."""
-    modules = request.machine.offload.inputs
-    if not modules:
-        return 0
-    shard = shard_of(request.workload, priced.tables.configs)
-    kinds, policies = request.workload.kinds, {p.name: p for p in priced.tables.workload.policies}
-
-    def each(kind: str, mode: str) -> int:
-        sizes = moved_bytes(kinds[kind], shard, policies.get(mode), modules)
-        return sum(int(size[0]) for size in sizes.values())
-
-    ranks = []
-    for stage in priced.layout.stages:
-        first_last = [chunk.layers for chunk in stage.chunks]
-        names = [name for a, b in first_last for name in request.workload.layers[a:b]]
-        moved = sum(each(name, "none") for name in names)
-        for part in stage.recompute:
-            moved -= part.layers * (each(part.kind, "none") - each(part.kind, part.mode))
-        ranks.append(moved)
-    return max(ranks)
-
-
-def _checkpoint_bytes(layout: Layout, request: Request) -> int:
-    """Bytes of the layer inputs of one device and microbatch that the host holds."""
-    tokens = layout.microbatch_size * (request.sequence // layout.cp)
-    tokens //= layout.tp if layout.sequence_parallel else 1
-    layers = sum(stage.activation_offload_layers for stage in layout.stages)
-    return tokens * request.workload.boundary_bytes_per_token * layers
 
 
 def _layer_ns(priced: Priced, rank: int) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cost_models.configs import PricedConfigs
+from cost_models.graph import LayerKind
 from cost_models.leaf import (
     Completion,
     Leaf,
@@ -28,5 +30,16 @@ class Priced:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room."""
+        """Whether every device has room, and every host."""
         return fits(self.leaf, self.ranks)
+
+    def modules(self, stage: int) -> Iterator[LayerKind]:
+        """What a virtual stage holds, in the order of its modules."""
+        workload, bounds = self.tables.workload, self.completion.bounds
+        everywhere = self.leaf.shared is not None
+        if stage == 0 or everywhere:
+            yield workload.embedding
+        for name in workload.layers[bounds[stage] : bounds[stage + 1]]:
+            yield workload.kinds[name]
+        if stage == self.leaf.stages - 1 or everywhere:
+            yield workload.head

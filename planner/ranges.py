@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.host_room import HostRoom
 from cost_models.layout import RecomputeMode
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import group_of, is_counted, parts_of
@@ -48,6 +49,8 @@ class Ranges:
         at_end = rank in (0, pp - 1)
         most = self._most_alive(rank, self._bytes(option)) if at_end else self._between(option)
         allowed: Table = (most >= self._live(rank)) & (self.layers >= least)
+        if leaf.hosts is not None:
+            allowed &= self._hosted(rank, leaf.hosts)
         if not leaf.uneven:
             return allowed & self.even(rank)
         return allowed
@@ -110,7 +113,8 @@ class Ranges:
 
     def _fits(self, rank: int, needed: tuple[Ints, ...]) -> Table:
         found: Table = self._most_alive(rank, needed) >= self._live(rank)
-        return found
+        hosts = self.leaf.hosts
+        return found if hosts is None else found & self._hosted(rank, hosts)
 
     def repeated(self, mode: RecomputeMode, count: Ints | int) -> Ints:
         """Time in ns that recomputation adds to a microbatch's backward of each range."""
@@ -122,6 +126,13 @@ class Ranges:
     def _live(self, rank: int) -> int:
         leaf = self.leaf
         return live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
+
+    def _hosted(self, rank: int, hosts: HostRoom) -> Table:
+        """Whether what ``rank`` alone sends to a node with each range has room there."""
+        ends = hosts.embedding * (rank == 0) + hosts.head * (rank == self.leaf.pp - 1)
+        each = np.array(hosts.kinds) + self._live(rank) * np.array(hosts.inputs)
+        holds: Table = (self.held @ each + ends) * hosts.most_on_node(rank) <= hosts.room
+        return holds
 
     def _between(self, option: Recompute) -> Ints:
         if option not in self._most:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cost_models.layout import SCHEDULES
 from hardware_profiles.schema import StackSpec
-from planner.hosting import cannot_offload, host_bytes_per_node, host_capacity
+from planner.hosting import cannot_offload, host_capacity, least_bytes_per_node
 from planner.models.spec import (
     AttentionSpec,
     GatedDeltaNetSpec,
@@ -255,7 +255,7 @@ def impossible_layout(
         if request.job.parameter_offload and zero < 3:
             return "weights are offloaded in ZeRO stage 3 only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
-        held = host_bytes_per_node(request, 1) * float(copies)
+        held = least_bytes_per_node(request) * float(copies)
         if job.activation_offload:
             if mesh.pp > 1:
                 return "activations are offloaded without a pipeline only"

@@ -28,7 +28,7 @@ from cost_models.leaf import (
 from cost_models.outside import outside_bounds, recomputing
 from cost_models.outside_bounds import OutsideLayouts, outside_step_bounds
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
-from cost_models.peaks import fits, peak_bytes
+from cost_models.peaks import fits, fits_alone, hosts_hold
 from cost_models.recompute import is_counted
 from cost_models.relaxation import Relaxation
 from cost_models.step_time import simulate_step
@@ -285,6 +285,8 @@ class _Chain:
             raise _TooLargeError
         if rank < 0:
             self.reached += 1
+            if not hosts_hold(leaf, chosen):
+                return None
             total = simulate_step(leaf, chosen).total_ns
             return f"takes {total / 1e9:.6g} s" if total < self.least else None
         closed = self._closed.setdefault((rank, last), [])
@@ -356,6 +358,6 @@ class _Chain:
         known = self._stages.get(key)
         if known is None:
             chunk = chunk_costs(self.leaf, rank, first, last, option)
-            holds = peak_bytes(self.leaf, rank, (chunk,)) <= self.leaf.capacity_bytes
+            holds = fits_alone(self.leaf, rank, (chunk,))
             known = self._stages[key] = rank_costs(self.leaf, (chunk,)), holds
         return known

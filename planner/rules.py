@@ -22,8 +22,8 @@ from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosting import (
     cannot_offload,
     checkpoint_bytes_per_node,
-    host_bytes_per_node,
     host_capacity,
+    least_bytes_per_node,
     overfilled,
 )  # fmt: skip
 from planner.meshes import Layouts, Meshes
@@ -305,8 +305,8 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
 
 
 def overfills(request: Request, m: Meshes, x: Layouts, rounds: Int64) -> Bools:
-    """Whether the hosts do not hold what layouts offload, in rounds of so many microbatches."""
-    once, capacity = host_bytes_per_node(request, 1), host_capacity(request) or 0
+    """Whether the hosts, evenly filled, do not hold what layouts offload, in such rounds."""
+    once, capacity = least_bytes_per_node(request), host_capacity(request) or 0
     copies = x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp)
     held = copies * float(once)
     held = held + checkpoint_bytes_per_node(

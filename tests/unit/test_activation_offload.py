@@ -58,10 +58,11 @@ def test_inputs_leave_the_device_but_for_one_layer(rank: int) -> None:
         assert term(there, rank, "working") - term(here, rank, "working") == QKV
 
 
-def test_hosts_hold_the_first_stages_inputs() -> None:
+def test_hosts_hold_the_inputs_of_every_stage_on_them() -> None:
     found = predicted("megatron-core-offload").host
     assert found is not None
-    assert found.bytes_per_node == 8 * 4 * 8 * (QKV + OUTPUT)
+    # Two devices of each of four stages, with 4, 3, 2 and 1 microbatches of eight layers.
+    assert found.bytes_per_node == 2 * (4 + 3 + 2 + 1) * 8 * (QKV + OUTPUT)
     assert found.link_bytes_per_step == 2 * 8 * (QKV + OUTPUT) * 8
 
 

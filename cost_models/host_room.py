@@ -1,0 +1,168 @@
+"""What waits in the memory of a node's hosts (or on their drives), and whether it has room there.
+
+Every device of a pipeline rank sends the same: its share of the state of the rank's layers, the
+inputs of modules of the microbatches in flight, the layer inputs of full recomputation. Ranks lie
+on the nodes in order, tensor parallelism first and the pipeline last, so a node's devices are of
+one pipeline rank, of several, or of the end of one and the start of the next; the fullest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cost_models.activation_offload import moved_bytes
+from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.offload import Offload
+from cost_models.state import ceil_div, local_parameters
+from hardware_profiles.holdings import OffloadSpec
+
+if TYPE_CHECKING:
+    from cost_models.configs import Configs
+    from cost_models.step import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoom:
+    """Bytes that one device of a leaf sends to its host, by layer kind, and the room there."""
+
+    kinds: tuple[int, ...]
+    """State of a layer of each kind."""
+    embedding: int
+    head: int
+    inputs: tuple[int, ...]
+    """Modules' inputs of a layer of each kind and one microbatch."""
+    room: int
+    """Bytes of a node, less what all its devices send there whatever layers they hold."""
+    rank_devices: int
+    """Devices of a pipeline rank; neighbours."""
+    node_devices: int
+
+    def most_on_node(self, rank: int) -> int:
+        """Most devices of a pipeline rank that share a node."""
+        return max(devices[rank] for devices in self._nodes(rank, rank + 1) if rank in devices)
+
+    def fullest(self, sizes: Sequence[int]) -> int:
+        """Most bytes on any node where a device of each pipeline rank sends ``sizes``."""
+        return max(
+            sum(sizes[rank] * count for rank, count in devices.items())
+            for devices in self._nodes(0, len(sizes))
+        )
+
+    def _nodes(self, first: int, last: int) -> list[dict[int, int]]:
+        """Devices of each pipeline rank on the distinct nodes of ranks ``first .. last - 1``."""
+        of_rank, of_node = self.rank_devices, self.node_devices
+        if of_rank % of_node == 0:
+            return [{rank: of_node} for rank in range(first, last)]
+        nodes = []
+        for node in range(first * of_rank // of_node, -(-last * of_rank // of_node)):
+            start, end = node * of_node, (node + 1) * of_node
+            ranks = range(start // of_rank, min(last, -(-end // of_rank)))
+            nodes.append({r: min(end, (r + 1) * of_rank) - max(start, r * of_rank) for r in ranks})
+        return nodes
+
+
+@dataclass(frozen=True)
+class HostTables:
+    """:class:`HostRoom` of every configuration."""
+
+    kinds: tuple[Int64, ...]
+    embedding: Int64
+    head: Int64
+    inputs: tuple[Int64, ...]
+    room: Int64
+    rank_devices: Int64
+    node_devices: int
+
+    def of(self, index: int, *, shared_ends: bool) -> HostRoom:
+        """That of configuration ``index``; ``shared_ends``: every pipeline rank holds its part of
+        embedding and head."""
+        ends = int(self.embedding[index]), int(self.head[index])
+        everywhere = sum(ends) * self.node_devices if shared_ends else 0
+        return HostRoom(
+            tuple(int(table[index]) for table in self.kinds),
+            *((0, 0) if shared_ends else ends),
+            tuple(int(table[index]) for table in self.inputs),
+            int(self.room[index]) - everywhere,
+            int(self.rank_devices[index]),
+            self.node_devices,
+        )
+
+
+def host_tables(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs
+) -> HostTables | None:
+    """What the devices of every configuration send to the hosts; None where nothing leaves them or
+    nobody says what a host holds."""
+    spec, node = machine.stack.offload, machine.cluster.groups[0].node
+    if spec is None or not machine.offload.anything:
+        return None
+    capacity = node.host_memory if not fills_drives(spec, machine.offload) else node.drives
+    if capacity is None:
+        return None
+    kinds = [workload.kinds[name] for name in dict.fromkeys(workload.layers)]
+    modules = machine.offload.inputs
+    optimizer, weights = bytes_there(spec, machine.offload)
+
+    def state(kind: LayerKind) -> Int64:
+        trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
+        return trained * (optimizer + weights) + frozen * weights
+
+    return HostTables(
+        kinds=tuple(state(kind) for kind in kinds),
+        embedding=state(workload.embedding),
+        head=state(workload.head),
+        inputs=tuple(
+            sum(moved_bytes(kind, shard, None, modules).values(), np.zeros_like(shard.tp))
+            for kind in kinds
+        ),
+        room=int(capacity.si)
+        - checkpoint_bytes(workload, machine.offload, shard) * node.devices_per_node,
+        rank_devices=configs.world // configs.pp,
+        node_devices=node.devices_per_node,
+    )
+
+
+def shard_elements(
+    kind: LayerKind, shard: Shard, configs: Configs, vocab_divisor: int
+) -> tuple[Int64, Int64]:
+    """Elements of one device's shard of a layer's weights: trained, and not trained."""
+    local = local_parameters(kind, shard, vocab_divisor, drop_tied=configs.pp == 1)
+    ranks = configs.dp_shard * configs.cp
+    split = configs.zero_stage > 0
+    dense = np.where(split, ranks, 1)
+    expert = np.where(split, np.maximum(ranks * configs.tp // (configs.ep * configs.etp), 1), 1)
+    trained = ceil_div(local.dense, dense) + ceil_div(local.expert, expert)
+    return trained, ceil_div(local.frozen_dense, dense) + ceil_div(local.frozen_expert, expert)
+
+
+def leaving(spec: OffloadSpec, offload: Offload) -> dict[str, int]:
+    """Bytes per parameter of what leaves the devices, by the names of ``DrivesSpec.holds``."""
+    parts = {"optimizer": spec.optimizer_bytes} if offload.optimizer else {}
+    return parts | ({"parameters": spec.parameter_bytes or 0} if offload.parameters else {})
+
+
+def fills_drives(spec: OffloadSpec, offload: Offload) -> bool:
+    """Whether some of what leaves the devices goes on to NVMe drives."""
+    return spec.drives is not None and not leaving(spec, offload).keys().isdisjoint(
+        spec.drives.holds
+    )
+
+
+def bytes_there(spec: OffloadSpec, offload: Offload) -> tuple[int, int]:
+    """Bytes per parameter of optimizer state and of weights where the stack fills the drives, else
+    in memory."""
+    parts = leaving(spec, offload)
+    if spec.drives is not None and fills_drives(spec, offload):
+        parts = {name: size for name, size in parts.items() if name in spec.drives.holds}
+    return parts.get("optimizer", 0), parts.get("parameters", 0)
+
+
+def checkpoint_bytes(workload: WorkloadGraph, offload: Offload, shard: Shard) -> Int64:
+    """Bytes of the inputs of all layers of one microbatch that a device sends to its host."""
+    if not offload.checkpoints:
+        return np.zeros_like(shard.tp)
+    return shard.residual_tokens * workload.boundary_bytes_per_token * len(workload.layers)

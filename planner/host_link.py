@@ -1,0 +1,65 @@
+"""Bytes of a step that cross a device's link to its host."""
+
+from __future__ import annotations
+
+from cost_models.activation_offload import moved_bytes
+from cost_models.configs import shard_of
+from cost_models.graph import LayerKind
+from cost_models.host_room import checkpoint_bytes, shard_elements
+from planner.priced import Priced
+from planner.request import Request
+
+
+def link_bytes(priced: Priced, rank: int, request: Request) -> int:
+    """Of a device of pipeline rank ``rank``, both directions.
+
+    Gradients leave and weights come back once a step; weights that live on the host come for each
+    forward and each backward; layer inputs and modules' inputs leave and come with each microbatch.
+    """
+    spec, layout, machine = request.stack.offload, priced.layout, request.machine
+    assert spec is not None
+    trained, frozen = _elements(priced, rank)
+    crossing = trained * spec.link_bytes if machine.offload.optimizer else 0
+    each_pass = 0
+    if machine.offload.parameters:
+        each_pass += (trained + frozen) * machine.rules.gather_bytes
+    shard = shard_of(request.workload, priced.tables.configs)
+    if any(stage.activation_offload_layers for stage in layout.stages):
+        each_pass += int(checkpoint_bytes(request.workload, machine.offload, shard)[0])
+    each_pass += _input_bytes(priced, rank, request)
+    return crossing + 2 * each_pass * layout.num_microbatches
+
+
+def _elements(priced: Priced, rank: int) -> tuple[int, int]:
+    """Of a device's shard: trained, and not trained."""
+    workload, configs = priced.tables.workload, priced.tables.configs
+    shard = shard_of(workload, configs)
+
+    def of(kind: LayerKind) -> tuple[int, int]:
+        counts = shard_elements(kind, shard, configs, workload.vocab_divisor)
+        return int(counts[0][0]), int(counts[1][0])
+
+    held = [of(kind) for stage in priced.leaf.held(rank) for kind in priced.modules(stage)]
+    return sum(trained for trained, _ in held), sum(frozen for _, frozen in held)
+
+
+def _input_bytes(priced: Priced, rank: int, request: Request) -> int:
+    """Modules' inputs that one microbatch sends there."""
+    modules = request.machine.offload.inputs
+    if not modules:
+        return 0
+    shard = shard_of(request.workload, priced.tables.configs)
+    kinds, policies = request.workload.kinds, {p.name: p for p in priced.tables.workload.policies}
+
+    def each(kind: str, mode: str) -> int:
+        sizes = moved_bytes(kinds[kind], shard, policies.get(mode), modules)
+        return sum(int(size[0]) for size in sizes.values())
+
+    stage = priced.layout.stages[rank]
+    names = [
+        name for chunk in stage.chunks for name in request.workload.layers[slice(*chunk.layers)]
+    ]
+    moved = sum(each(name, "none") for name in names)
+    for part in stage.recompute:
+        moved -= part.layers * (each(part.kind, "none") - each(part.kind, part.mode))
+    return moved
