@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
-from hardware_profiles.stack import Schedule as NamedSchedule
+from hardware_profiles.stack_words import Schedule as NamedSchedule
 
 GivenSchedule = Literal["given", "given_split", "given_v", "given_v_split"]
 """Orders of work that a user gives (``cost_models.given_order``): virtual stages round and round or

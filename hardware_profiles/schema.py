@@ -17,11 +17,11 @@ from pydantic import Field, field_validator, model_validator
 from hardware_profiles.sourced import Kind as Kind
 from hardware_profiles.sourced import Profile as Profile
 from hardware_profiles.sourced import Sourced as Sourced
-from hardware_profiles.stack import EXCHANGE_LIBRARIES as EXCHANGE_LIBRARIES
-from hardware_profiles.stack import Dispatcher as Dispatcher
 from hardware_profiles.stack import LayersSpec as LayersSpec
-from hardware_profiles.stack import SelectiveRecompute as SelectiveRecompute
 from hardware_profiles.stack import StackSpec as StackSpec
+from hardware_profiles.stack_words import EXCHANGE_LIBRARIES as EXCHANGE_LIBRARIES
+from hardware_profiles.stack_words import Dispatcher as Dispatcher
+from hardware_profiles.stack_words import SelectiveRecompute as SelectiveRecompute
 
 
 class MatmulConstants(Profile):

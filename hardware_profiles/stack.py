@@ -10,110 +10,28 @@ from hardware_profiles.holdings import ByPrecision, OffloadSpec, Precision, Rese
 from hardware_profiles.layers_spec import LayersSpec as LayersSpec
 from hardware_profiles.layers_spec import require_shared_vocabulary
 from hardware_profiles.sourced import Profile, Sourced
+from hardware_profiles.stack_words import (
+    AttentionSort,
+    ContextKind,
+    Dispatcher,
+    Fusion,
+    ModelFeature,
+    Module,
+    OptimizerName,
+    RankDimension,
+    SaveLists,
+    Schedule,
+    SelectiveRecompute,
+    StackRule,
+    Trainable,
+    ZeroStages,
+)
 
 Value = TypeVar("Value")
-
-AttentionSort = Literal["sliding windows", "latent attention"]
-ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
-Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
-"""How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
-EXCHANGE_LIBRARIES = ("deepep", "hybridep")
-"""Dispatchers that send one copy per node, with a share of link bandwidth of their own."""
-
-
-Schedule = Literal[
-    "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev",
-    "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced",
-]  # fmt: skip
-"""Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
-StackRule = Literal[
-    "pipeline_needs_multiple_of_pp",
-    "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
-    "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
-    "no_zero_3_with_context",
-    "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
-    "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
-    "shards_fill_nodes", "experts_follow_tp", "tp_needs_expert_parallelism",
-]  # fmt: skip
-"""What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
-of a device (``planner.stacks``)."""
-Fusion = Literal[
-    "bias_gelu", "swiglu", "bias_dropout_add", "rope", "cross_entropy", "wgrad_accumulation",
-    "masked_softmax", "grouped_gemm", "norm", "norm_linear",
-]  # fmt: skip
-Module = Literal[
-    "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts",
-    "sp_gather",
-]  # fmt: skip
-"""Parts of a layer that can be run again, by the tags of ``planner.blocks``."""
-OptimizerName = Literal[
-    "adamw", "adamw_bf16", "sgd", "lion", "adagrad", "rmsprop", "novograd", "adamax", "adadelta",
-    "rprop", "adam8bit", "adafactor", "muon",
-]  # fmt: skip
-"""Entries of ``cost_models.optimizers``."""
-Trainable = Literal[
-    "attention", "latent_attention", "sparse_latent_attention", "mamba", "mamba2",
-    "gated_delta_net", "mlp", "moe", "vision", "layers",
-]  # fmt: skip
-"""Kinds of sub-block (``planner.blocks.registry``), vision towers, and sequences of layers."""
-ModelFeature = Literal[
-    "ALiBi", "attention sinks", "softcapped scores", "softcapped logits", "sliding windows",
-    "windows by layer", "chunked attention", "layers without positions", "gated attention outputs",
-    "values that are keys", "norms over all heads", "norms behind sub-blocks", "normed embeddings",
-    "projected embeddings", "biases of the head", "biases of experts", "parallel blocks",
-    "shared experts", "latent experts", "experts in state-space hybrids", "multi-token prediction",
-    "RMS norms", "grouped queries",
-]  # fmt: skip
-"""What some software lacks for a model whose kinds of sub-block it has; see
-``planner.models.features``."""
-ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
-RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 
 
 def _plain_dispatcher() -> dict[str, Dispatcher]:
     return {"default": "alltoall"}
-
-
-OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]
-"""Outputs of a layer by what they are; ``attention`` with its statistics."""
-
-
-class SelectiveRecompute(Profile):
-    """Selective recomputation: of some modules, or of all but the outputs of some ops."""
-
-    modules: tuple[Module, ...] = ()
-    keeps: (
-        tuple[
-            Literal[
-                "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul",
-                "grouped_matmul",
-            ],
-            ...,
-        ]
-        | None
-    ) = None  # fmt: skip
-    """Ops whose outputs are kept while the rest of the layer is run again; ``odd_matmul`` is every
-    second product of a layer, the first included."""
-
-
-class SaveLists(Profile):
-    """Recomputation of a layer but for named outputs, as frameworks on XLA state it."""
-
-    policies: dict[str, tuple[OutputName, ...]]
-    """Outputs kept under each mode of the stack's own names."""
-    offloaded: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
-    """Outputs that wait on the host under further modes."""
-    outputs: tuple[OutputName, ...]
-    """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
-    separate: tuple[Literal["qkv", "mlp_in"], ...] = ()
-    """Of those, the ones that a list may keep a part of: ``query``, ``key`` and ``value``;
-    ``mlp_gate`` and ``mlp_up``."""
-    latents: tuple[Literal["mla_q", "mla_kv"], ...] = ()
-    """Latents of queries, and of keys and values, behind their norms, that a list may name too."""
-    hosted: tuple[OutputName | Literal["layer_input", "mla_q", "mla_kv"], ...] = ()
-    """What a list may send to the host, as ``NAME@host``; ``layer_input`` is what a layer starts
-    from, which stays on the device else."""
-    source: str
 
 
 class StackSpec(Profile):

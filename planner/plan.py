@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cost_models.layout import Schedule
-from hardware_profiles.stack import ContextKind
+from hardware_profiles.stack_words import ContextKind
 
 SCHEMA_VERSION: Final = "1.0"
 SIGNIFICANT_DIGITS = 9

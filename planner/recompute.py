@@ -14,7 +14,7 @@ from cost_models.graph import LayerKind
 from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import expanded
 from hardware_profiles.schema import StackSpec
-from hardware_profiles.stack import SaveLists
+from hardware_profiles.stack_words import SaveLists
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE

@@ -13,7 +13,7 @@ from cost_models.offload import Offload
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
-from hardware_profiles.stack import ModelFeature
+from hardware_profiles.stack_words import ModelFeature
 from planner.blocks.registry import model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes

@@ -14,7 +14,7 @@ from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
 from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LISTED, SCHEDULES, V_SHAPED, codes_of
 from cost_models.rounds import runnable
-from hardware_profiles.stack import ContextKind
+from hardware_profiles.stack_words import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
 from planner.errors import InputError

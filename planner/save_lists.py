@@ -21,7 +21,7 @@ from cost_models.named_outputs import (
     unneeded,
 )
 from cost_models.ops import Attention, Op
-from hardware_profiles.stack import OutputName, SaveLists
+from hardware_profiles.stack_words import OutputName, SaveLists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
 

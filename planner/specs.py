@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardware_profiles.stack import Schedule
+from hardware_profiles.stack_words import Schedule
 from planner.models.spec import Positive, Spec
 
 DEGREES = (

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Op, SavedTensor
-from hardware_profiles.stack import AttentionSort
+from hardware_profiles.stack_words import AttentionSort
 from planner.blocks import (
     attention,
     gated_delta_net,

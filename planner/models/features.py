@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hardware_profiles.stack import ModelFeature
+from hardware_profiles.stack_words import ModelFeature
 from planner.models.kinds import Model
 from planner.models.spec import (
     AttentionSpec,

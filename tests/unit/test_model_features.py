@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from hardware_profiles.loader import catalog_names, load_stack
-from hardware_profiles.stack import ModelFeature
+from hardware_profiles.stack_words import ModelFeature
 from planner.errors import InputError
 from planner.models.features import FEATURES, model_features
 from planner.models.reader import model_from_document, read_model

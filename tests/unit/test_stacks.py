@@ -10,7 +10,7 @@ import pytest
 from cost_models.optimizers import OPTIMIZERS
 from hardware_profiles.documents import DocumentError
 from hardware_profiles.loader import catalog_names, load_device, load_stack
-from hardware_profiles.stack import OptimizerName, StackRule, Trainable
+from hardware_profiles.stack_words import OptimizerName, StackRule, Trainable
 from planner.blocks.registry import KINDS
 from planner.errors import InfeasibleError, InputError
 from planner.models.spec import Spec
