@@ -89,7 +89,7 @@ class Incumbent:
     def simulate(
         self, leaf: Leaf, degrees: Degrees, completion: Completion, program: ProgramSolution
     ) -> int:
-        """Time in ns of a completion, which is kept if best: endless where its hosts are too small."""
+        """Time in ns of a completion, kept if best: endless where its hosts are too small."""
         self.simulated += 1
         ranks = stage_costs(leaf, completion)
         if not hosts_hold(leaf, ranks):
