@@ -82,9 +82,11 @@ def pieces(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
 
 
 def _latents(op: Op, ops: tuple[Op, ...]) -> tuple[Piece, ...]:
-    """Latents that one norm op makes: those of queries only where they are projected down."""
+    """Latents that one norm op makes: those of queries only where they are projected down, those of
+    keys and values only where they are projected up (sparse attention works on them)."""
     products = {other.name: other for other in ops if isinstance(other, MatMul)}
-    made = [name for name in NAMED[op.name] if name != "mla_q" or "q_down" in products]
+    projected = [name for name in NAMED[op.name] if LATENTS[name] in products]
+    made = [name for name in projected if name != "mla_q" or "q_down" in products]
     widths = [products[LATENTS[name]].k for name in made]
     whole: Ints = sum(np.asarray(width) for width in widths)
     return tuple(Piece(name, width, whole) for name, width in zip(made, widths, strict=True))

@@ -13,6 +13,7 @@ from planner.models.features import FEATURES, model_features
 from planner.models.reader import model_from_document, read_model
 from planner.models.spec import ModelSpec
 from planner.pipeline import evaluate, plan, read_request
+from planner.request import Request
 from planner.stacks import fault
 
 COMMON = {"RMS norms", "grouped queries", "sliding windows", "shared experts"}
@@ -142,3 +143,51 @@ def test_what_changes_scores_is_told_as_not_priced() -> None:
 @pytest.mark.parametrize("name", catalog_names("stack"))
 def test_what_a_stack_lacks_says_where_that_is_seen(name: str) -> None:
     assert all(len(why.split()) > 3 for why in load_stack(name).lacks.values())
+
+
+RECOMPUTED = {
+    "megatron-core-0.6": {"core_attn"},
+    "megatron-core-0.8": {"core_attn"},
+    "megatron-core": {"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act"},
+    "megatron-core-muon": {"core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act",
+                           "shared_experts"},
+}  # fmt: skip
+"""Modules that the assertions of these versions allow to run again."""
+
+
+@pytest.mark.parametrize("stack", RECOMPUTED)
+def test_a_version_runs_again_what_its_assertion_allows(stack: str) -> None:
+    spec = load_stack(stack)
+    assert set(spec.recompute_modules) == RECOMPUTED[stack]
+    searched = {part for mode in spec.recompute for part in mode.split("+")}
+    assert searched <= {*RECOMPUTED[stack], "none", "selective", "full"}
+
+
+def test_shared_experts_run_again_from_core_0_14_on() -> None:
+    def request(stack: str) -> Request:
+        limits = {"recompute": "shared_experts"}
+        job = {"stack": stack, "constraints": limits}
+        return read_request("deepseek-v2-lite", "dgx-h100:4", None, job)
+
+    with pytest.raises(InputError, match="recompute is 'shared_experts'; megatron-core knows"):
+        request("megatron-core")
+    kept = {
+        mode: evaluate(
+            read_request("deepseek-v2-lite", "dgx-h100:4", None, {"stack": "megatron-core-muon"}),
+            {"tp": 1, "pp": 4, "ep": 8, "recompute": mode},
+        )
+        for mode in ("none", "shared_experts")
+    }
+    assert kept["shared_experts"].prediction.step_time_s > kept["none"].prediction.step_time_s
+
+
+def test_latents_of_sparse_attention_have_no_product_that_reads_them_up() -> None:
+    workload = read_request("deepseek-v3.2", "dgx-h100:64").workload
+    assert "selective" in {policy.name for policy in workload.policies}
+
+
+def test_what_0_13_has_beside_the_space_is_named() -> None:
+    named = plan(read_request("llama-3.2-1b", "dgx-h100", None, {"stack": "megatron-core"}))
+    assert named.target.not_priced == (
+        "cp_comm_type as a list", "distribute_saved_activations", "cpu_offloading_num_layers",
+    )  # fmt: skip
