@@ -90,7 +90,7 @@ class StackSpec(Profile):
     """Whether ``dp_replicate`` and ``dp_shard`` may both exceed 1."""
     cp_kinds: tuple[ContextKind, ...]
     cp_kinds_of: dict[AttentionSort, tuple[ContextKind, ...]] = Field(default_factory=dict)
-    """Those of ``cp_kinds`` that run some sort of attention, where it is not all of them."""
+    """Those of ``cp_kinds`` that run some sort of attention or of model, where it is not all."""
     balanced_context: bool = True
     """Whether context parallelism deals each rank an early and a late piece of the sequence, so
     that all have as much of a causal mask; else one piece in order, and all wait for the last."""

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from hardware_profiles.sourced import Profile
 
-AttentionSort = Literal["sliding windows", "latent attention"]
+AttentionSort = Literal[
+    "sliding windows", "latent attention", "mixtures of experts", "models without experts"
+]
 ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
@@ -28,7 +30,8 @@ StackRule = Literal[
     "no_zero_3_with_context",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
-    "shards_fill_nodes", "experts_follow_tp", "tp_needs_expert_parallelism",
+    "shards_fill_nodes", "experts_follow_tp", "experts_over_ep_or_tp",
+    "tp_needs_expert_parallelism",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""

@@ -206,9 +206,8 @@ _DEGREES = (
 
 def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
     degree: dict[str, int] = {}
-    sliced = "experts_follow_tp" in request.stack.rules and request.workload.expert_count
     for name in _DEGREES:
-        value = base.get(name, degree["tp"] if sliced and name == "etp" else 1)
+        value = base.get(name, _usual_etp(degree, request) if name == "etp" else 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"layout: {name} = {value!r} is not a positive whole number")
         degree[name] = value
@@ -249,6 +248,15 @@ def _degrees(base: Mapping[str, Any], request: Request) -> dict[str, int]:
         )
     degree["expert_dp"] = degree["dp_replicate"] * ranks // (degree["ep"] * degree["etp"])
     return degree
+
+
+def _usual_etp(degree: Mapping[str, int], request: Request) -> int:
+    """Ranks that share an expert where nobody says: what the stack's rules leave, else one."""
+    rules = request.stack.rules
+    follows = "experts_follow_tp" in rules or (
+        "experts_over_ep_or_tp" in rules and degree["ep"] == 1
+    )
+    return degree["tp"] if follows and request.workload.expert_count else 1
 
 
 def _default_zero(request: Request, degree: Mapping[str, int]) -> int:

@@ -258,7 +258,7 @@ def evaluate(request: Request, layout: Mapping[str, Any]) -> EvaluatedLayout:
     raises :class:`InputError`.
     """
     from planner.hosted_outputs import check_hosted_outputs
-    from planner.rules import check_layout
+    from planner.layout_check import check_layout
 
     complete = complete_layout(layout, request)
     check_layout(request, complete)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cost_models.layout import SCHEDULES
 from hardware_profiles.schema import StackSpec
+from hardware_profiles.stack_words import AttentionSort
 from planner.hosting import cannot_offload, host_capacity, least_bytes_per_node
 from planner.models.spec import (
     AttentionSpec,
@@ -116,6 +117,10 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
                 return "experts do not split over ep and etp"
             if "experts_follow_tp" in stack.rules and mesh.etp != mesh.tp:
                 return "experts are split as tp is"
+            if "experts_over_ep_or_tp" in stack.rules and (
+                mesh.etp != (mesh.tp if mesh.ep == 1 else 1)
+            ):
+                return "experts are split over ep, or as tp is without it"
             if feed_forward.shared_intermediate % mesh.tp:
                 return "shared experts do not split over tp"
             if "moe_with_tp_needs_sequence_parallel" in stack.rules and (
@@ -128,6 +133,11 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
                 return "the stack has no mixture of experts"
     if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
         return "the network does not split along a sequence"
+    sort: AttentionSort = (
+        "mixtures of experts" if request.workload.expert_count else "models without experts"
+    )
+    if mesh.cp > 1 and mesh.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
+        return f"no such context parallelism of {sort}"
     if model.tensor_split is not None and model.tensor_split % mesh.tp:
         return "the network does not split over tp"
     if (mesh.dp * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cost_models.cp_kinds import cp_kind_code, exchange_ways, is_kind
+from cost_models.cp_kinds import exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
-from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LISTED, SCHEDULES, V_SHAPED, codes_of
+from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LISTED, V_SHAPED, codes_of
 from cost_models.rounds import runnable
 from hardware_profiles.stack_words import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
 from planner.blocks.splits import LATE_SPLITS, Split
-from planner.errors import InputError
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosting import (
     cannot_offload,
@@ -27,7 +26,6 @@ from planner.hosting import (
     overfilled,
 )  # fmt: skip
 from planner.meshes import Layouts, Meshes
-from planner.plan import Layout
 from planner.request import Request
 
 Rule = tuple[str, Callable[[Meshes], Bools]]
@@ -121,6 +119,12 @@ def _exchanges(heads: int) -> Callable[[Meshes], Bools]:
 def _stack_rules(request: Request) -> Iterator[Rule]:
     stack = request.stack
     label = f"{stack.name} {stack.version}"
+    if stack.sequence_parallel == "always" and request.model.splits_sequence:
+        yield f"{label} has tp with sequence parallelism only", lambda m: (m.tp > 1) & (m.sp == 0)
+    if stack.sequence_parallel == "never":
+        yield f"{label} has no sequence parallelism", lambda m: m.sp == 1
+    if not stack.expert_tensor_parallel:
+        yield f"{label} does not split an expert over tp", lambda m: m.etp > 1
     if not stack.cp_kinds:
         yield f"{label} has no context parallelism", lambda m: m.cp > 1
     for sort, kinds in stack.cp_kinds_of.items():
@@ -151,6 +155,7 @@ def _concerns(rule: str, request: Request) -> bool:
         "no_experts_with_tp",
         "no_expert_parallelism",
         "experts_follow_tp",
+        "experts_over_ep_or_tp",
     }
 
 
@@ -167,6 +172,10 @@ STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
     "no_experts_with_tp": ("no mixture of experts under tp", lambda m: m.tp > 1),
     "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
     "experts_follow_tp": ("experts are split as tp splits all else", lambda m: m.etp != m.tp),
+    "experts_over_ep_or_tp": (
+        "experts are split over ep, or over tp where ep is 1",
+        lambda m: m.etp != np.where(m.ep == 1, m.tp, 1),
+    ),
     "tp_needs_expert_parallelism": (
         "tensor parallelism needs expert parallelism",
         lambda m: (m.tp > 1) & (m.ep == 1),
@@ -343,57 +352,3 @@ def _even_enough(request: Request, meshes: Meshes, layouts: Layouts) -> Bools:
     turns = np.isin(layouts.schedule, codes_of(V_SHAPED))
     result: Bools = np.where(turns, on_ranks, spare <= 2 * height)
     return result | request.free_stages
-
-
-def check_layout(request: Request, layout: Layout) -> None:
-    """Raise :class:`InputError` with the reason where the space would remove this layout.
-
-    The user's constraints are not applied: they bound the search, not a layout that is asked about.
-    """
-
-    request = request.offloading(layout)
-
-    def one(value: int) -> Int64:
-        return np.array([value], dtype=np.int64)
-
-    meshes = Meshes(
-        tp=one(layout.tp), sp=one(layout.sequence_parallel), cp=one(layout.cp),
-        cp_kind=one(cp_kind_code(layout.cp_kind, layout.cp_inner)), pp=one(layout.pp),
-        ep=one(layout.ep), etp=one(layout.etp), microbatch=one(layout.microbatch_size),
-        dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
-    )  # fmt: skip
-    for reason, broken in mesh_rules(request):
-        if broken(meshes).any():
-            raise InputError(f"layout {_brief(layout)}: {reason}")
-    layouts = Layouts(
-        mesh=one(0), dp_replicate=one(layout.dp_replicate), dp_shard=one(layout.dp_shard),
-        zero_stage=one(layout.zero_stage), reshard=one(layout.reshard_group),
-        schedule=one(SCHEDULES.index(layout.schedule)), vpp=one(layout.vpp),
-        outside=one(layout.layers_outside),
-    )  # fmt: skip
-    if layout.zero_stage not in request.zero_stages:
-        raise InputError(
-            f"{request.stack.name} has no ZeRO stage {layout.zero_stage} in "
-            f"{request.job.precision}; it has {', '.join(map(str, request.zero_stages))}"
-        )
-    if layout.cp > 1 and layout.cp_kind not in request.stack.cp_kinds:
-        raise InputError(
-            f"{request.stack.name} has no {layout.cp_kind} context parallelism; "
-            f"it has {', '.join(request.stack.cp_kinds)}"
-        )
-    if layout.pp > 1 and layout.schedule not in request.runnable_schedules:
-        raise InputError(
-            f"{request.stack.name} has no schedule {layout.schedule}; "
-            f"it has {', '.join(request.stack.schedules)}"
-        )
-    for reason, layout_broken in layout_rules(request):
-        if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
-            raise InputError(f"layout {_brief(layout)}: {reason}")
-
-
-def _brief(layout: Layout) -> str:
-    return (
-        f"tp {layout.tp} cp {layout.cp} pp {layout.pp} vpp {layout.vpp} ep {layout.ep} "
-        f"etp {layout.etp} dp {layout.dp_replicate}x{layout.dp_shard} "
-        f"microbatches {layout.num_microbatches} x {layout.microbatch_size}"
-    )

@@ -124,15 +124,16 @@ def model_splits(model: Model) -> list[Split]:
 
 
 def attention_sorts(model: Model) -> list[AttentionSort]:
-    """Sorts of attention that not every kind of context parallelism runs, in the words of
-    ``StackSpec.cp_kinds_of``. Images of a vision tower stay whole."""
+    """Sorts of attention and of model that not every kind of context parallelism runs, in the
+    words of ``StackSpec.cp_kinds_of``. Images of a vision tower stay whole."""
     mixers = [block.mixer for block in model.blocks.values()]
     found: list[AttentionSort] = []
     if any(isinstance(mixer, LatentAttentionSpec) for mixer in mixers):
         found.append("latent attention")
     if any(isinstance(mixer, AttentionSpec) and mixer.window is not None for mixer in mixers):
         found.append("sliding windows")
-    return found
+    experts = any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values())
+    return [*found, "mixtures of experts" if experts else "models without experts"]
 
 
 def model_kinds(model: Model) -> list[str]:

@@ -91,10 +91,12 @@ def _degree_flags(layout: Layout, *, has_experts: bool) -> list[Flag]:
     }
     if has_experts:
         names["expert-parallel-degree"] = layout.ep
-    flags = [(f"--parallelism.{name}", str(value)) for name, value in names.items()]
+    flags: list[Flag] = [(f"--parallelism.{name}", str(v)) for name, v in names.items()]
     if layout.zero_stage:
         kept = "always" if layout.zero_stage == 3 else "never"
         flags.append(("--parallelism.fsdp-reshard-after-forward", kept))
+    if layout.tp > 1 and not layout.sequence_parallel:
+        flags.append(("--parallelism.no-enable-sequence-parallel",))
     return list(flags)
 
 

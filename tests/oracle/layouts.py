@@ -217,6 +217,9 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if x.cp > 1 and (not stack.cp_kinds or request.sequence % (2 * x.cp)):
         return False
+    sort = "mixtures of experts" if experts else "models without experts"
+    if x.cp > 1 and x.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
+        return False
     if x.sp and request.sequence % (x.cp * x.tp):
         return False
     if stack.tensor_parallel_max is not None and x.tp > stack.tensor_parallel_max:
@@ -243,6 +246,8 @@ def runs(request: Request, x: Layout) -> bool:
     if "no_sequence_parallelism_with_context" in rules and x.sp and x.cp > 1:
         return False
     if "no_experts_with_tp" in rules and experts and x.tp > 1:
+        return False
+    if "experts_over_ep_or_tp" in rules and experts and x.etp != (1 if x.ep > 1 else x.tp):
         return False
     if "experts_follow_tp" in rules and experts and x.etp != x.tp:
         return False
