@@ -9,12 +9,15 @@ import pytest
 from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.stack_words import ModelFeature
 from planner.errors import InputError
+from planner.models import catalog
 from planner.models.features import FEATURES, model_features
 from planner.models.reader import model_from_document, read_model
 from planner.models.spec import ModelSpec
 from planner.pipeline import evaluate, plan, read_request
 from planner.request import Request
 from planner.stacks import fault
+from planner.studies.policy import reading_of
+from planner.studies.runs import SkippedError, read_runs
 
 COMMON = {"RMS norms", "grouped queries", "sliding windows", "shared experts"}
 """Features of so many models that they are left out below."""
@@ -191,3 +194,19 @@ def test_what_0_13_has_beside_the_space_is_named() -> None:
     assert named.target.not_priced == (
         "cp_comm_type as a list", "distribute_saved_activations", "cpu_offloading_num_layers",
     )  # fmt: skip
+
+
+def test_published_runs_ran_on_software_that_lacks_nothing_of_their_models() -> None:
+    checked = 0
+    for run in read_runs("benchmarks/accuracy/data/runs.csv"):
+        path = catalog.find((run.text("model") or "").lower())
+        if path is None:
+            continue
+        try:
+            stack = load_stack(reading_of(run).stack)
+        except SkippedError:
+            continue
+        features = model_features(read_model(path.stem))
+        assert stack.lacks.keys().isdisjoint(features), (path.stem, stack.name)
+        checked += 1
+    assert checked > 100
