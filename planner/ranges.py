@@ -38,6 +38,7 @@ class Ranges:
         """``[first, last]``: layers in a range."""
         self._known: dict[Recompute, tuple[Ints, ...]] = {}
         self._most: dict[Recompute, Ints] = {}
+        self._between_ends: dict[RecomputeMode, dict[int, tuple[Ints, Table]]] = {}
 
     def table(self, rank: int, option: Recompute, *, least: int) -> Table:
         """``[first, last]``: whether ``rank`` may hold layers ``first .. last - 1``.
@@ -71,6 +72,8 @@ class Ranges:
         first of its kind. So the number lies between that which fits without any and that which
         fits with the most that a layer of the range may need.
         """
+        if 0 < rank < self.leaf.pp - 1 and self.leaf.hosts is None:
+            return self._fewest_between(mode)[self._live(rank)]
         if len(self.kinds) == 1:
             return self._bisected(rank, lambda count: self._measured(mode, count))
         none = (np.zeros_like(self.layers),) * 4
@@ -85,6 +88,23 @@ class Ranges:
             open_ = open_ & ~enough & (count < high)
             count = np.where(open_, count + 1, count)
         return count, fits
+
+    def _fewest_between(self, mode: RecomputeMode) -> dict[int, tuple[Ints, Table]]:
+        """What :meth:`fewest` says of the ranks between the ends, by microbatches in flight: every
+        number of layers is measured once for all of them."""
+        if mode not in self._between_ends:
+            found = {
+                live: (np.maximum(self.layers - 1, 1), np.zeros(self.layers.shape, dtype=bool))
+                for live in {self._live(rank) for rank in range(1, self.leaf.pp - 1)}
+            }
+            for count in range(len(self.leaf.sequence) - 1, 0, -1):
+                most = self._most_alive(1, self._measured(mode, count))
+                for live, (fewest, fits) in found.items():
+                    enough = (most >= live) & (self.layers > count)
+                    fewest[enough] = count
+                    fits |= enough
+            self._between_ends[mode] = found
+        return self._between_ends[mode]
 
     def _bisected(
         self, rank: int, needed: Callable[[Ints], tuple[Ints, ...]]
