@@ -4,7 +4,7 @@ exact size of a contiguous buffer."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -13,9 +13,11 @@ from cost_models.state import BUCKET_ALIGNMENT, START_ALIGNMENT, local_tensor
 
 _FUSED = {
     "attention.q": "attention.qkv", "attention.k": "attention.qkv", "attention.v": "attention.qkv",
-    "mlp.gate": "mlp.fc1", "mlp.up": "mlp.fc1", "moe.shared.gate": "moe.shared.fc1",
-    "moe.shared.up": "moe.shared.fc1", "moe.experts.gate": "moe.experts.fc1",
-    "moe.experts.up": "moe.experts.fc1",
+    "attention.q.bias": "attention.qkv.bias", "attention.k.bias": "attention.qkv.bias",
+    "attention.v.bias": "attention.qkv.bias", "mlp.gate": "mlp.fc1", "mlp.up": "mlp.fc1",
+    "mlp.gate.bias": "mlp.fc1.bias", "mlp.up.bias": "mlp.fc1.bias",
+    "moe.shared.gate": "moe.shared.fc1", "moe.shared.up": "moe.shared.fc1",
+    "moe.experts.gate": "moe.experts.fc1", "moe.experts.up": "moe.experts.fc1",
 }  # fmt: skip
 """Weights that Megatron stores as one tensor."""
 
@@ -46,20 +48,29 @@ def dummy_wgrad_bytes(
     return total * element_bytes
 
 
-def contiguous_elements(sizes: Iterable[int], ways: int, least_bucket: int | None) -> int:
+def contiguous_elements(
+    sizes: Iterable[int], ways: int, least_bucket: int | None, *, alone: Collection[int] = ()
+) -> int:
     """Elements of Megatron-Core's distributed-optimizer buffer, padding included.
 
     ``sizes`` are the parameters' elements in the order of the module; the buffer is filled from the
     last to the first, and a bucket ends with the parameter that reaches ``least_bucket`` (None: one
-    bucket). ``DistributedOptimizer._compute_per_buffer_param_layout``, Megatron-Core 0.19.
+    bucket). ``alone`` are the places of parameters with a bucket of their own: embeddings that two
+    stages share, so that both split their state alike.
+    ``DistributedOptimizer._compute_per_buffer_param_layout``, Megatron-Core 0.19;
+    ``_ParamAndGradBuffer`` (``_does_param_require_new_bucket``), 0.16.
     """
     divisor = math.lcm(ways, BUCKET_ALIGNMENT)
     start = end = 0
     filled = False
-    for size in reversed(list(sizes)):
-        end = -(-end // START_ALIGNMENT) * START_ALIGNMENT + size
+    for place, size in reversed(list(enumerate(sizes))):
+        end = -(-end // START_ALIGNMENT) * START_ALIGNMENT
+        if place in alone and filled:
+            end = -(-end // divisor) * divisor
+        end += size
         filled = True
-        if least_bucket is not None and end - start >= least_bucket:
+        full = least_bucket is not None and end - start >= least_bucket
+        if full or place in alone:
             start = end = -(-end // divisor) * divisor
             filled = False
     return -(-end // divisor) * divisor if filled else end

@@ -201,13 +201,15 @@ def layer_state(
     drop_tied: Bools | None = None,
 ) -> state.StateBytes:
     """Persistent state of one layer on one device; experts are sharded over their own mesh."""
-    parts = []
+    parts, dense_ranks = [], data.shard * shard.cp * data.replicate
     for mesh, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
         parts.append(
             state.state_bytes(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
                 shard,
-                state.Sharding(mesh.ways, data.zero_stage, data.pp > 1, mesh.state_replicas),
+                state.Sharding(
+                    mesh.ways, data.zero_stage, data.pp > 1, mesh.state_replicas, dense_ranks
+                ),
                 machine.rules,
                 vocab_divisor=vocab_divisor,
                 drop_tied=drop_tied,

@@ -52,6 +52,8 @@ class Weight:
     """Whether it is not trained."""
     bytes_per_64: int = 0
     """Bytes of 64 elements where a frozen weight is stored in few bits; 0: as weights are."""
+    shared: bool = False
+    """Whether the first and the last stage of a pipeline both hold it."""
 
     @property
     def elements(self) -> int:

@@ -2,9 +2,9 @@
 
 The host's Adam reads and writes the fp32 master weight and moments and reads the gradient: 28 bytes
 per parameter with AdamW, at the host memory bandwidth that the devices of a node share
-(ZeRO-Offload, arXiv 2101.06840, section 5.1). Gradients leave and weights come back in 16 bits over
-each device's own link, beside the arithmetic: the slower of the two counts. Weights that live on
-the host come over the link before each gather.
+(ZeRO-Offload, arXiv 2101.06840, section 5.1). Gradients leave and weights come back over each
+device's own link, in 16 bits each or as the stack says, beside the arithmetic: the slower of the
+two counts. Weights that live on the host come over the link before each gather.
 
 State on NVMe drives (ZeRO-Infinity, arXiv 2104.07857) is read group by group before the arithmetic
 and written after it, one after the other; gradients are written when they are reduced. The devices

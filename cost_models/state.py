@@ -11,13 +11,10 @@ What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
 * ``contiguous``: Megatron-Core's distributed optimizer lays parameters end to end in one buffer,
   each start aligned to 64 elements, each bucket's end to the least common multiple of the sharding
   ranks and 128 (megatron/core/optimizer/param_layout.py). How many buckets there are depends on the
-  whole stage, so a layer takes an upper bound here and ``cost_models.buffers``
-  has the exact size. Without sharding nothing is padded.
+  whole stage: an upper bound here, ``cost_models.buffers`` is exact. Unsharded: no padding.
 * ``flat``: DeepSpeed's stages 1 and 2 and FSDP1 flatten many parameters into one tensor and pad
-  its end; a layer's share is rounded up.
-* ``per_parameter``: DeepSpeed's stage 3 splits each flattened parameter by itself.
-* ``dim0``: FSDP2 splits the first dimension of each parameter, the last shards shorter.
-"""
+  its end (a layer's share is rounded up); ``per_parameter``: its stage 3 splits each by itself.
+* ``dim0``: FSDP2 splits the first dimension of each parameter, the last shards shorter."""
 
 from __future__ import annotations
 
@@ -191,6 +188,8 @@ class Sharding:
     pipelined: Bools
     replicas: Int64 | int = 1
     """Groups of ``ways`` ranks that hold the same weights."""
+    bucket_ranks: Int64 | None = None
+    """Ranks that decide how large a bucket is; None: ``ways``."""
 
     def of_state(self, rules: StateRules) -> Sharding:
         """Where the optimizer's state is split."""
@@ -224,7 +223,7 @@ def state_bytes(
     whole, split, copied, extra, narrower = zero, zero, zero, zero, zero
     finer, state_ways = zero, sharding.of_state(rules)
     copies = state_over_replicas(stage, sharding.replicas, rules)
-    frozen = FrozenBytes(zero, zero)
+    frozen, alone = FrozenBytes(zero, zero), zero
     for weight in weights:
         local = local_tensor(weight, shard, vocab_divisor)
         held, shared = _sizes(weight, local, sharding, rules.layout)
@@ -234,6 +233,7 @@ def state_bytes(
         if rules.optimizer.extra_bytes is not None:
             extra = extra + _kept(weight, rules.optimizer.extra_bytes(weight, local), drop_tied)
         whole = whole + _kept(weight, held, drop_tied)
+        alone = alone + 2 * (weight.shared & sharding.pipelined)
         split = split + _kept(weight, shared, drop_tied)
         own = _sizes(weight, local, state_ways, rules.layout)[1]
         finer = finer + _kept(weight, own, drop_tied)
@@ -241,7 +241,7 @@ def state_bytes(
             copied = copied + local.total
         narrower = narrower + narrower_bytes(weight, local, rules)
     if rules.layout == "contiguous":
-        whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding.ways, rules), 0)
+        whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding, rules, alone), 0)
     if rules.layout in ("contiguous", "flat"):
         split, finer = ceil_div(whole, sharding.ways), ceil_div(whole, state_ways.ways)
     fsdp = rules.weights_split_from < 3
@@ -333,14 +333,14 @@ def _sizes(
     return local.total, local.total
 
 
-def _bucket_padding(elements: Int64, ways: Int64, rules: StateRules) -> Int64:
+def _bucket_padding(elements: Int64, sharding: Sharding, rules: StateRules, alone: Int64) -> Int64:
     """Most elements that aligning the ends of a layer's buckets adds.
 
-    A stage of layers with ``e`` elements has at most ``sum(e // bucket + 1)`` buckets: all but its
-    last hold a whole bucket.
-    """
-    buckets = elements // rules.least_bucket(ways) + 1
-    return np.where(elements > 0, buckets * (np.lcm(ways, BUCKET_ALIGNMENT) - 1), 0)
+    A stage of layers with ``e`` elements has at most ``sum(e // bucket + 1)`` buckets (all but its
+    last hold a whole one), and more around each weight that is ``alone`` in one."""
+    ranks = sharding.ways if sharding.bucket_ranks is None else sharding.bucket_ranks
+    buckets = elements // rules.least_bucket(ranks) + 1 + alone
+    return np.where(elements > 0, buckets * (np.lcm(sharding.ways, BUCKET_ALIGNMENT) - 1), 0)
 
 
 _HIGH_PRECISION = ("embedding", "head", "moe.router", "moe.shared_gate")

@@ -8,6 +8,7 @@ are stored as Transformer Engine's grouped layers store them, all first products
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -27,6 +28,8 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
     workload, machine = priced.tables.workload, priced.tables.machine
     shard = shard_of(workload, priced.tables.configs)
     ranks = layout.dp_shard * layout.cp
+    # DistributedDataParallel gives dense and expert buffers one bucket size, of all dense replicas.
+    least = int(rules.least_bucket(np.array([ranks * layout.dp_replicate]))[0])
     expert_ranks = max(1, ranks * layout.tp // (layout.ep * layout.etp))
     whole = split = copied = 0
     for j in priced.leaf.held(rank):
@@ -34,15 +37,17 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
         # Only the first model chunk of the first stage has more than one bucket.
         bucketed = j == 0 and machine.stack.overlap_dp_gradients
         for expert, ways in ((False, ranks), (True, expert_ranks)):
-            sizes = [
-                size
+            stored = [
+                each
                 for kind in kinds
-                for size in _tensor_sizes(
+                for each in _tensor_sizes(
                     kind, shard, workload.vocab_divisor, expert=expert, tied=layout.pp == 1
                 )
             ]
-            least = int(rules.least_bucket(np.array([ways]))[0]) if bucketed else None
-            elements = buffers.contiguous_elements(sizes, ways, least)
+            elements = buffers.contiguous_elements(
+                [size for size, _ in stored], ways, least if bucketed else None,
+                alone={n for n, (_, shared) in enumerate(stored) if shared and layout.pp > 1},
+            )  # fmt: skip
             whole += elements
             split += elements // ways
         copied += sum(
@@ -68,24 +73,33 @@ def _has_frozen(priced: Priced) -> bool:
 
 def _tensor_sizes(
     kind: LayerKind, shard: Shard, vocab_divisor: int, *, expert: bool, tied: bool
-) -> Iterator[int]:
-    """Elements of each parameter as it is stored: q, k and v in one, gate and up in one."""
+) -> Iterator[tuple[int, bool]]:
+    """Elements of each parameter as it is stored (q, k and v in one, gate and up in one), and
+    whether another stage shares it."""
     stored: list[tuple[str, int, int]] = []
+    shared = {weight.name for weight in kind.weights if weight.shared}
     for name, parts in _stored_tensors(kind, expert=expert, tied=tied).items():
         locals_ = [state.local_tensor(part, shard, vocab_divisor) for part in parts]
         size = sum(int(local.elements[0]) for local in locals_)
         stored.append((name, size, int(locals_[0].count[0])))
-    # As the modules of a layer stand: norm, output and input projection, then the second norm.
-    norms = [size for name, size, count in stored if name == "norm" for _ in range(count)]
+    # As the modules of a layer stand: the output projection before the input projection, which
+    # Transformer Engine makes one with the norm ahead of it (but for latent attention).
+    norms = [each for each in stored if each[0].startswith("norm")]
+    most = max((count for _, _, count in norms), default=0)
+    first, *others = [
+        [(name, size, 1) for name, size, count in norms if place < count]
+        for place in range(max(most, 1))
+    ]
     mixer = [each for each in stored if each[0].startswith("attention")]
-    mixer.sort(key=lambda each: each[0] != "attention.out")
-    yield from norms[:1]
-    for _, size, count in mixer:
-        yield from [size] * count
-    yield from norms[1:]
+    out = [each for each in mixer if each[0].startswith("attention.out")]
+    inward = [each for each in mixer if each not in out]
+    fused = any(name == "attention.qkv" for name, _, _ in inward)
+    ahead = [*out, *first] if fused else [*first, *out]
+    for _, size, count in (*ahead, *inward, *chain.from_iterable(others)):
+        yield from [(size, False)] * count
     for name, size, count in stored:
-        if name != "norm" and not name.startswith("attention"):
-            yield from [size] * count
+        if not name.startswith(("norm", "attention")):
+            yield from [(size, name in shared)] * count
 
 
 def _stored_tensors(kind: LayerKind, *, expert: bool, tied: bool) -> dict[str, list[Weight]]:

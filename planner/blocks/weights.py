@@ -61,7 +61,8 @@ def embedding_weights(model: ModelSpec) -> tuple[Weight, ...]:
     """Weights before the first layer: token and position tables, projection in, norm, and those
     of a vision tower, which runs with them."""
     width = model.embedding_dim or model.hidden
-    weights = [Weight("embedding", model.vocab, width, "vocab")]
+    shared = model.tied_embeddings or bool(model.mtp)
+    weights = [Weight("embedding", model.vocab, width, "vocab", shared=shared)]
     if width != model.hidden:
         weights += linear("embedding.project_in", model.hidden, width, "replicated")
     if model.position_embeddings:
@@ -95,7 +96,7 @@ def head_weights(model: ModelSpec, *, include_tied: bool = False) -> tuple[Weigh
     if not model.tied_embeddings:
         weights.append(Weight("head", model.vocab, width, "vocab"))
     elif include_tied:
-        weights.append(Weight("head.tied", model.vocab, width, "vocab"))
+        weights.append(Weight("head.tied", model.vocab, width, "vocab", shared=True))
     if model.head_bias:
         weights.append(Weight("head.bias", model.vocab, 1, "vocab"))
     return tuple(weights)

@@ -79,3 +79,10 @@ def test_no_plan_overfills_a_node(nodes: int) -> None:
     assert capacity is not None
     assert found.prediction.host.bytes_per_node <= capacity
     assert verify(found) == []
+
+
+def test_megatron_copies_gradients_to_the_host_in_fp32() -> None:
+    """The host's gradient has the dtype of its fp32 parameter; the weight comes back in bf16."""
+    found = uneven((0, 31, 63, 95, 126)).prediction
+    assert found.host is not None
+    assert found.host.link_bytes_per_step == 6 * max(stage.parameters for stage in found.stages)

@@ -16,6 +16,7 @@ from cost_models.state import Sharding, StateBytes, state_bytes
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.buffer_sizes import exact_state
 from planner.layouts import complete_layout
+from planner.models.reader import read_model
 from planner.models.spec import AttentionSpec, BlockSpec, LayerRun, MlpSpec, ModelSpec, MoeSpec
 from planner.predict import predict, price
 from planner.request import Request
@@ -102,6 +103,60 @@ def test_buffer_by_hand() -> None:
     assert contiguous_elements([10, 50, 100], 6, 150) == 768
     assert contiguous_elements([10, 50, 100], 6, None) == 384
     assert contiguous_elements([], 6, None) == 0
+
+
+def test_a_shared_embedding_has_a_bucket_of_its_own() -> None:
+    """Megatron-Core 0.16.1's ``_ParamAndGradBuffer`` on meta tensors, ``shared_embedding`` set as
+    ``setup_embeddings_and_output_layer`` does: sizes in, ``numel`` out."""
+    table, h = 391 * 128 * 1000, 1000
+    layer = [h * 500, h, h * 700, h, 2 * h * 3000, h * 3000]
+    first, last = [table, *5 * layer], [*4 * layer, h, table]
+    assert contiguous_elements(first, 12, 40_000_000, alone={0}) == 101_059_200
+    assert contiguous_elements(last, 12, None, alone={len(last) - 1}) == 90_857_856
+    assert contiguous_elements(last, 12, None) != 90_857_856
+    h = 1600
+    layer = [h * h, h, h, h, 3 * h * h, 3 * h, h, h, 4 * h * h, 4 * h, 4 * h * h, h]
+    both = [393 * 128 * h, 1024 * h, *12 * layer]
+    assert contiguous_elements(both, 12, 40_000_000, alone={0}) == 451_016_064
+
+
+def test_a_tied_models_buffers_are_megatrons() -> None:
+    """GPT-2's shape with 24 layers, on 24 devices: the first stage's buffer is the one above, in
+    the order of Transformer Engine's modules; both from 0.16.1's own buffer."""
+    model = read_model("gpt2-xl")
+    runs = (model.layers[0].model_copy(update={"count": 24}),)
+    job = JobSpec(sequence_length=1024, global_batch=24, memory_margin=0.0)
+    request = Request(
+        model.model_copy(update={"layers": runs}), load_cluster("dgx-h100:3"), job,
+        load_stack("megatron-core"),
+    )  # fmt: skip
+    stages = [{"chunks": [{"layers": [12 * n, 12 * n + 12]}]} for n in range(2)]
+    layout = complete_layout({"pp": 2, "zero_stage": 1, "stages": stages}, request)
+    priced = price(layout, request)
+    for rank, size in enumerate((451_016_064, 449_379_456)):
+        exact = exact_state(priced, rank)
+        assert exact == {"weights": 2 * size, "gradients": 4 * size, "optimizer": size}
+        terms = {t.name: t.bytes or 0 for t in predict(priced, request).stages[rank].memory}
+        assert terms["alignment"] >= 0
+
+
+def test_experts_have_the_dense_buffers_bucket_size() -> None:
+    """96 dense replicas make buckets of 96 M elements, for experts of 24 replicas too (0.16.1's
+    buffer: 158,830,464 and 55,944,960 elements; of 40 M it would have 55,945,344)."""
+    attention = AttentionSpec(heads=16, kv_heads=4, head_dim=128)
+    experts = MoeSpec(experts=16, top_k=2, intermediate=777)
+    model = ModelSpec(
+        name="case", family="test", source="test", hidden=2000, vocab=32_000,
+        tied_embeddings=False, norm="rms", norm_bias=False,
+        blocks={"layer": BlockSpec(mixer=attention, feed_forward=experts)},
+        layers=(LayerRun(block="layer", count=3),),
+    )  # fmt: skip
+    job = JobSpec(sequence_length=128, global_batch=96, memory_margin=0.0)
+    request = Request(model, load_cluster("dgx-h100:12"), job, load_stack("megatron-core"))
+    exact = exact_state(price(complete_layout({"ep": 4, "zero_stage": 1}, request), request), 0)
+    assert exact is not None
+    assert exact["weights"] == 2 * (158_830_464 + 55_944_960)
+    assert exact["optimizer"] == 12 * (158_830_464 // 96 + 55_944_960 // 24)
 
 
 def test_megatron_without_sharding_has_no_padding() -> None:
