@@ -263,9 +263,11 @@ def _data_parallel_times(
     seconds.setdefault("again", seconds["gather"])
     host = machine.stack.offload
     if machine.offload.parameters and host is not None:
-        shard = elements * float(machine.rules.gather_bytes) / mesh.ways
-        fetch = offload.fetch_seconds(shard, machine.cluster.groups[0].node, host)
+        shard, node = elements / mesh.ways, machine.cluster.groups[0].node
+        each = host.fetch_bytes or machine.rules.gather_bytes
+        fetch = offload.fetch_seconds(shard * float(each), node, host)
         seconds |= {name: seconds[name] + fetch for name in ("gather", "again")}
+        seconds["reduce"] = seconds["reduce"] + shard * host.reduced_bytes / node.host_link.si
     return seconds
 
 

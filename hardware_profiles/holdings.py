@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from hardware_profiles.sourced import Profile, Sourced
+from hardware_profiles.stack_words import OptimizerName
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"]
 ByPrecision = dict[Precision, Annotated[int, Field(ge=0)]]
@@ -120,13 +121,25 @@ class OffloadSpec(Profile):
     taken before it leaves."""
     parameter_bytes: Annotated[int, Field(ge=1)] | None = None
     """Host bytes per parameter of a shard of the weights; None: they stay on the device."""
+    with_weights: bool = False
+    """Whether optimizer state leaves with the weights only, which are its fp32 copy (FSDP)."""
+    fetch_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Bytes per parameter of a shard that come for each gather; None: as many as are gathered."""
+    reduced_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes per parameter of a shard that leave with each reduction of gradients, beside
+    ``link_bytes`` of the step."""
+    takes_experts: bool = True
+    """Whether it is there for mixtures of experts too."""
+    optimizers: tuple[OptimizerName, ...] = ()
+    """Optimizers that ``optimizer_bytes`` and the step on the host are for; empty: all of the
+    stack's."""
     checkpoints: bool = False
     """Whether the host can hold the layer inputs that full recomputation keeps."""
     inputs: tuple[OffloadedInput, ...] = ()
     """Modules whose inputs wait on the host for their backward, in every layer: fixed at launch."""
     drives: DrivesSpec | None = None
     """Set where what leaves the device goes on to NVMe drives; None: the host's memory holds it."""
-    link_bytes: Annotated[int, Field(ge=1)] = 4
+    link_bytes: Annotated[int, Field(ge=0)] = 4
     """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
     adam_efficiency: Sourced
     """Share of the host memory's bandwidth that the optimizer reaches."""

@@ -13,8 +13,9 @@ from planner.request import Request
 def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     """Of a device of pipeline rank ``rank``, both directions.
 
-    Gradients leave and weights come back once a step; weights that live on the host come for each
-    forward and each backward; layer inputs and modules' inputs leave and come with each microbatch.
+    Gradients leave and weights come back once a step, or gradients leave with each reduction;
+    weights that live on the host come for each forward and each backward; layer inputs and modules'
+    inputs leave and come with each microbatch.
     """
     spec, layout, machine = request.stack.offload, priced.layout, request.machine
     assert spec is not None
@@ -22,7 +23,8 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     crossing = trained * spec.link_bytes if machine.offload.optimizer else 0
     each_pass = 0
     if machine.offload.parameters:
-        each_pass += (trained + frozen) * machine.rules.gather_bytes
+        each_pass += (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
+        crossing += trained * spec.reduced_bytes * layout.num_microbatches
     shard = shard_of(request.workload, priced.tables.configs)
     if any(stage.activation_offload_layers for stage in layout.stages):
         each_pass += int(checkpoint_bytes(request.workload, machine.offload, shard)[0])

@@ -102,6 +102,15 @@ def cannot_offload(request: Request) -> str | None:
         return f"{request.stack.name} {request.stack.version} keeps activations on the device"
     if job.parameter_offload and not job.optimizer_offload:
         return "weights leave the device only with the optimizer state"
+    if job.optimizer_offload and spec.with_weights and not job.parameter_offload:
+        return (
+            f"{request.stack.name} {request.stack.version} offloads optimizer state with the "
+            "weights only (parameter_offload)"
+        )
+    if job.optimizer_offload and spec.optimizers and job.optimizer not in spec.optimizers:
+        return f"{request.stack.name} {request.stack.version} has no {job.optimizer} on the host"
+    if job.optimizer_offload and request.workload.expert_count and not spec.takes_experts:
+        return f"{request.stack.name} {request.stack.version} keeps mixtures on the device"
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
     if node.host_memory is None or (job.optimizer_offload and node.host_memory_bandwidth is None):

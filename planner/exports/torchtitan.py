@@ -97,6 +97,8 @@ def _degree_flags(layout: Layout, *, has_experts: bool) -> list[Flag]:
         flags.append(("--parallelism.fsdp-reshard-after-forward", kept))
     if layout.tp > 1 and not layout.sequence_parallel:
         flags.append(("--parallelism.no-enable-sequence-parallel",))
+    if layout.parameter_offload:
+        flags.append(("--training.enable-cpu-offload",))
     return list(flags)
 
 

@@ -303,3 +303,46 @@ def test_a_plan_on_drives_is_verified(suffix: str) -> None:
     assert found.prediction.host is not None
     assert found.prediction.host.place == "drives"
     assert verify(found) == []
+
+
+FSDP = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
+
+
+def fsdp(stack: str, model: str = "llama-3.1-8b", **job: Any) -> Request:
+    fields = {
+        "sequence_length": 2048,
+        "global_batch": 16,
+        "optimizer_offload": True,
+        "stack": stack,
+    }
+    return read_request(model, "dgx-h100:1", None, fields | {"parameter_offload": True} | job)
+
+
+@pytest.mark.parametrize(
+    "stack", ["torchtitan", "pytorch-fsdp1", "pytorch-fsdp2", "nemo-automodel"]
+)
+def test_fsdp_keeps_all_state_on_the_host(stack: str) -> None:
+    """CPUOffloadPolicy: weights in fp32, their gradients and two moments, 16 bytes; 4 bytes come
+    for each of two gathers and leave with each reduction, twice for two microbatches."""
+    found = evaluate(fsdp(stack), FSDP).prediction
+    assert found.host is not None
+    assert found.host.bytes_per_node == 16 * PARAMETERS
+    assert found.host.link_bytes_per_step == PARAMETERS // 8 * 4 * 3 * 2
+    assert (term(found, "optimizer"), term(found, "gradients"), term(found, "weights")) == (0, 0, 0)
+    kept = evaluate(fsdp(stack, optimizer_offload=False, parameter_offload=False), FSDP).prediction
+    assert found.step_time_s > kept.step_time_s
+
+
+def test_fsdp_offloads_all_or_nothing_and_what_its_host_can_update() -> None:
+    alone = fsdp("torchtitan", parameter_offload=False)
+    with pytest.raises(InputError, match="with the weights only"):
+        evaluate(alone, FSDP)
+    with pytest.raises(InputError, match="no adamw_bf16 on the host"):
+        evaluate(fsdp("torchtitan", optimizer="adamw_bf16"), FSDP)
+    with pytest.raises(InputError, match="keeps mixtures on the device"):
+        evaluate(fsdp("nemo-automodel", "mixtral-8x7b"), FSDP)
+
+
+def test_plans_with_fsdp_on_the_host_are_certified() -> None:
+    request = fsdp("torchtitan", "llama-3.2-1b")
+    assert verify(plan(request)) == []
