@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from cost_models.layout import LISTED, SPLIT_BACKWARD
 from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.schema import ClusterSpec, StackSpec
-from planner.blocks.registry import KIND_NAMES
+from planner.blocks.registry import KIND_NAMES, attention_sorts
 from planner.errors import InputError
 from planner.models.kinds import Model
 from planner.recompute import named_policy
@@ -114,6 +114,14 @@ def _faults(request: Request) -> Iterator[InputError]:
         yield InputError(f"{device.name} has no block-scaled products, and {name} needs them")
     if job.dropout and not stack.trains_dropout:
         yield InputError(f"the layers of {name} have no dropout")
+    kernel, runs = stack.attention_kernel(device.name), device.kernels.attention
+    if (
+        attention_sorts(request.model)
+        and job.precision != "fp32"
+        and (kernel not in ("unfused", *runs))
+    ):
+        known = ", ".join(sorted(runs)) or "none"
+        yield InputError(f"{name} runs {kernel} attention, and {device.name} has {known}")
     tune = job.finetune
     if tune is not None and tune.method not in stack.fine_tuning:
         known = ", ".join(stack.fine_tuning) or "none"

@@ -222,3 +222,10 @@ def test_a_stack_of_one_precision_hints_at_it() -> None:
     with pytest.raises(InputError, match="does not train in bf16") as caught:
         read_request("llama-3.1-8b", "dgx-h100", None, {"stack": "torchtitan-float8-gather"})
     assert caught.value.hint == "--precision fp8"
+
+
+def test_a_device_without_the_stacks_attention_kernel_is_refused() -> None:
+    with pytest.raises(InputError, match=r"runs flash2 attention, and b200\S* has") as caught:
+        read_request("llama-3.1-8b", "dgx-b200:1", None, {"stack": "internevo"})
+    assert caught.value.hint is not None
+    assert "--stack " in caught.value.hint
