@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,3 +131,51 @@ def test_every_mode_has_rows_of_its_own() -> None:
     rows = mode_rows(("selective", "full"))
     places_of = [place for mode in rows.values() for place in mode]
     assert len(places_of) == len(set(places_of)) == 9
+
+
+def fullest_state(model: ModelSpec, stack: str, layout: dict[str, int | str], nodes: int) -> int:
+    """Bytes of the state of the fullest stage."""
+    split = int(layout["tp"]) * int(layout["pp"])
+    job = JobSpec(sequence_length=1024, global_batch=8 * nodes // split * 8, stack=stack)
+    request = Request(model, load_cluster(f"dgx-h100:{nodes}"), job, load_stack(stack))
+    chosen = layout | {"microbatch_size": 1, "sequence_parallel": int(layout["tp"]) > 1}
+    stages = evaluate(request, chosen).prediction.stages
+    return max(
+        sum(term.bytes or 0 for term in each.memory if term.name in STATE) for each in stages
+    )
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    st.sampled_from(sorted(MODELS)), st.sampled_from(("megatron-core", "torchtitan")),
+    st.sampled_from((1, 2)), st.sampled_from((1, 2)), st.sampled_from((1, 2)),
+    st.sampled_from((1, 2)), st.sampled_from(("tp", "pp", "ep", "dp")),
+)  # fmt: skip
+def test_more_ranks_never_hold_more_state(
+    name: str, stack: str, tp: int, pp: int, ep: int, nodes: int, more: str
+) -> None:
+    """Twice the ranks of one kind, and twice the devices; of expert parallelism on the same."""
+    ep = ep if name != "llama-3.2-1b" else 1
+    zero = 1
+    if stack == "torchtitan":
+        zero, pp, more = 3, 1, "dp" if more == "pp" else more  # shards exclude a pipeline there
+    small: dict[str, int | str] = {
+        "tp": tp, "pp": pp, "ep": ep, "zero_stage": zero, "recompute": "full"
+    }  # fmt: skip
+    if more == "ep" and name == "llama-3.2-1b":
+        more = "dp"
+    large = small if more == "dp" else small | {more: 2 * int(small[more])}
+    grown = nodes if more == "ep" else 2 * nodes
+    least = fullest_state(MODELS[name], stack, large, grown)
+    assert least <= fullest_state(MODELS[name], stack, small, nodes)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_weights_that_are_gathered_each_pass_take_no_more(name: str) -> None:
+    """FSDP2's stage 2 holds gathered weights through the step beside the shards, stage 3 the
+    shards alone."""
+    shards, gathered = (
+        fullest_state(MODELS[name], "torchtitan", {"tp": 1, "pp": 1, "zero_stage": zero}, 1)
+        for zero in (3, 2)
+    )
+    assert shards <= gathered
