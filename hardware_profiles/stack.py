@@ -209,6 +209,8 @@ class StackSpec(Profile):
     gathers it from these alone (FSDP2's ``reshard_after_forward`` as a number, hpZ of ZeRO++);
     ``node``: as many as a node has; ``any``: any number that divides them, or no such copy. None:
     the backward gathers from all that share them."""
+    reshards_unasked: bool = False
+    """With ``any``: whether no rank keeps a copy where a layout does not say; else a node's do."""
     replica_reduction: Literal["microbatch", "step"] = "microbatch"
     """When gradients that are reduced with every microbatch are summed over ``dp_replicate``: with
     each, or with the last one of the step only (MiCS)."""

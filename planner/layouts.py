@@ -112,7 +112,7 @@ def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], reques
         return  # Said with all other fields that are not what they should be.
     options = request.reshard_options(zero, degree["dp_shard"] * degree["cp"])
     node = request.cluster.groups[0].node.devices_per_node
-    usual = node if node in options else options[0]
+    usual = options[0] if request.stack.reshards_unasked or node not in options else node
     asked = base.setdefault("reshard_after_forward", request.resharding(zero, usual))
     found = [request.resharding(zero, group) for group in options]
     if not any(asked == each and type(asked) is type(each) for each in found):

@@ -1,0 +1,72 @@
+"""What ``evaluate`` refuses is what the space of the stack leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hardware_profiles.loader import load_stack
+from planner.errors import InputError
+from planner.pipeline import evaluate, read_request
+from planner.request import Request
+from planner.space import build_space
+
+
+def request_of(stack: str, model: str = "llama-3.1-8b") -> Request:
+    job = {"stack": stack, "sequence_length": 4096, "global_batch": 16}
+    return read_request(model, "dgx-h100:1", None, job)
+
+
+@pytest.mark.parametrize(
+    ("stack", "model", "layout", "reason"),
+    [
+        ("torchtitan", "mixtral-8x7b", {"tp": 2, "ep": 2, "etp": 2}, "split over ep, or over tp"),
+        ("torchtitan", "llama-3.1-8b", {"cp": 2, "cp_kind": "p2p"}, "no p2p context"),
+        ("nemo-automodel", "mixtral-8x7b", {"tp": 2, "ep": 2}, "no mixture of experts under tp"),
+        ("nemo-automodel", "llama-3.1-8b", {"cp": 2, "cp_kind": "p2p"}, "is all_gather"),
+        ("nemo-automodel", "mixtral-8x7b", {"cp": 2, "cp_kind": "all_gather"}, "is p2p"),
+        ("meta-llama3", "llama-3.1-8b", {"tp": 2, "sequence_parallel": False}, "with sequence"),
+        ("deepspeed-autotp", "llama-3.1-8b", {"tp": 2, "sequence_parallel": True}, "no sequence"),
+    ],
+)
+def test_evaluate_refuses_what_no_plan_has(
+    stack: str, model: str, layout: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        evaluate(request_of(stack, model), layout)
+
+
+@pytest.mark.parametrize("stack", ["torchtitan", "nemo-automodel", "pytorch-fsdp2"])
+def test_tp_without_sequence_parallelism_is_searched(stack: str) -> None:
+    meshes = build_space(request_of(stack)).meshes
+    assert set(meshes.sp[meshes.tp > 1].tolist()) == {0, 1}
+    assert evaluate(request_of(stack), {"tp": 2, "sequence_parallel": False}).prediction.step_time_s
+
+
+def test_torchtitan_experts_are_over_ep_or_over_tp() -> None:
+    meshes = build_space(request_of("torchtitan", "mixtral-8x7b")).meshes
+    degrees = zip(meshes.tp, meshes.ep, meshes.etp, strict=True)
+    found = {(tp, ep > 1, etp) for tp, ep, etp in degrees}
+    assert {(2, True, 1), (2, False, 2), (1, True, 1)} <= found
+    assert all(etp == (1 if over_ep else tp) for tp, over_ep, etp in found)
+
+
+def test_torchtitan_has_the_optimizers_of_its_container() -> None:
+    assert load_stack("torchtitan").optimizers == ("adamw", "adamw_bf16")
+    with pytest.raises(InputError, match="no optimizer sgd"):
+        read_request("llama-3.1-8b", "dgx-h100:1", None, {
+            "stack": "torchtitan", "sequence_length": 4096, "global_batch": 16, "optimizer": "sgd",
+        })  # fmt: skip
+
+
+def test_weights_reshard_to_any_number_of_ranks_under_plain_fsdp2() -> None:
+    request = request_of("pytorch-fsdp2")
+    base = {"zero_stage": 3}
+    whole, some = (evaluate(request, base | more) for more in ({}, {"reshard_after_forward": 2}))
+    assert whole.layout.reshard_after_forward is True
+    assert some.prediction.step_time_s < whole.prediction.step_time_s
+    peaks = [each.prediction.stages[0].peak_bytes for each in (whole, some)]
+    assert peaks[0] < peaks[1]
+    with pytest.raises(InputError, match="reshard_after_forward = 3"):
+        evaluate(request, base | {"reshard_after_forward": 3})
