@@ -67,6 +67,9 @@ class StackSpec(Profile):
     where nobody says."""
     recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
+    recompute_refused: dict[Precision, tuple[Module, ...]] = Field(default_factory=dict)
+    """Modules of these that cannot run again in some precisions, as this version and its recipe of
+    scaling have them."""
     selective_recompute: SelectiveRecompute = SelectiveRecompute(modules=("core_attn",))
     """What the stack means by ``selective``."""
     save_lists: SaveLists | None = None

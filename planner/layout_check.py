@@ -10,6 +10,7 @@ from cost_models.layout import SCHEDULES
 from planner.errors import InputError
 from planner.meshes import Layouts, Meshes
 from planner.plan import Layout
+from planner.recompute import refusal
 from planner.request import Request
 from planner.rules import layout_rules, mesh_rules
 
@@ -55,6 +56,10 @@ def check_layout(request: Request, layout: Layout) -> None:
             f"{request.stack.name} has no schedule {layout.schedule}; "
             f"it has {', '.join(request.stack.schedules)}"
         )
+    for mode in {part.mode for stage in layout.stages for part in stage.recompute}:
+        refused = refusal(mode, request.stack, request.job)
+        if refused is not None:
+            raise refused
     for reason, layout_broken in layout_rules(request):
         if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
             raise InputError(f"layout {_brief(layout)}: {reason}")

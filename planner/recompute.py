@@ -48,6 +48,25 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     return _of_modules(modules, stack)
 
 
+def refusal(name: str, stack: StackSpec, job: JobSpec) -> InputError | None:
+    """Why the stack cannot run what ``name`` names again in the job's precision; None: it can.
+
+    Raises :class:`InputError` where it has no such mode.
+    """
+    refused = sorted(named_policy(name, stack).modules & _refused(stack, job))
+    if not refused:
+        return None
+    rest = sorted(set(stack.recompute_modules) - _refused(stack, job))
+    return InputError(
+        f"{stack.name} {stack.version} cannot run {' and '.join(refused)} again in {job.precision}",
+        hint=f"modules that it can run again: {', '.join(rest)}; or full",
+    )
+
+
+def _refused(stack: StackSpec, job: JobSpec) -> frozenset[str]:
+    return frozenset(stack.recompute_refused.get(job.precision, ()))
+
+
 def _in_groups(name: str, stack: StackSpec) -> RecomputePolicy:
     """Whole layers that run again several at a time."""
     count = name.removeprefix("full:")
@@ -121,19 +140,20 @@ def searched_policies(
 ) -> tuple[RecomputePolicy, ...]:
     """What the search looks at beside no recomputation.
 
-    Modules that no layer of the model has are left out of a mode, and modes that are then the same
-    as another. A mode that the job asks for stays as it is.
+    Modules that no layer of the model has, or that cannot run again in the job's precision, are
+    left out of a mode, and modes that are then the same as another. A mode that the job asks for
+    stays as it is, or is none where the stack refuses it.
     """
     asked = job.constraints.recompute
     if not job.allow_recompute or asked == "none":
         return ()
     if asked is not None:
         try:
-            return (named_policy(asked, stack),)
+            return () if refusal(asked, stack, job) else (named_policy(asked, stack),)
         except InputError:
             return ()
     kinds = tuple(kinds)
-    present = {module for kind in kinds for module in modules_of(kind)}
+    present = {module for kind in kinds for module in modules_of(kind)} - _refused(stack, job)
     told_apart = frozenset(o for kind in kinds for o in save_lists.outputs_of(kind))
     found: dict[object, RecomputePolicy] = {}
     for name in _names(stack, kinds):

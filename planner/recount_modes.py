@@ -10,9 +10,11 @@ from planner.request import Request
 def recompute_modes(request: Request) -> tuple[RecomputeMode, ...]:
     """Modes that the stack has and the user allows."""
     job = request.job
+    refused = {*request.stack.recompute_refused.get(job.precision, ())}
+    able = (p.name for p in request.workload.policies if refused.isdisjoint(p.modules))
     return tuple(
         mode
-        for mode in ("none", *(policy.name for policy in request.workload.policies))
+        for mode in ("none", *able)
         if (mode != "none" or "none" in request.stack.recompute)
         and (job.allow_recompute or mode == "none")
         and _asked(request) in (None, mode)

@@ -13,7 +13,7 @@ from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES, attention_sorts
 from planner.errors import InputError
 from planner.models.kinds import Model
-from planner.recompute import named_policy
+from planner.recompute import refusal
 from planner.request import Request, fill_defaults
 from planner.specs import JobSpec
 
@@ -97,9 +97,11 @@ def _faults(request: Request) -> Iterator[InputError]:
         )
     if job.constraints.recompute is not None:
         try:
-            named_policy(job.constraints.recompute, stack)
+            refused = refusal(job.constraints.recompute, stack, job)
         except InputError as error:
-            yield error
+            refused = error
+        if refused is not None:
+            yield refused
     if job.optimizer not in stack.optimizers:
         known = ", ".join(stack.optimizers)
         yield InputError(f"{name} has no optimizer {job.optimizer} (it has {known})")

@@ -223,6 +223,10 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
     per_stage = changes.get("recompute_per_stage", stack.recompute_per_stage)
     if per_stage and Random(f"mixed {name} {sorted(changes)} {moe}").random() < 0.5:
         changes["recompute_mixed"] = True
+    apart = Random(f"refused {name} {sorted(changes)} {moe}")
+    if apart.random() < 0.2:
+        refused = apart.choice((("core_attn",), ("layernorm", "moe_act"), ("mlp",)))
+        changes["recompute_refused"] = dict.fromkeys(("bf16", "fp16", "fp32", "fp8"), refused)
     return stack.model_copy(update=changes)
 
 

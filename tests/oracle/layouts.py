@@ -386,7 +386,9 @@ def recompute_choices(request: Request) -> list[Option]:
     choices: list[Option] = []
     layers = request.model.layer_count
     offered = ["none"] if "none" in stack.recompute else []
-    for mode in (*offered, *(policy.name for policy in request.workload.policies)):
+    refused = stack.recompute_refused.get(request.job.precision, ())
+    able = [p.name for p in request.workload.policies if not any(m in p.modules for m in refused)]
+    for mode in (*offered, *able):
         if limits.recompute is not None and mode != limits.recompute:
             continue
         if mode != "none" and not request.job.allow_recompute:

@@ -19,7 +19,7 @@ from cost_models.repeat import Work
 from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
 from planner.errors import InputError
-from planner.pipeline import read_request
+from planner.pipeline import evaluate, read_request
 from planner.recompute import named_policy
 
 OPS: tuple[Op, ...] = (
@@ -179,6 +179,44 @@ def test_a_model_is_offered_what_it_can_tell_apart() -> None:
     assert searched("llama-3.1-8b") == ["selective", "mlp", "full"]
     assert searched("mixtral-8x7b") == ["selective", "moe_act", "layernorm+moe_act", "moe", "full"]
     assert "layernorm+mla_up_proj+moe_act" in searched("deepseek-v3")
+
+
+@pytest.mark.parametrize(
+    ("stack", "precision", "offered"),
+    [
+        ("megatron-core", "bf16", "layernorm+mla_up_proj+moe_act"),
+        ("megatron-core", "fp8", "mla_up_proj"),
+        ("nemo-fp8", "fp8", "mla_up_proj"),
+        ("megatron-bridge-fp8", "fp8", "layernorm+mla_up_proj+moe_act"),
+    ],
+)
+def test_modules_that_cannot_run_again_in_a_precision_are_not_searched(
+    stack: str, precision: str, offered: str
+) -> None:
+    request = read_request(
+        "deepseek-v3", "dgx-h100:1", overrides={"stack": stack, "precision": precision}
+    )
+    names = [policy.name for policy in request.workload.policies]
+    assert offered in names
+    assert any("layernorm" in name for name in names) is ("layernorm" in offered)
+    assert any("moe_act" in name for name in names) is ("moe_act" in offered)
+    assert {"selective", "full"} <= {*names}
+
+
+def test_a_layout_cannot_run_again_what_its_precision_refuses() -> None:
+    layout = {"recompute": "layernorm+moe_act", "ep": 8, "dp_replicate": 1}
+    asked: dict[str, Any] = {"stack": "megatron-core", "precision": "fp8", "sequence_length": 1024}
+    with pytest.raises(InputError) as error:
+        evaluate(read_request("mixtral-8x7b", "dgx-h100:1", overrides=asked), layout)
+    assert "cannot run layernorm and moe_act again in fp8" in error.value.message
+    assert "mla_up_proj, mlp, moe" in (error.value.hint or "")
+    evaluate(
+        read_request("mixtral-8x7b", "dgx-h100:1", overrides=asked | {"precision": "bf16"}), layout
+    )
+    asked["constraints"] = {"recompute": "moe_act"}
+    with pytest.raises(InputError) as error:
+        read_request("mixtral-8x7b", "dgx-h100:1", overrides=asked)
+    assert "cannot run moe_act again in fp8" in error.value.message
 
 
 @pytest.mark.parametrize(
