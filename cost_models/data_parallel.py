@@ -295,7 +295,12 @@ def _optimizer_seconds(
     elements = np.where(sharded, state.ceil_div(dense, attention_mesh.ways), dense)
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)
     host, node = machine.stack.offload, machine.cluster.groups[0].node
-    if machine.offload.optimizer and host is not None:
+    streamed = np.zeros(1)
+    if machine.offload.optimizer and host is not None and host.updates_on == "device":
+        streamed = offload.stream_seconds(
+            elements.astype(np.float64), machine.rules.streamed_bytes, node
+        )
+    elif machine.offload.optimizer and host is not None:
         moments = round(rule.step_bytes / 8)
         weights = machine.rules.gather_bytes if machine.offload.parameters else 0
         return offload.update_seconds(
@@ -306,7 +311,7 @@ def _optimizer_seconds(
     buffer = whole.get("zeroed", 0) + whole.get("checked", 0)
     buffer = (buffer + np.where(ways > 1, whole.get("averaged", 0), 0)) * (dense + expert)
     moved = per_element * elements.astype(np.float64) + buffer
-    time = compute.memory_bound_time_s(machine.device, moved)
+    time = compute.memory_bound_time_s(machine.device, moved) + streamed
     result: Real = np.where(elements > 0, time, 0.0)
     return result
 

@@ -180,3 +180,12 @@ class WorkloadGraph:
     """Samples per step, which under a pipeline decide what waits on the hosts; None: nothing is
     refused for that."""
     assumptions: tuple[str, ...] = ()
+
+
+_HIGH_PRECISION = ("embedding", "head", "moe.router", "moe.shared_gate")
+
+
+def is_quantised(weight: Weight) -> bool:
+    """Whether low-precision recipes run this weight's products: linear layers, but not the ends,
+    the router or the gate."""
+    return weight.cols > 1 and not weight.name.startswith(_HIGH_PRECISION)

@@ -18,7 +18,6 @@ from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.offload import Offload
 from cost_models.state import ceil_div, local_parameters
-from hardware_profiles.holdings import OffloadSpec
 
 if TYPE_CHECKING:
     from cost_models.configs import Configs
@@ -100,12 +99,12 @@ def host_tables(
     spec, node = machine.stack.offload, machine.cluster.groups[0].node
     if spec is None or not machine.offload.anything:
         return None
-    capacity = node.host_memory if not fills_drives(spec, machine.offload) else node.drives
+    capacity = node.host_memory if not fills_drives(machine) else node.drives
     if capacity is None:
         return None
     kinds = [workload.kinds[name] for name in dict.fromkeys(workload.layers)]
     modules = machine.offload.inputs
-    optimizer, weights = bytes_there(spec, machine.offload)
+    optimizer, weights = bytes_there(machine)
 
     def state(kind: LayerKind) -> Int64:
         trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
@@ -139,24 +138,30 @@ def shard_elements(
     return trained, ceil_div(local.frozen_dense, dense) + ceil_div(local.frozen_expert, expert)
 
 
-def leaving(spec: OffloadSpec, offload: Offload) -> dict[str, int]:
+def leaving(machine: Machine) -> dict[str, int]:
     """Bytes per parameter of what leaves the devices, by the names of ``DrivesSpec.holds``."""
-    parts = {"optimizer": spec.optimizer_bytes} if offload.optimizer else {}
-    return parts | ({"parameters": spec.parameter_bytes or 0} if offload.parameters else {})
+    spec, offload = machine.stack.offload, machine.offload
+    if spec is None:
+        return {}
+    weights = {"parameters": spec.parameter_bytes or 0} if offload.parameters else {}
+    # What the device updates is what it has on it for the update, weights included.
+    state = spec.optimizer_bytes or machine.rules.streamed_bytes - sum(weights.values())
+    return ({"optimizer": state} if offload.optimizer else {}) | weights
 
 
-def fills_drives(spec: OffloadSpec, offload: Offload) -> bool:
+def fills_drives(machine: Machine) -> bool:
     """Whether some of what leaves the devices goes on to NVMe drives."""
-    return spec.drives is not None and not leaving(spec, offload).keys().isdisjoint(
-        spec.drives.holds
-    )
+    spec = machine.stack.offload
+    if spec is None or spec.drives is None:
+        return False
+    return not leaving(machine).keys().isdisjoint(spec.drives.holds)
 
 
-def bytes_there(spec: OffloadSpec, offload: Offload) -> tuple[int, int]:
+def bytes_there(machine: Machine) -> tuple[int, int]:
     """Bytes per parameter of optimizer state and of weights where the stack fills the drives, else
     in memory."""
-    parts = leaving(spec, offload)
-    if spec.drives is not None and fills_drives(spec, offload):
+    spec, parts = machine.stack.offload, leaving(machine)
+    if spec is not None and spec.drives is not None and fills_drives(machine):
         parts = {name: size for name, size in parts.items() if name in spec.drives.holds}
     return parts.get("optimizer", 0), parts.get("parameters", 0)
 

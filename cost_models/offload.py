@@ -6,6 +6,9 @@ per parameter with AdamW, at the host memory bandwidth that the devices of a nod
 device's own link, in 16 bits each or as the stack says, beside the arithmetic: the slower of the
 two counts. Weights that live on the host come over the link before each gather.
 
+Where the device updates (MaxText: ``jax.device_put`` of the state between host and device around
+``apply_gradients``) the state crosses the link twice in turn with the update.
+
 State on NVMe drives (ZeRO-Infinity, arXiv 2104.07857) is read group by group before the arithmetic
 and written after it, one after the other; gradients are written when they are reduced. The devices
 of a node share its drives. Weights are read from them before each gather, ahead of the link, and
@@ -56,7 +59,7 @@ def update_seconds(
     Nothing on a node whose host memory (or drives) has no stated bandwidth: rules refuse every
     layout there.
     """
-    if node.host_memory_bandwidth is None:
+    if node.host_memory_bandwidth is None or spec.adam_efficiency is None:
         return np.zeros_like(elements)
     rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
     arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
@@ -89,6 +92,19 @@ def _swapped(
     last: Real = read + update + write
     result: Real = elements * alone / writes.si + cycle + (last - cycle) / drives.groups
     return result
+
+
+def stream_seconds(elements: Real, streamed_bytes: int, node: NodeSpec) -> Real:
+    """Bringing ``streamed_bytes`` of each of ``elements`` parameters to each device for the update,
+    and back behind it."""
+    result: Real = elements * (2.0 * streamed_bytes) / node.host_link.si
+    return result
+
+
+def link_bytes(spec: OffloadSpec, streamed_bytes: int) -> int:
+    """Bytes per parameter that cross the link for the update: the gradient there and the weight
+    back, or what is streamed to the device and back."""
+    return spec.link_bytes if spec.updates_on == "host" else 2 * streamed_bytes
 
 
 def fetch_seconds(weights: Real, node: NodeSpec, spec: OffloadSpec) -> Real:

@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
+from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight, is_quantised
 from cost_models.offload import Offload
 from cost_models.optimizers import OPTIMIZERS, LocalTensor, OptimizerRule
 from hardware_profiles.holdings import OffloadSpec, Precision, StateSpec
@@ -127,6 +127,8 @@ class StateRules:
     """Of flat buffers of the optimizer step, sharded as its state is, and below stage 3 of copies
     for the gradients' norm."""
     norm_bytes: int = 0
+    streamed_bytes: int = 0
+    """Of what comes from the host for the update, sharded as the state is."""
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
     gathered_bytes_per_64: int = 0
@@ -163,6 +165,8 @@ class StateBytes:
     optimizer: Int64
     step: Int64
     """Flat buffers of the optimizer step."""
+    streamed: Int64
+    """What is on the device for the update only."""
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
     unsharded: Int64
@@ -174,6 +178,7 @@ class StateBytes:
             self.gradients + other.gradients,
             self.optimizer + other.optimizer,
             self.step + other.step,
+            self.streamed + other.streamed,
             self.gathered + other.gathered,
             self.unsharded + other.unsharded,
         )
@@ -259,6 +264,7 @@ def state_bytes(
         + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
         optimizer=shards * rules.optimizer_bytes + extra,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
+        streamed=shards * rules.streamed_bytes,
         gathered=np.where(apart, whole * rules.gather_bytes - narrower + frozen.whole, 0),
         unsharded=np.where(apart | ((stage == 2) & rules.unit_gradients), whole, 0),
     )
@@ -343,15 +349,6 @@ def _bucket_padding(elements: Int64, sharding: Sharding, rules: StateRules, alon
     return np.where(elements > 0, buckets * (np.lcm(sharding.ways, BUCKET_ALIGNMENT) - 1), 0)
 
 
-_HIGH_PRECISION = ("embedding", "head", "moe.router", "moe.shared_gate")
-
-
-def is_quantised(weight: Weight) -> bool:
-    """Whether low-precision recipes run this weight's products: linear layers, but not the ends,
-    the router or the gate."""
-    return weight.cols > 1 and not weight.name.startswith(_HIGH_PRECISION)
-
-
 def state_rules(
     *, spec: StateSpec, precision: Precision, optimizer: str, master_weights: bool,
     gradient_dtype: str, offload: Offload = ON_DEVICE, host: OffloadSpec | None = None,
@@ -369,7 +366,9 @@ def state_rules(
         weight, reduced, state, gathered = 4, 4, moments, 2
     held, step = spec.held_gradient_bytes.get(precision, reduced), spec.step_bytes.get(precision, 0)
     norm = spec.norm_bytes.get(precision, 0)
+    streamed = 0
     if offload.optimizer and host is not None:
+        streamed = host.streamed_bytes(state, weight if offload.parameters else 0)
         state = step = norm = 0
         held = 0 if host.gradients else held
     stays = 0 if offload.parameters else weight
@@ -384,6 +383,7 @@ def state_rules(
         backward_gradient_bytes=spec.backward_gradient_bytes.get(precision, 0),
         step_bytes=step,
         norm_bytes=norm,
+        streamed_bytes=streamed,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,

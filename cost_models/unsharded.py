@@ -119,5 +119,6 @@ def reduced_apart(
 
 
 def update_bytes(held: StateBytes, *, copies: int, state: int) -> Int64:
-    """``copies`` fp32 copies of the local parameters, each 4 of the ``state`` bytes of each."""
-    return copies * held.optimizer * 4 // state
+    """``copies`` fp32 copies of the local parameters, each 4 of the ``state`` bytes of each, and
+    what comes from the host."""
+    return copies * held.optimizer * 4 // state + held.streamed

@@ -112,9 +112,13 @@ class DrivesSpec(Profile):
 class OffloadSpec(Profile):
     """What a stack can keep on the host, and how fast it works there."""
 
-    optimizer_bytes: Annotated[int, Field(ge=1)]
-    """Host bytes per parameter of a shard: fp32 master weight, moments, gradient."""
-    gradients: bool
+    updates_on: Literal["host", "device"] = "host"
+    """Where the optimizer runs. On the device its state comes over the link for the update and
+    leaves behind it, in turn, and all of it is there at once."""
+    optimizer_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Host bytes per parameter of a shard: fp32 master weight, moments, gradient; None, where the
+    device updates: what the optimizer keeps."""
+    gradients: bool = False
     """Whether reduced gradients go to the host during the backward and leave the device."""
     norm_bytes: Annotated[int, Field(ge=0)] = 0
     """Device bytes per element of a copy of one reduced gradient at a time, of which its norm is
@@ -141,9 +145,21 @@ class OffloadSpec(Profile):
     """Set where what leaves the device goes on to NVMe drives; None: the host's memory holds it."""
     link_bytes: Annotated[int, Field(ge=0)] = 4
     """Bytes per parameter that cross the link in a step: the gradient there, the weight back."""
-    adam_efficiency: Sourced
-    """Share of the host memory's bandwidth that the optimizer reaches."""
+    adam_efficiency: Sourced | None = None
+    """Share of the host memory's bandwidth that an optimizer there reaches."""
     source: str
+
+    def streamed_bytes(self, state: int, weight: int) -> int:
+        """Bytes per parameter that come for the update, of ``state`` and ``weight`` kept there."""
+        return state + weight if self.updates_on == "device" else 0
+
+    @model_validator(mode="after")
+    def _host_that_updates(self) -> Self:
+        if self.updates_on == "host" and None in (self.optimizer_bytes, self.adam_efficiency):
+            raise ValueError("offload: the host updates, so give optimizer_bytes, adam_efficiency")
+        if self.updates_on == "device" and (self.drives is not None or self.gradients):
+            raise ValueError("offload: drives and gradients belong to updates_on: host")
+        return self
 
     @model_validator(mode="after")
     def _core_reads_its_output(self) -> Self:

@@ -186,6 +186,8 @@ class StackSpec(Profile):
     compiler casts them on their way."""
     fine_tuning: tuple[Literal["lora", "qlora", "freeze"], ...] = ()
     """Ways in which it trains a part of a model only."""
+    separate_adapters: tuple[Literal["qkv", "gate_up"], ...] = ()
+    """Projections of one input that are linear layers, and so have adapters, of their own."""
     dropout: bool = False
     """Whether dropout is on where the model has it and the job does not say."""
     trains_dropout: bool = True

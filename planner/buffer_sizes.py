@@ -14,7 +14,7 @@ import numpy as np
 
 from cost_models import buffers, state
 from cost_models.configs import shard_of
-from cost_models.graph import LayerKind, Shard, Weight
+from cost_models.graph import LayerKind, Shard, Weight, is_quantised
 from planner.priced import Priced
 
 
@@ -54,7 +54,7 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
             int(state.local_tensor(weight, shard, workload.vocab_divisor).total[0])
             for kind in kinds
             for weight in kind.weights
-            if state.is_quantised(weight)
+            if is_quantised(weight)
         )
     copies = -(-copied * rules.quantised_bytes_per_64 // state.START_ALIGNMENT)
     gradients = split if layout.zero_stage == 2 else whole

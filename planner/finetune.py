@@ -8,12 +8,13 @@ Layers below the first trained weight have no backward at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph
+from cost_models.graph import Int64, LayerKind, Shard, Weight, WorkloadGraph, is_quantised
 from cost_models.ops import (
     Collective,
     CollectiveKind,
@@ -25,7 +26,7 @@ from cost_models.ops import (
     Roofline,
     SavedTensor,
 )
-from cost_models.state import is_quantised, local_tensor
+from cost_models.state import local_tensor
 from planner.errors import InputError, did_you_mean
 from planner.specs import FineTuneSpec
 
@@ -44,12 +45,20 @@ PRODUCTS = {
     "shared_fc1": ("moe.shared.gate", "moe.shared.up"),
     "shared_fc2": ("moe.shared.down",),
 }
-"""Weights of each product that may have an adapter; weights of one product share theirs."""
+"""Weights of each product that may have an adapter."""
+
+JOINED = {"qkv": "qkv", "fc1": "gate_up", "shared_fc1": "gate_up"}
+"""Products of several weights, by what ``StackSpec.separate_adapters`` calls them."""
+
+SHARED = "weights of one product share an adapter"
+
+Separate: TypeAlias = Collection[str]
+"""Of :data:`JOINED`, those whose weights are linear layers with adapters of their own."""
 
 
-def adapt(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
+def adapt(graph: WorkloadGraph, spec: FineTuneSpec, separate: Separate = ()) -> WorkloadGraph:
     """``graph`` with what ``spec`` does not train frozen; raises :class:`InputError`."""
-    return _frozen_front(graph, spec) if spec.lora_rank is None else _lora(graph, spec)
+    return _frozen_front(graph, spec) if spec.lora_rank is None else _lora(graph, spec, separate)
 
 
 def _frozen_front(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
@@ -120,15 +129,18 @@ def _flops(op: MatMul | GroupedMatMul) -> float:
     return float(np.broadcast_to(size, 1)[0]) / _LENGTH
 
 
-def _lora(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
+def _lora(graph: WorkloadGraph, spec: FineTuneSpec, separate: Separate) -> WorkloadGraph:
     _check_targets(graph, spec)
-    kinds = {name: _with_adapters(kind, graph, spec) for name, kind in graph.kinds.items()}
+    kinds = {
+        name: _with_adapters(kind, graph, spec, separate) for name, kind in graph.kinds.items()
+    }
     saved = sum(_weight_gradients(graph.kinds[name]) for name in graph.layers)
     saved += _weight_gradients(graph.head)
     added = sum(_weight_gradients(kinds[name], frozen=False) for name in graph.layers)
+    share = "linear layers have adapters of their own" if separate else SHARED
     notes = [
-        f"LoRA of rank {spec.lora_rank}: weights of one product share an adapter; routed experts "
-        "have none; what frozen layers keep is counted as if they were trained",
+        f"LoRA of rank {spec.lora_rank}: {share}; routed experts have none; what frozen layers "
+        "keep is counted as if they were trained",
     ]
     if spec.base_bits == 4:
         notes.append(
@@ -201,16 +213,44 @@ def _frozen(op: Op) -> Op:
     return op
 
 
-def _with_adapters(kind: LayerKind, graph: WorkloadGraph, spec: FineTuneSpec) -> LayerKind:
+@dataclass(frozen=True, slots=True)
+class _Adapted:
+    """A product with adapters: one, or one for each of the weights that it joins."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    apart: bool
+
+    @property
+    def adapters(self) -> tuple[tuple[Weight, ...], ...]:
+        """The weights that each adapter is for."""
+        return tuple((weight,) for weight in self.weights) if self.apart else (self.weights,)
+
+    def pairs(self, rank: int) -> tuple[Weight, ...]:
+        """Their matrices."""
+        names = [weight.name for weight in self.weights] if self.apart else [self.name]
+        return tuple(
+            matrix
+            for name, group in zip(names, self.adapters, strict=True)
+            for matrix in _pair(name, group, rank)
+        )
+
+
+def _with_adapters(
+    kind: LayerKind, graph: WorkloadGraph, spec: FineTuneSpec, separate: Separate
+) -> LayerKind:
     """A layer with frozen weights, its adapters, and what 4-bit storage costs."""
     assert spec.lora_rank is not None
     rank, four = spec.lora_rank, spec.base_bits == 4
-    groups = {
-        name: [weight for weight in kind.weights if weight.name in PRODUCTS[name]]
+    found = {
+        name: tuple(weight for weight in kind.weights if weight.name in PRODUCTS[name])
         for name in (spec.lora_targets or PRODUCTS)
     }
-    groups = {name: weights for name, weights in groups.items() if weights}
-    adapters = tuple(w for name, weights in groups.items() for w in _pair(name, weights, rank))
+    groups = {
+        name: _Adapted(name, weights, len(weights) > 1 and JOINED.get(name) in separate)
+        for name, weights in found.items()
+        if weights
+    }
     base = _freeze(kind.weights, bits=spec.base_bits)
 
     def ops(shard: Shard) -> tuple[Op, ...]:
@@ -220,12 +260,12 @@ def _with_adapters(kind: LayerKind, graph: WorkloadGraph, spec: FineTuneSpec) ->
                 result += _dequantise(op, kind)
             result.append(_frozen(op))
             if isinstance(op, MatMul) and op.name in groups:
-                row = groups[op.name][0].sharding == "row"
-                result += _adapter_ops(op, rank, kind.element_bytes, row=row)
+                result += _adapter_ops(op, groups[op.name], rank, kind.element_bytes)
         return tuple(result)
 
     def saved(shard: Shard) -> tuple[SavedTensor, ...]:
-        inner = shard.tokens * (len(groups) * rank * kind.element_bytes)
+        count = sum(len(group.adapters) for group in groups.values())
+        inner = shard.tokens * (count * rank * kind.element_bytes)
         return (*kind.saved(shard), SavedTensor("lora", inner))
 
     def working(shard: Shard) -> Int64:
@@ -240,10 +280,11 @@ def _with_adapters(kind: LayerKind, graph: WorkloadGraph, spec: FineTuneSpec) ->
         largest: Int64 = np.max([np.zeros_like(shard.tp), *sizes], axis=0)
         return own + largest * kind.element_bytes
 
+    adapters = tuple(matrix for group in groups.values() for matrix in group.pairs(rank))
     return replace(kind, weights=(*base, *adapters), ops=ops, saved=saved, working_bytes=working)
 
 
-def _pair(name: str, weights: list[Weight], rank: int) -> tuple[Weight, Weight]:
+def _pair(name: str, weights: tuple[Weight, ...], rank: int) -> tuple[Weight, Weight]:
     """The two matrices of an adapter: the one on the side that tp splits is split."""
     rows, cols = sum(weight.rows for weight in weights), weights[0].cols
     by_row, by_column = weights[0].sharding == "row", weights[0].sharding == "column"
@@ -253,20 +294,29 @@ def _pair(name: str, weights: list[Weight], rank: int) -> tuple[Weight, Weight]:
     )
 
 
-def _adapter_ops(op: MatMul, rank: int, element: int, *, row: bool) -> list[Op]:
-    """Down, up, scale and add; over tp the narrow tensor is summed, once."""
-    m, n, k = np.asarray(op.m), op.n, op.k
-    narrow = m * rank * element
+def _adapter_ops(op: MatMul, adapted: _Adapted, rank: int, element: int) -> list[Op]:
+    """Down, up, scale and add; over tp the narrow tensors are summed, once."""
+    count = len(adapted.adapters)
+    m, n, k, inner = np.asarray(op.m), op.n, op.k, rank * count
+    each, widths = ((1,) * count, op.pieces) if adapted.apart else ((1,), (1,))
+    narrow = m * inner * element
     kind: CollectiveKind = "all_reduce"
+    row = adapted.weights[0].sharding == "row"
     forward, backward = (kind, None) if row else (None, kind)
     return [
-        MatMul(f"{op.name}.lora_a", m, rank, k, low_precision=False, modules=op.modules),
+        MatMul(
+            f"{op.name}.lora_a", m, inner, k, parts=each, low_precision=False,
+            modules=op.modules,
+        ),
         Collective(
             f"{op.name}.lora_sum", "tp", forward, narrow, backward, narrow, modules=op.modules
         ),
-        MatMul(f"{op.name}.lora_b", m, n, rank, low_precision=False, modules=op.modules),
+        MatMul(
+            f"{op.name}.lora_b", m, n, rank, parts=widths, low_precision=False,
+            modules=op.modules,
+        ),
         Elementwise(
-            f"{op.name}.lora_add", 3.0 * m * n * element, 3.0 * m * k * element,
+            f"{op.name}.lora_add", 3.0 * m * n * element, 3.0 * count * m * k * element,
             modules=op.modules,
         ),
     ]  # fmt: skip

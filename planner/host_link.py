@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cost_models import offload
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import shard_of
 from cost_models.graph import LayerKind
@@ -13,14 +14,15 @@ from planner.request import Request
 def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     """Of a device of pipeline rank ``rank``, both directions.
 
-    Gradients leave and weights come back once a step, or gradients leave with each reduction;
-    weights that live on the host come for each forward and each backward; layer inputs and modules'
-    inputs leave and come with each microbatch.
+    Gradients leave and weights come back once a step, or gradients leave with each reduction, or
+    state comes and leaves; weights that live on the host come for each forward and each backward;
+    layer inputs and modules' inputs leave and come with each microbatch.
     """
     spec, layout, machine = request.stack.offload, priced.layout, request.machine
     assert spec is not None
     trained, frozen = _elements(priced, rank)
-    crossing = trained * spec.link_bytes if machine.offload.optimizer else 0
+    each_update = offload.link_bytes(spec, machine.rules.streamed_bytes)
+    crossing = trained * each_update if machine.offload.optimizer else 0
     each_pass = 0
     if machine.offload.parameters:
         each_pass += (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)

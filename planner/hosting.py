@@ -8,6 +8,7 @@ from cost_models.graph import Int64
 from cost_models.host_room import bytes_there, fills_drives, leaving
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
+from planner.recompute import NOT_BOTH, named_policy
 from planner.request import Request
 
 
@@ -15,23 +16,14 @@ def least_bytes_per_node(request: Request) -> int:
     """Bytes of state on each node, on its drives where the stack fills any, were the hosts filled
     evenly and each parameter held once. The fullest node holds no less; what it holds is known with
     the pipeline stages (``cost_models.host_room``)."""
-    spec = request.stack.offload
-    if spec is None:
-        return 0
-    optimizer, weights = bytes_there(spec, request.machine.offload)
+    optimizer, weights = bytes_there(request.machine)
     held = _parameters(request, trained=True) * optimizer + _parameters(request) * weights
     return held // request.cluster.nodes
 
 
-def _offloaded(request: Request) -> dict[str, int]:
-    """Bytes per parameter of what leaves the devices, by the names of ``DrivesSpec.holds``."""
-    spec = request.stack.offload
-    return {} if spec is None else leaving(spec, request.machine.offload)
-
-
 def _beside_drives(request: Request) -> int:
     """Bytes of all state that leaves the devices and stays in memory beside the drives."""
-    drives, parts = on_drives(request), _offloaded(request)
+    drives, parts = on_drives(request), leaving(request.machine)
     stays = {} if drives is None else {k: v for k, v in parts.items() if k not in drives.holds}
     trained = _parameters(request, trained=True) * stays.get("optimizer", 0)
     return trained + _parameters(request) * stays.get("parameters", 0)
@@ -63,9 +55,7 @@ def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp
 def on_drives(request: Request) -> DrivesSpec | None:
     """How the stack keeps on NVMe drives some of what leaves the devices, or None."""
     spec = request.stack.offload
-    if spec is None or not fills_drives(spec, request.machine.offload):
-        return None
-    return spec.drives
+    return spec.drives if spec is not None and fills_drives(request.machine) else None
 
 
 def host_capacity(request: Request) -> int | None:
@@ -83,7 +73,7 @@ def buffer_bytes_per_node(request: Request) -> int:
         return 0
     devices = request.cluster.groups[0].node.devices_per_node
     working = -(-_parameters(request) // request.devices // drives.groups)
-    each, parts = 0, _offloaded(request).keys() & {*drives.holds}
+    each, parts = 0, leaving(request.machine).keys() & {*drives.holds}
     if "optimizer" in parts:
         each += min(drives.buffer_elements, working) * drives.buffer_bytes
     if "parameters" in parts:
@@ -113,7 +103,11 @@ def cannot_offload(request: Request) -> str | None:
         return f"{request.stack.name} {request.stack.version} keeps mixtures on the device"
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
-    if node.host_memory is None or (job.optimizer_offload and node.host_memory_bandwidth is None):
+    asked = job.constraints.recompute
+    if job.optimizer_offload and asked and named_policy(asked, request.stack).offloads:
+        return f"recompute {asked} sends outputs to the hosts, {NOT_BOTH}"
+    updates = job.optimizer_offload and spec.updates_on == "host"
+    if node.host_memory is None or (updates and node.host_memory_bandwidth is None):
         return f"{node.name} states no host memory or no bandwidth of it"
     if on_drives(request) is not None:
         figures = (node.drives, node.drives_read_bandwidth, node.drives_write_bandwidth)

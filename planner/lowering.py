@@ -16,7 +16,7 @@ def lower(model: Model, job: JobSpec, stack: StackSpec, device: DeviceSpec) -> W
         return graph
     from planner.finetune import adapt
 
-    return adapt(graph, job.finetune)
+    return adapt(graph, job.finetune, stack.separate_adapters)
 
 
 def _whole(model: Model, job: JobSpec, stack: StackSpec, device: DeviceSpec) -> WorkloadGraph:

@@ -25,6 +25,10 @@ MOST_TOGETHER = 1024
 """Layers that a mode may run again together: more than any model has on a stage."""
 
 
+NOT_BOTH = "and the room that they leave to optimizer state is not priced"
+"""Why a mode that sends outputs to the hosts does not run beside an offloaded optimizer."""
+
+
 def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     """The policy that ``name`` means on ``stack``; :class:`InputError` where it has none."""
     if name in ("none", "full", "selective"):
@@ -141,8 +145,9 @@ def searched_policies(
     """What the search looks at beside no recomputation.
 
     Modules that no layer of the model has, or that cannot run again in the job's precision, are
-    left out of a mode, and modes that are then the same as another. A mode that the job asks for
-    stays as it is, or is none where the stack refuses it.
+    left out of a mode, and modes that are then the same as another, or send outputs to hosts that
+    hold optimizer state. A mode that the job asks for stays as it is, or is none where the stack
+    refuses it.
     """
     asked = job.constraints.recompute
     if not job.allow_recompute or asked == "none":
@@ -158,6 +163,8 @@ def searched_policies(
     found: dict[object, RecomputePolicy] = {}
     for name in _names(stack, kinds):
         policy = named_policy(name, stack)
+        if policy.offloads and job.optimizer_offload:
+            continue
         if policy.keeps is None:
             modules = policy.modules & present
             if not modules:

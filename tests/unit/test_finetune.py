@@ -38,7 +38,7 @@ def memory(found: EvaluatedLayout) -> dict[str, int]:
 def test_adapters_by_hand() -> None:
     """Rank 16 on Llama 3.1 8B: qkv (4096 -> 6144), proj (4096 -> 4096), fc1 (4096 -> 28672) and
     fc2 (14336 -> 4096): 16 x (10240 + 8192 + 32768 + 18432) in each of 32 layers."""
-    kind = request({"lora_rank": 16}).workload.kinds["decoder"]
+    kind = request({"lora_rank": 16}, stack="nemo").workload.kinds["decoder"]
     trained = [weight for weight in kind.weights if not weight.frozen]
     assert sum(weight.elements for weight in trained) == 16 * (10240 + 8192 + 32768 + 18432)
     assert {weight.name for weight in trained} == {
@@ -49,10 +49,33 @@ def test_adapters_by_hand() -> None:
     assert (sharding["lora.qkv.b"], sharding["lora.proj.a"]) == ("column", "row")
 
 
+APART = 16 * ((4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 3 * (4096 + 14336))
+"""Of a layer with an adapter for each of q, k, v, o, gate, up and down."""
+
+
+@pytest.mark.parametrize("stack", ["nemo-automodel", "deepspeed-hf", "pytorch-fsdp1"])
+def test_linear_layers_of_transformers_have_adapters_of_their_own(stack: str) -> None:
+    kind = request({"lora_rank": 16}, stack=stack).workload.kinds["decoder"]
+    trained = [weight for weight in kind.weights if not weight.frozen]
+    assert sum(weight.elements for weight in trained) == APART
+    products = {op.name: op for op in kind.ops(SHARD) if isinstance(op, MatMul)}
+    down, up = products["qkv.lora_a"], products["qkv.lora_b"]
+    assert (down.n, down.parts) == (48, (1, 1, 1))
+    assert (up.n, up.k) == (6144, 16)
+    assert [6 * part // sum(up.parts) for part in up.parts] == [4, 1, 1]
+
+
+def test_adapters_of_a_small_model_are_as_many_as_peft_makes() -> None:
+    """Llama 3.2 1B, all seven linear layers: 11,272,192 trained parameters by hand."""
+    kind = request({"lora_rank": 16}, "llama-3.2-1b", stack="deepspeed-hf").workload
+    layer = [w for name in kind.layers for w in kind.kinds[name].weights if not w.frozen]
+    assert sum(weight.elements for weight in layer) == 11_272_192
+
+
 def test_only_adapters_have_gradients_and_state() -> None:
     found = priced({"lora_rank": 16})
     terms = memory(found)
-    adapters = 32 * 16 * (10240 + 8192 + 32768 + 18432)
+    adapters = 32 * APART
     # Sharded over 8; FSDP2 keeps fp32 weights, gradients and two moments of what is trained, and
     # the 8.03 billion frozen weights in 16 bits.
     assert terms["optimizer"] == pytest.approx(8 * adapters / 8, rel=0.01)
@@ -66,7 +89,7 @@ def test_four_bits() -> None:
     linear = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
     rest = 2 * 128256 * 4096
     terms = memory(priced({"lora_rank": 16, "base_bits": 4}))
-    adapters = 32 * 16 * (10240 + 8192 + 32768 + 18432)
+    adapters = 32 * APART
     expected = linear * NF4_BYTES_PER_64 / 64 + 2 * rest + 4 * adapters
     assert terms["weights"] == pytest.approx(expected / 8, rel=0.01)
 
@@ -80,7 +103,7 @@ def test_ops_by_hand() -> None:
     assert products["qkv"].frozen
     assert products["fc1"].frozen
     assert not products["fc1.lora_a"].frozen
-    assert (products["fc1.lora_a"].n, products["fc1.lora_b"].k) == (8, 8)
+    assert (products["fc1.lora_a"].n, products["fc1.lora_b"].k) == (16, 8)
     assert "qkv.lora_a" not in products
     read = next(op for op in ops if op.name == "fc2.dequantise")
     assert isinstance(read, Elementwise)

@@ -59,6 +59,61 @@ def test_weights_on_the_host_cross_its_link_for_each_pass() -> None:
     assert term(found, "weights") == 0
 
 
+def streamed(**job: Any) -> Prediction:
+    spec = {"stack": "maxtext-gpu", "sequence_length": 2048, "global_batch": 16, **job}
+    request = read_request("llama-3.1-8b", "dgx-h100:1", None, spec)
+    chosen = {"zero_stage": 3, "microbatch_size": 1, "recompute": "full"}
+    return evaluate(request, chosen).prediction
+
+
+def test_state_that_the_device_updates_crosses_the_link_twice() -> None:
+    """Two fp32 moments come for the update and leave behind it, in turn with it: 16 bytes per
+    parameter over the link, and no fp32 Adam on the host."""
+    none, state = streamed(), streamed(optimizer_offload=True)
+    assert state.host is not None
+    assert state.host.bytes_per_node == pytest.approx(8 * PARAMETERS, rel=1e-4)
+    assert state.host.link_bytes_per_step == pytest.approx(16 * PARAMETERS / 8, rel=1e-4)
+    assert term(none, "optimizer") == pytest.approx(8 * PARAMETERS / 8, rel=1e-3)
+    assert term(state, "optimizer") == 0
+    link = load_cluster("dgx-h100:1").groups[0].node.host_link.si
+    assert state.step_time_s - none.step_time_s == pytest.approx(
+        state.host.link_bytes_per_step / link, rel=1e-3
+    )
+
+
+def test_weights_that_the_device_updates_come_as_they_are_kept() -> None:
+    """4 bytes for the forward and the backward of both microbatches, and twice for the update, at
+    which the moments are there too: more than what the backward holds."""
+    found = streamed(optimizer_offload=True, parameter_offload=True)
+    assert found.host is not None
+    assert found.host.bytes_per_node == pytest.approx(12 * PARAMETERS, rel=1e-4)
+    assert found.host.link_bytes_per_step == pytest.approx(
+        PARAMETERS / 8 * (2 * 12 + 2 * 2 * 4), rel=1e-4
+    )
+    assert term(found, "weights") == 0
+    assert term(found, "optimizer_update") == pytest.approx(12 * PARAMETERS / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ({"optimizer": "muon"}, "has no muon on the host"),
+        ({"constraints": {"recompute": "minimal_offloaded"}}, "leave to optimizer state"),
+    ],
+)
+def test_what_streams_no_state_is_refused(job: dict[str, Any], reason: str) -> None:
+    with pytest.raises((InputError, InfeasibleError), match=reason):
+        streamed(optimizer_offload=True, **job)
+
+
+def test_a_layout_sends_outputs_or_state() -> None:
+    spec = {"stack": "maxtext-gpu", "sequence_length": 2048, "optimizer_offload": True}
+    request = read_request("llama-3.1-8b", "dgx-h100:1", None, {**spec, "global_batch": 16})
+    assert not any(policy.offloads for policy in request.workload.policies)
+    with pytest.raises(InputError, match="leave to optimizer state"):
+        evaluate(request, {"zero_stage": 3, "recompute": "minimal_offloaded"})
+
+
 def test_a_plan_that_overfills_the_host_is_infeasible() -> None:
     """16 bytes of 405 billion parameters are 6.5 TB; a node has 2 TB, and 4 nodes have 8."""
     job = {"optimizer_offload": True, "stack": "deepspeed-hf", "sequence_length": 2048}
