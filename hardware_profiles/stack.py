@@ -101,8 +101,9 @@ class StackSpec(Profile):
     expert_tensor_parallel: bool
     layers: LayersSpec = LayersSpec()
     """What decides the collectives of a layer."""
-    kv_head_replication: bool = False
-    """Whether tp may exceed the KV heads, each then held by several ranks."""
+    kv_head_replication: bool | Literal["gathered"] = False
+    """Whether tp may exceed the KV heads, each then held by several ranks; ``gathered``: ranks hold
+    parts of them, and gather all columns of queries, keys and values to take their heads out."""
     uneven_stages: bool
     """Whether stages may hold different numbers of layers."""
     free_virtual_stages: bool = False

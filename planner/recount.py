@@ -186,7 +186,7 @@ def _impossible_mixer(
             if mixer.window is not None:
                 runs = stack.cp_kinds_of.get("sliding windows", runs)
             if mixer.kv_heads % mesh.tp and (
-                mesh.tp % mixer.kv_heads or not stack.kv_head_replication
+                mesh.tp % mixer.kv_heads or not stack.kv_head_replication or mixer.output_gate
             ):
                 return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
         case LatentAttentionSpec():

@@ -76,6 +76,7 @@ def build_workload(
         whole_vocabulary=stack.layers.vocabulary == "whole",
         exchanges_output_again=stack.layers.exchanged_output == "again",
         keeps_gathered=stack.layers.gathered_inputs == "kept",
+        gathers_heads=stack.kv_head_replication == "gathered",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -125,9 +126,12 @@ def _document(job: JobSpec) -> int | None:
 
 
 def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext) -> LayerKind:
+    weights = block_weights(model, block)
+    if ctx.gathers_heads:
+        weights = tuple(replace(weight, kv_heads=0) for weight in weights)
     return LayerKind(
         name,
-        block_weights(model, block),
+        weights,
         lambda shard: layer_ops(block, ctx, shard),
         lambda shard: layer_saved(block, ctx, shard),
         ctx.residual_bytes,

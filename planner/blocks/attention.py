@@ -55,8 +55,10 @@ def weights(spec: AttentionSpec, hidden: int) -> list[Weight]:
 def splits(spec: AttentionSpec) -> tuple[split.Split, ...]:
     """Query heads over tp; KV heads over tp unless replicated, and over cp when exchanged."""
     return (
-        split.heads(spec.heads), split.kv_heads(spec.kv_heads), split.exchanged(spec.kv_heads)
-    )  # fmt: skip
+        split.heads(spec.heads),
+        split.kv_heads(spec.kv_heads, gated=spec.output_gate),
+        split.exchanged(spec.kv_heads),
+    )
 
 
 def flops_per_token(spec: AttentionSpec, span: int) -> float:
@@ -108,10 +110,15 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     result: list[Op] = [
         *enter_tensor_parallel("qkv", ctx, shard, products=len(parts), kept=ctx.keeps_gathered)
     ]
-    result.append(MatMul("qkv", x, width * hd, ctx.hidden, parts=parts, pieces=pieces))
+    columns = width * hd
+    if ctx.gathers_heads:
+        columns = -(-_joined_heads(spec) * hd // shard.tp)
+    result.append(MatMul("qkv", x, columns, ctx.hidden, parts=parts, pieces=pieces))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
-        result.append(Elementwise("qkv_bias", 0.0, 1.0 * width * hd * x * e, forward_launches=0))
+        result.append(Elementwise("qkv_bias", 0.0, 1.0 * columns * x * e, forward_launches=0))
+    if ctx.gathers_heads:
+        result += _gathered_heads(spec, ctx, shard)
     if spec.qk_norm != "none":
         result.append(Elementwise("qk_norm", 2.0 * rotated, 3.0 * rotated, 2, 2))
     if ctx.rotary and spec.rotary and not spec.alibi:
@@ -128,6 +135,43 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard))
     return tuple(result)
+
+
+def _joined_heads(spec: AttentionSpec) -> int:
+    """Heads whose columns the joined product makes on all ranks together."""
+    gate, shared = 2 if spec.output_gate else 1, 1 if spec.tied_kv else 2
+    return gate * spec.heads + shared * spec.kv_heads
+
+
+def _joined_bytes(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """What the joined product makes on all ranks together, where tp exceeds the KV heads."""
+    size = _joined_heads(spec) * spec.head_dim * shard.tokens * ctx.element_bytes
+    return np.where(shard.tp > spec.kv_heads, size, 0)
+
+
+def _gathered_heads(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """Where tp exceeds the KV heads, all columns of the joined product are gathered and the group
+    of one KV head, then a rank's queries, taken out (megatron-core 0.16.1, attention.py,
+    ``get_query_key_value_tensors``).
+
+    Gathering along the last dimension puts the ranks' parts in order, one copy each way
+    (tensor_parallel/mappings.py); the backward of taking a part out fills zeros and copies.
+    """
+    above = shard.tp > spec.kv_heads
+    full = _joined_bytes(spec, ctx, shard)
+    unit = spec.head_dim * shard.tokens * ctx.element_bytes
+    queries = np.where(above, spec.heads // spec.kv_heads * unit, 0)
+    own = np.where(above, spec.heads // shard.tp * unit, 0)
+    group = full // spec.kv_heads
+    backward = 2.0 * full + (full + 2.0 * group) + (queries + 2.0 * own)
+    return (
+        Collective(
+            "qkv.columns", "tp", "all_gather", full, "reduce_scatter", full, active=above
+        ),
+        Elementwise(
+            "qkv_order", 2.0 * full, backward, np.where(above, 1, 0), np.where(above, 5, 0)
+        ),
+    )  # fmt: skip
 
 
 def core(
@@ -311,4 +355,8 @@ def working(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     gradients = (2 * heads + 2 * kv) * spec.head_dim * shard.tokens * ctx.element_bytes
     kv_bytes = 2 * kv * spec.head_dim * shard.tokens * ctx.element_bytes
-    return gradients + ctx.gathered_bytes(shard) + exchange_working(kv_bytes, shard)
+    gathered = ctx.gathered_bytes(shard)
+    if ctx.gathers_heads:
+        # Their gradient and its copy in the order of ranks are gone when the input is gathered.
+        gathered = np.maximum(gathered, 2 * _joined_bytes(spec, ctx, shard))
+    return gradients + gathered + exchange_working(kv_bytes, shard)

@@ -70,6 +70,8 @@ class BlockContext:
     """Whether two levels of context parallelism exchange attention's output in the backward too."""
     keeps_gathered: bool = False
     """Whether attention and feed-forward keep what sequence parallelism gathers for them."""
+    gathers_heads: bool = False
+    """Whether tp above the KV heads divides their weights too and gathers what they make."""
     whole_embedding_in_context: bool = False
     """Whether every tp rank has the embedding whole under context parallelism."""
 

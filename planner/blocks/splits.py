@@ -32,9 +32,11 @@ def heads(size: int, what: str = "attention heads") -> Split:
     return Split(0, size, f"{size} {what} do not split over tp", "tp")
 
 
-def kv_heads(size: int) -> Split:
-    """Key-value heads, split or replicated over tp."""
-    return Split(1, size, f"{size} KV heads do not split over tp", "kv")
+def kv_heads(size: int, *, gated: bool = False) -> Split:
+    """Key-value heads, split or replicated over tp; no stack replicates those beside ``gated``
+    outputs (megatron-core 0.16.1, transformer/attention.py, takes a rank's queries out of its
+    group's, not its gates)."""
+    return Split(1, size, f"{size} KV heads do not split over tp", "tp" if gated else "kv")
 
 
 def exchanged(size: int) -> Split:

@@ -195,7 +195,7 @@ def runs(request: Request, x: Layout) -> bool:
             if isinstance(mixer, AttentionSpec):
                 exchanged = mixer.kv_heads
                 repeats = request.stack.kv_head_replication and x.tp % mixer.kv_heads == 0
-                if mixer.kv_heads % x.tp and not repeats:
+                if mixer.kv_heads % x.tp and (mixer.output_gate or not repeats):
                     return False
             dealt = {"a2a": x.cp, "p2p": 1, "all_gather": 1}.get(x.cp_kind, x.cp_inner)
             if x.cp > 1 and exchanged % (x.tp * dealt):
