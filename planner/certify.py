@@ -38,6 +38,7 @@ from planner.recount import (
 )
 from planner.recount_host import outputs_held
 from planner.recount_modes import mixed_modes, recompute_modes
+from planner.recount_stages import unlike_stages
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import JobSpec
@@ -186,6 +187,7 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
         yield f"the stages hold layers up to {position} of {layers}"
         return
     yield from _check_recompute(layout, request)
+    yield from unlike_stages(layout, request)
 
 
 def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:

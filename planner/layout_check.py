@@ -13,6 +13,7 @@ from planner.plan import Layout
 from planner.recompute import refusal
 from planner.request import Request
 from planner.rules import layout_rules, mesh_rules
+from planner.stage_limits import require_stages_of_stack
 
 
 def check_layout(request: Request, layout: Layout) -> None:
@@ -63,6 +64,7 @@ def check_layout(request: Request, layout: Layout) -> None:
     for reason, layout_broken in layout_rules(request):
         if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
             raise InputError(f"layout {_brief(layout)}: {reason}")
+    require_stages_of_stack(layout, request)
 
 
 def _brief(layout: Layout) -> str:
