@@ -146,15 +146,26 @@ def _runs_on(stack: StackSpec, vendor: str) -> bool:
 
 
 def _able(request: Request) -> str:
-    """The stacks that ship and can run the request, those that people start new runs on first."""
+    """The stacks that ship and can run the request, or else in which precisions they can."""
+    for precision in (request.job.precision, *sorted(request.machine.device.peak_flops)):
+        job = request.job.model_copy(update={"precision": precision})
+        stacks = _named(request, job)
+        if stacks:
+            flag = f", with --precision {precision}" if job != request.job else ""
+            return stacks + flag
+    return "no stack that ships can run it"
+
+
+def _named(request: Request, job: JobSpec) -> str:
+    """The stacks that can run ``job``, those that people start new runs on first."""
     able = []
     for stack in _shipped():
-        job = request.job.model_copy(update={"stack": stack.name})
-        if _fault(Request(request.model, request.cluster, job, stack)) is None:
+        on_it = job.model_copy(update={"stack": stack.name})
+        if _fault(Request(request.model, request.cluster, on_it, stack)) is None:
             able.append(stack.name)
     ordered = sorted(able, key=lambda name: (name not in DEFAULTS, name))
     if not ordered:
-        return "no stack that ships can run it"
+        return ""
     rest = f"; {len(ordered) - MOST_NAMED} more can" if len(ordered) > MOST_NAMED else ""
     return "--stack " + " or --stack ".join(ordered[:MOST_NAMED]) + rest
 

@@ -209,6 +209,10 @@ def search_flags(
 
     Raises :class:`InputError` for text that is not a degree or ``name=value``.
     """
+    if no_recompute and recompute not in (None, "none"):
+        raise InputError(
+            f"--no-recompute contradicts --recompute {recompute}", hint="give one of them"
+        )
     constraints = given(
         fix=_assignments("--fix", fix or ()) or None,
         max=_assignments("--max", maximum or ()) or None,

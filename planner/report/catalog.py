@@ -35,6 +35,7 @@ def catalog_table(listing: dict[str, list[dict[str, Any]]]) -> RenderableType:
 
 def _plain_list(entries: list[dict[str, Any]]) -> RenderableType:
     table = parts.grid(("name", "left"), ("", "left"), ("also", "left"))
+    table.columns[1].no_wrap = True
     for entry in entries:
         aliases = ", ".join(entry["aliases"])
         table.add_row("", entry["name"], entry["title"], Text(aliases, style="dim"))
@@ -47,6 +48,7 @@ def _model_list(entries: list[dict[str, Any]]) -> RenderableType:
         ("name", "left"), ("family", "left"), ("parameters", "right"), ("active", "right"),
         ("layers", "left"), ("also", "left"),
     )  # fmt: skip
+    table.columns[1].no_wrap = True
     for entry in entries:
         counts = entry["parameters"]
         active = format_count(counts["active"]) if counts["active"] < counts["total"] else ""

@@ -89,6 +89,7 @@ def test_typing_errors_exit_2_with_a_hint(args: list[str], message: str, hint: s
         (["--forbid", "cpp"], "--forbid: no degree 'cpp'"),
         (["--time-limit", "0"], "--time-limit 0: must be more than 0 seconds"),
         (["--global-batch", "8", "--global-batch-tokens", "4M"], "both set the batch"),
+        (["--no-recompute", "--recompute", "full"], "--no-recompute contradicts --recompute full"),
     ],
 )
 def test_flag_values_are_checked_before_anything_is_read(flags: list[str], message: str) -> None:

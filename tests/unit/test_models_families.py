@@ -217,6 +217,8 @@ def test_megatron_gpt_defaults_are_megatrons() -> None:
     assert mlp(model).intermediate == 256
     assert model.tied_embeddings
     assert (model.position_embeddings, model.max_sequence) == (2048, 2048)
+    longer = model_from_document({**dims, "max_position_embeddings": 4096}, where="gpt.yaml")
+    assert (longer.position_embeddings, longer.max_sequence) == (4096, 4096)
     # 2 layers of 12 h^2 + 13 h, (100 + 2048) rows of h, a final norm of 2 h.
     assert parameter_counts(model).total == 2 * (12 * 4096 + 13 * 64) + 2148 * 64 + 128
     changed = model_from_document(

@@ -114,6 +114,13 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
     }
 
 
+def test_a_hint_names_a_precision_where_only_another_one_has_what_was_asked() -> None:
+    asked = {"constraints": {"schedule": "1f1b_vocab_1"}}
+    with pytest.raises(InputError, match="has no schedule") as caught:
+        read_request("llama-3.1-8b", "dgx-h100", None, asked)
+    assert caught.value.hint == "--stack megatron-vocabulary-parallel, with --precision fp16"
+
+
 def test_a_long_hint_is_cut() -> None:
     with pytest.raises(InputError) as caught:
         read_request("llama-3.1-8b", "dgx-h100", None, {"stack": "torchgpipe"})

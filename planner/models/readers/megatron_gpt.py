@@ -37,6 +37,9 @@ ARGUMENTS = {
 }
 """Megatron-LM's argument names, accepted for ours."""
 
+SEQUENCE = 2048
+"""Longest sequence in tokens of a model that states neither it nor a table of positions."""
+
 
 class MegatronGpt(Spec):
     """The dimensions of one GPT."""
@@ -54,10 +57,10 @@ class MegatronGpt(Spec):
     """Rows of the embedding, padding included."""
     ffn_hidden: Positive | None = None
     """Width of the MLP; default 4 x hidden."""
-    sequence: Positive = 2048
-    """Longest sequence in tokens."""
+    sequence: Positive | None = None
+    """Longest sequence in tokens; default ``positions``, or 2048 without a position table."""
     positions: NonNegative | None = None
-    """Rows of the learned position table; default ``sequence``; 0 = none (rotary)."""
+    """Rows of the learned position table; default the longest sequence; 0 = none (rotary)."""
     tied: bool = True
     bias: bool = True
     gated: bool = False
@@ -111,6 +114,7 @@ def _model(gpt: MegatronGpt, where: str, keys: tuple[str, ...]) -> ModelSpec:
             activation=gpt.activation or ("silu" if gpt.gated else "gelu"),
         ),
     )
+    sequence = gpt.sequence or gpt.positions or SEQUENCE
     decoder = uniform(block, gpt.layers)
     return ModelSpec(
         name=gpt.name,
@@ -121,8 +125,8 @@ def _model(gpt: MegatronGpt, where: str, keys: tuple[str, ...]) -> ModelSpec:
         tied_embeddings=gpt.tied,
         norm=gpt.norm,
         norm_bias=gpt.norm == "layer",
-        position_embeddings=gpt.sequence if gpt.positions is None else gpt.positions,
-        max_sequence=gpt.sequence,
+        position_embeddings=sequence if gpt.positions is None else gpt.positions,
+        max_sequence=sequence,
         dropout=gpt.dropout,
         blocks=decoder.blocks,
         layers=decoder.layers,
