@@ -92,7 +92,7 @@ def _broken(split: Split, request: Request) -> Callable[[Meshes], Bools]:
         case "ep":
             return _splits(size, lambda m: m.ep)
         case "kv":
-            return _splits_kv(size, replicates=request.stack.kv_head_replication)
+            return _splits_kv(size, replicates=bool(request.stack.kv_head_replication))
         case "exchange":
             return _exchanges(size)
         case "tp_cp":

@@ -42,6 +42,9 @@ def test_a_readme_command_runs(command: str, tmp_path: Path) -> None:
     script = tools / "planner"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m planner "$@"\n')
     script.chmod(0o755)
+    own = tmp_path / "own.csv"
+    own.write_text("0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3\n1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3\n")
+    command = command.replace(" own.csv", f" {own}")
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
