@@ -83,7 +83,13 @@ def in_flight(used: StateBytes, data: DataParallel, *, rules: StateRules) -> Int
 def add_output(
     rows: Int64, kind: LayerKind, shard: Shard, *, pipelined: Bools, policies: tuple[str, ...]
 ) -> None:
-    """Add the output that a schedule still holds while the loss of its microbatch works."""
+    """Add the output that a schedule still holds while the loss of its microbatch works.
+
+    Where the loss runs in pieces the output is the head's input, which counts as kept already
+    (torchtitan, components/loss.py, ``ChunkedCELoss``: the model leaves out its output layer).
+    """
+    if kind.in_pieces:
+        return
     output = np.where(pipelined, kind.output_bytes(shard), 0)
     for modes in mode_rows(policies).values():
         rows[modes.working] += output
