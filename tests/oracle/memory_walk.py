@@ -39,6 +39,7 @@ class Case:
     pp: int = 1
     vpp: int = 1
     ep: int = 1
+    etp: int = 1
     dp: int = 1
     zero: int = 0
     recompute: str = "none"
@@ -204,7 +205,10 @@ def mlp(case: Case, spec: MlpSpec) -> Iterator[Tensor]:
 
 
 def moe(case: Case, spec: MoeSpec) -> Iterator[Tensor]:
-    """Router, permutation, grouped products, weighted sum; balanced routing, etp 1."""
+    """Router, permutation, grouped products, weighted sum; balanced routing.
+
+    Ranks of expert-tensor parallelism gather each other's rows and have a part of the width.
+    """
     hidden = case.model.hidden
     yield from norm(case, "layernorm")
     # The router reads the norm's output in 16 bits, whatever the experts' products run in.
@@ -212,8 +216,9 @@ def moe(case: Case, spec: MoeSpec) -> Iterator[Tensor]:
     routed = case.rows * spec.top_k
     yield Tensor(4 * case.rows * spec.experts, ("moe",))
     yield Tensor(4 * case.rows * spec.experts, ("moe",))
-    yield Tensor(case.narrow * routed * hidden, ("moe",))
-    yield from feed_forward(case, routed, spec.intermediate, spec.gated, "moe")
+    arrived, width = routed * case.etp, spec.intermediate // case.etp
+    yield Tensor(case.narrow * arrived * hidden, ("moe",))
+    yield from feed_forward(case, arrived, width, spec.gated, "moe")
     # Outputs of the experts, which the gradient of their weights needs; torchtitan weighs in fp32.
     yield Tensor((4 if case.dtensor else 2) * routed * hidden, ("moe",))
     if spec.shared_intermediate:
@@ -285,7 +290,8 @@ def backward(case: Case, block: BlockSpec) -> int:
     elif isinstance(forward, MoeSpec):
         routed = case.rows * forward.top_k
         tensors = 3 if forward.gated else 2
-        size = 2 * routed * (2 * case.model.hidden + tensors * forward.intermediate)
+        width = forward.intermediate // case.etp
+        size = 2 * routed * case.etp * (2 * case.model.hidden + tensors * width)
         most.append(size + case.gathered)
         if case.dtensor:
             # The gradient in fp32, it times the weights, and it times the outputs.

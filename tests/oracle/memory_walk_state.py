@@ -92,8 +92,9 @@ def feed_forward(
 
 
 def moe(case: Case, spec: MoeSpec) -> Iterator[Parameter]:
-    """Grouped layers hold all their experts' first products before the second ones; etp 1."""
-    hidden, width, local = case.model.hidden, spec.intermediate, spec.experts // case.ep
+    """Grouped layers hold all their experts' first products before the second ones."""
+    hidden, width = case.model.hidden, spec.intermediate // case.etp
+    local = spec.experts // case.ep
     yield Parameter(spec.experts, hidden, "router")
     for part in ("gate", "up") if spec.gated else ("up",):
         stored = "experts." + (part if case.dtensor else "fc1")
@@ -144,7 +145,7 @@ def ways(case: Case, *, expert: bool) -> int:
     """Ranks over which state is split: data and context parallelism; of experts, what expert
     parallelism leaves of all ranks of a stage."""
     ranks = case.dp * case.cp
-    return ranks * case.tp // case.ep if expert else ranks
+    return ranks * case.tp // (case.ep * case.etp) if expert else ranks
 
 
 def buffer(case: Case, parameters: list[Parameter], *, expert: bool, bucketed: bool) -> int:

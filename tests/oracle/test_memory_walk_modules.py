@@ -119,6 +119,7 @@ CASES = [
     *megatron(LLAMA, "none", "mlp", "full", dp=8, zero=1, precision="fp8"),
     *megatron(MIXTRAL, *SPARSE, **EP),
     *megatron(MIXTRAL, *SPARSE, **TP, ep=2),
+    *megatron(MIXTRAL, *SPARSE, **TP, ep=4, etp=2),
     *megatron(MIXTRAL, "none", "moe", "full", **CHUNKS, ep=2),
     *megatron(MIXTRAL, "none", "moe", **EP, precision="fp8"),
     *megatron(DEEPSEEK, *LATENTS, **EP),
@@ -173,8 +174,10 @@ def test_every_category_is_what_a_walk_over_the_modules_gives(case: Case) -> Non
     request = Request(case.model, load_cluster(f"dgx-h100:{nodes}"), job, case.stack)
     layout = {
         "tp": case.tp, "sequence_parallel": case.sp, "cp": case.cp, "cp_kind": case.cp_kind,
-        "pp": case.pp, "vpp": case.vpp, "ep": case.ep, "etp": 1, "microbatch_size": case.samples,
-        "zero_stage": case.zero, "recompute": case.recompute,
+        "pp": case.pp, "vpp": case.vpp, "ep": case.ep, "etp": case.etp,
+        "microbatch_size": case.samples,
+        "zero_stage": case.zero,
+        "recompute": case.recompute,
         "schedule": "interleaved" if case.vpp > 1 else "1f1b",
     }  # fmt: skip
     if case.cp == 1:
