@@ -17,7 +17,8 @@ def only_full_fits(seed: int) -> Request | None:
     """An instance of MaxText's breadth-first pipelines with just the room for layers that run again
     as a whole; None where no pipeline has several virtual stages."""
     request = draw(seed, "maxtext-gpu")
-    stack = request.stack.model_copy(update={"schedules": ("looped_bfs",), "uneven_stages": True})
+    changes = {"schedules": ("looped_bfs",), "uneven_stages": True, "outside_layers": False}
+    stack = request.stack.model_copy(update=changes)
     pipelined = ConstraintSpec(schedule="looped_bfs", fix={"pp": 2})
     job = request.job.model_copy(
         update={"constraints": pipelined, "allow_recompute": True, "memory_margin": 0.0}
