@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -131,14 +132,19 @@ class RunPricer:
                 vpp=layout.vpp,
                 microbatches=layout.num_microbatches,
                 uneven=True,
+                round_size=layout.round_size,
+                order=request.order_of(layout.schedule),
+                outside=layout.layers_outside,
             )
             times[place] = simulate_step(leaf, stage_costs(leaf, completion)).total_ns / SECOND
         return times
 
 
 def _together(parts: Sequence[Configs]) -> Configs:
-    columns = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in Configs.__dataclass_fields__
+    columns: dict[str, Any] = {
+        name: [getattr(part, name) for part in parts] for name in Configs.__dataclass_fields__
     }
-    return Configs(**columns)
+    joined: dict[str, Any] = {
+        name: None if each[0] is None else np.concatenate(each) for name, each in columns.items()
+    }
+    return Configs(**joined)
