@@ -24,19 +24,22 @@ CAST = {"fp32_in_bf16": "bf16"}
 """Operands that a compiler casts between memory and the product, by what they are cast to."""
 
 OPERAND_BYTES = {
-    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5625, "fp32_in_bf16": 4.0,
+    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5625,
+    "fp32_in_bf16": 4.0,
 }  # fmt: skip
 """Bytes per element of a product's operand; nvfp4 has an 8-bit scale for each 16 elements."""
 
-ALIGNMENT = {"bf16": 8, "fp16": 8, "fp32": 4, "fp8": 16, "nvfp4": 32, "fp32_in_bf16": 4}
+ALIGNMENT = {
+    "bf16": 8, "fp16": 8, "fp32": 4, "fp8": 16, "int8": 16, "nvfp4": 32, "fp32_in_bf16": 4,
+}  # fmt: skip
 """Elements of 16 bytes, where rows must start for the widest loads: NVIDIA, Matrix Multiplication
 Background User's Guide."""
 
-QUANTISATION_BYTES = {"fp8": 4.0, "nvfp4": 5.125}
+QUANTISATION_BYTES = {"fp8": 4.0, "int8": 4.0, "nvfp4": 5.125}
 """Bytes moved per element of an operand that is quantised for training: 16 bits read, and written
 once by rows and once by columns, since the backward reduces over the other dimension (Transformer
 Engine's cast-transpose; MXFP8's two blockings). nvfp4 reads it twice: its tensor scale comes first
-(NVIDIA, arXiv 2509.25149)."""
+(NVIDIA, arXiv 2509.25149); of the others, what a stack says (``quantisation_reads``)."""
 
 CUDA_CORE_SHARE = 0.626
 """Share of the fp32 vector peak at which products run that have no kernel on tensor cores: 12.21 of
@@ -44,9 +47,9 @@ the A100's 19.5 TFLOP/s with heads of 140 elements (bf16, CUDA 11.6; github pyto
 83272). BLOOM's tests of heads of 108, 150 and 450 elements say 10 to 11."""
 
 _OUTPUT_BYTES = {
-    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "nvfp4": 2.0, "fp32_in_bf16": 4.0,
+    "bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 2.0, "int8": 2.0, "nvfp4": 2.0,
+    "fp32_in_bf16": 4.0,
 }  # fmt: skip
-_ACCUMULATE_BYTES = 8.0
 
 
 def matmul_time_s(
@@ -58,16 +61,16 @@ def matmul_time_s(
     *,
     stage: MatmulStage = "fprop",
     batch: npt.ArrayLike = 1,
-    accumulate: bool = True,
+    accumulated_bytes: float = 8.0,
     alone: bool = False,
     sliced: bool = False,
 ) -> FloatArray:
     """Seconds of one kernel that makes ``batch`` products (m, k) x (k, n) of operands in ``dtype``.
 
     The dimensions are the product's own: for a linear layer with t tokens, ``fprop`` is
-    (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` with ``accumulate``
-    adds to an fp32 gradient (8 bytes per element read and written); other stages write 16 bits
-    (fp32: 32).
+    (t, out, in), ``dgrad`` (t, in, out) and ``wgrad`` (out, in, t). ``wgrad`` reads and writes
+    ``accumulated_bytes`` per element of a gradient that it adds to (8: fp32); 0: it writes its own
+    like the other stages, 16 bits (fp32: 32).
     ``fp32`` means fp32 multiplication: tf32 is off; ``fp32_in_bf16`` operands and results are fp32
     in memory and bf16 in the product (:data:`CAST`); ``fp8`` and ``nvfp4`` operands are quantised
     already (:func:`quantisation_time_s`). Features are the contiguous dimension of activations and
@@ -81,8 +84,8 @@ def matmul_time_s(
     """
     _check("stage", stage, ("fprop", "dgrad", "wgrad"))
     constants = matmul_constants(device, dtype)
-    adds = accumulate and stage == "wgrad"
-    output_bytes = _ACCUMULATE_BYTES if adds else _OUTPUT_BYTES[dtype]
+    adds = accumulated_bytes > 0 and stage == "wgrad"
+    output_bytes = accumulated_bytes if adds else _OUTPUT_BYTES[dtype]
     aligned = _aligned(dtype, *((m, n) if stage == "wgrad" else (n, k)))
     time = matmul_law(
         constants,
@@ -117,7 +120,7 @@ def grouped_matmul_time_s(
     *,
     stage: MatmulStage = "fprop",
     single_launch: bool = False,
-    accumulate: bool = True,
+    accumulated_bytes: float = 8.0,
 ) -> FloatArray:
     """Seconds of ``groups`` expert products, each with ``rows_per_group`` tokens.
 
@@ -131,9 +134,11 @@ def grouped_matmul_time_s(
     """
     dims = (n, k, rows_per_group) if stage == "wgrad" else (rows_per_group, n, k)
     if single_launch:
-        return matmul_time_s(device, dtype, *dims, stage=stage, batch=groups, accumulate=accumulate)
+        return matmul_time_s(
+            device, dtype, *dims, stage=stage, batch=groups, accumulated_bytes=accumulated_bytes
+        )
     count = np.maximum(_array(groups), 1.0)
-    one = matmul_time_s(device, dtype, *dims, stage=stage, accumulate=accumulate)
+    one = matmul_time_s(device, dtype, *dims, stage=stage, accumulated_bytes=accumulated_bytes)
     return np.asarray(count * one)
 
 
@@ -186,11 +191,18 @@ def memory_bound_time_s(device: DeviceSpec, bytes_moved: npt.ArrayLike) -> Float
 
 
 def quantisation_time_s(
-    device: DeviceSpec, dtype: str, elements: npt.ArrayLike, tensors: npt.ArrayLike = 1
+    device: DeviceSpec,
+    dtype: str,
+    elements: npt.ArrayLike,
+    tensors: npt.ArrayLike = 1,
+    *,
+    reads: int = 1,
 ) -> FloatArray:
-    """Seconds to quantise ``elements`` of 16 bits, in ``tensors`` kernels, to ``dtype``."""
+    """Seconds to quantise ``elements`` of 16 bits, in ``tensors`` kernels, to ``dtype``; 8-bit
+    scales that need a pass of their own make it two ``reads``."""
     latency_s = device.kernels.memory_bound_latency.si
-    bytes_moved = QUANTISATION_BYTES[dtype] * _array(elements)
+    again = 0.0 if dtype == "nvfp4" else 2.0 * (reads - 1)
+    bytes_moved = (QUANTISATION_BYTES[dtype] + again) * _array(elements)
     streaming_s = bytes_moved / memory_bound_bandwidth_bytes_per_s(device)
     return np.asarray(_array(tensors) * latency_s + streaming_s)
 

@@ -16,7 +16,14 @@ import numpy as np
 from cost_models import deferral, interconnect, transfers
 from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
-from cost_models.fragments import lookup_block
+from cost_models.distinct import (
+    Distinct,
+    distinct_of,
+    has_experts,
+    take_shard,
+    vocabulary_ranks,
+)
+from cost_models.fragments import add_lookups
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import Waiting, refuse_without_room
@@ -25,10 +32,11 @@ from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
 from cost_models.outside import outside_configs, outside_of
-from cost_models.repeat import Real
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
-from cost_models.step import Field, Machine, price_layer
+from cost_models.state import local_tensor
+from cost_models.step import Machine, price_layer
+from cost_models.unique import unique_rows
 from cost_models.vocabulary import VocabularyTables, shared_ends, vocabulary_tables
 
 
@@ -52,6 +60,8 @@ class Configs:
     """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
     stages: Int64 | None = None
     """Among the replicas, pipeline stages, which split no state; None: there are none."""
+    waits: Int64 | None = None
+    """Whether gradients wait for the last of several microbatches; None: nowhere."""
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -72,8 +82,9 @@ class Configs:
     def data_columns(self) -> list[Int64]:
         """What the data-parallel side adds."""
         stages = np.ones_like(self.pp) if self.stages is None else self.stages
+        waits = np.zeros_like(self.pp) if self.waits is None else self.waits
         return [
-            self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard, stages
+            self.dp_replicate, self.dp_shard, self.pp, self.zero_stage, self.reshard, stages, waits
         ]  # fmt: skip
 
     def microbatches(self, global_batch: int) -> Int64:
@@ -199,12 +210,8 @@ def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
         etp=configs.etp,
         sequence_parallel=configs.sequence_parallel,
         cp_kind=configs.cp_kind,
-        vocabulary=_vocabulary_ranks(workload, configs.tp, configs.pp),
+        vocabulary=vocabulary_ranks(workload, configs.tp, configs.pp),
     )
-
-
-def _vocabulary_ranks(workload: WorkloadGraph, tp: Int64, pp: Int64) -> Int64 | None:
-    return tp * pp if workload.vocabulary_over_pipeline else None
 
 
 def price_configs(
@@ -219,26 +226,28 @@ def price_configs(
 
     ``capacity_bytes`` stands in for the device's own memory.
     """
-    shared = configs.pp if workload.vocabulary_over_pipeline else np.ones_like(configs.pp)
-    shard_keys, shard_of_key = unique_rows([*configs.shard_columns(), shared])
-    shards = _shard_from_keys(workload, shard_keys)
-    key_columns, config_of = unique_rows([shard_of_key, *configs.data_columns()])
-    shard_index = key_columns[0]
-    data = DataParallel(*key_columns[1:])
-    expanded = _take_shard(shards, shard_index)
-    drop_tied = data.pp == 1
-    (shard_used, pipelined), timed = unique_rows([shard_index, np.minimum(data.pp, 2)])
+    if workload.global_batch is not None and machine.rules.reduces_last_backward:
+        several = configs.microbatches(workload.global_batch) > 1
+        waits = several & (configs.zero_stage >= 2) & (configs.pp == 1)
+        configs = replace(configs, waits=waits.astype(np.int64))
+    full = distinct_of(workload, configs, experts=True)
+    alike = full
+    if workload.expert_count and np.any(configs.ep * configs.etp > 1):
+        alike = distinct_of(workload, configs, experts=False)
+
+    def distinct(kind: LayerKind) -> Distinct:
+        return full if has_experts(kind) else alike
 
     def table(
-        kind: LayerKind, policies: tuple[RecomputePolicy, ...] = (), drop: Bools | None = None
+        kind: LayerKind, policies: tuple[RecomputePolicy, ...] = (), *, tied: bool = False
     ) -> Int64:
-        times = price_layer(kind, shards, machine).take(shard_used).in_pipeline(pipelined)
-        times = times.take(timed)
+        part = distinct(kind)
+        times = part.times(lambda shards: price_layer(kind, shards, machine))
         rows, _ = price_kind(
-            kind, times, expanded, data, machine, vocab_divisor=workload.vocab_divisor,
-            policies=policies, drop_tied=drop,
+            kind, times, part.expanded, part.data, machine, vocab_divisor=workload.vocab_divisor,
+            policies=policies, drop_tied=part.data.pp == 1 if tied else None,
         )  # fmt: skip
-        return rows[:, config_of]
+        return rows[:, part.pair_of]
 
     names = tuple(dict.fromkeys(workload.layers))
     shard = shard_of(workload, configs)
@@ -248,15 +257,15 @@ def price_configs(
     vocabulary = vocabulary_tables(workload, machine, shard, configs)
     put_off, most = None, machine.stack.deferred_head_gradients
     if most and vocabulary is None:
-        each = deferral.put_off_ns(workload, machine, shards)[shard_index][config_of]
+        part = distinct(workload.head)
+        each = deferral.put_off_ns(workload, machine, part.shards)[part.shard_of]
         each = np.where(configs.pp > 1, each, 0)
         put_off = deferral.PutOff(each, deferral.put_off_bytes(workload, shard), most)
     kinds = tuple(table(workload.kinds[name], workload.policies) for name in names)
-    embedding = table(workload.embedding)
-    stages, of_stages = unique_rows([shard_of_key, configs.pp])
-    block = lookup_block(workload, _take_shard(shards, stages[0]), stages[1], machine.rules)
-    embedding[Field.LOOKUP_BLOCK] = block[of_stages]
-    embedding[Field.STATIC] += block[of_stages]
+    embedding, head = table(workload.embedding), table(workload.head, tied=True)
+    stages, of_stages = unique_rows([alike.shard_of, configs.pp])
+    at = take_shard(alike.shards, stages[0])
+    add_lookups((*kinds, head), embedding, workload, at, stages[1], machine.rules, of_stages)
     outside: tuple[Int64, ...] = ()
     if workload.global_batch is not None:
         if machine.stack.outside_layers:
@@ -270,7 +279,7 @@ def price_configs(
         kind_names=names,
         kinds=kinds,
         embedding=embedding,
-        head=table(workload.head, drop=drop_tied),
+        head=head,
         hop_ns=transfers.hop_ns(workload, machine, shard, configs),
         bucket_ns=_bucket_ns(machine, configs),
         tied_sync_ns=_tied_sync_ns(workload, machine, shard, configs, stage_stride),
@@ -333,8 +342,8 @@ def _bucket_ns(machine: Machine, configs: Configs) -> Int64:
 def _tied_sync_ns(
     workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs, stride: Int64
 ) -> Int64:
-    """All-reduce of a tied embedding's gradient between the first and the last stage."""
-    if not workload.tied_embeddings:
+    """All-reduce of the gradient of an embedding table that the first and the last stage hold."""
+    if not workload.shares_table:
         return np.zeros(len(configs), dtype=np.int64)
     payload = tied_gradient_bytes(workload, machine, shard)
     two = np.full_like(configs.pp, 2)
@@ -345,50 +354,12 @@ def _tied_sync_ns(
     return to_ns(np.where(configs.pp > 1, time, 0.0))
 
 
-def tied_gradient_bytes(workload: WorkloadGraph, machine: Machine, shard: Shard) -> Real:
-    """Gradient of a tied embedding on one device, which two pipeline stages sum."""
-    table = workload.embedding.weights[0]
-    size: Real = table.elements / shard.tp * machine.rules.gradient_bytes
-    return size
+def tied_gradient_bytes(workload: WorkloadGraph, machine: Machine, shard: Shard) -> Int64:
+    """Gradient of an embedding table on one device, which two pipeline stages sum."""
+    table = local_tensor(workload.embedding.weights[0], shard, workload.vocab_divisor)
+    return table.elements * machine.rules.gradient_bytes
 
 
 def data_parallel_of(configs: Configs) -> DataParallel:
     """The data-parallel side of every configuration."""
     return DataParallel(*configs.data_columns())
-
-
-def unique_rows(columns: list[Int64]) -> tuple[list[Int64], Int64]:
-    """Distinct rows of equal-length columns, and for each row the index of its distinct one."""
-    code, range_ = np.zeros(len(columns[0]), dtype=np.int64), 1
-    for column in columns:
-        radix = int(column.max(initial=0)) + 1
-        if range_ * radix >= 1 << 62:
-            _, code = np.unique(code, return_inverse=True)
-            range_ = len(code)
-        code = code * radix + column
-        range_ *= radix
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return [column[first] for column in columns], inverse.astype(np.int64)
-
-
-def _shard_from_keys(workload: WorkloadGraph, keys: list[Int64]) -> Shard:
-    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = keys
-    return Shard(
-        sequence=workload.sequence, microbatch=microbatch, tp=tp, cp=cp, ep=ep, etp=etp,
-        sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
-        vocabulary=_vocabulary_ranks(workload, tp, stages),
-    )  # fmt: skip
-
-
-def _take_shard(shard: Shard, index: Int64) -> Shard:
-    return Shard(
-        sequence=shard.sequence,
-        microbatch=shard.microbatch[index],
-        tp=shard.tp[index],
-        cp=shard.cp[index],
-        ep=shard.ep[index],
-        etp=shard.etp[index],
-        sequence_parallel=shard.sequence_parallel[index],
-        cp_kind=shard.cp_kind[index],
-        vocabulary=None if shard.vocabulary is None else shard.vocabulary[index],
-    )

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cost_models import compute, interconnect, offload, state, unsharded
+from cost_models import compute, interconnect, offload, orthogonalise, state, unsharded
 from cost_models.activation_offload import move_inputs
 from cost_models.buffers import dummy_wgrad_bytes
 from cost_models.communication import expose
@@ -34,6 +34,7 @@ from cost_models.data_traffic import (
     gathered_pieces,
     gathers_again,
     gathers_each,
+    in_each,
     meshes,
     reduces_each,
     state_mesh,
@@ -47,7 +48,7 @@ from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.host_outputs import move_outputs
 from cost_models.layer_times import NS, LayerTimes, to_ns
 from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, RecomputePolicy
-from cost_models.optimizers import is_hidden_matrix, newton_schulz_flops
+from cost_models.partitioned import gather_parts
 from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.split_backward import late_gradient_bytes, write_halves
@@ -83,16 +84,22 @@ def price_kind(
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     names = ("reduce", "replicas", "gather", "again", "updated")
     seconds = dict.fromkeys(names, np.zeros(len(shard.tp)))
-    narrower = np.zeros_like(shard.tp)
+    narrower, alone = np.zeros_like(shard.tp), np.zeros_like(shard.tp)
     for elements, mesh, experts in (
-        (dense, attention_mesh, False),
+        (dense + local.again, attention_mesh, False),
         (local.expert, expert_mesh, True),
     ):
         pieces = gathered_pieces(kind, stack.layers, experts=experts)
         sent = gathered_bytes(kind, shard, rules, vocab_divisor, experts=experts)
         part = _data_parallel_times(elements, mesh, data, machine, pieces, sent)
+        if machine.sums_whole:
+            more = orthogonalise.exchanges(
+                kind, shard, data, machine, vocab_divisor, experts=experts
+            )
+            part["reduce"] = part["reduce"] + _seconds(more, len(shard.tp), machine)
         seconds = {name: total + part[name] for name, total in seconds.items()}
         narrower = narrower + sent.narrower
+        alone = alone + np.where(mesh.ways == 1, elements, 0)
     reduce_s, gather_s = seconds["reduce"], seconds["gather"]
     sums_s = _seconds(
         tensor_parallel_sums(kind, shard, data, stack.layers, rules), len(shard.tp), machine
@@ -100,25 +107,32 @@ def price_kind(
     fsdp = reduces_each(data, rules)
     each = gathers_each(data, rules)
     again = gathers_again(kind, data.zero_stage)
+    cast_again = again | ((data.zero_stage == 0) & kind.backward & rules.casts_whole_weights)
     copies = copy_seconds(
-        dense + local.expert, times, machine, frozen=local.frozen_dense + local.frozen_expert,
-        narrower=narrower, sharded=fsdp, again=again,
+        dense + local.expert, times, machine, twice=local.again,
+        frozen=local.frozen_dense + local.frozen_expert, narrower=narrower,
+        sharded=in_each(data, rules), again=cast_again, alone=alone,
+        waits=data.deferred,
+        lookup=kind.name == "embedding",
     )  # fmt: skip
-    contention = stack.overlap_contention.si
-    in_backward = reduce_s + np.where(again, seconds["again"], 0.0)
+    contention, orthogonal_s = stack.overlap_contention.si, np.zeros(len(shard.tp))
+    if machine.sums_whole:
+        orthogonal_s = orthogonalise.microbatch_seconds(kind, shard, data, machine, vocab_divisor)
+    in_backward = np.where(fsdp, reduce_s, 0.0) + np.where(again & each, seconds["again"], 0.0)
     per_microbatch = {
         "forward": to_ns(
             np.where(each, expose(gather_s, forward, contention), 0.0) + copies["forward"]
         ),
         "backward": to_ns(
-            np.where(fsdp, expose(in_backward, backward, contention), 0.0)
+            expose(in_backward, backward, contention)
             + np.where(sums_each(data, stack.layers, rules), sums_s, 0.0)
             + copies["backward"]
+            + orthogonal_s
         ),
     }  # fmt: skip
     last_s = np.where(fsdp, 0.0, reduce_s) + seconds["replicas"]
     # What each microbatch's backward hides leaves so much less for what comes once per step.
-    beside = np.maximum(backward - np.where(fsdp, in_backward, 0.0), 0.0)
+    beside = np.maximum(backward - in_backward, 0.0)
     gradient = expose(last_s, beside, contention) if stack.overlap_dp_gradients else last_s
     # Gathered with every microbatch, or once; in groups besides what they have updated parts of.
     once_s = np.where(each, 0.0, gather_s) + seconds["updated"]
@@ -129,7 +143,8 @@ def price_kind(
         buffers = buffers + dummy_wgrad_bytes(
             kind, shard, vocab_divisor, element_bytes=rules.gather_bytes
         )
-    lasting = np.where(data.zero_stage <= 2, held.gathered, 0)
+    stays = (data.zero_stage > 0) & ((data.zero_stage <= 2) | kind.ends_unit)
+    lasting = np.where(stays, held.gathered, 0)
     whole_gradients = (lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1))
     half_open = unsharded.partly_gathered(held, attention_mesh.ways, data)
     rows = np.zeros((row_count(policies), len(shard.tp)), dtype=np.int64)
@@ -141,7 +156,7 @@ def price_kind(
     state_meshes = [state_mesh(m, data.zero_stage, rules) for m in (attention_mesh, expert_mesh)]
     update = _optimizer_seconds(dense, local.expert, *state_meshes, data=data, machine=machine)
     if rules.optimizer.orthogonalises:
-        update = update + _orthogonalise_seconds(kind, shard, data, machine, vocab_divisor)
+        update = update + orthogonalise.step_seconds(kind, shard, data, machine, vocab_divisor)
     rows[Field.OPTIMIZER] = to_ns(update)
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting
@@ -156,6 +171,7 @@ def price_kind(
         held, copies=stack.optimizer_step_copies, state=max(4, rules.optimizer_bytes)
     )
     write_modes(rows, kind, shard, times, policies)
+    gather_parts(rows, kind, shard, policies, machine.fabric)
     if not {*SPLIT_BACKWARD, *OVER_PIPELINE}.isdisjoint(stack.schedules):
         write_halves(rows, kind, shard, weights_ns=times.weights * NS)
         trained = local.total - local.frozen_dense - local.frozen_expert
@@ -178,7 +194,7 @@ def price_kind(
         used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
     unsharded.add_unsharded(
         rows, kind, shard, used, lasting=lasting, whole_gradients=whole_gradients,
-        rules=rules, ahead=stack.prefetched_units,
+        waits=data.deferred, rules=rules, ahead=_gathered_ahead(attention_mesh, machine),
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
     rows[Field.ACT_NONE] += unsharded.held_by_graph(kind, used, data, rules=rules)
@@ -189,6 +205,13 @@ def price_kind(
     rows[Field.OPTIMIZER_BYTES] = held.optimizer
     rows[Field.STEP_BYTES] = held.step
     return rows, per_microbatch
+
+
+def _gathered_ahead(mesh: Mesh, machine: Machine) -> Int64:
+    """Layers whose weights come before the one that runs: none where FSDP2 has one rank, which
+    casts a layer's when they are used (PyTorch, ``FSDPParamGroup.wait_for_unshard``)."""
+    alone = (mesh.ways == 1) & (machine.rules.layout == "dim0")
+    return np.where(alone, 0, machine.stack.prefetched_units)
 
 
 def layer_state(
@@ -208,7 +231,12 @@ def layer_state(
                 [weight for weight in kind.weights if state.is_expert(weight) == expert],
                 shard,
                 state.Sharding(
-                    mesh.ways, data.zero_stage, data.pp > 1, mesh.state_replicas, dense_ranks
+                    mesh.ways,
+                    data.zero_stage,
+                    data.pp > 1,
+                    mesh.state_replicas,
+                    dense_ranks,
+                    data.deferred,
                 ),
                 machine.rules,
                 vocab_divisor=vocab_divisor,
@@ -242,7 +270,9 @@ def _data_parallel_times(
     microbatch alone sums them over replicas) and to gather the weights for the forward
     (``gather``) and the backward (``again``), in so many collectives; once per step, from groups
     that have updated parts of the same shards (``updated``)."""
-    wire = Wire(machine.stack.layers, machine.fabric.devices_per_node)
+    wire = Wire(
+        machine.stack.layers, machine.fabric.devices_per_node, whole_sums=machine.sums_whole
+    )
     found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire)
     late = machine.stack.replica_reduction == "step"
     gradients = [call for call in found if call.role == "gradient"]
@@ -274,10 +304,13 @@ def _data_parallel_times(
 def _seconds(found: Iterable[DataCall], size: int, machine: Machine) -> Real:
     total = np.zeros(size)
     for call in found:
+        runs = call.active & (call.size > 1)
+        if not np.any(runs):
+            continue
         time = interconnect.collective_time_s(
             machine.fabric, call.kind, call.bytes, size=call.size, stride=call.stride
         )
-        total += np.where(call.active & (call.size > 1), call.count * time, 0.0)
+        total += np.where(runs, call.count * time, 0.0)
     return total
 
 
@@ -296,7 +329,7 @@ def _optimizer_seconds(
     elements = elements + np.where(sharded, state.ceil_div(expert, expert_mesh.ways), expert)
     host, node = machine.stack.offload, machine.cluster.groups[0].node
     streamed = np.zeros(1)
-    if machine.offload.optimizer and host is not None and host.updates_on == "device":
+    if machine.rules.streamed_bytes:
         streamed = offload.stream_seconds(
             elements.astype(np.float64), machine.rules.streamed_bytes, node
         )
@@ -314,37 +347,3 @@ def _optimizer_seconds(
     time = compute.memory_bound_time_s(machine.device, moved) + streamed
     result: Real = np.where(elements > 0, time, 0.0)
     return result
-
-
-def _orthogonalise_seconds(
-    kind: LayerKind, shard: Shard, data: DataParallel, machine: Machine, vocab_divisor: int
-) -> Real:
-    """Newton-Schulz iterations of a layer's matrices: whole matrices dealt out to the ranks that
-    shard the state, their gradients gathered first where a rank holds a part of each.
-
-    Dealt out as evenly as elements: a rank may hold one matrix more. A stack that splits parameters
-    itself (``dim0``, ``per_parameter``) brings each matrix together in 16 bits first; one that
-    gives whole parameters to ranks reduces the gradient to its owner, which is no more traffic.
-    """
-    rules, device = machine.rules, machine.device
-    total = np.zeros(len(shard.tp))
-    for own, expert in zip(_meshes(shard, data, machine), (False, True), strict=True):
-        mesh = state_mesh(own, data.zero_stage, rules)
-        matrices = [
-            (weight, state.local_tensor(weight, shard, vocab_divisor))
-            for weight in kind.weights
-            if state.is_expert(weight) == expert and not weight.frozen and is_hidden_matrix(weight)
-        ]
-        if not matrices:
-            continue
-        ways = np.where(data.zero_stage >= 1, mesh.ways, 1)
-        flops = newton_schulz_flops(matrices) / ways
-        dtype = machine.dtype(low_precision=False)
-        total += compute.roofline_time_s(device, dtype, flops, np.zeros_like(flops))
-        if rules.layout in ("dim0", "per_parameter"):
-            size = 2.0 * np.sum([tensor.total for _, tensor in matrices], axis=0)
-            gather = interconnect.collective_time_s(
-                machine.fabric, "all_gather", size, size=mesh.ways, stride=mesh.stride
-            )
-            total += np.where((data.zero_stage >= 1) & (mesh.ways > 1), gather, 0.0)
-    return total

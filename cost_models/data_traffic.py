@@ -15,7 +15,6 @@ from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.interconnect import CollectiveKind
 from cost_models.lanes import replica_stride
 from cost_models.state import (
-    StateRules,
     frozen_per_64,
     is_expert,
     local_tensor,
@@ -23,6 +22,7 @@ from cost_models.state import (
     state_over_replicas,
     weights_sharded,
 )
+from cost_models.state_rules import StateRules
 from hardware_profiles.schema import LayersSpec
 
 Payload: TypeAlias = NDArray[np.floating[Any]]
@@ -40,6 +40,14 @@ class DataParallel:
     """Ranks that keep a copy of the weights for the backward in stage 3; 0: none does."""
     stages: Int64 | int = 1
     """Among the replicas, pipeline stages: no state is split over them."""
+    waits: Int64 | int = 0
+    """Whether gradients wait for the step's last microbatch though there is no pipeline: 0 or 1."""
+
+    @property
+    def deferred(self) -> Bools:
+        """``waits`` of each configuration."""
+        result: Bools = np.broadcast_to(self.waits, self.pp.shape) > 0
+        return result
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class Wire:
 
     layers: LayersSpec
     per_node: int
+    whole_sums: bool = False
+    """Whether gradients are summed whole in stage 3 (``cost_models.orthogonalise``)."""
 
     def levels(self, mesh: Mesh) -> tuple[Int64, Bools]:
         """Ranks of a node that share the state, and where several whole nodes of them do."""
@@ -149,23 +159,33 @@ def gathered_pieces(kind: LayerKind, layers: LayersSpec, *, experts: bool) -> Pi
 
 
 def reduces_each(data: DataParallel, rules: StateRules) -> Bools:
-    """Whether gradients are reduced with every microbatch: in stage 3, and in stage 2 but under a
-    pipeline, which keeps the weights for the whole step (Megatron-FSDP reduces there too)."""
+    """Whether gradients are reduced with every microbatch: where units come and go with each,
+    unless the stack lets gradients wait for the last one."""
+    return in_each(data, rules) & ~data.deferred
+
+
+def in_each(data: DataParallel, rules: StateRules) -> Bools:
+    """Whether sharded units come and go with every microbatch: in stage 3, and in stage 2 but under
+    a pipeline, which keeps the weights for the whole step (Megatron-FSDP reduces there too); FSDP1
+    without sharding too."""
     reduced = (data.pp == 1) | rules.reduces_each_backward
-    every: Bools = (data.zero_stage >= 3) | ((data.zero_stage == 2) & reduced)
+    whole = (data.zero_stage == 0) & rules.casts_whole_weights
+    every: Bools = (data.zero_stage >= 3) | ((data.zero_stage == 2) & reduced) | whole
     return every
 
 
 def gathers_each(data: DataParallel, rules: StateRules) -> Bools:
     """Whether weights are gathered with every microbatch, not once after the update: not where
     stage 2 leaves them whole (DeepSpeed)."""
-    return reduces_each(data, rules) & weights_sharded(data.zero_stage, rules)
+    return in_each(data, rules) & weights_sharded(data.zero_stage, rules)
 
 
 def gathers_again(kind: LayerKind, zero_stage: Int64) -> Bools:
     """Whether a layer's weights are gathered for its backward too: not the head's, which starts
-    where its forward ends (torchtitan 0.3.0 keeps them: ``apply_fsdp_to_decoder``)."""
-    return (zero_stage >= 3) & (kind.name != "head" and kind.backward)
+    where its forward ends (torchtitan 0.3.0 keeps them: ``apply_fsdp_to_decoder``), nor those of
+    a unit of both ends."""
+    kept = kind.name == "head" or kind.ends_unit
+    return (zero_stage >= 3) & (kind.backward and not kept)
 
 
 def meshes(
@@ -217,6 +237,7 @@ def calls(
     weights = elements * float(rules.gather_bytes) - gathered.narrower
     sharded = zero_stage > 0
     whole = (zero_stage < 3) & (wire.layers.gradient_sums == "whole") | ~sharded
+    whole = whole | (zero_stage == 3) & wire.whole_sums
     some = elements > 0
     ranks = mesh.ways * mesh.replicas
     narrow = wire.layers.weight_wire_bytes_per_64
@@ -261,14 +282,16 @@ def tensor_parallel_sums(
 
     With sequence parallelism each rank has a part of the sum; without, those inside the attention
     do, whose heads tp splits. FSDP2 needs the sums in every backward, in the dtype of the weights;
-    under a pipeline once per step, in that of the reduction. Megatron sums all weights of a
-    stage in one piece once per step: about 1 MB, not counted. DeepSpeed averages all of them in
-    fp32 where experts are folded over tp, the ends' too (``reduce_autoep_folding_gradient``).
+    under a pipeline, or where they wait, once per step, in that of the reduction. Megatron sums all
+    weights of a stage in one piece once per step: about 1 MB, not counted. DeepSpeed averages all
+    of them in fp32 where experts are folded over tp, the ends' too
+    (``reduce_autoep_folding_gradient``).
     """
     if layers.replicated_gradients == "step":
         return ()
     folded = layers.replicated_gradients == "reduction"
-    each = np.where(data.pp == 1, rules.gather_bytes, rules.gradient_bytes)
+    soon = (data.pp == 1) & ~data.deferred
+    each = np.where(soon, rules.gather_bytes, rules.gradient_bytes)
     each = np.full_like(each, 4) if folded else each
     return tuple(
         DataCall(
@@ -285,7 +308,7 @@ def sums_each(data: DataParallel, layers: LayersSpec, rules: StateRules) -> Bool
     """Whether those sums come with every microbatch, not once per step."""
     if layers.replicated_gradients == "reduction":
         return reduces_each(data, rules)
-    every: Bools = data.pp == 1
+    every: Bools = (data.pp == 1) & ~data.deferred
     return every
 
 

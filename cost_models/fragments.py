@@ -8,13 +8,16 @@ constant in them; ``benchmarks/memory/fragmentation.py`` replays the allocator b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cost_models.buffers import fused_name
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.recompute import mode_rows
-from cost_models.state import StateRules, is_expert, local_tensor
+from cost_models.state import is_expert, local_tensor
+from cost_models.state_rules import StateRules
 from cost_models.step import Field
 
 SMALL_BYTES = 1 << 20
@@ -40,15 +43,46 @@ def left_by_weights(
         if not is_expert(weight) and not weight.frozen and weight.count == 1:
             local = local_tensor(weight, shard, vocab_divisor)
             name = fused_name(weight)
-            sizes[name] = sizes.get(name, total) + local.elements * rules.weight_bytes
+            made = np.where(weight.copy & (data.pp == 1), 0, local.elements)
+            sizes[name] = sizes.get(name, total) + made * rules.weight_bytes
     for size in sizes.values():
         rest = np.minimum(size, kind.boundary_bytes(shard))
         total = total + np.where(size > SMALL_BYTES, rest, 0)
     return np.where((data.zero_stage == 1) | (data.zero_stage == 2), total, 0)
 
 
-def lookup_block(workload: WorkloadGraph, shard: Shard, pp: Int64, rules: StateRules) -> Int64:
-    """The block of the dense gradient of the embedding's table.
+def add_lookups(
+    kinds_and_head: Sequence[Int64], embedding: Int64, workload: WorkloadGraph, shard: Shard,
+    pp: Int64, rules: StateRules, of: Int64,
+) -> None:  # fmt: skip
+    """Add to the priced rows of both ends, and of the layers between them, what the gradients of
+    their lookups hold: entry ``of`` of the configurations that ``shard`` and ``pp`` have.
+
+    Prediction modules look rows up in a table of their own on the last stage of a pipeline. On one
+    stage with the embedding they share its table: autograd sums a tensor's gradients before a hook
+    sees them, so the modules' waits for the embedding's through all layers' backward. So does the
+    head's of a table that it shares in one unit with the embedding, beside what the layers reduce.
+    """
+    head = kinds_and_head[-1]
+    block = lookup_block(workload, workload.embedding, shard, pp, rules)
+    embedding[Field.LOOKUP_BLOCK] = block[of]
+    embedding[Field.STATIC] += block[of]
+    own = lookup_block(workload, workload.head, shard, np.ones_like(pp), rules)
+    own = np.where(pp > 1, own, 0)
+    head[Field.LOOKUP_BLOCK] = own[of]
+    head[Field.STATIC] += own[of]
+    waits = np.where(pp == 1, _largest_table(workload, workload.head, shard, rules), 0)
+    head[Field.IN_FLIGHT] += waits[of]
+    if workload.embedding.ends_unit:
+        table = _largest_table(workload, workload.embedding, shard, rules)[of]
+        for rows in kinds_and_head:
+            rows[Field.IN_FLIGHT] += np.where(embedding[Field.IN_FLIGHT] > 0, table, 0)
+
+
+def lookup_block(
+    workload: WorkloadGraph, end: LayerKind, shard: Shard, pp: Int64, rules: StateRules
+) -> Int64:
+    """The block of the dense gradient of the tables that an end of the model looks rows up in.
 
     Products write their weights' gradients into the buffer themselves; a lookup's is a tensor of
     its own, as large as the table, which a hook adds to the buffer with each backward
@@ -57,13 +91,10 @@ def lookup_block(workload: WorkloadGraph, shard: Shard, pp: Int64, rules: StateR
     next backward unless a larger one is free then: of a layer, or of the logits on the same rank,
     where no softmax of them waits.
     """
-    table, largest = np.zeros_like(shard.tp), np.zeros_like(shard.tp)
+    largest = np.zeros_like(shard.tp)
     if not rules.dummy_wgrad or rules.layout != "contiguous":
-        return table
-    for weight in workload.embedding.weights:
-        if not weight.frozen:
-            local = local_tensor(weight, shard, workload.vocab_divisor)
-            table = np.maximum(table, local.elements * rules.gather_bytes)
+        return largest
+    table = _largest_table(workload, end, shard, rules)
     for kind in workload.kinds.values():
         for tensor in kind.saved(shard):
             largest = np.maximum(largest, tensor.bytes)
@@ -72,6 +103,18 @@ def lookup_block(workload: WorkloadGraph, shard: Shard, pp: Int64, rules: StateR
     over_pipeline = workload.vocabulary_over_pipeline
     beside = np.where(pp == 1, wide, logits if over_pipeline else 0)
     return np.where(table > np.maximum(largest, beside), table, 0)
+
+
+def _largest_table(
+    workload: WorkloadGraph, end: LayerKind, shard: Shard, rules: StateRules
+) -> Int64:
+    """Bytes of the largest gradient of what stands before the first layer, among an end's own."""
+    table = np.zeros_like(shard.tp)
+    for weight in end.weights:
+        if weight.name.startswith("embedding") and not weight.frozen:
+            local = local_tensor(weight, shard, workload.vocab_divisor)
+            table = np.maximum(table, local.elements * rules.gather_bytes)
+    return table
 
 
 def split_by_checkpoints(

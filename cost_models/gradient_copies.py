@@ -6,7 +6,13 @@ Three mechanisms, each the stack's own (``hardware_profiles.stack.StackSpec``):
   (``accumulation_bytes``; Megatron's fused accumulation needs none);
 * sharded weights are copied from the buffer of their gathering into the layer's tensors
   (``unsharded_copy_bytes["gather"]``), once more where the backward gathers them again;
-* gradients are copied into the buffer of their reduction (``unsharded_copy_bytes["reduce"]``).
+* gradients are copied into the buffer of their reduction (``unsharded_copy_bytes["reduce"]``);
+* where one rank holds the weights whole, it casts and copies them all the same (``gather_alone``),
+  and hands gradients on from buffer to buffer (``reduce_alone``).
+
+A lookup has no product: its gradient is a table as large as the weights, filled with zeros into
+which rows are added (PyTorch, ``embedding_dense_backward``; XLA scatters into zeros), and where
+products add their own gradients another kernel adds this one.
 
 They are kernels of the device like others: where it waits for the host, they cost nothing more.
 """
@@ -33,19 +39,32 @@ def copy_seconds(
     narrower: Int64,
     sharded: Bools,
     again: Bools,
+    alone: Int64,
+    twice: Int64 | int = 0,
+    waits: Bools | bool = False,
+    lookup: bool = False,
 ) -> dict[str, Real]:
     """Seconds per microbatch, ``{"forward": ..., "backward": ...}``, for ``elements`` trained and
     ``frozen`` parameters held (or gathered) on a device, which are gathered in ``narrower`` bytes
     fewer than 16 bits each.
 
-    ``sharded`` marks configurations that gather and reduce with every microbatch, ``again`` those
-    whose backward gathers once more.
+    ``sharded`` marks configurations that gather and reduce with every microbatch, ``waits`` those
+    of them whose gradients wait for the last one, ``again`` those whose backward gathers once more;
+    ``alone`` of the trained parameters are in groups of one rank, ``twice`` are gathered and
+    reduced as two.
+    ``lookup``: the parameters are tables that tokens look up.
     """
     stack = machine.stack
-    copied = stack.unsharded_copy_bytes.get("gather", 0)
-    gathered = copied * (elements + frozen) - copied // machine.rules.gather_bytes * narrower
-    reduced = stack.unsharded_copy_bytes.get("reduce", 0) * elements
+    sizes = stack.unsharded_copy_bytes
+    copied, put = sizes.get("gather", 0), sizes.get("reduce", 0)
+    sent = elements + twice
+    gathered = copied * (sent + frozen) - copied // machine.rules.gather_bytes * narrower
+    gathered = gathered + (sizes.get("gather_alone", copied) - copied) * alone
+    reduced = put * sent + (sizes.get("reduce_alone", put) - put) * alone
+    reduced = np.where(waits, sizes.get("wait", 0) * elements, reduced)
     accumulated = stack.accumulation_bytes.get(machine.precision, 0) * elements
+    if lookup:
+        accumulated = accumulated + lookup_bytes(machine) * elements
     moved = {
         "forward": np.where(sharded, gathered, 0),
         "backward": accumulated
@@ -57,3 +76,10 @@ def copy_seconds(
         phase: np.maximum(each / bandwidth - times.terms["launch"][phase], 0.0)
         for phase, each in moved.items()
     }
+
+
+def lookup_bytes(machine: Machine) -> int:
+    """Bytes moved per weight of a table for its dense gradient, beside ``accumulation_bytes``."""
+    zeroed = 4 if machine.precision == "fp32" else 2
+    added = machine.accumulated_bytes
+    return zeroed + zeroed + added if added else zeroed

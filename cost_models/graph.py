@@ -8,14 +8,14 @@ configuration or a million.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import cp_kinds
-from cost_models.layout import RecomputePolicy
+from cost_models.layout import CpKind, RecomputePolicy
 from cost_models.ops import Op, SavedTensor
 
 Int64: TypeAlias = NDArray[np.int64]
@@ -53,7 +53,12 @@ class Weight:
     bytes_per_64: int = 0
     """Bytes of 64 elements where a frozen weight is stored in few bits; 0: as weights are."""
     shared: bool = False
-    """Whether the first and the last stage of a pipeline both hold it."""
+    """Whether the first and the last stage of a pipeline both hold it, and sum its gradients."""
+    twice: bool = False
+    """Whether two modules use it, each with a parameter of its own where tp splits it: sharded data
+    parallelism then gathers and reduces both, and one is held."""
+    copy: bool = False
+    """Whether it stands for another weight, which serves for both where they are on one stage."""
 
     @property
     def elements(self) -> int:
@@ -92,6 +97,11 @@ class Shard:
     def sp(self) -> Int64:
         """By how much the residual stream is split over tp."""
         return np.where(self.sequence_parallel, self.tp, 1)
+
+    @property
+    def input_parts(self) -> Int64:
+        """Tensor-parallel ranks that hold the same residual stream: each can keep a part of it."""
+        return self.tp // self.sp
 
     @property
     def cp_exchange(self) -> Int64:
@@ -135,12 +145,24 @@ class LayerKind:
     """Bytes per activation element."""
     backward: bool = True
     """Whether a gradient flows through it: not below the first trained weight."""
+    ends_unit: bool = False
+    """Whether its weights are those of both ends of the model, in one unit of sharded data
+    parallelism that stays gathered until the backward is over."""
     in_pieces: bool = False
     """Whether the backward runs piece by piece, and reduces gradients after each."""
     buffer_bytes: Callable[[Shard], Int64] = no_bytes
     """Tensors that stay on the device and are no parameters."""
+    context: CpKind | None = None
+    """Its own kind of context parallelism; None: as the configuration says."""
     output_bytes: Callable[[Shard], Int64] = no_bytes
     """Logits, which a pipeline's schedule may hold beside their loss."""
+
+    def shard(self, shard: Shard) -> Shard:
+        """How this layer is split: with the context parallelism of its own, if it has one."""
+        if self.context is None:
+            return shard
+        code = cp_kinds.cp_kind_code(self.context)
+        return replace(shard, cp_kind=np.full_like(shard.cp_kind, code))
 
     @property
     def whole_logits(self) -> bool:
@@ -176,10 +198,18 @@ class WorkloadGraph:
     """Recomputation that is priced, beside none."""
     vocabulary_over_pipeline: bool = False
     """Whether the ranks of a pipeline share embedding and head (``cost_models.vocabulary``)."""
+    uneven_routing: bool = False
+    """Whether expert-parallel ranks get other numbers of rows in each microbatch."""
     global_batch: int | None = None
     """Samples per step, which under a pipeline decide what waits on the hosts; None: nothing is
     refused for that."""
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether the first and the last stage of a pipeline train copies of one embedding table,
+        for a tied head or for the lookups of prediction modules."""
+        return any(weight.shared and not weight.frozen for weight in self.embedding.weights)
 
 
 _HIGH_PRECISION = ("embedding", "head", "moe.router", "moe.shared_gate")

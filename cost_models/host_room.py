@@ -17,6 +17,7 @@ import numpy as np
 from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.offload import Offload
+from cost_models.optimizers import OPTIMIZERS
 from cost_models.state import ceil_div, local_parameters
 
 if TYPE_CHECKING:
@@ -145,7 +146,12 @@ def leaving(machine: Machine) -> dict[str, int]:
         return {}
     weights = {"parameters": spec.parameter_bytes or 0} if offload.parameters else {}
     # What the device updates is what it has on it for the update, weights included.
-    state = spec.optimizer_bytes or machine.rules.streamed_bytes - sum(weights.values())
+    rules = machine.rules
+    if spec.optimizer_bytes is None:
+        state = rules.streamed_bytes - sum(weights.values())
+    else:
+        state = spec.optimizer_bytes - OPTIMIZERS["adamw"].moment_bytes
+        state += rules.optimizer.moment_bytes
     return ({"optimizer": state} if offload.optimizer else {}) | weights
 
 

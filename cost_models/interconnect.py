@@ -40,6 +40,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cost_models import torus
 from cost_models.fabric import Fabric, Floats, fabric_of
+from cost_models.unique import distinct_values
 from hardware_profiles.schema import ClusterSpec
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -172,9 +173,10 @@ def _times(
     payload = np.asarray(payload_bytes, dtype=np.float64)
     n, step = np.broadcast_arrays(np.asarray(size, np.int64), np.asarray(stride, np.int64))
     # Groups repeat in a search: the law is worked out once per distinct (size, stride).
-    base = int(step.max(initial=0)) + 1
-    distinct, where = np.unique(n * base + step, return_inverse=True)
-    placement = place(fabric, distinct // base, distinct % base)
+    sizes, of_size = distinct_values(n)
+    strides, of_stride = distinct_values(step)
+    cells, where = distinct_values(of_size * len(strides) + of_stride)
+    placement = place(fabric, sizes[cells // len(strides)], strides[cells % len(strides)])
     law = _send_recv(fabric, placement) if what == "send_recv" else _law(fabric, what, placement)
     alone = placement.size == 1
     latency = np.where(alone, 0.0, law.latency_s)

@@ -90,7 +90,7 @@ def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
 OutputKind = Literal[
     "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul",
     "query", "key", "value", "out_proj", "mlp_gate", "mlp_up", "mlp_out", "layer_input",
-    "mla_q", "mla_kv",
+    "mla_q", "mla_kv", "router",
 ]  # fmt: skip
 """Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
 layer, products that stand for several (q, k and v) counted one by one. The others are tensors
@@ -118,6 +118,12 @@ class RecomputePolicy:
     needed_only: bool = False
     """Whether what no gradient needs is left out of what runs again
     (``cost_models.named_outputs``)."""
+    tiled: frozenset[str] = frozenset()
+    """Modules that run piece by piece of the sequence, once more for the backward of each piece,
+    when the layer has run again (``cost_models.memory``)."""
+    in_parts: bool = False
+    """Whether each tensor-parallel rank keeps its part of the layer's input
+    (``cost_models.partitioned``)."""
 
 
 FULL = RecomputePolicy("full", keeps=frozenset())

@@ -42,7 +42,7 @@ class Activations:
     """The tensors and the ops' outputs of one layer, for any number of policies."""
 
     def __init__(self, kind: LayerKind, shard: Shard) -> None:
-        self.kind, self.shard = kind, shard
+        self.kind, self.shard = kind, kind.shard(shard)
         self.zero = np.zeros_like(shard.tp)
         self.working = kind.working_bytes(shard) + self.zero
         self.tensors = kind.saved(shard)
@@ -95,15 +95,36 @@ class Activations:
         largest = np.max([self.zero, *freed.values()], axis=0)
         return self.everything - total, self.working + largest
 
+    def _tiled_away(self, policy: RecomputePolicy) -> Int64:
+        """What of the tensors of tiled modules is not there at once: all pieces but one."""
+        inner = self.zero + sum(
+            (t.bytes for t in self.tensors if policy.tiled.intersection(t.modules)), self.zero
+        )
+        tiles = sequence_tiles(self.kind, self.shard)
+        return inner - -(-inner // tiles)
+
     def _of_list(self, policy: RecomputePolicy, keeps: frozenset[OutputKind]) -> Sizes:
         kept = self.listed(policy, (keeps | {LAYER_INPUT}) - policy.offloads)
         kept = np.minimum(kept, self.everything)
+        if policy.in_parts:
+            kept = -(-kept // self.shard.input_parts)
         working = self.working
         if policy.offloads:
             working = working + self.listed(policy, policy.offloads)
         if policy.to_the_end:
             working = np.maximum(working, _output_again(self.kind, self.shard))
-        return kept, working + self.everything - kept
+        away = self._tiled_away(policy) if policy.tiled else self.zero
+        return kept, working + self.everything - kept - away
+
+
+def sequence_tiles(kind: LayerKind, shard: Shard) -> Int64:
+    """Pieces of a sequence that are as long as a token is wide, or shorter (DeepSpeed, ``TiledMLP``
+    of runtime/sequence_parallel/ulysses_sp.py)."""
+    tokens = np.maximum(shard.residual_tokens, 1)
+    width = np.maximum(kind.boundary_bytes(shard) // (tokens * kind.element_bytes), 1)
+    length = shard.sequence // shard.cp
+    result: Int64 = -(-length // width)
+    return result
 
 
 def _output_again(kind: LayerKind, shard: Shard) -> Int64:
@@ -165,7 +186,7 @@ def _outputs(
 def _product_elements(op: MatMul | GroupedMatMul) -> Reals:
     if isinstance(op, MatMul):
         return np.asarray(op.m) * op.n * op.batch
-    return np.asarray(op.groups) * op.rows * op.n
+    return np.asarray(op.groups) * op.rows * op.room * op.n
 
 
 def _used(op: Collective, shard: Shard) -> Bools:

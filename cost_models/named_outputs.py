@@ -36,7 +36,7 @@ NAMED: dict[str, tuple[OutputKind, ...]] = {
     "expert_fc1": PARTS["mlp_in"],
     "fc2": ("mlp_out",), "fc2.scatter": ("mlp_out",), "fc2.reduce": ("mlp_out",),
     "shared_fc2": ("mlp_out",), "shared_fc2.scatter": ("mlp_out",),
-    "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",),
+    "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",), "router": ("router",),
 }  # fmt: skip
 """Tensors that the ops of ``planner.blocks`` make, in the order of their pieces."""
 LATENTS: dict[OutputKind, str] = {"mla_q": "q_up", "mla_kv": "kv_up"}

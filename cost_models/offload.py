@@ -45,6 +45,11 @@ class Offload:
     """Modules whose inputs the stack keeps there (``cost_models.activation_offload``)."""
 
     @property
+    def state(self) -> bool:
+        """Whether the host holds optimizer state or weights."""
+        return self.optimizer or self.parameters
+
+    @property
     def anything(self) -> bool:
         """Whether the host holds something."""
         return self.optimizer or self.parameters or self.checkpoints or bool(self.inputs)

@@ -68,6 +68,8 @@ class GroupedMatMul:
     frozen: bool = False
     pieces: tuple[Ints, ...] = (1,)
     """As those of :class:`MatMul`."""
+    room: Reals = 1
+    """Rows that its output has room for over those that it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ class Attention:
     exchanged: Ints = 1
     """Ranks that exchanged heads: each then has as many times longer a piece of the sequence, for
     as many times fewer of ``heads``."""
+    blocks: Ints = 1
+    """Pieces in which keys and values come round a ring, each with a kernel of its own."""
     modules: tuple[str, ...] = ("core_attn",)
 
 

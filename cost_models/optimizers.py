@@ -14,7 +14,7 @@ and orthogonalises its update by Newton-Schulz iterations; embedding, head and v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,16 @@ class LocalTensor:
         return self.elements * self.count
 
 
+def is_matrix(weight: Weight) -> bool:
+    """Whether Muon and Adafactor take a weight as a matrix; Muon leaves the ends to AdamW."""
+    return weight.cols > 1
+
+
+def is_hidden_matrix(weight: Weight) -> bool:
+    """A matrix between the ends of the model."""
+    return is_matrix(weight) and not weight.name.startswith(("embedding", "head"))
+
+
 @dataclass(frozen=True)
 class OptimizerRule:
     """State and step of one optimizer."""
@@ -55,18 +65,13 @@ class OptimizerRule:
     """Read and written per element in a step beyond gradient, norm, master and weight."""
     extra_bytes: Callable[[Weight, LocalTensor], Int64] | None = None
     """State of a weight on one device beyond ``moment_bytes``, before sharding."""
+    flat_bytes: int = 0
+    """State per element, in place of ``extra_bytes``, of tensors that a stack has flattened: a row
+    or a column of them is nobody's."""
     orthogonalises: bool = False
     """Whether matrices take Newton-Schulz iterations, each whole on one rank."""
-
-
-def is_matrix(weight: Weight) -> bool:
-    """Whether Muon and Adafactor take a weight as a matrix; Muon leaves the ends to AdamW."""
-    return weight.cols > 1
-
-
-def is_hidden_matrix(weight: Weight) -> bool:
-    """A matrix between the ends of the model."""
-    return is_matrix(weight) and not weight.name.startswith(("embedding", "head"))
+    matrices: Callable[[Weight], bool] = is_hidden_matrix
+    """Which those are."""
 
 
 def _scales(_: Weight, tensor: LocalTensor) -> Int64:
@@ -98,7 +103,7 @@ OPTIMIZERS = {
         OptimizerRule("adadelta", "Adadelta", 8, 16.0),
         OptimizerRule("rprop", "Rprop", 8, 16.0),
         OptimizerRule("adam8bit", "AdamW with 8-bit states", 2, 4.0, _scales),
-        OptimizerRule("adafactor", "Adafactor", 0, 8.0, _factored),
+        OptimizerRule("adafactor", "Adafactor", 0, 8.0, _factored, flat_bytes=4),
         OptimizerRule("muon", "Muon, AdamW for what is no hidden matrix", 4, 8.0, _adam_elsewhere,
                       orthogonalises=True),
     )
@@ -106,12 +111,37 @@ OPTIMIZERS = {
 """By the name that a job uses."""
 
 
-def newton_schulz_flops(weights: Iterable[tuple[Weight, LocalTensor]]) -> NDArray[np.float64]:
+def rule_of(name: str, momentum_bytes: int = 4, *, experts: bool = True) -> OptimizerRule:
+    """The entry of ``name``; Muon's momentum of matrices takes ``momentum_bytes`` per element, and
+    without ``experts`` these are AdamW's."""
+    rule = OPTIMIZERS[name]
+    if not rule.orthogonalises or (momentum_bytes == rule.moment_bytes and experts):
+        return rule
+
+    def matrices(weight: Weight) -> bool:
+        return is_hidden_matrix(weight) and (experts or not weight.sharding.startswith("expert_"))
+
+    def elsewhere(weight: Weight, tensor: LocalTensor) -> Int64:
+        more = 0 if matrices(weight) else 8 - momentum_bytes
+        return more * tensor.elements * tensor.count
+
+    return replace(
+        rule, moment_bytes=momentum_bytes, extra_bytes=elsewhere, matrices=matrices
+    )  # fmt: skip
+
+
+def newton_schulz_flops(
+    weights: Iterable[tuple[Weight, LocalTensor]], *, gram: bool = False
+) -> NDArray[np.float64]:
     """FLOPs to orthogonalise the hidden matrices among ``weights`` once, on one device.
 
     Each step makes ``A = X X^T``, ``A^2`` and ``(b A + c A^2) X`` of the wide form (a, b), a <= b:
     ``4 a^2 b + 2 a^3``. Under tensor parallelism each rank takes its own block (Megatron-Core's
     ``blockwise``).
+
+    ``gram``: five steps on ``R = X X^T`` instead, started again after two: X is multiplied four
+    times, matrices of R's size 14 times; a square X takes the other way (DeepSpeed,
+    runtime/zero/muon/original_muon.py, ``zeropower_via_gram_newtonschulz``).
     """
     total = np.zeros(1)
     for weight, tensor in weights:
@@ -121,5 +151,7 @@ def newton_schulz_flops(weights: Iterable[tuple[Weight, LocalTensor]]) -> NDArra
         cols = tensor.elements / rows
         short, long = np.minimum(rows, cols), np.maximum(rows, cols)
         each = NEWTON_SCHULZ_STEPS * (4.0 * short**2 * long + 2.0 * short**3)
+        if gram:
+            each = np.where(long > short, 8.0 * short**2 * long + 28.0 * short**3, each)
         total = total + each * tensor.count
     return total

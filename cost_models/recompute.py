@@ -89,8 +89,9 @@ def is_counted(mode: RecomputeMode) -> bool:
 
 @lru_cache(maxsize=256)
 def group_of(mode: RecomputeMode) -> int:
-    """Layers that a mode runs again together: N of ``full:N``, else 1."""
-    name, _, count = mode.partition(":")
+    """Layers that a mode runs again together: N of ``full:N``, else 1; of a virtual stage with two
+    modes, those at its front."""
+    name, _, count = parts_of(mode)[0].partition(":")
     return int(count) if name == "full" and count else 1
 
 

@@ -142,7 +142,10 @@ class Repeats:
         lists = _column([policy.keeps is not None for policy in policies])
         again = Work(lists * self.whole.device, lists * self.whole.host)
         for names, work in self.modules.items():
-            runs = [p.keeps is None and bool(p.modules.intersection(names)) for p in policies]
+            runs = [
+                bool((p.modules if p.keeps is None else p.tiled).intersection(names))
+                for p in policies
+            ]
             again = again + work.share(_column(runs))
         for kinds, work in self.outputs.items():
             kept = [p.keeps is not None and kinds <= p.keeps for p in policies]

@@ -28,6 +28,7 @@ INSIDE = (
 """Terms that the caching allocator counts as allocated."""
 CACHED = (
     "fragmentation",
+    "routing_fragmentation",
     "graph_pool",
     "gather_buffers",
     "reduction_block",
@@ -82,7 +83,7 @@ def reserve_bytes(
     gathered = shard.tokens * workload.boundary_bytes_per_token
     count = machine.stack.overlap_buffers
     overlapped = np.where(shard.tp > 1, count * gathered, 0)
-    graphs = machine.stack.graph_pool
+    graphs, routing = machine.stack.graph_pool, machine.stack.routing_fragmentation
     live = machine.stack.state.live_elements * machine.rules.gather_bytes
     return Reserve(
         terms={
@@ -90,6 +91,7 @@ def reserve_bytes(
             "dummy_gradients": dummies,
             "live_parameters": np.where(degrees.zero_stage >= 3, live, 0),
             "fragmentation": int(spec.fragmentation.si) * ones,
+            "routing_fragmentation": _routing_fragmentation(workload, machine, shard),
             "graph_pool": (int(graphs.si) if graphs else 0) * ones,
             "reduction_buffers": _reduction_bytes(workload, machine, shard, degrees),
             "gather_buffers": _gather_bytes(workload, machine, shard, degrees),
@@ -106,6 +108,7 @@ def reserve_bytes(
             "dummy_gradients": "placeholders of fused weight gradients, one for each shape",
             "live_parameters": "gathered parameters not yet released",
             "fragmentation": spec.fragmentation.source,
+            "routing_fragmentation": routing.source if routing else "",
             "graph_pool": graphs.source if graphs else "",
             "reduction_buffers": "flat copies in which gradients are reduced",
             "gather_buffers": "flat buffers of gathered weights, on a stream of their own",
@@ -118,6 +121,15 @@ def reserve_bytes(
             "overlap_buffers": f"{count} user buffers of a gathered activation",
         },
     )
+
+
+def _routing_fragmentation(workload: WorkloadGraph, machine: Machine, shard: Shard) -> Int64:
+    """Idle blocks of other microbatches' shapes, where ranks hold different experts: a rank that
+    holds all of them gets as many rows whatever the routing."""
+    routing = machine.stack.routing_fragmentation
+    if routing is None or not workload.uneven_routing:
+        return np.zeros_like(shard.tp)
+    return np.where(shard.ep > 1, int(routing.si), 0)
 
 
 def _reduction_bytes(
@@ -196,7 +208,8 @@ def _reduction_block(
     for kind in (*workload.kinds.values(), workload.embedding, workload.head):
         elements = state.local_parameters(kind, shard, workload.vocab_divisor)
         largest = np.maximum(largest, (elements.dense + elements.expert) * rules.gradient_bytes)
-    return np.where(_sharded(shard, degrees) & (degrees.pp > 1), largest, 0)
+    once = (degrees.zero_stage == 2) & (degrees.pp > 1)
+    return np.where(_sharded(shard, degrees) & once, largest, 0)
 
 
 def _first_gather(

@@ -29,6 +29,7 @@ from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.layout import SPLIT_BACKWARD, RecomputeMode, codes_of
 from cost_models.ops import Elementwise, GroupedMatMul, MatMul, Op, Reals, Repeat
 from cost_models.repeat import Real
+from cost_models.state_rules import StateRules
 from cost_models.step import Field
 
 SPLIT_MODES: tuple[RecomputeMode, ...] = ("none", "full")
@@ -104,9 +105,9 @@ def write_halves(rows: Int64, kind: LayerKind, shard: Shard, *, weights_ns: Real
     rows[Field.LEFT_AGAIN] = passes * np.maximum(rows[Field.ACT_NONE] - inputs, 0)
 
 
-def late_gradient_bytes(parameters: Int64, rules: state.StateRules) -> Int64:
+def late_gradient_bytes(parameters: Int64, rules: StateRules) -> Int64:
     """Gradients of so many weights on one device that wait for FSDP2 to sum them."""
-    wider = rules.layout == "dim0" and rules.held_gradient_bytes > rules.gather_bytes
+    wider = rules.layout == "dim0" and rules.whole_gradient_bytes > rules.gather_bytes
     return parameters * (rules.gather_bytes if wider else 0)
 
 

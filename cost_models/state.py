@@ -19,20 +19,14 @@ What is padded depends on the layout (``hardware_profiles.holdings.StateSpec``):
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Literal
 
 import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight, is_quantised
-from cost_models.offload import Offload
-from cost_models.optimizers import OPTIMIZERS, LocalTensor, OptimizerRule
-from hardware_profiles.holdings import OffloadSpec, Precision, StateSpec
-
-StateLayout = Literal["contiguous", "flat", "per_parameter", "dim0"]
-
-ON_DEVICE = Offload()
+from cost_models.optimizers import LocalTensor
+from cost_models.state_rules import StateRules
 
 START_ALIGNMENT = 64
 """Elements to which a parameter's start is aligned in Megatron-Core's buffer."""
@@ -76,6 +70,8 @@ class LocalParameters:
     frozen_dense: Int64
     """Not trained, beside those of ``dense``."""
     frozen_expert: Int64
+    again: Int64
+    """Of ``dense``, what is gathered and reduced twice (``Weight.twice``)."""
 
     @property
     def total(self) -> Int64:
@@ -92,67 +88,27 @@ def local_parameters(
     kind: LayerKind, shard: Shard, vocab_divisor: int, *, drop_tied: Bools | None = None
 ) -> LocalParameters:
     """Parameters of one layer of ``kind`` on one device, before data-parallel sharding."""
+    again = np.zeros_like(shard.tp)
     totals = {key: np.zeros_like(shard.tp) for key in product((False, True), repeat=2)}
     for weight in kind.weights:
         elements = _kept(weight, local_tensor(weight, shard, vocab_divisor).total, drop_tied)
+        again = again + _again(weight, elements, shard)
         key = weight.frozen, is_expert(weight)
         totals[key] = totals[key] + elements
-    return LocalParameters(*totals.values())
+    dense, expert, frozen_dense, frozen_expert = totals.values()
+    return LocalParameters(dense, expert, frozen_dense, frozen_expert, again)
+
+
+def _again(weight: Weight, elements: Int64, shard: Shard) -> Int64:
+    """Elements of a weight's second parameter."""
+    return np.where(shard.tp > 1, elements, 0) if weight.twice else np.zeros_like(shard.tp)
 
 
 def _kept(weight: Weight, elements: Int64, drop_tied: Bools | None) -> Int64:
-    """Elements, none where a tied head shares the embedding's weights on the same device."""
-    if drop_tied is None or weight.name != "head.tied":
+    """Elements, none of a copy where the embedding's weights are on the same device."""
+    if drop_tied is None or not weight.copy:
         return elements
     return np.where(drop_tied, 0, elements)
-
-
-@dataclass(frozen=True, slots=True)
-class StateRules:
-    """Bytes per element of the persistent state, from stack, precision and optimizer."""
-
-    weight_bytes: int
-    gradient_bytes: int
-    """Of the gradients that are reduced."""
-    optimizer_bytes: int
-    """Of every tensor; some optimizers keep more of some (``optimizer.extra_bytes``)."""
-    gather_bytes: int
-    """Bytes per element of a gathered (unsharded) weight in ZeRO stages 2 and 3."""
-    layout: StateLayout = "flat"
-    held_gradient_bytes: int = 0
-    """Of the gradients held through the step."""
-    backward_gradient_bytes: int = 0
-    """Of what the backward leaves beside them, whole."""
-    step_bytes: int = 0
-    """Of flat buffers of the optimizer step, sharded as its state is, and below stage 3 of copies
-    for the gradients' norm."""
-    norm_bytes: int = 0
-    streamed_bytes: int = 0
-    """Of what comes from the host for the update, sharded as the state is."""
-    quantised_bytes_per_64: int = 0
-    """Of the low-precision copies of 64 elements of a linear layer's weight."""
-    gathered_bytes_per_64: int = 0
-    """Of 64 elements of a linear layer's weight on their way; 0: as all others."""
-    dummy_wgrad: bool = False
-    copies_weights: bool = False
-    unit_gradients: bool = False
-    reduces_each_backward: bool = False
-    graph_keeps_gathered: bool = False
-    split_over_replicas: bool = False
-    bucket_elements: int | None = None
-    bucket_elements_per_rank: int = 0
-    optimizer: OptimizerRule = OPTIMIZERS["adamw"]
-    weights_split_from: int = 3
-    """Least ZeRO stage in which weights are split over data parallelism."""
-    updated_bytes: int = 4
-    """Bytes per parameter that the optimizer reads and writes beside its state: those of the master
-    weight, or of a weight that has none."""
-
-    def least_bucket(self, ways: Int64) -> Int64:
-        """Least elements of a bucket of the contiguous buffer; as good as all without one."""
-        if self.bucket_elements is None:
-            return np.full_like(ways, 1 << 62)
-        return np.maximum(self.bucket_elements, self.bucket_elements_per_rank * ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +129,8 @@ class StateBytes:
     """Trained elements whose gradients are whole while their unit is in use, and sharded behind."""
 
     def __add__(self, other: StateBytes) -> StateBytes:
-        return StateBytes(
-            self.weights + other.weights,
-            self.gradients + other.gradients,
-            self.optimizer + other.optimizer,
-            self.step + other.step,
-            self.streamed + other.streamed,
-            self.gathered + other.gathered,
-            self.unsharded + other.unsharded,
-        )
+        names = (field.name for field in fields(self))
+        return StateBytes(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +144,8 @@ class Sharding:
     """Groups of ``ways`` ranks that hold the same weights."""
     bucket_ranks: Int64 | None = None
     """Ranks that decide how large a bucket is; None: ``ways``."""
+    deferred: Bools | bool = False
+    """Whether gradients wait whole for the last microbatch, without a pipeline too."""
 
     def of_state(self, rules: StateRules) -> Sharding:
         """Where the optimizer's state is split."""
@@ -221,26 +172,28 @@ def state_bytes(
 
     Where weights are split from stage 1 or 2 on, these keep gathered ones through the step (FSDP2
     without resharding after forward); Megatron-style stacks keep their weights replicated.
-    Under a pipeline FSDP2 reduces gradients once per step: until then they are whole on each rank
-    (PyTorch's pipelining stage turns off gradient synchronisation before the last backward).
+    Under a pipeline FSDP2 reduces stage 2's gradients once per step: until then they are whole on
+    each rank (PyTorch's pipelining stage turns off gradient synchronisation before the last
+    backward; MaxText's ``pipeline_fsdp_ag_once``). Stage 3's are reduced with every microbatch.
     """
     stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
     whole, split, copied, extra, narrower = zero, zero, zero, zero, zero
     finer, state_ways = zero, sharding.of_state(rules)
     copies = state_over_replicas(stage, sharding.replicas, rules)
-    frozen, alone = FrozenBytes(zero, zero), zero
+    frozen, alone, again = FrozenBytes(zero, zero), zero, zero
     for weight in weights:
         local = local_tensor(weight, shard, vocab_divisor)
-        held, shared = _sizes(weight, local, sharding, rules.layout)
+        held, shared = _sizes(weight, local, sharding, rules)
         if weight.frozen:
             frozen = frozen.plus(weight, held, shared, rules, drop_tied)
             continue
         if rules.optimizer.extra_bytes is not None:
             extra = extra + _kept(weight, rules.optimizer.extra_bytes(weight, local), drop_tied)
         whole = whole + _kept(weight, held, drop_tied)
+        again = again + _again(weight, local.total, shard)
         alone = alone + 2 * (weight.shared & sharding.pipelined)
         split = split + _kept(weight, shared, drop_tied)
-        own = _sizes(weight, local, state_ways, rules.layout)[1]
+        own = _sizes(weight, local, state_ways, rules)[1]
         finer = finer + _kept(weight, own, drop_tied)
         if rules.quantised_bytes_per_64 and is_quantised(weight):
             copied = copied + local.total
@@ -249,24 +202,31 @@ def state_bytes(
         whole = whole + np.where(stage >= 1, _bucket_padding(whole, sharding, rules, alone), 0)
     if rules.layout in ("contiguous", "flat"):
         split, finer = ceil_div(whole, sharding.ways), ceil_div(whole, state_ways.ways)
-    fsdp = rules.weights_split_from < 3
     apart = weights_sharded(stage, rules)
-    gradients_sharded = (stage >= 2) & ~(fsdp & sharding.pipelined)
+    in_use = apart | ((stage == 0) & rules.casts_whole_weights)
+    waits = (rules.weights_split_from < 3) & sharding.pipelined
+    gradients_sharded = ((stage >= 3) | ((stage == 2) & ~waits)) & ~np.asarray(sharding.deferred)
+    summed = np.where(stage >= 2, rules.whole_gradient_bytes, rules.kept_gradient_bytes)
     shards = np.where(stage >= 1, finer, whole)
     if rules.optimizer.extra_bytes is not None:
-        extra = np.where(stage >= 1, ceil_div(extra, state_ways.ways), extra)
+        flat = rules.optimizer.flat_bytes * (rules.layout in ("flat", "per_parameter"))
+        own = finer * flat if flat else ceil_div(extra, state_ways.ways)
+        extra = np.where(stage >= 1, own, extra)
     return StateBytes(
         weights=np.where(apart, finer, whole) * rules.weight_bytes
         + np.where(copies, split * rules.gather_bytes, 0)
         + np.where(apart, frozen.split, frozen.whole)
         + ceil_div(copied * rules.quantised_bytes_per_64, np.array(64)),
-        gradients=np.where(gradients_sharded, split, whole) * rules.held_gradient_bytes
-        + np.where(gradients_sharded, 0, whole) * rules.backward_gradient_bytes,
+        gradients=np.where(gradients_sharded, split, 0) * rules.held_gradient_bytes
+        + np.where(gradients_sharded, 0, whole) * (summed + rules.backward_gradient_bytes)
+        + np.where((stage == 1) | sharding.pipelined, whole, 0) * rules.waiting_gradient_bytes,
         optimizer=shards * rules.optimizer_bytes + extra,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
         streamed=shards * rules.streamed_bytes,
-        gathered=np.where(apart, whole * rules.gather_bytes - narrower + frozen.whole, 0),
-        unsharded=np.where(apart | ((stage == 2) & rules.unit_gradients), whole, 0),
+        gathered=np.where(
+            in_use, (whole + again) * rules.gather_bytes - narrower + frozen.whole, 0
+        ),
+        unsharded=np.where(apart | ((stage == 2) & rules.unit_gradients), whole + again, 0),
     )
 
 
@@ -279,17 +239,7 @@ def narrower_bytes(weight: Weight, local: LocalTensor, rules: StateRules) -> Int
 
 def weights_sharded(zero_stage: Int64, rules: StateRules) -> Bools:
     """Whether weights are split over data parallelism."""
-    result: Bools = zero_stage >= rules.weights_split_from
-    return result
-
-
-def _weights_split_from(spec: StateSpec, weight_bytes: int, gather_bytes: int) -> int:
-    """Stage 3, or 2 where that is FSDP without resharding; 1 where the stack holds fp32 weights,
-    which are split as the optimizer's state is (MaxText,
-    ``maybe_update_params_sharding_with_opt``)."""
-    if weight_bytes > gather_bytes:
-        return 1
-    return 2 if spec.weights_follow_gradients else 3
+    return zero_stage >= rules.weights_split_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,10 +268,10 @@ def frozen_per_64(weight: Weight, rules: StateRules) -> int:
 
 
 def _sizes(
-    weight: Weight, local: LocalTensor, sharding: Sharding, layout: StateLayout
+    weight: Weight, local: LocalTensor, sharding: Sharding, rules: StateRules
 ) -> tuple[Int64, Int64]:
     """Elements of a weight on one device: whole, and one rank's shard of them."""
-    ways = sharding.ways
+    ways, layout = sharding.ways, rules.layout
     if layout == "contiguous":
         aligned = ceil_div(local.elements, np.array(START_ALIGNMENT)) * START_ALIGNMENT
         return np.where(
@@ -331,10 +281,11 @@ def _sizes(
         return local.total, ceil_div(local.elements, ways) * local.count
     if layout == "dim0":
         # Experts are one tensor with the expert as first dimension, the rows as second; where there
-        # are more ranks than experts the rows are split (torchtitan's apply_fsdp).
+        # are more ranks than experts the rows are split (torchtitan's apply_fsdp), or always
+        # (AutoModel's, Shard(1)).
         rows = ceil_div(local.rows, ways) * (local.elements // local.rows) * local.count
         experts = ceil_div(local.count, ways) * local.elements
-        by_expert = is_expert(weight) & (ways <= local.count)
+        by_expert = is_expert(weight) & (ways <= local.count) & (not rules.expert_rows)
         return local.total, np.where(by_expert, experts, rows)
     return local.total, local.total
 
@@ -347,53 +298,3 @@ def _bucket_padding(elements: Int64, sharding: Sharding, rules: StateRules, alon
     ranks = sharding.ways if sharding.bucket_ranks is None else sharding.bucket_ranks
     buckets = elements // rules.least_bucket(ranks) + 1 + alone
     return np.where(elements > 0, buckets * (np.lcm(sharding.ways, BUCKET_ALIGNMENT) - 1), 0)
-
-
-def state_rules(
-    *, spec: StateSpec, precision: Precision, optimizer: str, master_weights: bool,
-    gradient_dtype: str, offload: Offload = ON_DEVICE, host: OffloadSpec | None = None,
-) -> StateRules:  # fmt: skip
-    """The rules for one stack and job; see the module docstring."""
-    rule = OPTIMIZERS[optimizer]
-    moments = rule.moment_bytes
-    if precision == "fp32":
-        weight, reduced, state, gathered = 4, 4, moments, 4
-    elif master_weights:
-        reduced, state = 4 if gradient_dtype == "fp32" else 2, spec.master_bytes + moments
-        weight, gathered = 2, 2
-    else:
-        # A stack that keeps fp32 weights accumulates their gradients in fp32 whatever it reduces.
-        weight, reduced, state, gathered = 4, 4, moments, 2
-    held, step = spec.held_gradient_bytes.get(precision, reduced), spec.step_bytes.get(precision, 0)
-    norm = spec.norm_bytes.get(precision, 0)
-    streamed = 0
-    if offload.optimizer and host is not None:
-        streamed = host.streamed_bytes(state, weight if offload.parameters else 0)
-        state = step = norm = 0
-        held = 0 if host.gradients else held
-    stays = 0 if offload.parameters else weight
-    return StateRules(
-        weight_bytes=stays,
-        weights_split_from=_weights_split_from(spec, stays, gathered),
-        gradient_bytes=reduced,
-        optimizer_bytes=state,
-        gather_bytes=gathered,
-        layout=spec.layout,
-        held_gradient_bytes=held,
-        backward_gradient_bytes=spec.backward_gradient_bytes.get(precision, 0),
-        step_bytes=step,
-        norm_bytes=norm,
-        streamed_bytes=streamed,
-        quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
-        gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
-        dummy_wgrad=spec.dummy_wgrad,
-        copies_weights=spec.copies_weights,
-        unit_gradients=spec.unit_gradients or spec.layout == "dim0",
-        reduces_each_backward=spec.reduces_each_backward,
-        graph_keeps_gathered=spec.graph_keeps_gathered,
-        split_over_replicas=spec.split_over_replicas,
-        bucket_elements=spec.bucket_elements,
-        bucket_elements_per_rank=spec.bucket_elements_per_rank,
-        optimizer=rule,
-        updated_bytes=(spec.master_bytes or weight) if master_weights else 4,
-    )

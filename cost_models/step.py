@@ -16,7 +16,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from cost_models import compute, state
+from cost_models import compute
+from cost_models.attention_passes import attention_passes
 from cost_models.communication import Visible, Windows, merge_passes, visible
 from cost_models.fabric import Fabric, fabric_of
 from cost_models.graph import LayerKind, Shard
@@ -37,6 +38,7 @@ from cost_models.ops import (
     Roofline,
 )
 from cost_models.repeat import ForwardLog, Real, Repeats, Work, forward_only
+from cost_models.state_rules import ON_DEVICE, StateRules, state_rules
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
 
@@ -92,8 +94,7 @@ class Field(IntEnum):
     """Gradients of outputs that weights need for theirs, less the activations that nothing but they
     needed."""
     LATE_GRADIENTS = 21
-    """Gradients of weights in the format in which the backward makes them, where they wait for the
-    next microbatch's backward to be summed."""
+    """Gradients of weights, as the backward makes them, that wait to be summed in the next one."""
     LEFT_BLOCKS = 22
     """Of the static bytes, in no tensor: what is left of the blocks in which weights were made."""
     SPLIT_BLOCKS = 23
@@ -106,8 +107,7 @@ class Field(IntEnum):
     """Of the static bytes, the block of the embedding's dense gradient, in which nothing else lies
     when it is needed (``cost_models.fragments``)."""
     LEFT_AGAIN = 26
-    """What these passes leave of a layer that runs again in each of them, until the stage's last
-    weight is done."""
+    """What these passes leave of a layer that runs again, until the stage's last weight."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Machine:
     stack: StackSpec
     precision: Precision
     optimizer: str
-    offload: Offload = state.ON_DEVICE
+    offload: Offload = ON_DEVICE
     device: DeviceSpec = field(init=False)
     fabric: Fabric = field(init=False, repr=False, compare=False)
 
@@ -127,9 +127,9 @@ class Machine:
         object.__setattr__(self, "fabric", fabric_of(self.cluster))
 
     @property
-    def rules(self) -> state.StateRules:
+    def rules(self) -> StateRules:
         """Bytes per parameter."""
-        return state.state_rules(
+        return state_rules(
             spec=self.stack.state,
             precision=self.precision,
             optimizer=self.optimizer,
@@ -137,7 +137,13 @@ class Machine:
             gradient_dtype=self.stack.gradient_dtype,
             offload=self.offload,
             host=self.stack.offload,
+            muon=self.stack.muon,
         )
+
+    @property
+    def sums_whole(self) -> bool:
+        """Whether stage 3 sums gradients whole for an optimizer that needs matrices of them."""
+        return self.stack.muon.each_reduction and self.rules.optimizer.orthogonalises
 
     @property
     def reshard_group(self) -> int | None:
@@ -149,9 +155,14 @@ class Machine:
         return None if group == "any" else group
 
     @property
-    def accumulates(self) -> bool:
-        """Whether products add their weight gradient to the one that is kept."""
-        return "wgrad_accumulation" in self.stack.fused
+    def accumulated_bytes(self) -> int:
+        """Read and written per weight by products that add to the kept gradient; 0: none do.
+
+        Both in its own width: megatron-core 0.8.0, core/tensor_parallel/layers.py, calls
+        wgrad_gemm_accum_fp16 for 16-bit ``main_grad``, wgrad_gemm_accum_fp32 for fp32.
+        """
+        wide = self.precision == "fp32" or self.stack.gradient_dtype == "fp32"
+        return (8 if wide else 4) if "wgrad_accumulation" in self.stack.fused else 0
 
     def dtype(self, *, low_precision: bool) -> str:
         """Operands of a matrix product, as ``cost_models.compute`` knows them."""
@@ -200,7 +211,7 @@ class _Accumulator:
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     """Times of one layer of ``kind`` for every configuration of ``shard``."""
-    acc = _price_ops(kind.ops(shard), shard, machine)
+    acc = _price_ops(kind.ops(shard), kind.shard(shard), machine)
     merged = None
     if acc.exchanges:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
@@ -245,7 +256,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             def time(m: Reals, n: Reals, k: Reals, stage: compute.MatmulStage) -> Real:
                 return compute.matmul_time_s(
                     device, dtype, m, n, k, stage=stage, batch=op.batch,
-                    accumulate=op.weight and machine.accumulates, sliced=sliced,
+                    accumulated_bytes=op.weight * machine.accumulated_bytes, sliced=sliced,
                 )  # fmt: skip
 
             fprop = time(op.m, op.n, op.k, "fprop")
@@ -278,7 +289,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             if not op.frozen:
                 wgrad = compute.grouped_matmul_time_s(
                     device, dtype, op.groups, op.k, op.n, op.rows, stage="wgrad",
-                    accumulate=machine.accumulates,
+                    accumulated_bytes=machine.accumulated_bytes,
                 )  # fmt: skip
             acc.add("matmul", fprop, dgrad + wgrad)
             acc.weights += wgrad
@@ -292,24 +303,10 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
         case Attention():
             kernel = machine.stack.attention_kernel(device.name)
             dtype = "fp16" if machine.precision == "fp16" else "bf16"
-            # A rank with an even share of a causal mask's queries has that share of their work.
-            batch: Reals = op.batch
-            q_len = op.q_len
-            if op.causal:
-                ways = np.asarray(op.exchanged)
-                share = np.where(op.last, 1.0 / ways, op.q_len / np.asarray(op.kv_len))
-                batch, q_len = op.batch * share, np.where(op.last, op.q_len * ways, op.kv_len)
-            forward, backward = (
-                compute.attention_time_s(
-                    device, dtype, kernel, batch=batch, q_len=q_len, kv_len=op.kv_len,
-                    heads=op.heads, kv_heads=op.kv_heads, qk_head_dim=op.qk_head_dim,
-                    v_head_dim=op.v_head_dim, causal=op.causal, stage=stage,
-                )
-                for stage in ("forward", "backward")
-            )  # fmt: skip
+            forward, backward = attention_passes(op, device, dtype, kernel)
             acc.add("attention", forward, backward)
             acc.windows.seconds |= {f"{op.name}:fprop": forward, f"{op.name}:dgrad": backward}
-            _launch(acc, machine, 1, 2)
+            _launch(acc, machine, op.blocks, 2 * np.asarray(op.blocks))
         case Elementwise():
             acc.add(
                 "memory_bound",
@@ -335,8 +332,11 @@ def _quantise(
     """Quantisation of a product's input and of its output's gradient (elements); weights are
     quantised once per step, which is left out."""
     device, again = machine.device, bool(np.any(gradients))
-    forward = compute.quantisation_time_s(device, dtype, inputs, tensors)
-    backward = compute.quantisation_time_s(device, dtype, gradients, tensors) if again else 0.0
+    reads = machine.stack.quantisation_reads.get(machine.precision, 1)
+    forward = compute.quantisation_time_s(device, dtype, inputs, tensors, reads=reads)
+    backward: Real | float = 0.0
+    if again:
+        backward = compute.quantisation_time_s(device, dtype, gradients, tensors, reads=reads)
     acc.add("memory_bound", forward, backward)
     _launch(acc, machine, 1, int(again))
 

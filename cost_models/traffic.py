@@ -21,6 +21,7 @@ from cost_models.graph import Bools, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
 from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import Collective, Op, Reals, collectives
+from cost_models.orthogonalise import exchanges
 from cost_models.step import Machine
 
 Pass = Literal["forward", "backward", "recompute", "step"]
@@ -66,7 +67,7 @@ def layer_calls(kind: LayerKind, shard: Shard, machine: Machine) -> tuple[Calls,
     return tuple(
         replace(call, count=times * call.count, bytes=times * call.bytes)
         for op, times in collectives(kind.ops(shard))
-        for call in _op_calls(op, shard, machine)
+        for call in _op_calls(op, kind.shard(shard), machine)
     )
 
 
@@ -75,13 +76,22 @@ def recomputed_calls(
 ) -> tuple[Calls, ...]:
     """Collectives that recomputation of one layer calls again in the backward."""
     ops = kind.ops(shard)
-    return tuple(
-        replace(call, phase="recompute")
-        for op in ops
-        if isinstance(op, Collective) and _runs_again(op, ops, policy)
-        for call in _op_calls(op, shard, machine)
-        if call.phase == "forward"
+    return (
+        *_input_parts(kind, shard, policy),
+        *(
+            replace(call, phase="recompute")
+            for op in ops
+            if isinstance(op, Collective) and _runs_again(op, ops, policy)
+            for call in _op_calls(op, kind.shard(shard), machine)
+            if call.phase == "forward"
+        ),
     )
+
+
+def _input_parts(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> Iterator[Calls]:
+    ways, size = int(shard.input_parts[0]), int(kind.boundary_bytes(shard)[0])
+    if policy.in_parts and ways > 1:
+        yield Calls(f"{kind.name}.input", "tp", ways, "recompute", "all_gather", 1, size)
 
 
 def _runs_again(op: Collective, ops: tuple[Op, ...], policy: RecomputePolicy) -> bool:
@@ -130,14 +140,14 @@ def data_calls(
         kind, shard, vocab_divisor, drop_tied=np.array([tied]) if tied else None
     )
     every = bool(data_traffic.reduces_each(data, machine.rules)[0])
-    again = every and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
     each = bool(data_traffic.gathers_each(data, machine.rules)[0])
+    again = each and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
     found: list[Calls] = []
     attention, expert = data_traffic.meshes(
         shard, data, machine.stack.layers, machine.fabric.devices_per_node
     )
     for elements, mesh, group in (
-        (local.dense, attention, "dp_shard"), (local.expert, expert, "expert_dp"),
+        (local.dense + local.again, attention, "dp_shard"), (local.expert, expert, "expert_dp"),
     ):  # fmt: skip
         pieces = data_traffic.gathered_pieces(
             kind, machine.stack.layers, experts=group == "expert_dp"
@@ -145,21 +155,28 @@ def data_calls(
         gathered = data_traffic.gathered_bytes(
             kind, shard, machine.rules, vocab_divisor, experts=group == "expert_dp"
         )
-        wire = data_traffic.Wire(machine.stack.layers, machine.fabric.devices_per_node)
-        for call in data_traffic.calls(
+        wire = data_traffic.Wire(
+            machine.stack.layers, machine.fabric.devices_per_node, whole_sums=machine.sums_whole
+        )
+        calls = data_traffic.calls(
             elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire
-        ):
+        )
+        if machine.sums_whole:
+            calls += exchanges(
+                kind, shard, data, machine, vocab_divisor, experts=group != "dp_shard"
+            )
+        for call in calls:
             if not call.active[0] or call.size[0] == 1:
                 continue
             whole = int(data.zero_stage[0]) == 0
             replicas = call.over_replicas
             name = f"{kind.name}.{call.role}"
             late = replicas and machine.stack.replica_reduction == "step"
-            late |= call.role == "parameter" and (replicas or not each)
+            late |= replicas or not each if call.role == "parameter" else not every
             first: Pass = "forward" if call.role == "parameter" else "backward"
             base = Calls(
                 name, "dp_replicate" if replicas else "dp" if whole else group, int(call.size[0]),
-                first if every and not late else "step", call.kind, call.count,
+                "step" if late else first, call.kind, call.count,
                 round(call.count * float(call.bytes[0])),
             )  # fmt: skip
             found.append(base)

@@ -13,13 +13,15 @@ import numpy as np
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.recompute import mode_rows
-from cost_models.state import StateBytes, StateRules, ceil_div
+from cost_models.state import StateBytes, ceil_div
+from cost_models.state_rules import StateRules
 from hardware_profiles.schema import StackSpec
 
 
 def add_unsharded(
     rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
-    whole_gradients: Bools, rules: StateRules, ahead: int, policies: tuple[str, ...],
+    whole_gradients: Bools, waits: Bools, rules: StateRules, ahead: Int64,
+    policies: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
 
@@ -32,7 +34,9 @@ def add_unsharded(
     16-bit gradients are there and its own activations gone but for the input, the gradient of that,
     and both gathered over tp. What the unit behind it reduces is beside both
     (``Field.IN_FLIGHT``). A loss in pieces reduces the head's gradients after each, with those of
-    the piece before in flight.
+    the piece before in flight. Where gradients wait for the last microbatch (``waits``) they are
+    there already, and so are the shards that they become: what a unit adds is the buffer of its
+    reduction, which takes their place while the next one runs.
     """
     end = kind.name in ("embedding", "head")
     pieces = kind.name == "head" and kind.in_pieces
@@ -43,7 +47,11 @@ def add_unsharded(
         elements = used.unsharded
         if end:
             buffers = rules.gather_bytes + (2 if pieces else 1) * rules.gradient_bytes
-            reducing = gathered + buffers * elements + used.gradients
+            apart = np.where(waits, rules.gradient_bytes * elements, used.gradients)
+            reducing = gathered + np.where(waits, 0, buffers * elements) + apart
+            # The unit of both ends is resharded before its reduction (``post_backward``); with one
+            # parameter, its sum of two gradients comes before that, and is as large as the buffer.
+            reducing -= np.where(kind.ends_unit & (shard.tp > 1), lasting, 0)
         else:
             reducing = (
                 (1 + ahead) * gathered
@@ -116,12 +124,14 @@ def partly_gathered(held: StateBytes, ways: Int64, data: DataParallel) -> Int64:
 def reduced_apart(
     held: StateBytes, data: DataParallel, *, stack: StackSpec, rules: StateRules
 ) -> Int64:
-    """Shards of reduced gradients on a stream of their own, where a pipeline accumulates whole ones
-    all step: those give their memory back to another stream."""
+    """Shards of reduced gradients on a stream of their own, where whole ones accumulate all step:
+    those give their memory back to another stream."""
     if not (stack.new_gradients and stack.stream_pools and rules.weight_bytes):
         return np.zeros_like(held.gradients)
     shards = held.weights // rules.weight_bytes * rules.gradient_bytes
-    return np.where((data.pp > 1) & (data.zero_stage >= 2), shards, 0)
+    each = rules.held_gradient_bytes * (held.weights // rules.weight_bytes)
+    shards = np.where(data.deferred, each, shards)
+    return np.where(((data.pp > 1) & (data.zero_stage >= 2)) | data.deferred, shards, 0)
 
 
 def update_bytes(held: StateBytes, *, copies: int, state: int) -> Int64:

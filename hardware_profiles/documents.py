@@ -32,10 +32,12 @@ _LISTED = 3
 class DocumentError(ValueError):
     """A document that cannot be read or does not say what it must; ``hint`` says how to fix it."""
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, other_keys: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.other_keys = other_keys
+        """Whether keys are unknown or missing: it is a document of another kind or version."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
@@ -203,7 +205,8 @@ def validate(model: type[M], data: object, *, where: str) -> M:
             rest = len(lines) - _LISTED
             more = f"\n  and {rest} more" if rest > 0 else ""
             message = f"{where}: {len(lines)} problems{shown}{more}"
-        raise DocumentError(message, hint=hint) from None
+        keys = any(problem["type"] in ("extra_forbidden", "missing") for problem in problems)
+        raise DocumentError(message, hint=hint, other_keys=keys) from None
 
 
 def refuse_flags(model: type[BaseModel], data: object, where: str) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from hardware_profiles.sourced import Profile, Sourced
 from hardware_profiles.stack_words import OptimizerName
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "nvfp4"]
 ByPrecision = dict[Precision, Annotated[int, Field(ge=0)]]
 """Bytes per parameter by the precision of the job; what is not named is 0."""
 
@@ -32,15 +32,26 @@ class StateSpec(Profile):
     weights_follow_gradients: bool = False
     """Whether stage 2 splits the weights too, gathers them in the forward and keeps them for the
     backward (FSDP without resharding in between), whatever they are held in."""
+    casts_whole_weights: bool = False
+    """Whether stage 0 has a 16-bit copy of the unit that runs beside its whole fp32 weights, and
+    reduces its gradients with every microbatch (FSDP1's NO_SHARD)."""
     reduces_each_backward: bool = False
     """Whether gradients of stage 2 are reduced with every microbatch of a pipeline too."""
+    reduces_last_backward: bool = False
+    """Whether, without a pipeline, gradients of stages 2 and 3 wait whole for the last of several
+    microbatches, which alone reduces them (FSDP2's ``set_requires_gradient_sync``)."""
     unit_gradients: bool = False
     """Whether a sharded unit's gradients are whole until they are reduced, two units' at a time
     (``dim0`` always is)."""
     held_gradient_bytes: ByPrecision = Field(default_factory=dict)
     """Bytes per gradient held through the step, where it is not the dtype that is reduced."""
+    whole_gradient_bytes: ByPrecision = Field(default_factory=dict)
+    """The same of gradients that are whole until a pipeline's last microbatch: in the dtype of the
+    reduction, unless named."""
     backward_gradient_bytes: ByPrecision = Field(default_factory=dict)
     """Gradients that the backward leaves beside the held ones, whole on each rank."""
+    expert_shards: Literal["experts", "rows"] = "experts"
+    """In ``dim0``: whether as many experts as ranks are split by expert, or all by their rows."""
     step_bytes: ByPrecision = Field(default_factory=dict)
     """Flat buffers of the optimizer step that cached activation blocks cannot serve, sharded as
     the optimizer state is."""
@@ -116,10 +127,15 @@ class OffloadSpec(Profile):
     """Where the optimizer runs. On the device its state comes over the link for the update and
     leaves behind it, in turn, and all of it is there at once."""
     optimizer_bytes: Annotated[int, Field(ge=1)] | None = None
-    """Host bytes per parameter of a shard: fp32 master weight, moments, gradient; None, where the
-    device updates: what the optimizer keeps."""
+    """Host bytes per parameter of a shard: fp32 master weight, AdamW's moments, gradient; less if
+    an optimizer's moments are fewer. None, where the device updates: what the optimizer keeps."""
+    least_zero_stage: Literal[0, 1] = 0
+    """ZeRO stage from which several ranks offload: below it, only a rank that shares nothing."""
     gradients: bool = False
     """Whether reduced gradients go to the host during the backward and leave the device."""
+    waiting_gradient_bytes: Annotated[int, Field(ge=0)] = 0
+    """With ``gradients``: bytes of each that waits whole on the device for the last microbatch, in
+    ZeRO stage 1 and under a pipeline; in place of what the backward leaves without offload."""
     norm_bytes: Annotated[int, Field(ge=0)] = 0
     """Device bytes per element of a copy of one reduced gradient at a time, of which its norm is
     taken before it leaves."""
@@ -168,6 +184,31 @@ class OffloadSpec(Profile):
                 "offload.inputs: attn_proj without core_attn, whose backward reads the same tensor"
             )
         return self
+
+
+class MuonSpec(Profile):
+    """How a stack runs Muon (``cost_models.orthogonalise``)."""
+
+    iterations: Literal["standard", "gram"] = "standard"
+    """Of the whole matrix, or of its product with itself."""
+    momentum_bytes: ByPrecision = Field(default_factory=dict)
+    """Per element of a matrix, where its momentum is not fp32."""
+    exchange: Literal["all_gather", "all_to_all"] = "all_gather"
+    """How matrices that a stack splits itself come together: on all ranks, or each on its own, with
+    the update sent back in the same way."""
+    exchange_bytes: Literal[2, 4] = 2
+    """Per element on the way."""
+    experts: bool = True
+    """Whether it orthogonalises experts; else they are AdamW's."""
+    tensor_parallel: bool = True
+    """Whether it runs matrices that tp splits."""
+    pipeline: bool = True
+    """Whether it runs where a rank has some of the layers only."""
+    each_reduction: bool = False
+    """Whether stage 3 sums gradients whole and iterates with each reduction of them."""
+    least_zero_stage: Literal[0, 1] = 0
+    """ZeRO stage below which it runs no iterations at all."""
+    source: str = ""
 
 
 class ReserveSpec(Profile):

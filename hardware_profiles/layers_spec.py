@@ -28,12 +28,20 @@ class LayersSpec(Profile):
     """Whether tp splits embedding and head by rows of the vocabulary; every rank has them whole and
     computes all logits (AutoTP); context parallelism takes the embedding whole, not the head; or
     the ranks of a pipeline share them besides (``cost_models.vocabulary``)."""
+    prediction_projection: Literal["gathered", "whole"] = "gathered"
+    """Whether the projection in front of a prediction module's block is split by columns over tp,
+    its output gathered and under sequence parallelism cut again into views (Megatron-Core,
+    core/transformer/multi_token_prediction.py); or every rank has it whole and projects its own
+    rows (torchtitan)."""
     experts: Literal["dealt", "sliced", "folded"] = "dealt"
     """Whether tokens are sent to ranks that hold some experts (or, under expert tensor parallelism,
     parts of some); tp slices every expert as it does other layers: etp is tp then (AutoTP); or
     tensor-parallel ranks, which all have the same tokens, deal the tokens' copies out among
     themselves, send them to ranks that hold some experts, and gather all outputs again (AutoEP
     under AutoTP)."""
+    expert_rows: Literal["arriving", "any"] = "arriving"
+    """What a rank's experts have buffers for: the rows that arrive, or whatever their group might
+    send, where a compiled program's shapes cannot depend on how tokens are routed (MaxText)."""
     weight_wire_bytes_per_64: Annotated[int, Field(ge=0)] = 0
     """Bytes of 64 elements of sharded weights on their way, scales included, where they are
     quantised for that alone (qwZ of ZeRO++); 0: they travel as they are gathered."""
@@ -51,12 +59,39 @@ class LayersSpec(Profile):
     """What context parallelism of two levels does with attention's output between its passes: keep
     it as it left and exchange it again for the backward (Transformer Engine), or keep it as the
     kernel wrote it."""
+    gathered_context: Literal["again", "kept"] = "again"
+    """What attention keeps of keys and values that context parallelism gathers: this rank's, which
+    are gathered again for the backward, or all of them."""
+    ring_merge: Literal["transformer_engine", "transformer_engine_p2p", "unknown"] = "unknown"
+    """Whose passes join the results of a ring's blocks, or order gathered keys and values:
+    Transformer Engine's, for ``p2p`` alone (somebody else gathers), or those of a source
+    that was not read, which are not priced."""
+    gathered_context_output: Literal["once", "twice"] = "once"
+    """Whether attention over gathered keys and values keeps its output as the output projection
+    does; or keeps that of each half of its queries, beside what these are copied into
+    (Transformer Engine, AttnFuncWithCPAndKVAllGather)."""
+    latent_values: Literal["copied", "view"] = "copied"
+    """Whether values of latent attention are copied out of the product that they share with the
+    keys, or stay a view of it: the keys' columns then wait for the backward with them."""
+    expert_outputs: Literal["weighed", "summed"] = "weighed"
+    """Whether routing probabilities multiply the experts' outputs, which the gradients of the
+    probabilities need; or what goes into the experts' last products, so that outputs are only
+    summed and nothing keeps them (Megatron-Core from 0.13)."""
+    latent_down: Literal["whole", "split"] = "whole"
+    """Whether every tp rank has the down-projections of latent attention; or tp splits them by
+    columns, and their outputs are gathered (Megatron-Core up to 0.13, and its layer spec without
+    Transformer Engine in any version)."""
     gathers_each_tensor: bool = False
     """Whether sharded weights are gathered tensor by tensor instead of a layer at once: each then
     pays the latency of a ring over all ranks."""
     broadcasts_each_tensor: bool = False
     """Whether weights that are sharded in the update alone go to the other ranks tensor by tensor,
     each broadcast by its owner around the ring."""
+    tied_ends: Literal["apart", "one_unit"] = "apart"
+    """Whether an embedding and a head that share their table are units of sharded data parallelism
+    by themselves; or one with the final norm, which stays gathered from the lookup to the end of
+    the backward and is reduced behind all layers. Tensor parallelism gives each of the two a
+    parameter of its own there: the unit then gathers and reduces the table twice."""
     gradient_sums: Literal["scattered", "whole"] = "scattered"
     """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
     all-reduce over shards and replicas, as without sharding."""

@@ -98,10 +98,10 @@ class AttentionConstants(Profile):
 class KernelProfile(Profile):
     """Measured or borrowed kernel efficiencies of a device.
 
-    ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``, ``nvfp4``); ``attention``
-    by kernel generation (``flash1`` is its Triton kernel, ``flash2``, ``flash3``, ``flash4``; or
-    ``cudnn``, what PyTorch and Transformer Engine run on Blackwell) then dtype. ``fp8`` and
-    ``nvfp4`` products take operands that are quantised already.
+    ``matmul`` is keyed by dtype (``bf16``, ``fp16``, ``fp32``, ``fp8``, ``int8``, ``nvfp4``);
+    ``attention`` by kernel generation (``flash1`` is its Triton kernel, ``flash2``, ``flash3``,
+    ``flash4``; or ``cudnn``, what PyTorch and Transformer Engine run on Blackwell) then dtype.
+    8- and 4-bit products take operands that are quantised already.
     """
 
     matmul: dict[str, MatmulConstants]
@@ -129,7 +129,7 @@ POSITIVE = frozenset(
     {"bandwidth", "memory_bandwidth", "memory_capacity", "peak_flops", "compute_units"}
 )
 """Fields of which nothing can be made where they are 0."""
-DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8", "nvfp4")
+DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "nvfp4")
 
 
 class DeviceSpec(Profile):
@@ -140,7 +140,7 @@ class DeviceSpec(Profile):
     vendor: str
     aliases: tuple[str, ...] = ()
     peak_flops: dict[str, Sourced]
-    """Dense peak by dtype (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp8``, ``nvfp4``)."""
+    """Dense peak by dtype, a word of :data:`DTYPES`; operations of ``int8`` count as FLOPs."""
     memory_capacity: Sourced
     """Bytes that the driver reports, before the context is created."""
     memory_bandwidth: Sourced

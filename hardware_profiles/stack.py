@@ -6,11 +6,20 @@ from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, model_validator
 
-from hardware_profiles.holdings import ByPrecision, OffloadSpec, Precision, ReserveSpec, StateSpec
+from hardware_profiles.holdings import (
+    ByPrecision,
+    MuonSpec,
+    OffloadSpec,
+    Precision,
+    ReserveSpec,
+    StateSpec,
+)
 from hardware_profiles.layers_spec import LayersSpec as LayersSpec
 from hardware_profiles.layers_spec import require_shared_vocabulary
 from hardware_profiles.sourced import Profile, Sourced
 from hardware_profiles.stack_words import (
+    PARTITIONED,
+    TILED,
     AttentionSort,
     ContextKind,
     Dispatcher,
@@ -28,6 +37,12 @@ from hardware_profiles.stack_words import (
 )
 
 Value = TypeVar("Value")
+
+
+def _joined_loss() -> dict[Literal["forward", "backward"], int]:
+    """Cast to fp32 (6), maximum (4), subtracted and exponentiated (8), summed (4), divided (4);
+    scaled (8), cast back (6)."""
+    return {"forward": 26, "backward": 14}
 
 
 def _plain_dispatcher() -> dict[str, Dispatcher]:
@@ -62,9 +77,10 @@ class StackSpec(Profile):
     """Whether layers may stay outside a pipeline whose forwards all come first: all ranks run them,
     the stages as data parallelism (``cost_models.outside``)."""
     recompute: tuple[str, ...]
-    """Modes that are searched: ``none``, ``selective``, ``full``, modules joined by ``+``, names of
-    ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does
-    where nobody says."""
+    """Modes that are searched: ``none``, ``selective``, ``full``, ``partitioned`` (full, of inputs
+    that tp splits, which needs ``full`` too), ``tiled`` (full, MLPs in pieces), modules joined by
+    ``+``, names of ``save_lists``, and ``custom`` for all lists of its outputs. The first is what
+    the stack does where nobody says."""
     recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
     recompute_refused: dict[Precision, tuple[Module, ...]] = Field(default_factory=dict)
@@ -78,7 +94,9 @@ class StackSpec(Profile):
     """Whether what no gradient needs is left out of what runs again: a compiler drops it."""
     recompute_groups: Annotated[int, Field(ge=1)] = 1
     """Most layers that the search runs again together from one kept input (``full:N``); a job may
-    name more. 1: the stack runs each layer again by itself."""
+    name more. 1: the stack runs each layer again by itself, or the next field."""
+    recompute_groups_named: bool = False
+    """Whether ``full:N`` runs where a job or a layout names it, although none is searched."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_mixed: bool = False
@@ -94,11 +112,16 @@ class StackSpec(Profile):
     cp_kinds: tuple[ContextKind, ...]
     cp_kinds_of: dict[AttentionSort, tuple[ContextKind, ...]] = Field(default_factory=dict)
     """Those of ``cp_kinds`` that run some sort of attention or of model, where it is not all."""
-    balanced_context: bool = True
+    cp_kinds_by_layer: bool = False
+    """Whether each layer may have a kind of its own, as a job lists them (``JobSpec.cp_kinds``)."""
+    balanced_context: bool | Literal["where_it_splits"] = True
     """Whether context parallelism deals each rank an early and a late piece of the sequence, so
-    that all have as much of a causal mask; else one piece in order, and all wait for the last."""
+    that all have as much of a causal mask; else one piece in order, and all wait for the last.
+    ``where_it_splits``: the first where the sequence has so many pieces, or else the second."""
     sequence_parallel: Literal["optional", "always", "never"]
-    expert_tensor_parallel: bool
+    expert_tensor_parallel: bool | Literal["any"]
+    """Whether ranks that tp joins may share an expert, as many as divide tp; ``any``: experts have
+    a mesh of their own, and any ranks of a pipeline stage may."""
     layers: LayersSpec = LayersSpec()
     """What decides the collectives of a layer."""
     kv_head_replication: bool | Literal["gathered"] = False
@@ -178,10 +201,13 @@ class StackSpec(Profile):
     """Whether a separate fp32 copy of the weights is kept beside 16-bit ones."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "sgd")
     """Optimizers that it runs."""
-    precisions: tuple[Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"], ...] = (
+    precisions: tuple[Precision, ...] = (
         "fp32", "bf16", "fp16", "fp8", "nvfp4",
     )  # fmt: skip
     """Arithmetic that it trains in; the device may have less."""
+    quantisation_reads: ByPrecision = Field(default_factory=dict)
+    """How often an 8-bit recipe reads an operand that it quantises: 2 where the scale comes from
+    the operand itself; what is not named reads it once, with a scale of earlier steps or blocks."""
     cast_products: dict[Literal["fp32"], Literal["bf16"]] = Field(default_factory=dict)
     """Arithmetic of products whose operands and results keep the job's precision in memory: a
     compiler casts them on their way."""
@@ -197,6 +223,13 @@ class StackSpec(Profile):
     """The vocabulary is padded to a multiple of this times tp (1: no padding)."""
     logit_saved_bytes: Sourced
     """Bytes per logit that the loss keeps from forward to backward."""
+    norms_again: bool = False
+    """Whether residual additions and norms run again in the backward of a layer that keeps its
+    activations."""
+    loss_traffic: dict[Literal["forward", "backward"], Annotated[int, Field(ge=0)]] = Field(
+        default_factory=_joined_loss, min_length=2
+    )
+    """Bytes moved per logit by the kernels of a loss that is not fused."""
     logit_working_bytes: Sourced
     """Short-lived bytes per logit at the peak of the loss."""
     logit_working_bytes_split: Sourced | None = None
@@ -235,6 +268,9 @@ class StackSpec(Profile):
     idle_logits: bool = False
     """Whether the block of the 16-bit logits lies idle under a loss that works on fp32 copies: none
     of those fits into it."""
+    routing_fragmentation: Sourced | None = None
+    """Blocks that the caching allocator holds idle, beside ``reserve.fragmentation``, where each
+    microbatch sends experts other numbers of rows; None: its segments grow, or shapes are fixed."""
     loss_reads_head: bool = False
     """Whether the loss multiplies by the head's weights itself, outside their module, under a stage
     3 that gathers modules' weights ahead of them."""
@@ -242,6 +278,9 @@ class StackSpec(Profile):
     """Bytes per expert that a layer of experts keeps beside its weights (counts, routing bias)."""
     loss_chunks: Annotated[int, Field(ge=1)] = 1
     """Pieces of the sequence of a chunked loss; 1: the stack has none."""
+    loss_again: Annotated[int, Field(ge=0)] = 0
+    """Where a chunked loss makes its logits again in the backward, instead of their gradient in the
+    forward: bytes per weight of the head of the gradient that it sums there and of a piece's."""
     saved_input_bytes_per_64: ByPrecision = Field(default_factory=dict)
     """Bytes of 64 elements of a linear layer's input between forward and backward, scales included,
     by precision of the job; what is not named keeps its 16 bits."""
@@ -253,6 +292,9 @@ class StackSpec(Profile):
     delayed_scaling: bool = False
     """Whether fp8 scales by the largest values of earlier steps, which are reduced over tensor and
     data parallel ranks: a communicator of their own."""
+    original_inputs: tuple[Literal["attn_proj", "shared_experts"], ...] = ()
+    """Low-precision products that keep the 16-bit input which attention or router keep anyway,
+    instead of a low-precision copy of their own."""
     norm_copy_bytes: Annotated[int, Field(ge=2, le=4)] = 4
     """Per element of the normalised copy that a norm run op by op keeps: 2 where it is cast back
     before it is scaled."""
@@ -274,11 +316,14 @@ class StackSpec(Profile):
     ] = Field(default_factory=dict)
     """Bytes moved per parameter of a device in each step by passes over the whole gradient buffer,
     however the update is split: ``averaged``, where several ranks sum it."""
-    unsharded_copy_bytes: dict[Literal["gather", "reduce"], Annotated[int, Field(ge=0)]] = Field(
-        default_factory=dict
-    )
+    unsharded_copy_bytes: dict[
+        Literal["gather", "reduce", "gather_alone", "reduce_alone", "wait"],
+        Annotated[int, Field(ge=0)],
+    ] = Field(default_factory=dict)
     """Bytes copied per parameter at each gathering and reduction of a microbatch, between the
-    collectives' buffers and the tensors that the layer uses."""
+    collectives' buffers and the tensors that the layer uses; ``*_alone``: the same where a group
+    has one rank, if it differs; ``wait``: in each backward, in place of ``reduce``, where gradients
+    wait whole for the last one (``state.reduces_last_backward``)."""
     gradient_bucket_bytes: Sourced
     """Size of the buckets in which gradients are reduced; the last one is never hidden."""
     state: StateSpec
@@ -287,6 +332,8 @@ class StackSpec(Profile):
     """What context, communicators, workspaces and the allocator add."""
     offload: OffloadSpec | None = None
     """What the host can hold; None: nothing."""
+    muon: MuonSpec = MuonSpec()
+    """How it runs Muon, where that is one of ``optimizers``."""
     given_orders: bool = False
     """Whether it runs an order of work that the user gives as a file of actions; one with a split
     backward where ``schedules`` has another of the kind."""
@@ -301,13 +348,21 @@ class StackSpec(Profile):
             parts = set(mode.split("+")) - {*self.recompute_modules}
             lists = self.save_lists
             listed = () if lists is None else (*lists.policies, *lists.offloaded, "custom")
-            if parts and mode not in ("none", "selective", "full", *listed):
+            if parts and mode not in ("none", "selective", "full", PARTITIONED, TILED, *listed):
                 known = ", ".join(self.recompute_modules) or "none"
                 raise ValueError(
                     f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "
                     f"recompute_modules joined by + ({known})"
                     + (f", or a save list ({', '.join(listed)})" if listed else "")
                 )
+        if PARTITIONED in self.recompute and "full" not in self.recompute:
+            raise ValueError(f"recompute: {PARTITIONED} needs full, which it is where tp is 1")
+        one_stage = {"no_tied_embeddings_in_pipeline", "no_pipeline"} & {*self.rules}
+        if self.layers.tied_ends == "one_unit" and not one_stage:
+            raise ValueError(
+                "layers.tied_ends one_unit puts both ends on one stage: it needs the rule "
+                "no_tied_embeddings_in_pipeline or no_pipeline"
+            )
         require_shared_vocabulary(self.layers, self.schedules, new_gradients=self.new_gradients)
         freedom = self.uneven_stages or self.recompute_per_stage or self.recompute_layer_count
         if self.outside_layers and (

@@ -25,19 +25,24 @@ Schedule = Literal[
 """Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
 StackRule = Literal[
     "pipeline_needs_multiple_of_pp",
-    "moe_with_tp_needs_sequence_parallel", "no_expert_parallelism", "no_experts",
+    "moe_with_tp_needs_sequence_parallel", "ep_with_tp_needs_sequence_parallel",
+    "no_expert_parallelism", "no_experts",
     "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
-    "no_zero_3_with_context",
+    "no_zero_3_with_context", "dense_zero_2_in_pipelines",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
     "shards_fill_nodes", "experts_follow_tp", "experts_over_ep_or_tp",
-    "tp_needs_expert_parallelism",
+    "tp_needs_expert_parallelism", "experts_over_data_or_context", "no_accumulation_in_fp8",
+    "no_accumulation", "hybrid_shards_are_nodes", "replicas_share_weights",
+    "muon_takes_whole_query_groups",
+    "zero_2_needs_pipeline", "no_prediction_in_pipeline", "no_prediction_with_context",
+    "no_prediction_in_chunks",
 ]  # fmt: skip
 """What degrees a stack cannot combine, implemented by name in ``planner.rules``, or what it needs
 of a device (``planner.stacks``)."""
 Fusion = Literal[
     "bias_gelu", "swiglu", "bias_dropout_add", "rope", "cross_entropy", "wgrad_accumulation",
-    "masked_softmax", "grouped_gemm", "norm", "norm_linear",
+    "masked_softmax", "grouped_gemm", "norm", "norm_linear", "gradient_sums",
 ]  # fmt: skip
 Module = Literal[
     "core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", "moe", "moe_act", "shared_experts",
@@ -64,10 +69,17 @@ ModelFeature = Literal[
 ]  # fmt: skip
 """What some software lacks for a model whose kinds of sub-block it has; see
 ``planner.models.features``."""
+TILED = "tiled"
+"""Full recomputation of layers whose MLPs run piece by piece of the sequence."""
+PARTITIONED = "partitioned"
+"""Full recomputation of layers of whose input each tensor-parallel rank keeps a part."""
 ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]
 """Outputs of a layer by what they are; ``attention`` with its statistics."""
+
+SavedOp = Literal["reduce_scatter", "all_to_all", "odd_matmul", "grouped_matmul", "router"]
+"""Ops whose outputs a list may keep where a framework tells ops, not tensors, apart."""
 
 
 class SelectiveRecompute(Profile):
@@ -89,14 +101,17 @@ class SelectiveRecompute(Profile):
 
 
 class SaveLists(Profile):
-    """Recomputation of a layer but for named outputs, as frameworks on XLA state it."""
+    """Recomputation of a layer but for named outputs, as frameworks on XLA state it, or but for
+    those of some ops, as PyTorch does."""
 
-    policies: dict[str, tuple[OutputName, ...]]
+    policies: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
     """Outputs kept under each mode of the stack's own names."""
     offloaded: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
     """Outputs that wait on the host under further modes."""
-    outputs: tuple[OutputName, ...]
+    outputs: tuple[OutputName | SavedOp, ...]
     """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
+    searched: bool = True
+    """Whether the search looks at lists of one's own; else they run where a job asks for one."""
     separate: tuple[Literal["qkv", "mlp_in"], ...] = ()
     """Of those, the ones that a list may keep a part of: ``query``, ``key`` and ``value``;
     ``mlp_gate`` and ``mlp_up``."""

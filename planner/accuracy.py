@@ -63,7 +63,9 @@ def table() -> Mapping[str, Any]:
 
 def path_of(run: RunClass, families: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, ...]:
     """The run's class from the widest part to the narrowest."""
-    bits = {"fp8": "8-bit", "fp4": "4-bit", "nvfp4": "4-bit"}.get(run.precision, "16-bit")
+    bits = {"fp8": "8-bit", "int8": "8-bit", "fp4": "4-bit", "nvfp4": "4-bit"}.get(
+        run.precision, "16-bit"
+    )
     kind = "MoE" if run.moe else "dense"
     if run.context_parallel:
         kind += " with context parallelism"

@@ -7,7 +7,8 @@ are stored as Transformer Engine's grouped layers store them, all first products
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -33,7 +34,7 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
     expert_ranks = max(1, ranks * layout.tp // (layout.ep * layout.etp))
     whole = split = copied = 0
     for j in priced.leaf.held(rank):
-        kinds = tuple(priced.modules(j))
+        kinds = _as_they_stand(priced.modules(j))
         # Only the first model chunk of the first stage has more than one bucket.
         bucketed = j == 0 and machine.stack.overlap_dp_gradients
         for expert, ways in ((False, ranks), (True, expert_ranks)):
@@ -63,6 +64,16 @@ def exact_state(priced: Priced, rank: int) -> dict[str, int] | None:
         "gradients": gradients * rules.held_gradient_bytes + whole * rules.backward_gradient_bytes,
         "optimizer": split * rules.optimizer_bytes,
     }
+
+
+def _as_they_stand(kinds: Iterable[LayerKind]) -> tuple[LayerKind, ...]:
+    """Modules with an embedding ahead of all layers, on the stage of prediction modules too."""
+    parts: tuple[list[LayerKind], list[LayerKind]] = [], []
+    for kind in kinds:
+        for ahead, part in zip((True, False), parts, strict=True):
+            weights = [w for w in kind.weights if w.name.startswith("embedding") == ahead]
+            part.append(replace(kind, weights=tuple(weights)))
+    return (*parts[0], *parts[1])
 
 
 def _has_frozen(priced: Priced) -> bool:
@@ -106,6 +117,6 @@ def _stored_tensors(kind: LayerKind, *, expert: bool, tied: bool) -> dict[str, l
     """Weights by the tensor that holds them."""
     merged: dict[str, list[Weight]] = {}
     for weight in kind.weights:
-        if state.is_expert(weight) == expert and not (tied and weight.name == "head.tied"):
+        if state.is_expert(weight) == expert and not (tied and weight.copy):
             merged.setdefault(buffers.fused_name(weight), []).append(weight)
     return merged

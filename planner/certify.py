@@ -31,11 +31,11 @@ from planner.recount import (
     ON_A_V,
     SPLIT,
     Mesh,
-    context_levels,
     impossible_layout,
     impossible_mesh,
     rounds_of,
 )
+from planner.recount_degrees import context_levels
 from planner.recount_host import outputs_held
 from planner.recount_modes import mixed_modes, recompute_modes
 from planner.recount_stages import unlike_stages
@@ -122,7 +122,7 @@ def _check_layout(layout: Layout, request: Request) -> Iterator[str]:
         yield "expert_dp does not follow from the other degrees"
     if layout.rank_order != request.stack.rank_order:
         yield "rank_order is not the stack's"
-    if (layout.cp_kind, layout.cp_inner) not in context_levels(request.stack, layout.cp):
+    if (layout.cp_kind, layout.cp_inner) not in context_levels(request, layout.cp):
         yield f"cp_kind {layout.cp_kind} with cp_inner {layout.cp_inner} is no way to run the stack"
     options = request.reshard_options(layout.zero_stage, layout.dp_shard * layout.cp)
     resharding = [request.resharding(layout.zero_stage, group) for group in options]
@@ -213,6 +213,8 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
         allowed |= {*mixed_modes(request)}
     if layout.schedule in SPLIT:
         allowed &= {"none", "full"}
+    if layout.tp == 1 or layout.sequence_parallel:
+        allowed -= {"partitioned"}
     if not modes <= allowed:
         yield f"recompute modes {sorted(modes - allowed)} are not allowed"
 

@@ -7,8 +7,9 @@ which the same search finds a layout. Its fullest device, by category, is the bi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 from hardware_profiles.units import format_bytes, format_seconds
@@ -134,10 +135,14 @@ def _device_for(request: Request, peak_bytes: int) -> int:
 
 def _ways_out(request: Request) -> Iterator[WayOut]:
     """Changes that make it fit, cheapest to make first, each with the step time it would give."""
-    given = 0
-    for change, attempt in _attempts(request):
-        if given == MOST_WAYS:
-            return
+    one = islice(_tried(_growths(request)), 1)
+    ways = chain(_tried(_attempts(request)), one, _tried(_shorter(request)))
+    yield from islice(ways, MOST_WAYS)
+
+
+def _tried(attempts: Iterable[Attempt]) -> Iterator[WayOut]:
+    """The attempts that fit. The next is planned only when it is asked for: each is a search."""
+    for change, attempt in attempts:
         try:
             changed = attempt()
         except PlannerError:
@@ -147,13 +152,12 @@ def _ways_out(request: Request) -> Iterator[WayOut]:
         best = _search(changed)
         if best is None:
             continue
-        given += 1
         step_s = best.time_ns / 1e9
         tokens = changed.tokens_per_step / step_s
         yield WayOut(
             change=change,
             effect=(
-                f"{format_seconds(step_s)} per step, {tokens:,.0f} tokens/s on "
+                f"{format_seconds(step_s)} per step, {tokens:,.0f} {changed.position}s/s on "
                 f"{changed.devices:,} devices, {format_bytes(best.peak_bytes)} per device"
             ),
             step_time_s=step_s,
@@ -205,12 +209,17 @@ def _attempts(request: Request) -> Iterator[Attempt]:
     if job.optimizer != "sgd":
         yield "--optimizer sgd", lambda: _with_job(request, optimizer="sgd")
     yield from _other_nodes(request)
+
+
+def _growths(request: Request) -> Iterator[Attempt]:
+    """More nodes of the same type, the fewest first."""
+    name, count = request.cluster.groups[0].node.name, request.cluster.nodes
     for factor in (2, 4, 8, 16, 32, 64):
-        name = request.cluster.groups[0].node.name
-        count = request.cluster.nodes * factor
-        if _search(_more_nodes(request, factor)) is not None:
-            yield f"{name}:{count}", lambda f=factor: _more_nodes(request, f)  # type: ignore[misc]
-            break
+        yield f"{name}:{count * factor}", lambda f=factor: _more_nodes(request, f)  # type: ignore[misc]
+
+
+def _shorter(request: Request) -> Iterator[Attempt]:
+    """As many tokens in samples of half the length."""
     if request.sequence >= 2048:
         half = request.sequence // 2
         yield (

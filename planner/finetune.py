@@ -75,7 +75,9 @@ def _frozen_front(graph: WorkloadGraph, spec: FineTuneSpec) -> WorkloadGraph:
     trained = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers[count:])
     everything = sum(_gradient_flops(graph.kinds[name]) for name in graph.layers)
     spared = everything - trained
-    head, notes = graph.head, []
+    tables = tuple(w for w in graph.head.weights if w.copy)
+    own = tuple(w for w in graph.head.weights if w not in tables)
+    head, notes = replace(graph.head, weights=(*_freeze(tables, bits=16), *own)), []
     if graph.tied_embeddings:
         head = _frozen_head(graph.head, norm=False)
         spared += _weight_gradients(graph.head)

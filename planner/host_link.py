@@ -22,11 +22,16 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     assert spec is not None
     trained, frozen = _elements(priced, rank)
     each_update = offload.link_bytes(spec, machine.rules.streamed_bytes)
-    crossing = trained * each_update if machine.offload.optimizer else 0
+    leaves = machine.offload.optimizer or machine.offload.parameters
+    crossing = trained * each_update if leaves else 0
     each_pass = 0
     if machine.offload.parameters:
-        each_pass += (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
-        crossing += trained * spec.reduced_bytes * layout.num_microbatches
+        fetched = (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
+        # Without resharding weights come for the forward alone; under a pipeline once per step.
+        times = layout.num_microbatches if layout.zero_stage == 3 or layout.pp == 1 else 1
+        crossing += fetched * times * (2 if layout.zero_stage == 3 else 1)
+        once = machine.rules.reduces_last_backward
+        crossing += trained * spec.reduced_bytes * (1 if once else times)
     shard = shard_of(request.workload, priced.tables.configs)
     if any(stage.activation_offload_layers for stage in layout.stages):
         each_pass += int(checkpoint_bytes(request.workload, machine.offload, shard)[0])

@@ -26,7 +26,11 @@ class Pipelines(NamedTuple):
 
 def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int64:
     """Bytes on each node whose devices are a first stage with as many layers as any: they hold most
-    microbatches. Room for them is needed whatever is run again instead."""
+    microbatches. Room for them is needed whatever is run again instead.
+
+    Exact where a rank fills its nodes and stages are even; where ranks share a node or the first
+    stage is shorter, the rule leaves out layouts that would have room (``cost_models.host_room``
+    has the bytes of given stages)."""
     total = np.zeros_like(shard.tp)
     modules = request.machine.offload.inputs
     if not modules:

@@ -6,10 +6,12 @@ import numpy as np
 
 from cost_models.configs import shard_of
 from cost_models.graph import Shard
-from cost_models.host_outputs import Waiting, without_room
+from cost_models.host_outputs import Waiting, host_bytes, without_room
 from cost_models.memory import Activations
+from hardware_profiles.units import format_bytes
 from planner.errors import InputError
 from planner.given_outside import outside_recompute
+from planner.hosting import host_capacity
 from planner.layouts import configs_of
 from planner.plan import Layout
 from planner.recompute import NOT_BOTH, named_policy
@@ -23,13 +25,22 @@ def check_hosted_outputs(request: Request, layout: Layout) -> None:
         policy = named_policy(mode, request.stack)
         if not policy.offloads:
             continue
-        if layout.optimizer_offload:
+        if layout.optimizer_offload or layout.parameter_offload:
             raise InputError(f"layout: recompute {mode} sends outputs to the hosts, {NOT_BOTH}")
         if without_room(request.workload, shard, waiting, request.machine, (policy,))[0, 0]:
             several = f" of all {layout.num_microbatches} microbatches" if layout.pp > 1 else ""
+            each = host_bytes(request.workload, shard, waiting, (policy,))[0, 0]
+            capacity = host_capacity(request)
+            node = request.cluster.groups[0].node
+            room = (
+                f"{node.name} states no host_memory"
+                if capacity is None
+                else f"{format_bytes(int(each) * node.devices_per_node)} per node, which has "
+                f"{format_bytes(capacity)}"
+            )
             raise InputError(
                 f"layout: recompute {mode} sends outputs{several} to the hosts; they have no room "
-                "for them"
+                f"for them: {room}"
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from cost_models.graph import Int64
@@ -21,6 +23,12 @@ def least_bytes_per_node(request: Request) -> int:
     return held // request.cluster.nodes
 
 
+def offload_stage(request: Request) -> int:
+    """Least ZeRO stage in which the host can hold the weights: that in which they are split."""
+    spec = request.stack.offload
+    return 2 if spec is not None and spec.with_weights else 3
+
+
 def _beside_drives(request: Request) -> int:
     """Bytes of all state that leaves the devices and stays in memory beside the drives."""
     drives, parts = on_drives(request), leaving(request.machine)
@@ -32,12 +40,14 @@ def _beside_drives(request: Request) -> int:
 def _parameters(request: Request, *, trained: bool = False) -> int:
     """Of the whole model, or those that are trained; what embedding and head share counts once."""
     workload = request.workload
-    held = [workload.embedding, *(workload.kinds[name] for name in workload.layers), workload.head]
+    held = [(workload.embedding, 1), (workload.head, 1)]
+    # By kind, not by layer: the recheck asks for every layout.
+    held += [(workload.kinds[name], count) for name, count in Counter(workload.layers).items()]
     return sum(
-        weight.elements
-        for kind in held
+        weight.elements * count
+        for kind, count in held
         for weight in kind.weights
-        if weight.name != "head.tied" and not (trained and weight.frozen)
+        if not weight.copy and not (trained and weight.frozen)
     )
 
 
@@ -90,7 +100,8 @@ def cannot_offload(request: Request) -> str | None:
         return f"{request.stack.name} {request.stack.version} keeps nothing on the host"
     if job.activation_offload and not spec.checkpoints:
         return f"{request.stack.name} {request.stack.version} keeps activations on the device"
-    if job.parameter_offload and not job.optimizer_offload:
+    alone = job.parameter_offload and not job.optimizer_offload
+    if alone and spec.updates_on == "host":
         return "weights leave the device only with the optimizer state"
     if job.optimizer_offload and spec.with_weights and not job.parameter_offload:
         return (
@@ -104,11 +115,12 @@ def cannot_offload(request: Request) -> str | None:
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
     asked = job.constraints.recompute
-    if job.optimizer_offload and asked and named_policy(asked, request.stack).offloads:
+    if request.machine.offload.state and asked and named_policy(asked, request.stack).offloads:
         return f"recompute {asked} sends outputs to the hosts, {NOT_BOTH}"
     updates = job.optimizer_offload and spec.updates_on == "host"
     if node.host_memory is None or (updates and node.host_memory_bandwidth is None):
-        return f"{node.name} states no host memory or no bandwidth of it"
+        key = "host_memory" if node.host_memory is None else "host_memory_bandwidth"
+        return f"{node.name} states no {key}: add it under node of a cluster file"
     if on_drives(request) is not None:
         figures = (node.drives, node.drives_read_bandwidth, node.drives_write_bandwidth)
         if None in figures:
@@ -127,4 +139,7 @@ def overfilled(request: Request) -> str:
     capacity = host_capacity(request)
     room = "host memory" if on_drives(request) is None else "NVMe drives"
     holds = "does" if on_drives(request) is None else "do"
-    return f"{room} of {format_bytes(capacity or 0)} per node {holds} not hold what is offloaded"
+    least = least_bytes_per_node(request)
+    state = f" (state alone takes {format_bytes(least)} or more)" if least else ""
+    has = f"{room} of {format_bytes(capacity or 0)} per node"
+    return f"{has} {holds} not hold what is offloaded{state}"

@@ -7,10 +7,12 @@ import numpy as np
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Int64
 from cost_models.layout import SCHEDULES
+from hardware_profiles.stack_words import PARTITIONED
 from planner.errors import InputError
+from planner.hosting import overfilled
 from planner.meshes import Layouts, Meshes
 from planner.plan import Layout
-from planner.recompute import refusal
+from planner.recompute import WHOLE_INPUTS, refusal
 from planner.request import Request
 from planner.rules import layout_rules, mesh_rules
 from planner.stage_limits import require_stages_of_stack
@@ -20,6 +22,7 @@ def check_layout(request: Request, layout: Layout) -> None:
     """Raise :class:`InputError` with the reason where the space would remove this layout.
 
     The user's constraints are not applied: they bound the search, not a layout that is asked about.
+    Nor is room, on the devices or on the hosts: what overfills them has its price (``fits``).
     """
 
     request = request.offloading(layout)
@@ -33,6 +36,7 @@ def check_layout(request: Request, layout: Layout) -> None:
         ep=one(layout.ep), etp=one(layout.etp), microbatch=one(layout.microbatch_size),
         dp=one(layout.dp_replicate * layout.dp_shard), weight=one(1),
     )  # fmt: skip
+    too_much_on_hosts = overfilled(request)
     for reason, broken in mesh_rules(request):
         if broken(meshes).any():
             raise InputError(f"layout {_brief(layout)}: {reason}")
@@ -61,8 +65,11 @@ def check_layout(request: Request, layout: Layout) -> None:
         refused = refusal(mode, request.stack, request.job)
         if refused is not None:
             raise refused
+        if mode == PARTITIONED and (layout.tp == 1 or layout.sequence_parallel):
+            raise InputError(f"layout {_brief(layout)}: {WHOLE_INPUTS}", hint="recompute full")
     for reason, layout_broken in layout_rules(request):
-        if layout_broken(meshes, layouts).any() and not reason.startswith("no even split"):
+        allowed = reason == too_much_on_hosts or reason.startswith("no even split")
+        if not allowed and layout_broken(meshes, layouts).any():
             raise InputError(f"layout {_brief(layout)}: {reason}")
     require_stages_of_stack(layout, request)
 

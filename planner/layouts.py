@@ -29,6 +29,7 @@ from planner.given_orders import require_shape, settle_order
 from planner.given_outside import settled_outside, with_stages_left_out
 from planner.given_rounds import no_rounds, settled_round
 from planner.given_stages import settled_stages
+from planner.layer_contexts import column_kind
 from planner.plan import Chunk, Layout, RecomputeLayers, Stage
 from planner.request import Request
 from planner.stage_recompute import asked_recompute, recompute_of, stated
@@ -126,7 +127,14 @@ def _complete_resharding(base: dict[str, Any], degree: Mapping[str, int], reques
 def _complete_context(base: dict[str, Any], cp: int, request: Request) -> None:
     """Fill the kind of context parallelism in: the stack's first that runs the model's attention.
     Inner groups belong to the kinds of two levels, which have no meaning without."""
-    stack = request.stack
+    stack, listed = request.stack, request.job.cp_kinds
+    if listed and cp > 1:
+        column = column_kind(listed)
+        if base.setdefault("cp_kind", column) != column:
+            raise InputError(
+                f"layout: cp_kind = {base['cp_kind']}, but the job lists kinds by layer (cp_kinds)",
+                hint="leave cp_kind out of the layout, or cp_kinds out of the job",
+            )
     if stack.cp_kinds and "cp_kind" not in base:
         limits = [stack.cp_kinds_of.get(s, stack.cp_kinds) for s in attention_sorts(request.model)]
         runs = [kind for kind in stack.cp_kinds if all(kind in limit for limit in limits)]

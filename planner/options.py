@@ -8,9 +8,20 @@ from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import group_of, is_counted
 from cost_models.step import Field
+from hardware_profiles.stack_words import PARTITIONED
 
 FEW = 16
 """Options below which looking at all of them takes no longer than ruling some out."""
+
+
+def runnable(
+    options: tuple[Recompute, ...], *, tp: int, sequence_parallel: bool
+) -> tuple[Recompute, ...]:
+    """``options`` less inputs in parts where no rank holds what another does too: the software
+    refuses them there, and they cost what ``full`` of all layers does."""
+    if tp > 1 and not sequence_parallel:
+        return options
+    return tuple(option for option in options if option[0] != PARTITIONED)
 
 
 def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from hardware_profiles.schema import ClusterSpec, NodeGroup
 from planner.accuracy import band, overlap
 from planner.claims import certificate, envelope, tie_break
+from planner.contradictions import check_limits
 from planner.errors import InfeasibleError, InputError, LimitReachedError, UnsupportedError
 from planner.layouts import complete_layout, layout_of
 from planner.leaves import Candidate
@@ -99,6 +100,7 @@ def _check(request: Request) -> None:
     reason = fault(request)
     if reason is not None:
         raise reason
+    check_limits(request)
 
 
 def _check_images(request: Request) -> None:
@@ -227,6 +229,12 @@ def _warnings(request: Request, layout: Layout, prediction: Prediction) -> tuple
         warnings.append(
             f"only {free / 2**30:.1f} GiB of {prediction.capacity_bytes / 2**30:.1f} GiB stay "
             "free: published runs do not bear out a margin that small"
+        )
+    routing = request.stack.routing_fragmentation
+    if routing is not None and layout.ep > 1 and request.job.expert_imbalance == 0:
+        warnings.append(
+            f"uneven routing of experts may take {routing.si / 2**30:.1f} GiB more of each device "
+            "in idle blocks, and room for the fullest rank's rows"
         )
     launch_s = sum(term.seconds or 0.0 for term in prediction.time if term.name == "launch")
     if launch_s > LAUNCH_BOUND * prediction.step_time_s:

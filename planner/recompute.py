@@ -1,6 +1,8 @@
 """Recomputation modes by name: what a stack offers, and what of it a model can tell apart.
 
-A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``selective`` (each stack's own
+A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``partitioned`` (full, each
+tensor-parallel rank with a part of a layer's input), ``tiled`` (full, MLPs in pieces of the
+sequence), ``selective`` (each stack's own
 meaning), names of the stack's modules in alphabetical order, joined by ``+``, the stack's own name
 of a list of outputs that are kept, or a list of one's own (``planner.save_lists``).
 """
@@ -13,8 +15,9 @@ from dataclasses import replace
 from cost_models.graph import LayerKind
 from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import expanded
+from cost_models.state import is_expert
 from hardware_profiles.schema import StackSpec
-from hardware_profiles.stack_words import SaveLists
+from hardware_profiles.stack_words import PARTITIONED, TILED, SaveLists
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
@@ -29,6 +32,13 @@ NOT_BOTH = "and the room that they leave to optimizer state is not priced"
 """Why a mode that sends outputs to the hosts does not run beside an offloaded optimizer."""
 
 
+WHOLE_INPUTS = (
+    f"recompute {PARTITIONED} splits what tensor-parallel ranks hold alike: tp above 1, without "
+    "sequence parallelism"
+)
+"""Why inputs of layers cannot be kept in parts."""
+
+
 def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     """The policy that ``name`` means on ``stack``; :class:`InputError` where it has none."""
     if name in ("none", "full", "selective"):
@@ -36,7 +46,11 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
             raise _unknown(name, name, stack)
         full = replace(FULL, to_the_end=_to_the_end(stack), needed_only=stack.recompute_needed_only)
         return {"none": NONE, "full": full, "selective": _selective(stack)}[name]
-    if name.startswith("full:") and stack.recompute_groups > 1:
+    if name == PARTITIONED and name in stack.recompute:
+        return replace(named_policy("full", stack), name=name, in_parts=True)
+    if name == TILED and name in stack.recompute:
+        return replace(named_policy("full", stack), name=name, tiled=frozenset({"mlp"}))
+    if name.startswith("full:") and (stack.recompute_groups > 1 or stack.recompute_groups_named):
         return _in_groups(name, stack)
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
@@ -101,7 +115,9 @@ def _custom(name: str, stack: StackSpec) -> RecomputePolicy:
     mode = known.get((asked.keeps, asked.offloads))
     if mode is not None:
         return named_policy(mode, stack)
-    return replace(asked, needed_only=stack.recompute_needed_only)
+    if "selective" in stack.recompute and asked.keeps == _selective(stack).keeps:
+        return _selective(stack)
+    return replace(asked, needed_only=stack.recompute_needed_only, to_the_end=_to_the_end(stack))
 
 
 def _own_lists(modes: tuple[str, ...], lists: SaveLists) -> dict[object, str]:
@@ -163,7 +179,11 @@ def searched_policies(
     found: dict[object, RecomputePolicy] = {}
     for name in _names(stack, kinds):
         policy = named_policy(name, stack)
-        if policy.offloads and job.optimizer_offload:
+        if policy.offloads and (job.optimizer_offload or job.parameter_offload):
+            continue
+        if policy.tiled and (job.activation_offload or not policy.tiled & present):
+            continue
+        if policy.in_parts and (job.activation_offload or not _holds_alike(stack, kinds)):
             continue
         if policy.keeps is None:
             modules = policy.modules & present
@@ -172,6 +192,13 @@ def searched_policies(
             policy = _of_modules(modules, stack)
         found.setdefault(_told(policy, told_apart), policy)
     return tuple(found.values())
+
+
+def _holds_alike(stack: StackSpec, kinds: tuple[LayerKind, ...]) -> bool:
+    """Whether tensor-parallel ranks of any layout hold the same inputs of layers."""
+    experts = any(is_expert(weight) for kind in kinds for weight in kind.weights)
+    ties = "moe_with_tp_needs_sequence_parallel" in stack.rules
+    return stack.sequence_parallel != "always" and not (experts and ties)
 
 
 def _told(policy: RecomputePolicy, outputs: frozenset[OutputKind]) -> object:
@@ -184,6 +211,8 @@ def _told(policy: RecomputePolicy, outputs: frozenset[OutputKind]) -> object:
 def _names(stack: StackSpec, kinds: tuple[LayerKind, ...]) -> Iterator[RecomputeMode]:
     """Modes of the stack's list, with lists of outputs for ``custom``."""
     for name in stack.recompute:
+        if name == save_lists.CUSTOM and stack.save_lists and not stack.save_lists.searched:
+            continue
         if name != save_lists.CUSTOM or stack.save_lists is None:
             yield name
             if name == "full":

@@ -6,22 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cost_models.layout import SCHEDULES
-from hardware_profiles.schema import StackSpec
 from hardware_profiles.stack_words import AttentionSort
-from planner.hosting import cannot_offload, host_capacity, least_bytes_per_node
-from planner.models.spec import (
-    AttentionSpec,
-    GatedDeltaNetSpec,
-    LatentAttentionSpec,
-    Mamba2Spec,
-    MambaSpec,
-    Mixer,
-    MlpSpec,
-    MoeSpec,
-    SparseLatentAttentionSpec,
-)
+from planner import recount_degrees as degrees
+from planner.hosting import cannot_offload, host_capacity, least_bytes_per_node, offload_stage
+from planner.models.spec import MlpSpec, MoeSpec
 from planner.plan import Layout
 from planner.recount_host import inputs_held
+from planner.recount_mixers import impossible_mixer
 from planner.recount_order import impossible_order, order_shape
 from planner.recount_outside import left_outside
 from planner.request import Request
@@ -51,10 +42,6 @@ class Mesh:
         )  # fmt: skip
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules that split the backward: whole layers run again or nothing does."""
 DIVIDED = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")  # parts of both ends on all ranks
@@ -68,8 +55,8 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
     """Every mesh that the model, the job and the stack allow."""
     stack, batch, devices = request.stack, request.global_batch, request.devices
     experts = request.workload.expert_count
-    sizes = _divisors(devices)
-    eps = _divisors(experts) if experts else [1]
+    sizes = degrees.divisors(devices)
+    eps = degrees.divisors(experts) if experts else [1]
     for tp in sizes:
         flags = {"optional": (False, True), "always": (True,), "never": (False,)}
         for cp in (c for c in sizes if devices % (tp * c) == 0):
@@ -78,27 +65,13 @@ def every_mesh(request: Request) -> Iterator[Mesh]:
                 if batch % dp:
                     continue
                 for sp in flags[stack.sequence_parallel] if tp > 1 else (False,):
-                    for kind, inner in context_levels(stack, cp):
+                    for kind, inner in degrees.context_levels(request, cp):
                         for ep in (e for e in eps if (dp * cp * tp) % e == 0):
-                            for etp in (
-                                _divisors(tp) if experts and stack.expert_tensor_parallel else [1]
-                            ):
-                                for mbs in _divisors(batch // dp):
+                            for etp in degrees.expert_degrees(request, tp, devices // pp // ep):
+                                for mbs in degrees.divisors(batch // dp):
                                     mesh = Mesh(tp, sp, cp, kind, inner, pp, ep, etp, mbs, dp)
                                     if impossible_mesh(mesh, request) is None:
                                         yield mesh
-
-
-def context_levels(stack: StackSpec, cp: int) -> Iterator[tuple[str, int]]:
-    """Kinds of context parallelism and their inner groups."""
-    if cp == 1:
-        yield (stack.cp_kinds or ("p2p",))[0], 1
-        return
-    for kind in stack.cp_kinds:
-        if kind not in ("a2a_p2p", "a2a_all_gather"):
-            yield kind, 1
-        else:
-            yield from ((kind, inner) for inner in _divisors(cp)[1:-1])
 
 
 def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
@@ -106,10 +79,12 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     model, stack, sequence = request.model, request.stack, request.sequence
     blocks = list(model.blocks.values())
     for block in [*blocks, *([model.vision.block] if model.vision else [])]:
-        mixer, feed_forward = block.mixer, block.feed_forward
-        reason = _impossible_mixer(mixer, mesh, stack, in_tower=block not in blocks)
-        if reason is not None:
-            return reason
+        mixer, feed_forward, tower = block.mixer, block.feed_forward, block not in blocks
+        for own in degrees.meshes_of_layers(mesh, block, request):
+            if reason := impossible_mixer(mixer, own, stack, tower):
+                return reason
+        if degrees.parts_of_groups(mixer, mesh.tp, request):
+            return "Muon takes whole query groups"
         if isinstance(feed_forward, MlpSpec) and feed_forward.intermediate % mesh.tp:
             return f"width {feed_forward.intermediate} does not split over tp {mesh.tp}"
         if isinstance(feed_forward, MoeSpec):
@@ -121,28 +96,40 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
                 mesh.etp != (mesh.tp if mesh.ep == 1 else 1)
             ):
                 return "experts are split over ep, or as tp is without it"
+            apart = mesh.dp % mesh.ep == 0 or mesh.cp % mesh.ep == 0
+            if "experts_over_data_or_context" in stack.rules and not apart:
+                return "experts are split over samples or over pieces of them, not both"
             if feed_forward.shared_intermediate % mesh.tp:
                 return "shared experts do not split over tp"
-            if "moe_with_tp_needs_sequence_parallel" in stack.rules and (
-                mesh.tp > 1 and not mesh.sp
-            ):
+            whole = mesh.tp > 1 and not mesh.sp
+            if whole and "moe_with_tp_needs_sequence_parallel" in stack.rules:
                 return "experts with tp need sequence parallelism"
+            if whole and mesh.ep > 1 and "ep_with_tp_needs_sequence_parallel" in stack.rules:
+                return "expert parallelism with tp needs sequence parallelism"
             if mesh.tp > 1 and "no_experts_with_tp" in stack.rules:
                 return "no mixture of experts under tp"
             if "no_experts" in stack.rules:
                 return "the stack has no mixture of experts"
+    if request.job.optimizer == "muon" and mesh.tp > 1 and not stack.muon.tensor_parallel:
+        return "muon takes whole matrices"
+    if request.job.optimizer == "muon" and mesh.pp > 1 and not stack.muon.pipeline:
+        return "muon takes all layers"
+    if request.job.constraints.recompute == "partitioned" and (mesh.tp == 1 or mesh.sp):
+        return "no rank holds what another holds too"
     if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
         return "the network does not split along a sequence"
     sort: AttentionSort = (
         "mixtures of experts" if request.workload.expert_count else "models without experts"
     )
-    if mesh.cp > 1 and mesh.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
+    kinds = {*(request.job.cp_kinds or [mesh.cp_kind])}
+    if mesh.cp > 1 and not kinds <= {*stack.cp_kinds_of.get(sort, stack.cp_kinds)}:
         return f"no such context parallelism of {sort}"
     if model.tensor_split is not None and model.tensor_split % mesh.tp:
         return "the network does not split over tp"
     if (mesh.dp * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp x cp x tp"
-    if mesh.cp > 1 and (sequence % (2 * mesh.cp) or not stack.cp_kinds):
+    halves = 2 if stack.balanced_context is True else 1
+    if mesh.cp > 1 and (sequence % (halves * mesh.cp) or not stack.cp_kinds):
         return f"the sequence does not split over cp {mesh.cp}"
     if mesh.sp and sequence % (mesh.cp * mesh.tp):
         return "the sequence does not split over cp x tp"
@@ -157,6 +144,11 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "the stack ties no embeddings"
     if mesh.pp > 1 and tied:
         return "the stack ties no embeddings under a pipeline"
+    if request.predicts:
+        if mesh.pp > 1 and "no_prediction_in_pipeline" in stack.rules:
+            return "no further tokens are predicted under a pipeline"
+        if mesh.cp > 1 and "no_prediction_with_context" in stack.rules:
+            return "no further tokens are predicted with context parallelism"
     if mesh.pp > 1 and "no_pipeline" in stack.rules:
         return "the stack has no pipeline"
     if mesh.ep > 1 and "no_expert_parallelism" in stack.rules:
@@ -165,51 +157,13 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "the stack has no tensor parallelism without expert parallelism"
     if mesh.pp > model.layer_count + (2 if stack.uneven_stages else 0):
         return "more stages than layers"
+    accumulates = mesh.pp == 1 and mesh.dp * mesh.mbs < request.global_batch
+    if accumulates and request.job.precision == "fp8" and "no_accumulation_in_fp8" in stack.rules:
+        return "the stack accumulates no gradients in fp8"
+    if accumulates and "no_accumulation" in stack.rules:
+        return "a step of the stack is one microbatch"
     if request.global_batch % (mesh.dp * mesh.mbs):
         return "the batch does not split over dp x microbatch"
-    return None
-
-
-def _impossible_mixer(
-    mixer: Mixer | None, mesh: Mesh, stack: StackSpec, *, in_tower: bool
-) -> str | None:
-    """Why this mixer cannot be split as the mesh says, or None."""
-    over_tp: list[int] = []
-    over_cp: list[int] = []
-    ways, runs = mesh.cp, stack.cp_kinds
-    exchanges = mesh.cp_kind in ("a2a", "a2a_p2p", "a2a_all_gather")
-    match mixer:
-        case AttentionSpec():
-            over_tp = [mixer.heads]
-            over_cp = [mixer.kv_heads] if exchanges else []
-            ways = mesh.cp_inner if mesh.cp_kind.startswith("a2a_") else mesh.cp
-            if mixer.window is not None:
-                runs = stack.cp_kinds_of.get("sliding windows", runs)
-            if mixer.kv_heads % mesh.tp and (
-                mesh.tp % mixer.kv_heads or not stack.kv_head_replication or mixer.output_gate
-            ):
-                return f"{mixer.kv_heads} KV heads do not split over tp {mesh.tp}"
-        case LatentAttentionSpec():
-            over_tp = [mixer.heads]
-            over_cp = [mixer.heads] if exchanges else []
-            ways = mesh.cp_inner if mesh.cp_kind.startswith("a2a_") else mesh.cp
-            runs = stack.cp_kinds_of.get("latent attention", runs)
-        case SparseLatentAttentionSpec():
-            over_tp = [mixer.latent.heads]
-        case MambaSpec():
-            over_tp = over_cp = [mixer.inner]
-        case Mamba2Spec():
-            over_tp, over_cp = [mixer.heads, mixer.groups], [mixer.heads]
-        case GatedDeltaNetSpec():
-            over_tp = over_cp = [mixer.key_heads]
-    for count in over_tp:
-        if count % mesh.tp:
-            return f"{count} heads do not split over tp {mesh.tp}"
-    for count in over_cp if mesh.cp > 1 and not in_tower else []:
-        if count % (mesh.tp * ways):
-            return f"{count} heads do not split over tp x cp"
-    if mesh.cp > 1 and not in_tower and mesh.cp_kind not in runs:
-        return f"the stack has no {mesh.cp_kind} context parallelism for this attention"
     return None
 
 
@@ -258,12 +212,13 @@ def impossible_layout(
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
     job = request.job
+    if zero < request.least_zero_stage and mesh.dp * mesh.cp > 1:
+        return "the optimizer needs ZeRO"
     if request.machine.offload.anything:
-        reason = cannot_offload(request)
-        if reason:
+        if (reason := cannot_offload(request)) is not None:
             return reason
-        if request.job.parameter_offload and zero < 3:
-            return "weights are offloaded in ZeRO stage 3 only"
+        if job.parameter_offload and zero < offload_stage(request):
+            return "the host holds weights that are split only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
         held = least_bytes_per_node(request) * float(copies)
         if job.activation_offload:
@@ -288,17 +243,18 @@ def impossible_layout(
             fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
         if not fits and not request.free_stages:
             return "no even split into virtual stages"
-    if (
-        zero == 0
-        and "zero_0_is_replicate_only" in stack.rules
-        and mesh.dp > 1
-        and (mesh.tp * mesh.cp * mesh.pp > 1)
-    ):
+    beside = mesh.dp > 1 and mesh.tp * mesh.cp * mesh.pp > 1
+    if zero == 0 and beside and "zero_0_is_replicate_only" in stack.rules:
         return "replication alone does not combine"
     if zero == 1 and shard < mesh.dp and "zero_1_shards_over_all" in stack.rules:
         return "the optimizer's state is split over all of dp"
     if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:
         return "no sharded gradients under a pipeline"
+    dense = "dense_zero_2_in_pipelines" in stack.rules and not request.workload.expert_count
+    if zero == 2 and mesh.pp == 1 and dense:
+        return "layers give their weights back after each forward"
+    if zero == 2 and mesh.pp == 1 and "zero_2_needs_pipeline" in stack.rules:
+        return "weights stay gathered for the microbatches of a pipeline"
     if zero == 3 and mesh.cp > 1 and "no_zero_3_with_context" in stack.rules:
         return "parameters are split where each rank has whole sequences"
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
@@ -307,6 +263,10 @@ def impossible_layout(
     node = request.cluster.groups[0].node.devices_per_node
     if "shards_fill_nodes" in stack.rules and (ways == node or ways % node or ways < node):
         return f"the weights' {ways} ranks do not fill several nodes"
+    if zero and shard not in (mesh.dp, node) and "hybrid_shards_are_nodes" in stack.rules:
+        return "shards of replicas are those of a node"
+    if zero and mesh.dp > shard == 1 and "replicas_share_weights" in stack.rules:
+        return "each replica's weights are on one data-parallel rank"
     if zero == 3 and group is not None and ways > group and ways % group:
         return f"the weights' {ways} ranks are no multiple of the {group} that keep a copy"
     if not stack.uneven_stages and layers % stages:
@@ -335,7 +295,7 @@ def every_layout(mesh: Mesh, request: Request) -> Iterator[Entry]:
             if name not in ONE_STAGE
         ]
     for zero in _zero_stages(request):
-        shards = _divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
+        shards = degrees.divisors(mesh.dp) if stack.hybrid_sharding else [mesh.dp]
         for shard in shards if zero else [1]:
             for schedule, vpp in pipelines:
                 for out in left_outside(schedule, mesh.pp * vpp, request):
@@ -357,7 +317,7 @@ def _zero_stages(request: Request) -> tuple[int, ...]:
 def _kept(zero: int, ways: int, request: Request) -> list[int]:
     """How many of the ranks that share the weights may keep a copy for the backward."""
     if zero == 3 and request.stack.reshard_group == "any":
-        return [0, *_divisors(ways)[1:-1]]
+        return [0, *degrees.divisors(ways)[1:-1]]
     return [request.machine.reshard_group or 0 if zero == 3 else 0]
 
 

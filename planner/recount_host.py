@@ -22,12 +22,9 @@ if TYPE_CHECKING:
     from planner.recount import Mesh
 
 
-def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) -> int:
-    """Bytes on a node of the module inputs that the first stage's devices send there, its share of
-    the layers taken as any stage's. ``run`` is schedule, virtual stages, microbatches and the
-    size of rounds."""
-    schedule, vpp, m, size = run
-    shard = Shard(
+def shard_of_mesh(mesh: Mesh, request: Request) -> Shard:
+    """The sizes of one device's parts under a mesh, as arrays of one."""
+    return Shard(
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(mesh.cp_kind, mesh.cp_inner)]),
         sequence_parallel=np.array([mesh.sp]),
@@ -39,6 +36,14 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) ->
             )
         },
     )  # fmt: skip
+
+
+def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) -> int:
+    """Bytes on a node of the module inputs that the first stage's devices send there, its share of
+    the layers taken as any stage's. ``run`` is schedule, virtual stages, microbatches and the
+    size of rounds."""
+    schedule, vpp, m, size = run
+    shard = shard_of_mesh(mesh, request)
     workload, modules = request.workload, request.machine.offload.inputs
     layer_bytes = 0
     for name in workload.layers:
@@ -99,7 +104,7 @@ def _written(
     if not isinstance(op, MatMul | GroupedMatMul):
         return 0.0
     sent = [piece.share for piece in pieces(op, ops) if piece.name in policy.offloads]
-    many = (op.m, op.batch) if isinstance(op, MatMul) else (op.rows, op.groups)
+    many = (op.m, op.batch) if isinstance(op, MatMul) else (op.rows * op.room, op.groups)
     size = np.asarray(many[0]) * many[1] * op.n * element_bytes
     scattered = isinstance(op, MatMul) and op.name in ("proj", "fc2", "shared_fc2")
     return float(np.ravel(size * sum(sent) / (shard.sp if scattered else 1))[0])

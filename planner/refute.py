@@ -28,7 +28,7 @@ from cost_models.leaf import (
 from cost_models.outside import outside_bounds, recomputing
 from cost_models.outside_bounds import OutsideLayouts, outside_step_bounds
 from cost_models.partitions import count_free_bounds, free_bounds, interleaved_bounds
-from cost_models.peaks import fits, fits_alone, hosts_hold
+from cost_models.peaks import peak_bytes
 from cost_models.recompute import is_counted
 from cost_models.relaxation import Relaxation
 from cost_models.step_time import simulate_step
@@ -52,6 +52,7 @@ from planner.recount import (
     wanted_round,
 )
 from planner.recount_modes import mixed_modes, recompute_modes
+from planner.recount_nodes import Nodes
 from planner.request import Request
 
 BATCH = 20_000
@@ -164,7 +165,8 @@ def _refute(
             )
         ]
         try:
-            better = _better_completion(leaf, least, request, sizes)
+            nodes = Nodes(request, mesh, *data, leaf)
+            better = _better_completion(leaf, least, request, sizes, nodes)
         except _TooLargeError:
             unchecked.append(name)
             continue
@@ -174,10 +176,10 @@ def _refute(
 
 
 def _better_completion(
-    leaf: Leaf, least: int, request: Request, sizes: Sequence[int]
+    leaf: Leaf, least: int, request: Request, sizes: Sequence[int], nodes: Nodes
 ) -> str | None:
     """A completion that fits and simulates below ``least`` ns, in words, or None. ``sizes`` are
-    those of rounds of microbatches."""
+    those of rounds of microbatches, ``nodes`` counts what leaves for the hosts."""
     options: list[Recompute] = []
     for mode in recompute_modes(request):
         if mode == "full":
@@ -193,7 +195,7 @@ def _better_completion(
     # Numbers of whole layers last: where one takes too long, so do those that follow.
     options.sort(key=lambda option: option[0] == "full")
     if leaf.outside is not None:
-        return _better_with_outside(leaf, least, options)
+        return _better_with_outside(leaf, least, options, nodes)
     if leaf.schedule in SPLIT:
         options = [option for option in options if option[0] in ("none", "full")]
     if leaf.vpp > 1 or leaf.order is not None:
@@ -202,22 +204,33 @@ def _better_completion(
             if count_free_bounds(len(leaf.sequence), leaf.stages) > MOST_PARTITIONS:
                 raise _TooLargeError
             partitions = free_bounds(len(leaf.sequence), leaf.stages)
-        return _better_interleaved(leaf, least, partitions, options, sizes)
+        return _better_interleaved(leaf, least, partitions, options, sizes, nodes)
     groups = [options] if request.stack.recompute_per_stage else [[option] for option in options]
     budget = [LARGEST_LEAF]
     for group in groups:
-        found = _Chain(leaf, least, group, budget).better()
+        found = _Chain(leaf, least, group, budget, nodes).better()
         if found is not None:
             return found
     return None
 
 
-def _better_with_outside(leaf: Leaf, least: int, options: list[Recompute]) -> str | None:
+def _fits(leaf: Leaf, ranks: tuple[RankCosts, ...], nodes: Nodes, bounds: Sequence[int]) -> bool:
+    """Whether every device has room, and every node for what its devices send there."""
+    for rank, costs in enumerate(ranks):
+        if peak_bytes(leaf, rank, costs.chunks) > leaf.capacity_bytes:
+            return False
+    return nodes.hold(nodes.of_bounds(bounds, leaf.round_size))
+
+
+def _better_with_outside(
+    leaf: Leaf, least: int, options: list[Recompute], nodes: Nodes
+) -> str | None:
     """The same with layers outside the pipeline: the stages are equal, one mode serves all."""
     for option in options:
         variant = recomputing(leaf, option[0])
-        ranks = stage_costs(variant, Completion(outside_bounds(leaf), (option,) * leaf.stages))
-        if surrogate_ns(variant, ranks) < least and fits(variant, ranks):
+        bounds = outside_bounds(leaf)
+        ranks = stage_costs(variant, Completion(bounds, (option,) * leaf.stages))
+        if surrogate_ns(variant, ranks) < least and _fits(variant, ranks, nodes, bounds):
             total = simulate_step(variant, ranks).total_ns
             if total < least:
                 return f"with {option} takes {total / 1e9:.6g} s"
@@ -226,7 +239,7 @@ def _better_with_outside(leaf: Leaf, least: int, options: list[Recompute]) -> st
 
 def _better_interleaved(
     leaf: Leaf, least: int, partitions: Iterator[tuple[int, ...]], options: list[Recompute],
-    sizes: Sequence[int],
+    sizes: Sequence[int], nodes: Nodes,
 ) -> str | None:  # fmt: skip
     variants = [replace(leaf, round_size=size) for size in sizes]
     actions = 0
@@ -242,7 +255,7 @@ def _better_interleaved(
                     break
                 continue
             for variant in variants:
-                if not fits(variant, ranks):
+                if not _fits(variant, ranks, nodes, bounds):
                     continue
                 total = simulate_step(variant, ranks).total_ns
                 if total < least:
@@ -262,9 +275,10 @@ class _Chain:
     """
 
     def __init__(
-        self, leaf: Leaf, least: int, options: Sequence[Recompute], budget: list[int]
+        self, leaf: Leaf, least: int, options: Sequence[Recompute], budget: list[int], nodes: Nodes
     ) -> None:
         self.leaf, self.least, self.options, self.budget = leaf, least, options, budget
+        self.nodes = nodes
         self.work = least_work(leaf, options, least)
         self.reached = 0
         self._closed: dict[tuple[int, int], list[Label]] = {}
@@ -274,18 +288,19 @@ class _Chain:
 
     def better(self) -> str | None:
         """A completion that simulates below ``least``, in words."""
-        return self._descend(self.leaf.pp - 1, len(self.leaf.sequence), EMPTY_LABEL, ())
+        return self._descend(self.leaf.pp - 1, len(self.leaf.sequence), EMPTY_LABEL, (), ())
 
     def _descend(
-        self, rank: int, last: int, label: Label, chosen: tuple[RankCosts, ...]
-    ) -> str | None:
+        self, rank: int, last: int, label: Label, chosen: tuple[RankCosts, ...],
+        sent: tuple[int, ...],
+    ) -> str | None:  # fmt: skip
         leaf = self.leaf
         self.budget[0] -= 1
         if self.budget[0] <= 0:
             raise _TooLargeError
         if rank < 0:
             self.reached += 1
-            if not hosts_hold(leaf, chosen):
+            if not self.nodes.hold(sent):
                 return None
             total = simulate_step(leaf, chosen).total_ns
             return f"takes {total / 1e9:.6g} s" if total < self.least else None
@@ -305,7 +320,8 @@ class _Chain:
                 extended = extend_label(leaf, label, rank, costs)
                 if least_objective_ns(leaf, extended, rank, self.work[first]) >= self.least:
                     continue
-                found = self._descend(rank - 1, first, extended, (costs, *chosen))
+                there = (self.nodes.sent(rank, [(first, last)], leaf.round_size), *sent)
+                found = self._descend(rank - 1, first, extended, (costs, *chosen), there)
                 if found is not None:
                     return found
             if slow:
@@ -358,6 +374,8 @@ class _Chain:
         known = self._stages.get(key)
         if known is None:
             chunk = chunk_costs(self.leaf, rank, first, last, option)
-            holds = fits_alone(self.leaf, rank, (chunk,))
+            holds = peak_bytes(self.leaf, rank, (chunk,)) <= self.leaf.capacity_bytes
+            sent = self.nodes.sent(rank, [(first, last)], self.leaf.round_size)
+            holds = holds and self.nodes.hold_alone(rank, sent)
             known = self._stages[key] = rank_costs(self.leaf, (chunk,)), holds
         return known

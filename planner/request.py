@@ -17,7 +17,7 @@ from hardware_profiles.stack_words import ModelFeature
 from planner.blocks.registry import model_kinds
 from planner.errors import InputError
 from planner.memory_margin import margin_of, usable_bytes
-from planner.models.features import model_features
+from planner.models.features import PREDICTION, model_features
 from planner.models.kinds import Model
 from planner.plan import Layout
 from planner.schedule_csv import given_order
@@ -55,6 +55,11 @@ class Request:
     def tokens_per_step(self) -> float:
         """Tokens that the model learns from in one step: positions less padding."""
         return self.global_batch * self.sequence * (1 - self.job.padding_share)
+
+    @property
+    def position(self) -> str:
+        """What a position of a sample is called: one that is described as a whole has one."""
+        return "sample" if self.model.fixed_sequence == 1 else "token"
 
     @property
     def devices(self) -> int:
@@ -108,6 +113,14 @@ class Request:
     def zero_stages(self) -> tuple[int, ...]:
         """ZeRO stages that the stack has in the job's precision."""
         return self.stack.zero_stages_of.get(self.job.precision, self.stack.zero_stages)
+
+    @property
+    def least_zero_stage(self) -> int:
+        """ZeRO stage below which several ranks cannot run the job's optimizer, where it asks."""
+        stack, job = self.stack, self.job
+        muon = stack.muon.least_zero_stage if job.optimizer == "muon" else 0
+        host = stack.offload.least_zero_stage if job.optimizer_offload and stack.offload else 0
+        return max(muon, host)
 
     def reshard_options(self, zero_stage: int, ways: int) -> tuple[int, ...]:
         """How many ranks of the ``ways`` that share the weights may keep a copy of them for the
@@ -167,7 +180,13 @@ class Request:
     @cached_property
     def lacking(self) -> tuple[ModelFeature, ...]:
         """Features that the model needs and this version of the stack lacks."""
-        return tuple(name for name in model_features(self.model) if name in self.stack.lacks)
+        needed = [name for name in model_features(self.model) if name in self.stack.lacks]
+        return tuple(name for name in needed if self.job.mtp or name != PREDICTION)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether multi-token-prediction modules are trained."""
+        return self.job.mtp and PREDICTION in model_features(self.model)
 
     @property
     def kernel_basis(self) -> Basis:

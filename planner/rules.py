@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cost_models.cp_kinds import exchange_ways, is_kind
+from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code, exchange_ways, is_kind
 from cost_models.graph import Bools, Int64, Shard
 from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LISTED, V_SHAPED, codes_of
 from cost_models.rounds import runnable
@@ -23,10 +23,14 @@ from planner.hosting import (
     checkpoint_bytes_per_node,
     host_capacity,
     least_bytes_per_node,
+    offload_stage,
     overfilled,
 )  # fmt: skip
+from planner.job_rules import job_rules
+from planner.layer_contexts import contexts_of_sort, exchanging
 from planner.meshes import Layouts, Meshes
 from planner.request import Request
+from planner.stack_rules import STACK_RULES, concerns
 
 Rule = tuple[str, Callable[[Meshes], Bools]]
 LayoutRule = tuple[str, Callable[[Meshes, Layouts], Bools]]
@@ -57,9 +61,11 @@ def _model_rules(request: Request) -> Iterator[Rule]:
         "ep x etp does not divide dp x cp x tp",
         lambda m: (m.dp * m.cp * m.tp) % (m.ep * m.etp) != 0,
     )
+    balanced = request.stack.balanced_context is True
+    pieces, why = (2, " (twice, for a balanced causal mask)") if balanced else (1, "")
     yield (
-        f"sequence of {sequence} does not split over cp (twice, for a balanced causal mask)",
-        lambda m: (m.cp > 1) & (sequence % (2 * m.cp) != 0),
+        f"sequence of {sequence} does not split over cp{why}",
+        lambda m: (m.cp > 1) & (sequence % (pieces * m.cp) != 0),
     )
     yield (
         f"sequence of {sequence} does not split over cp x tp (sequence parallelism)",
@@ -92,11 +98,18 @@ def _broken(split: Split, request: Request) -> Callable[[Meshes], Bools]:
         case "ep":
             return _splits(size, lambda m: m.ep)
         case "kv":
-            return _splits_kv(size, replicates=bool(request.stack.kv_head_replication))
+            return _splits_kv(size, replicates=_shares_kv_heads(request))
         case "exchange":
-            return _exchanges(size)
+            return _exchanges(size, exchanging(request, size))
         case "tp_cp":
             return lambda m: (m.cp > 1) & (size % (m.tp * m.cp) != 0)
+
+
+def _shares_kv_heads(request: Request) -> bool:
+    whole = "muon_takes_whole_query_groups" in request.stack.rules
+    return bool(request.stack.kv_head_replication) and not (
+        whole and request.job.optimizer == "muon"
+    )
 
 
 def _splits(size: int, ways: Callable[[Meshes], Int64]) -> Callable[[Meshes], Bools]:
@@ -107,10 +120,15 @@ def _splits_kv(kv_heads: int, *, replicates: bool) -> Callable[[Meshes], Bools]:
     return lambda m: (kv_heads % m.tp != 0) & ((m.tp % kv_heads != 0) | (not replicates))
 
 
-def _exchanges(heads: int) -> Callable[[Meshes], Bools]:
+def _exchanges(heads: int, kinds: tuple[ContextKind | None, ...]) -> Callable[[Meshes], Bools]:
     def broken(m: Meshes) -> Bools:
-        ways = exchange_ways(m.cp_kind, m.cp)
-        result: Bools = (ways > 1) & (heads % (m.tp * ways) != 0)
+        result = np.zeros(len(m), dtype=np.bool_)
+        for kind in kinds:
+            codes = m.cp_kind
+            if kind is not None and kind not in TWO_LEVELS:
+                codes = np.full_like(codes, cp_kind_code(kind))
+            ways = exchange_ways(codes, m.cp)
+            result |= (ways > 1) & (heads % (m.tp * ways) != 0)
         return result
 
     return broken
@@ -125,20 +143,25 @@ def _stack_rules(request: Request) -> Iterator[Rule]:
         yield f"{label} has no sequence parallelism", lambda m: m.sp == 1
     if not stack.expert_tensor_parallel:
         yield f"{label} does not split an expert over tp", lambda m: m.etp > 1
+    elif stack.expert_tensor_parallel != "any":
+        yield f"{label} shares an expert among ranks that tp joins", lambda m: m.tp % m.etp != 0
     if not stack.cp_kinds:
         yield f"{label} has no context parallelism", lambda m: m.cp > 1
     for sort, kinds in stack.cp_kinds_of.items():
         if sort in attention_sorts(request.model):
             words = " or ".join(kinds) or "missing"
-            yield f"{label}: context parallelism of {sort} is {words}", _other_context(kinds)
+            listed = contexts_of_sort(request, sort)
+            broken = _outside(listed - {*kinds}) if listed else _other_context(kinds)
+            yield f"{label}: context parallelism of {sort} is {words}", broken
     if stack.tensor_parallel_max is not None:
         most = stack.tensor_parallel_max
         limit = f"splits tensors at most {most} ways" if most > 1 else "has no tensor parallelism"
         yield f"{label} {limit}", lambda m: m.tp > most
+    yield from job_rules(request)
     for name in stack.rules:
         if name in STACK_RULES:
             reason, broken = STACK_RULES[name]
-            if reason is not None and _concerns(name, request):
+            if reason is not None and concerns(name, request):
                 yield f"{label}: {reason}", broken
 
 
@@ -146,45 +169,9 @@ def _other_context(kinds: tuple[ContextKind, ...]) -> Callable[[Meshes], Bools]:
     return lambda m: (m.cp > 1) & ~is_kind(m.cp_kind, *kinds)
 
 
-def _concerns(rule: str, request: Request) -> bool:
-    if rule in ("no_tied_embeddings", "no_tied_embeddings_in_pipeline"):
-        return request.workload.tied_embeddings
-    return request.workload.expert_count > 0 or rule not in {
-        "moe_with_tp_needs_sequence_parallel",
-        "no_experts",
-        "no_experts_with_tp",
-        "no_expert_parallelism",
-        "experts_follow_tp",
-        "experts_over_ep_or_tp",
-    }
-
-
-STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
-    "moe_with_tp_needs_sequence_parallel": (
-        "experts with tp need sequence parallelism",
-        lambda m: (m.tp > 1) & (m.sp == 0),
-    ),
-    "no_sequence_parallelism_with_context": (
-        "sequence parallelism does not combine with context parallelism",
-        lambda m: (m.cp > 1) & (m.sp == 1),
-    ),
-    "no_experts": ("no mixture of experts", lambda m: m.tp >= 1),
-    "no_experts_with_tp": ("no mixture of experts under tp", lambda m: m.tp > 1),
-    "no_expert_parallelism": ("no expert parallelism", lambda m: m.ep > 1),
-    "experts_follow_tp": ("experts are split as tp splits all else", lambda m: m.etp != m.tp),
-    "experts_over_ep_or_tp": (
-        "experts are split over ep, or over tp where ep is 1",
-        lambda m: m.etp != np.where(m.ep == 1, m.tp, 1),
-    ),
-    "tp_needs_expert_parallelism": (
-        "tensor parallelism needs expert parallelism",
-        lambda m: (m.tp > 1) & (m.ep == 1),
-    ),
-    "no_tied_embeddings": ("no tied embeddings", lambda m: m.tp >= 1),
-    "no_tied_embeddings_in_pipeline": ("no tied embeddings under a pipeline", lambda m: m.pp > 1),
-    "no_pipeline": ("no pipeline parallelism", lambda m: m.pp > 1),
-}
-"""Rules on meshes by the name that a stack's YAML uses."""
+def _outside(foreign: set[ContextKind]) -> Callable[[Meshes], Bools]:
+    """Of kinds that layers have of their own."""
+    return lambda m: (m.cp > 1) & bool(foreign)
 
 
 def layout_rules(request: Request) -> Iterator[LayoutRule]:
@@ -209,6 +196,13 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         "no even split into virtual stages, the first and last lighter at most",
         lambda m, x: np.isin(x.schedule, codes_of(LISTED)) & ~_even_enough(request, m, x),
     )
+    least = request.least_zero_stage
+    if least:
+        where = " on the host" if request.job.optimizer_offload else ""
+        yield (
+            f"{label} runs {request.job.optimizer}{where} under ZeRO only",
+            lambda m, x: (x.zero_stage < least) & (m.dp * m.cp > 1),
+        )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
             f"{label}: replication alone (DDP) does not combine with tp, cp or pp",
@@ -224,10 +218,20 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: gradients alone are not split under a pipeline",
             lambda m, x: (x.zero_stage == 2) & (m.pp > 1),
         )
+    if "zero_2_needs_pipeline" in stack.rules:
+        yield (
+            f"{label}: weights stay gathered for a step under a pipeline only",
+            lambda m, x: (x.zero_stage == 2) & (m.pp == 1),
+        )
     if "no_zero_3_with_pipeline" in stack.rules:
         yield (
             f"{label}: parameters stay gathered under a pipeline",
             lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
+        )
+    if "dense_zero_2_in_pipelines" in stack.rules and not request.workload.expert_count:
+        yield (
+            f"{label}: layers without experts give their weights back after each forward",
+            lambda m, x: (x.zero_stage == 2) & (m.pp == 1),
         )
     if "no_zero_3_with_context" in stack.rules:
         yield (
@@ -239,6 +243,17 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         yield (
             f"{label}: dp_shard x cp does not fill several nodes of {node} devices",
             lambda m, x: (x.dp_shard * m.cp <= node) | ((x.dp_shard * m.cp) % node != 0),
+        )
+    if "hybrid_shards_are_nodes" in stack.rules:
+        each = request.cluster.groups[0].node.devices_per_node
+        yield (
+            f"{label}: groups that share weights are nodes of {each} devices, or all devices",
+            lambda _, x: (x.zero_stage > 0) & (x.dp_replicate > 1) & (x.dp_shard != each),
+        )
+    if "replicas_share_weights" in stack.rules:
+        yield (
+            f"{label}: replicas are of weights that several data-parallel ranks share",
+            lambda _, x: (x.zero_stage > 0) & (x.dp_replicate > 1) & (x.dp_shard == 1),
         )
     group = request.machine.reshard_group
     if group is not None:
@@ -299,7 +314,9 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
         yield reason, lambda m, x: (m.tp >= 1) & (x.vpp >= 1)
         return
     if request.job.parameter_offload:
-        yield "weights are offloaded in ZeRO stage 3 only", lambda _, x: x.zero_stage < 3
+        least = offload_stage(request)
+        reason = f"weights are offloaded from ZeRO stage {least} on"
+        yield reason, lambda _, x: x.zero_stage < least
     if request.job.activation_offload:
         yield (
             "activations are offloaded without a pipeline only",

@@ -21,7 +21,7 @@ from cost_models.named_outputs import (
     unneeded,
 )
 from cost_models.ops import Attention, Op
-from hardware_profiles.stack_words import OutputName, SaveLists
+from hardware_profiles.stack_words import OutputName, SavedOp, SaveLists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
 
@@ -101,7 +101,7 @@ def _with_hosts(lists: SaveLists, pairs: Pairs) -> Iterator[RecomputeMode]:
             yield f"{CUSTOM}:{'+'.join(names)}"
 
 
-def _places(name: OutputName, lists: SaveLists, pairs: Pairs) -> tuple[str, ...]:
+def _places(name: OutputName | SavedOp, lists: SaveLists, pairs: Pairs) -> tuple[str, ...]:
     """Where an output may be in a list that sends some to the host: nowhere, on the device, there;
     and its halves apart. Where one half spares no more than the other, it is not kept without the
     other, and of the two on different sides it is the one on the host: as many bytes on each."""

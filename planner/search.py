@@ -23,6 +23,7 @@ from cost_models.leaf import Leaf
 from planner.free_stages import free_partitions, improve, is_listed
 from planner.leaves import Candidate, Degrees, Incumbent, Opening
 from planner.meshes import Meshes
+from planner.options import runnable
 from planner.outside import close_outside
 from planner.program import UNLIMITED
 from planner.request import Request
@@ -252,7 +253,10 @@ class Search:
             self._say(f"{len(self.queue):,} layouts waiting")
         leaf = layouts.leaf(index)
         degrees = _degrees(layouts, index, leaf, self.request)
-        options = recompute_options(self.request, len(leaf.sequence))
+        options = runnable(
+            recompute_options(self.request, len(leaf.sequence)),
+            tp=int(degrees["tp"]), sequence_parallel=bool(degrees["sequence_parallel"]),
+        )  # fmt: skip
         if leaf.outside is not None:
             reached = close_outside(leaf, degrees, options, self.incumbent, self._check_deadline)
             self._settle(reached, removed)

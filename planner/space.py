@@ -26,6 +26,7 @@ from cost_models.outside import outside_numbers
 from cost_models.recompute import MIXED
 from planner import rules
 from planner.blocks.registry import model_splits
+from planner.layer_contexts import column_kind, exchanging
 from planner.meshes import Layouts, Meshes, joined
 from planner.request import Request
 from planner.rounds import round_limits
@@ -111,7 +112,6 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
     weights: dict[tuple[int, int, int], int] = {}
     eps = divisors(experts) if experts else (1,)
     for tp in divisors(devices):
-        etps = divisors(tp) if experts and stack.expert_tensor_parallel else (1,)
         for cp in divisors(devices // tp):
             kinds = context_options(request, tp, cp)
             blocks: list[Int64] = []
@@ -127,11 +127,18 @@ def enumerate_meshes(request: Request) -> Iterator[Meshes]:
                 blocks.append(
                     _product(
                         (tp,), sp_options if tp > 1 else (0,), (cp,),
-                        kinds, (pp,), eps, etps, microbatches, (dp,),
+                        kinds, (pp,), eps, expert_tp_options(request, tp, devices // pp),
+                        microbatches, (dp,),
                         (weights[key],),
                     )
                 )  # fmt: skip
             yield Meshes(*np.ascontiguousarray(np.concatenate(blocks).T))
+
+
+def expert_tp_options(request: Request, tp: int, ranks: int) -> tuple[int, ...]:
+    """Ranks that may share an expert, of the ``ranks`` of a pipeline stage."""
+    shared = request.stack.expert_tensor_parallel if request.workload.expert_count else False
+    return divisors(ranks if shared == "any" else tp) if shared else (1,)
 
 
 def _context_matters(request: Request, cp: int) -> int:
@@ -145,7 +152,10 @@ def context_options(request: Request, tp: int, cp: int) -> tuple[int, ...]:
     kinds = request.stack.cp_kinds or ("p2p",)
     if cp == 1:
         return (cp_kind_code(kinds[0]),)
-    heads = gcd(*(s.size for s in model_splits(request.model) if s.over == "exchange"))
+    if request.job.cp_kinds:
+        kinds = (column_kind(request.job.cp_kinds),)
+    dealt = {s.size for s in model_splits(request.model) if s.over == "exchange"}
+    heads = gcd(*(size for size in dealt if {None, *kinds} & {*exchanging(request, size)}))
     most = gcd(cp, heads // tp) if heads % tp == 0 else 1
     inner = [size for size in divisors(most) if 1 < size < cp]
     codes = [cp_kind_code(kind) for kind in kinds if kind not in TWO_LEVELS]
@@ -264,12 +274,10 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
     found = zip(meshes.dp.tolist(), meshes.pp.tolist(), context.tolist(), strict=True)
     for dp, pp, cp in set(found):
         if (dp, cp) not in data:
-            data[dp, cp] = np.array(data_parallel_options(request, dp, cp), dtype=np.int64)
+            data[dp, cp] = _in_order(data_parallel_options(request, dp, cp), 4)
         if pp not in stages:
-            stages[pp] = np.array(
-                [(SCHEDULES.index(s), v, n) for s, v, n in pipeline_options(request, pp)],
-                dtype=np.int64,
-            ).reshape(-1, 3)
+            coded = ((SCHEDULES.index(s), v, n) for s, v, n in pipeline_options(request, pp))
+            stages[pp] = _in_order(tuple(coded), 3)
         index = np.flatnonzero((meshes.dp == dp) & (meshes.pp == pp) & (context == cp))
         left, right = data[dp, cp], stages[pp]
         shape = (len(index), len(left), len(right))
@@ -279,8 +287,14 @@ def expand(request: Request, meshes: Meshes) -> Layouts:
         block[..., 5:8] = right[None, None, :, :]
         blocks.append(block.reshape(-1, 8))
     table = np.concatenate(blocks) if blocks else np.empty((0, 8), dtype=np.int64)
-    table = table[np.lexsort(table.T[::-1])]
+    # A mesh's rows lie in one block, in their order: blocks are runs, which a stable sort merges.
+    table = table[np.argsort(table[:, 0], kind="stable")]
     return Layouts(*(np.ascontiguousarray(table[:, i]) for i in range(8)))
+
+
+def _in_order(rows: Sequence[tuple[int, ...]], width: int) -> Int64:
+    """``rows`` as a table, sorted by their first column, then the next."""
+    return np.array(sorted(rows), dtype=np.int64).reshape(-1, width)
 
 
 def layout_rules(request: Request) -> Iterator[LayoutRule]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hardware_profiles.stack_words import Schedule
+from hardware_profiles.stack_words import ContextKind, Schedule
 from planner.models.spec import Positive, Spec
 
 DEGREES = (
@@ -22,7 +22,7 @@ Size = Annotated[int, Field(ge=1, le=10**9)]
 """Samples, or tokens of one; what is larger is a slip."""
 Tokens = Annotated[int, Field(ge=1, le=10**12)]
 
-Precision = Literal["bf16", "fp16", "fp32", "fp8", "nvfp4"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nvfp4"]
 Optimizer = Literal[
     "adamw", "adamw_bf16", "sgd", "lion", "adagrad", "rmsprop", "novograd", "adamax", "adadelta",
     "rprop", "adam8bit", "adafactor", "muon",
@@ -95,7 +95,8 @@ class JobSpec(Spec):
     optimizer_offload: bool = False
     """Whether the host holds and updates the optimizer state."""
     parameter_offload: bool = False
-    """Whether the host also holds the weights; needs ``optimizer_offload`` and ZeRO stage 3."""
+    """Whether the host holds the weights; needs ZeRO stage 3, or FSDP's 2, and, unless the device
+    updates them, ``optimizer_offload``."""
     activation_offload: bool = False
     """Whether the host holds the layer inputs that full recomputation keeps, from forward to
     backward."""
@@ -130,6 +131,9 @@ class JobSpec(Spec):
     ``torch.distributed.pipelining`` reads them. A plan holds what is in it."""
     schedule_actions: tuple[str, ...] = ()
     """The rows of such a file; they stand for ``schedule_csv``."""
+    cp_kinds: tuple[ContextKind, ...] = ()
+    """Kinds of context parallelism of the layers, in order and over again where there are fewer
+    than layers; default: one for all of them, which is searched."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

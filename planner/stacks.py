@@ -12,6 +12,7 @@ from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES, attention_sorts
 from planner.errors import InputError
+from planner.layer_contexts import context_faults
 from planner.models.kinds import Model
 from planner.recompute import refusal
 from planner.request import Request, fill_defaults
@@ -95,6 +96,7 @@ def _faults(request: Request) -> Iterator[InputError]:
         yield InputError(
             f"{name} has no virtual stages of any numbers of layers (--virtual-stages free)"
         )
+    yield from context_faults(request)
     if job.constraints.recompute is not None:
         try:
             refused = refusal(job.constraints.recompute, stack, job)
@@ -114,6 +116,13 @@ def _faults(request: Request) -> Iterator[InputError]:
         )
     if "needs_block_scaled_products" in stack.rules and "nvfp4" not in device.peak_flops:
         yield InputError(f"{device.name} has no block-scaled products, and {name} needs them")
+    if job.loss == "chunked" and stack.loss_chunks == 1:
+        yield _no_chunks(stack, name)
+    if job.loss == "chunked" and request.predicts and "no_prediction_in_chunks" in stack.rules:
+        yield InputError(
+            f"{name} has no chunked loss of multi-token prediction",
+            hint="loss: whole or mtp: false in the job",
+        )
     if job.dropout and not stack.trains_dropout:
         yield InputError(f"the layers of {name} have no dropout")
     kernel, runs = stack.attention_kernel(device.name), device.kernels.attention
@@ -135,6 +144,16 @@ def _faults(request: Request) -> Iterator[InputError]:
             others = sorted({"bf16", "fp16", "fp32"} & set(device.peak_flops))
             hint = " or ".join(f"--precision {other}" for other in others)
         yield InputError(reason, hint=hint)
+
+
+def _no_chunks(stack: StackSpec, name: str) -> InputError:
+    """Why ``loss: chunked`` is refused; a fused loss goes through the sequence in pieces anyway."""
+    if stack.loss_gradient_bytes:
+        return InputError(
+            f"{name} has one loss, which takes the sequence in pieces of its own (loss: chunked)",
+            hint="leave loss out",
+        )
+    return InputError(f"{name} has no chunked loss: head and loss take the sequence whole")
 
 
 def _runs_on(stack: StackSpec, vendor: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models import bounds
-from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of, unique_rows
+from cost_models.configs import Configs, PricedConfigs, price_configs, shard_of
 from cost_models.graph import Int64
 from cost_models.layout import SCHEDULES, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.leaf import Leaf, Recompute
@@ -30,6 +30,7 @@ from cost_models.relaxation import (
 )
 from cost_models.step import Field
 from cost_models.transfers import hop_ns
+from cost_models.unique import unique_rows
 from planner.meshes import Layouts, Meshes
 from planner.request import Request
 from planner.space import mixed_modes, recompute_modes
@@ -233,9 +234,8 @@ def _least_state(request: Request, parameters: Real, meshes: Meshes, microbatche
     that are only made while the activations of the step's one microbatch go."""
     rules, most = request.machine.rules, max(request.zero_stages)
     ranks = (meshes.dp * meshes.cp * meshes.tp).astype(np.float64)
-    gradients = np.where(
-        request.stack.new_gradients & (microbatches == 1), 0, rules.held_gradient_bytes
-    )
+    least = min(rules.held_gradient_bytes, rules.whole_gradient_bytes)
+    gradients = np.where(request.stack.new_gradients & (microbatches == 1), 0, least)
     state = parameters * 0.0
     for bytes_each, sharded_from in (
         (rules.weight_bytes, rules.weights_split_from),

@@ -7,11 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.graph import Int64, LayerKind, Shard, Weight, WeightSharding, WorkloadGraph
+from cost_models.graph import (
+    Int64,
+    LayerKind,
+    Shard,
+    Weight,
+    WeightSharding,
+    WorkloadGraph,
+    no_bytes,
+)
 from cost_models.ops import Op, SavedTensor
 from hardware_profiles.schema import DeviceSpec, StackSpec
-from planner.blocks import ends, vision
-from planner.blocks.context import BlockContext, enter_tensor_parallel, norm
+from planner.blocks import ends, latent_attention, prediction, vision
+from planner.blocks.context import STATISTICS, BlockContext
 from planner.blocks.flops import model_flops_per_token
 from planner.blocks.layer import (
     layer_buffers,
@@ -21,10 +29,18 @@ from planner.blocks.layer import (
     with_scalars,
 )
 from planner.blocks.registry import kind_of, model_parts
-from planner.blocks.weights import block_weights, embedding_weights, head_weights, mtp_weights
+from planner.blocks.weights import (
+    block_weights,
+    embedding_weights,
+    head_weights,
+    mtp_weights,
+    prediction_tables,
+)
+from planner.layer_contexts import by_context, contexts_of_layers, said
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
 from planner.recompute import searched_policies
 from planner.specs import JobSpec
+from planner.tied_ends import tied_unit
 
 
 def build_workload(
@@ -35,6 +51,7 @@ def build_workload(
     ``job.sequence_length`` must be set (``planner.pipeline`` fills defaults).
     """
     assert job.sequence_length is not None, "job defaults are filled before lowering"
+    model = model if job.mtp else model.model_copy(update={"mtp": ()})
     has_dropout = model.dropout and stack.dropout if job.dropout is None else job.dropout
     document = _document(job)
     images = vision.Images(job.images_per_sample, job.image_tokens or 0)
@@ -49,6 +66,8 @@ def build_workload(
         vocab=model.vocab,
         vocab_divisor=stack.vocab_divisor,
         logit_saved_bytes=stack.logit_saved_bytes.value,
+        norms_again=stack.norms_again,
+        loss_traffic=(stack.loss_traffic["forward"], stack.loss_traffic["backward"]),
         logit_working_bytes=stack.logit_working_bytes.value,
         logit_working_bytes_split=(
             None
@@ -61,39 +80,53 @@ def build_workload(
             model.family, stack.rotary_cache_bytes["default"]
         ),
         saved_input_bytes_per_64=stack.saved_input_bytes_per_64.get(job.precision),
+        original_inputs=frozenset(stack.original_inputs),
         optimizer_scalar_bytes=stack.optimizer_scalar_bytes,
         norm_copy_bytes=stack.norm_copy_bytes,
+        norm_statistics=STATISTICS[model.norm],
         loss_chunks=stack.loss_chunks if job.loss == "chunked" else 1,
+        loss_again=stack.loss_again > 0 and job.loss == "chunked",
         rotary=model.position_embeddings == 0,
         expert_imbalance=job.expert_imbalance,
         moe_dispatcher=stack.dispatcher(device.name),
         document=document,
         dtensor=stack.layers.tensor_parallel == "dtensor",
+        keeps_gathered_context=stack.layers.gathered_context == "kept",
+        copies_context_output=stack.layers.gathered_context_output == "twice",
+        values_are_views=stack.layers.latent_values == "view",
+        sums_expert_outputs=stack.layers.expert_outputs == "summed",
+        splits_latent_down=stack.layers.latent_down == "split",
         separate=frozenset(stack.layers.separate_projections),
         sliced_experts=stack.layers.experts == "sliced",
         folded_experts=stack.layers.experts == "folded",
+        expert_room=stack.layers.expert_rows == "any",
         balanced_context=stack.balanced_context,
+        whole_prediction=stack.layers.prediction_projection == "whole",
         whole_vocabulary=stack.layers.vocabulary == "whole",
         exchanges_output_again=stack.layers.exchanged_output == "again",
+        merges_ring=stack.layers.ring_merge != "unknown",
+        orders_gathered=stack.layers.ring_merge == "transformer_engine",
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
-    mtp_runs = model.mtp if job.mtp else ()
+    layers = tuple(run.block for run in model.layers for _ in range(run.count))
     embedding = _embedding(model, images, ctx)
-    head = _head(model, ctx, tuple(kinds[r.block] for r in mtp_runs for _ in range(r.count)))
+    head = _head(model, ctx, tuple(kinds[r.block] for r in model.mtp for _ in range(r.count)))
+    embedding, head = tied_unit(embedding, head, model, job, stack)
+    layers, kinds = by_context(layers, kinds, job, model)
     return WorkloadGraph(
         name=model.name,
         sequence=job.sequence_length,
         hidden=model.hidden,
-        layers=tuple(run.block for run in model.layers for _ in range(run.count)),
+        layers=layers,
         kinds={name: with_scalars(kind, ctx) for name, kind in kinds.items()},
         embedding=with_scalars(embedding, ctx),
         head=with_scalars(head, ctx),
         tied_embeddings=model.tied_embeddings,
         model_flops_per_token=model_flops_per_token(
-            model, job.sequence_length, mtp=job.mtp, document=document, images=images
+            model, job.sequence_length, document=document, images=images
         ),
         expert_count=max(
             (b.feed_forward.experts for b in model.blocks.values()
@@ -102,16 +135,18 @@ def build_workload(
         boundary_bytes_per_token=model.hidden * ctx.element_bytes,
         vocab_divisor=stack.vocab_divisor,
         vocabulary_over_pipeline=stack.layers.vocabulary == "over_pipeline",
+        uneven_routing=ctx.expert_imbalance > 0 and not ctx.expert_room,
         policies=searched_policies(stack, job, kinds.values()),
         global_batch=job.global_batch,
-        assumptions=_assumptions(model, job, stack, images, ctx),
+        assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
 
 
 def _loss_gradient_bytes(stack: StackSpec, job: JobSpec) -> int:
     """None of adapters' runs, whose head is not trained."""
     adapters = job.finetune is not None and job.finetune.lora_rank is not None
-    return 0 if adapters else stack.loss_gradient_bytes
+    again = stack.loss_again if job.loss == "chunked" else 0
+    return 0 if adapters else stack.loss_gradient_bytes + again
 
 
 def _document(job: JobSpec) -> int | None:
@@ -126,7 +161,7 @@ def _document(job: JobSpec) -> int | None:
 
 
 def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext) -> LayerKind:
-    weights = block_weights(model, block)
+    weights = latent_attention.as_split(block_weights(model, block), ctx)
     if ctx.gathers_heads:
         weights = tuple(replace(weight, kv_heads=0) for weight in weights)
     return LayerKind(
@@ -180,57 +215,42 @@ def _held(
     return tuple(replace(w, sharding=sharding) if w.sharding == "vocab" else w for w in weights)
 
 
+def _logits(ctx: BlockContext) -> Callable[[Shard], Int64]:
+    """Logits that exist at once, all of them, where they are an output of their own."""
+    return no_bytes if ctx.loss_again else lambda shard: ends.head_output(ctx, shard)
+
+
 def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> LayerKind:
     """Final norm, LM head and loss; each MTP module adds its block and a pass through the head."""
-    if not mtp:
-        return LayerKind(
-            "head", _held(head_weights(model, include_tied=True), ctx),
-            lambda shard: ends.head_ops(ctx, shard), lambda shard: ends.head_saved(ctx, shard),
-            ctx.residual_bytes, lambda shard: ends.head_working(ctx, shard), ctx.element_bytes,
-            in_pieces=ctx.loss_chunks > 1,
-            buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
-            output_bytes=lambda shard: ends.head_output(ctx, shard),
-        )  # fmt: skip
-    wide = replace(ctx, hidden=2 * ctx.hidden)
 
-    def once(each: Callable[[LayerKind], tuple[Op, ...]], shard: Shard) -> tuple[Op, ...]:
-        from cost_models.ops import MatMul
-
-        result: list[Op] = [*ends.head_ops(ctx, shard)]
-        for kind in mtp:
-            result += [norm("mtp_norm", wide, shard)]
-            result += enter_tensor_parallel("mtp_projection", wide, shard)
-            result.append(
-                MatMul("mtp_projection", shard.tokens, ctx.hidden // shard.tp, 2 * ctx.hidden)
-            )
-            result += each(kind)
-            result += ends.head_ops(ctx, shard)
-        return tuple(result)
+    def ops(shard: Shard) -> tuple[Op, ...]:
+        modules = [op for kind in mtp for op in prediction.module_ops(kind, ctx, shard)]
+        return (*ends.head_ops(ctx, shard), *modules)
 
     def saved(shard: Shard) -> tuple[SavedTensor, ...]:
-        result = [*ends.head_saved(ctx, shard)]
-        for kind in mtp:
-            result.append(SavedTensor("mtp_input", 4 * ctx.residual_bytes(shard)))
-            result += kind.saved(shard)
-            result += ends.head_saved(ctx, shard)
-        return tuple(result)
+        modules = [each for kind in mtp for each in prediction.module_saved(kind, ctx, shard)]
+        return (*ends.head_saved(ctx, shard), *modules)
 
     return LayerKind(
         "head",
-        (*_held(head_weights(model, include_tied=True), ctx), *mtp_weights(model)),
-        lambda shard: once(lambda kind: kind.ops(shard), shard),
+        (
+            *_held(prediction_tables(model), ctx, embedding=True),
+            *_held(head_weights(model, include_tied=True), ctx),
+            *latent_attention.as_split(mtp_weights(model, whole=ctx.whole_prediction), ctx),
+        ),
+        ops,
         saved,
         ctx.residual_bytes,
-        lambda shard: ends.head_working(ctx, shard),
+        lambda shard: prediction.working(mtp, ctx, shard),
         ctx.element_bytes,
-        in_pieces=ctx.loss_chunks > 1,
+        in_pieces=ctx.loss_chunks > 1 and not ctx.loss_again,
         buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
-        output_bytes=lambda shard: ends.head_output(ctx, shard),
+        output_bytes=_logits(ctx),
     )
 
 
 def _assumptions(
-    model: ModelSpec, job: JobSpec, stack: StackSpec, images: vision.Images, ctx: BlockContext
+    model: ModelSpec, job: JobSpec, images: vision.Images, ctx: BlockContext
 ) -> tuple[str, ...]:
     notes = list(model.notes)
     for part in model_parts(model):
@@ -239,7 +259,9 @@ def _assumptions(
         notes.append("softcapped logits: the tanh between head and loss is not priced")
     if model.vision is not None:
         notes += vision.assumptions(model.vision, images)
-    notes += _data_assumptions(job, stack, ctx)
+    if job.cp_kinds:
+        notes.append(said(kind for _, kind in contexts_of_layers(job, model)))
+    notes += _data_assumptions(job, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):
         if job.expert_imbalance == 0:
             notes.append("expert routing is assumed balanced (job: expert_imbalance = 0)")
@@ -248,7 +270,7 @@ def _assumptions(
                 f"expert imbalance alpha = {job.expert_imbalance:g}: a law fitted on serving "
                 "kernels, assumed for training"
             )
-    if job.precision in ("fp8", "nvfp4"):
+    if job.precision in ("fp8", "int8", "nvfp4"):
         notes.append(
             f"{job.precision}: LM head, router and attention stay in bf16; weights kept in bf16"
         )
@@ -263,10 +285,8 @@ def _assumptions(
     return tuple(notes)
 
 
-def _data_assumptions(job: JobSpec, stack: StackSpec, ctx: BlockContext) -> list[str]:
+def _data_assumptions(job: JobSpec, ctx: BlockContext) -> list[str]:
     notes = []
-    if job.loss == "chunked" and ctx.loss_chunks == 1:
-        notes.append(f"{stack.name} {stack.version} has no chunked loss: it is priced whole")
     longest = job.sequence_length or 0
     if ctx.document is not None and ctx.document >= longest:
         notes.append(f"documents of {ctx.document:,} tokens: each fills a sample of {longest:,}")

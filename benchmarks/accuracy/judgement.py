@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -166,6 +167,40 @@ def ranked(rows: Sequence[Row], *, mixed: bool = False) -> dict[str, dict[str, A
             for row in rows
         ]
     )
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of the runs of one layout in a sweep over releases, those of its newest release."""
+    kept = []
+    for each in _layouts(rows).values():
+        last = max(_age(row) for row in each)
+        kept += [row for row in each if _age(row) == last]
+    return kept
+
+
+def drift(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """By source: time of a layout in a sweep over its time one release before, minus one."""
+    found: dict[str, list[float]] = {}
+    for (source, *_), each in _layouts(rows).items():
+        releases = _grouped(each, lambda row: row.release)
+        times = [
+            median(row.measured_s for row in runs)
+            for runs in sorted(releases.values(), key=lambda runs: _age(runs[0]))
+        ]
+        found.setdefault(source, []).extend(b / a - 1 for a, b in pairwise(times))
+    return found
+
+
+def _layouts(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*row.sweep, *row.layout), []).append(row)
+    return groups
+
+
+def _age(row: Row) -> tuple[tuple[int, ...], ...]:
+    """Orders releases by the versions in their names."""
+    return tuple(tuple(int(part) for part in word.split(".")) for word in row.release.split())
 
 
 def bands(rows: Sequence[Row]) -> dict[str, float]:

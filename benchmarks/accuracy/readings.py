@@ -43,6 +43,8 @@ class Step:
     pp: int
     dp: int
     microbatches: float
+    stated_s: float
+    """The step time with all digits that the source has."""
 
 
 def steps(rows: Sequence[Row], runs: Path) -> list[Step]:
@@ -57,6 +59,7 @@ def _step(row: Row, line: Mapping[str, str]) -> Step:
     return Step(
         row, (int(float(line["hidden"])), tp, mbs), int(float(line["heads"])),
         float(line["layers"]) / pp, pp, dp, float(line["gbs"]) / (dp * mbs),
+        float(line["step_time_s"]),
     )  # fmt: skip
 
 
@@ -111,19 +114,20 @@ def _grouped(found: Sequence[Step], *, degrees: bool) -> dict[tuple[Any, ...], l
     return groups
 
 
+def fused(step: Step) -> bool:
+    """Whether Megatron's fused softmax takes the step's samples and heads."""
+    return step.heads // step.cell[1] * step.cell[2] % FUSED_SOFTMAX == 0
+
+
 def ordered(found: Sequence[Step]) -> list[tuple[Cell, Cell]]:
     """Pairs of cells of one tensor parallelism of which the second has as much of everything, or
     more, and no kernel that the first lacks."""
-    heads = {step.cell: step.heads for step in found}
-
-    def fused(cell: Cell) -> bool:
-        return heads[cell] // cell[1] * cell[2] % FUSED_SOFTMAX == 0
-
+    one = {step.cell: fused(step) for step in found}
     return [
         (a, b)
-        for a in sorted(heads)
-        for b in sorted(heads)
-        if a != b and a[1] == b[1] and a[0] <= b[0] and a[2] <= b[2] and (fused(a) or not fused(b))
+        for a in sorted(one)
+        for b in sorted(one)
+        if a != b and a[1] == b[1] and a[0] <= b[0] and a[2] <= b[2] and (one[a] or not one[b])
     ]
 
 

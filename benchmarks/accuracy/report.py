@@ -16,8 +16,9 @@ from typing import Any
 
 import judgement
 import numpy as np
-import readings
+import ranking_page
 import yaml
+from words import percent, table
 
 from planner.studies.calibrate.cases import RunPricer, cases_of
 from planner.studies.policy import Cell
@@ -76,10 +77,10 @@ def page(
     summary = document["summary"]
     lines = [_HEAD, "## What was asked, and what is reached", ""]
     targets = judgement.targets(rows, summary["share_priced"])
-    lines += _table(("left out", "least", "aim", "reached", ""), targets)
+    lines += table(("left out", "least", "aim", "reached", ""), targets)
     lines += ["", *_left_out_tables(rows), "", "## Bands", "", *_bands(rows)]
-    lines += ["", "## Ranking", "", *_ranking(rows)]
-    lines += ["", f"### What {readings.SWEEP} is made of", "", *_readings(rows)]
+    lines += ["", "## Ranking", "", *ranking_page.ranked(rows)]
+    lines += ["", f"### What {ranking_page.SWEEP} is made of", "", *ranking_page.taken_apart(rows)]
     lines += ["", "## Other tools on their own ground", "", *_grounds(grounds)]
     lines += ["", "## With the constants that ship", "", _shipped(summary), ""]
     lines += _errors("source", summary["step_time"]["source"])
@@ -90,14 +91,14 @@ def page(
     lines += ["", "### Against formulas of papers", ""]
     lines += _errors("source", peak["formula"], (*_STATS, "under"))
     lines += ["", "## Worst left-out runs", ""]
-    lines += _table(("run", "stack", "error"), judgement.worst(rows))
+    lines += table(("run", "stack", "error"), judgement.worst(rows))
     lines += ["", "## What the policies filled", ""]
-    lines += _table(("column", "runs"), _counts(summary["policy_filled"]))
+    lines += table(("column", "runs"), _counts(summary["policy_filled"]))
     if others:
         lines += ["", "## The same runs under other policies", ""]
         lines += ["Only runs that are silent on the column; shipped constants, all else as above."]
-        lines += ["", *_table(("source", "column", "value", "n", "median", "bias"), others)]
-    lines += ["", "## Skipped", "", *_table(("reason", "runs"), _counts(summary["skipped"]))]
+        lines += ["", *table(("source", "column", "value", "n", "median", "bias"), others)]
+    lines += ["", "## Skipped", "", *table(("reason", "runs"), _counts(summary["skipped"]))]
     return lines
 
 
@@ -105,11 +106,11 @@ def _left_out_tables(rows: Sequence[judgement.Row]) -> list[str]:
     lines = ["## Left out, by source", ""]
     lines += ["Zero-shot: no other family runs on the stack, which is priced as documented.", ""]
     header = ("source", *_STATS, "zero-shot", "fitted: median", "bias")
-    lines += _table(header, judgement.by_source(rows, _STATS, _shown))
+    lines += table(header, judgement.by_source(rows, _STATS, _shown))
     lines += ["", "## Zero-shot stacks", ""]
-    lines += _table(("stack", *_STATS), judgement.zero_shot(rows, _STATS, _shown))
+    lines += table(("stack", *_STATS), judgement.zero_shot(rows, _STATS, _shown))
     lines += ["", "## Left out, by family", ""]
-    return lines + _table(("family", *_STATS), judgement.by_family(rows, _STATS, _shown))
+    return lines + table(("family", *_STATS), judgement.by_family(rows, _STATS, _shown))
 
 
 def _bands(rows: Sequence[judgement.Row]) -> list[str]:
@@ -118,105 +119,31 @@ def _bands(rows: Sequence[judgement.Row]) -> list[str]:
         "A prediction's band holds 80 % of the left-out runs of its class "
         "(`planner/accuracy_bands.yaml`).",
         "",
-        f"- coverage on left-out runs {_percent(found['coverage'])}; of a family's runs by bands "
-        f"made without it, {_percent(found['nested'])} (mean over families "
-        f"{_percent(found['nested_by_family'])})",
-        f"- median half-width {_percent(found['half_width'])}, which is "
-        f"{found['ratio']:.2f} times the median error of {_percent(found['median_error'])}",
+        f"- coverage on left-out runs {percent(found['coverage'])}; of a family's runs by bands "
+        f"made without it, {percent(found['nested'])} (mean over families "
+        f"{percent(found['nested_by_family'])})",
+        f"- median half-width {percent(found['half_width'])}, which is "
+        f"{found['ratio']:.2f} times the median error of {percent(found['median_error'])}",
     ]
-
-
-def _ranking(rows: Sequence[judgement.Row]) -> list[str]:
-    lines = [
-        "Sweeps: runs of one release of a source that differ in their layout only. Tau is "
-        "Kendall's, averaged",
-        "over sweeps; the regret is what taking the best predicted of the measured layouts costs. "
-        "Left-out",
-        "predictions. *Releases mixed*: runs of all releases of a source together, whose layouts "
-        "differ together",
-        "with the software that ran them. The versions that a run's place names are its release.",
-        "",
-    ]
-    alone, mixed = judgement.ranked(rows), judgement.ranked(rows, mixed=True)
-    found = [
-        (source, *_ranked(alone.get(source)), *_ranked(each)) for source, each in mixed.items()
-    ]
-    columns = ("sweeps", "layouts", "tau", "mean regret", "worst regret")
-    header = ("source", *columns, "releases mixed: sweeps", *columns[1:])
-    return lines + _table(header, found)
-
-
-def _readings(rows: Sequence[judgement.Row]) -> list[str]:
-    found = readings.steps(rows, RUNS)
-    straight = readings.straightness(found)
-    read, own = (readings.layer_times(found, field) for field in ("measured_s", "left_out_s"))
-    pairs = readings.ordered(found)
-    against = sum(read[less] > read[more] for less, more in pairs)
-    nearest = readings.nearest_in_order(read, pairs)
-    lines = [
-        f"{len(found)} step times, but {len(read)} readings. Among runs of one hidden size, tensor",
-        "parallelism, microbatch size and degrees, the step is a straight line in layers and",
-        f"microbatches to {straight['median']:.1e} (median of {straight['runs']:.0f} runs) and "
-        f"{straight['p90']:.1e} (P90): straighter",
-        "than runs repeat that are clocked one by one. One time of a layer and microbatch is in",
-        "all of them. Milliseconds, as read (as predicted):",
-        "",
-    ]
-    sizes = sorted({cell[2] for cell in read})
-    places = sorted({cell[:2] for cell in read})
-    table = [
-        (str(hidden), str(tp), *(_layer_ms(read, own, (hidden, tp, mbs)) for mbs in sizes))
-        for hidden, tp in places
-    ]
-    lines += _table(("hidden", "tp", *(f"microbatch {mbs}" for mbs in sizes)), table)
-    lines += [
-        "",
-        f"Of {len(pairs)} pairs in which one has more work at the same tensor parallelism, "
-        f"{against} take less time.",
-        "The ranking follows from these times alone:",
-        "",
-    ]
-    cases = (
-        ("as predicted", own),
-        ("as read, moved as little as puts all pairs in order", nearest),
-        ("as read", read),
-    )
-    outcomes = [(words, *_ranked(readings.ranked_with(found, times))) for words, times in cases]
-    columns = ("layer times", "sweeps", "layouts", "tau", "mean regret", "worst regret")
-    return lines + _table(columns, outcomes)
-
-
-def _layer_ms(
-    read: Mapping[readings.Cell, float], own: Mapping[readings.Cell, float], cell: readings.Cell
-) -> str:
-    return f"{1e3 * read[cell]:.2f} ({1e3 * own[cell]:.2f})" if cell in read else ""
-
-
-def _ranked(each: Mapping[str, Any] | None) -> tuple[str, ...]:
-    if each is None:
-        return "0", "", "", "", ""
-    tau = "" if each["tau"] is None else f"{each['tau']:.2f}"
-    regrets = _percent(each["mean_regret"]), _percent(each["worst_regret"])
-    return str(each["sweeps"]), str(each["layouts"]), tau, *regrets
 
 
 def _grounds(grounds: Mapping[str, Any]) -> list[str]:
-    table = [
+    cells = [
         (", ".join(each["sources"]), each["peer"], each["peer_percent"],
-         *(_percent(each["errors"][name]) for name in ("mean", "median", "worst")))
+         *(percent(each["errors"][name]) for name in ("mean", "median", "worst")))
         for each in grounds["own_constants"]
     ]  # fmt: skip
     lines = [
         "Calibrated the way they were: the same constants, fitted to these runs alone. Percent.",
         "",
-        *_table(("runs", "tool", "it reports", "here: mean", "median", "worst"), table),
+        *table(("runs", "tool", "it reports", "here: mean", "median", "worst"), cells),
     ]
     blind = grounds["b200_without_own_kernels"]
     lines += [
         "",
         "simumax-b200, left out, without the kernels that SimuMax measured on that machine: "
-        f"median {_percent(blind['median'])}, P90 {_percent(blind['p90'])}, bias "
-        f"{_percent(blind['bias'], sign=True)}.",
+        f"median {percent(blind['median'])}, P90 {percent(blind['p90'])}, bias "
+        f"{percent(blind['bias'], sign=True)}.",
     ]
     return lines
 
@@ -225,10 +152,10 @@ def _shipped(summary: Mapping[str, Any]) -> str:
     step = summary["step_time"]
     return (
         f"{summary['priced']} of {summary['rows']} runs priced: "
-        f"{_percent(summary['share_priced'])} of those that state devices, sequence, layers, "
+        f"{percent(summary['share_priced'])} of those that state devices, sequence, layers, "
         f"hidden size, a batch and a figure. Median over families of the family's median error "
-        f"{_percent(step['median_of_family_medians'])}, of its mean error "
-        f"{_percent(step['median_of_family_means'])}; these constants saw the runs."
+        f"{percent(step['median_of_family_medians'])}, of its mean error "
+        f"{percent(step['median_of_family_means'])}; these constants saw the runs."
     )
 
 
@@ -262,7 +189,7 @@ def _by_source(
     for source, own in groups.items():
         found = statistics(own)
         assert found is not None
-        shown = (_percent(found["median"]), _percent(found["bias"], sign=True))
+        shown = (percent(found["median"]), percent(found["bias"], sign=True))
         result.append((source, column, str(value), str(found["n"]), *shown))
     return result
 
@@ -276,9 +203,9 @@ def _peak_words(peak: Mapping[str, Any]) -> list[str]:
         "tensors, held by the allocator, or shown by the driver. `under` is the share of rows more",
         "than 5 % below the reading, the side on which a run is killed.",
         "",
-        f"{overall['n']} readings: median {_percent(overall['median'])}, bias "
-        f"{_percent(overall['bias'], sign=True)}, {_percent(overall['under'])} under; median over "
-        f"families of the family's median {_percent(peak['median_of_family_medians'])}.",
+        f"{overall['n']} readings: median {percent(overall['median'])}, bias "
+        f"{percent(overall['bias'], sign=True)}, {percent(overall['under'])} under; median over "
+        f"families of the family's median {percent(peak['median_of_family_medians'])}.",
     ]
 
 
@@ -286,29 +213,15 @@ def _errors(
     name: str, groups: Mapping[str, Mapping[str, Any]], stats: Sequence[str] = _STATS
 ) -> list[str]:
     rows = [(key, *(_shown(each, stat) for stat in stats)) for key, each in groups.items()]
-    return _table((name, *stats), rows)
+    return table((name, *stats), rows)
 
 
 def _shown(found: Mapping[str, Any], stat: str) -> str:
-    return str(found[stat]) if stat == "n" else _percent(found[stat], sign=stat == "bias")
+    return str(found[stat]) if stat == "n" else percent(found[stat], sign=stat == "bias")
 
 
 def _counts(counts: Mapping[str, int]) -> list[tuple[str, ...]]:
     return [(name, str(count)) for name, count in counts.items()]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-
-
-def _percent(value: float | None, *, sign: bool = False) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:+.1f} %" if sign else f"{100 * value:.1f} %"
 
 
 if __name__ == "__main__":

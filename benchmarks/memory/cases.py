@@ -56,6 +56,9 @@ def study_of(entry: Mapping[str, Any]) -> Study:
     job = {"stack": STACK, **entry["job"]}
     request = pipeline.read_request(entry["model"], entry["cluster"], None, job)
     ranks = tuple(entry["ranks"]) if "ranks" in entry else None
+    # A variant of torchtitan is traced on a CPU too.
+    stack = request.stack.model_copy(update={"fused": load_stack(STACK).fused})
+    request = replace(request, stack=stack)
     return Study(entry["id"], truncated(request, entry.get("depth")), dict(entry["layout"]), ranks)
 
 
@@ -126,6 +129,7 @@ def cases_of(study: Study, layout: Layout) -> list[dict[str, Any]]:
             "reshard": "default" if whole or layout.pp > 1 else "never",
             "loss": "plain" if request.job.loss == "whole" else request.job.loss,
             "optimizer": "foreach",
+            **({"dtype": "bfloat16"} if request.machine.rules.weight_bytes == 2 else {}),
         }
         for rank, modes in [(rank, set(modes)) for rank in range(layout.pp)]
         if study.ranks is None or rank in study.ranks

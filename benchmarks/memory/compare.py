@@ -14,7 +14,7 @@ from planner.studies.communication import Communication
 NOT_TRACED = frozenset({
     "context", "communicators", "workspace", "fragmentation", "reserve", "margin", "graphs",
     "stream_blocks", "gather_buffers", "reduction_block", "first_gather", "idle_forward",
-    "idle_logits", "left_blocks", "split_blocks",
+    "idle_logits", "left_blocks", "split_blocks", "routing_fragmentation",
 })  # fmt: skip
 """Terms of a prediction that a trace without a device cannot have."""
 
@@ -64,9 +64,16 @@ def compare(id_: str, trace: Mapping[str, Any], stage: StagePrediction) -> Compa
 
 def _lasting(trace: Mapping[str, Any], stage: StagePrediction) -> int:
     """16-bit weights that stay gathered through the step: predicted as weights, but not there
-    between steps."""
-    stays = trace["case"]["reshard"] == "never" or trace["case"]["layout"]["pp"] > 1
-    return 2 * stage.parameters if stays else 0
+    between steps: all, or the unit of tied ends, whose table tp has twice."""
+    case = trace["case"]
+    layout, model = case["layout"], case["model"]
+    unit = again = 0
+    if model["tied"] and layout["pp"] == 1 and case["loss"] == "plain":
+        table = model["vocab"] // layout["tp"] * model["dim"]
+        again = table if layout["tp"] > 1 else 0
+        unit = table + model["dim"]
+    stays = case["reshard"] == "never" or layout["pp"] > 1
+    return 2 * ((stage.parameters if stays else unit) + again)
 
 
 Totals = Counter[tuple[str, str, int, str]]

@@ -11,25 +11,10 @@ of the ``dense`` and ``expert`` buffers, padding included. One process per case.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-
-def main() -> int:
-    """Run every case in a process of its own, and print the results."""
-    if sys.argv[1].lstrip().startswith("{"):
-        print(json.dumps(measure(json.loads(sys.argv[1]))))
-        return 0
-    results = []
-    for case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        command = [sys.executable, __file__, json.dumps(case)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    print(json.dumps(results, indent=1))
-    return 0
+from megatron_cases import run_cases
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
@@ -126,4 +111,4 @@ def build(case: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cases(measure))

@@ -7,6 +7,7 @@ The warm-up leaves compiled modules behind, as an installation does.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -107,9 +108,12 @@ def header() -> str:
 
 def main() -> None:
     """Run every case."""
+    parser = argparse.ArgumentParser(description="Seconds and peak memory of whole processes.")
+    parser.add_argument("--write", action="store_true", help="rewrite results/speed.md")
+    write = parser.parse_args().write
     text = f"{header()}\n{table()}\n"
     print(text)
-    if "--write" in sys.argv:
+    if write:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(text)
 

@@ -15,6 +15,7 @@ from planner.blocks.context import (
     norm_saved,
     residual_add,
 )
+from planner.blocks.ring import ring_passes
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import AttentionSpec
 
@@ -127,13 +128,15 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         result.append(Elementwise("rope", moved, moved, launches, launches))
     result += context_parallel(kv * hd * x * e * 2, (heads + kv) * 2 * hd * x * e, ctx, shard)
     result += core(spec, ctx, shard, heads, kv)
+    query = heads * hd * x * e
+    result += ring_passes(query, query, 2 * kv * hd * x * e, heads * x, ctx, shard)
     if spec.output_gate:
         gated = heads * hd * x * e
         # Forward reads the gate and the output; backward reads both and the gradient, writes two.
         result.append(Elementwise("output_gate", 3.0 * gated, 5.0 * gated))
     result.append(MatMul("proj", x, ctx.hidden, heads * hd))
     result += leave_tensor_parallel("proj", ctx, shard)
-    result.append(residual_add("attention_residual", ctx, shard))
+    result.append(residual_add("attention_residual", ctx, shard, bias=spec.out_bias))
     return tuple(result)
 
 
@@ -187,6 +190,7 @@ def core(
                 min(span, spec.window) if spec.window else span, heads, kv,
                 spec.head_dim, spec.head_dim, causal=spec.causal and not windowed,
                 last=last_queries(ctx, shard, span), exchanged=shard.cp_exchange,
+                blocks=shard.cp_ring,
             ),
         )  # fmt: skip
     return unfused_core(ctx, shard, heads, spec.head_dim, spec.head_dim)
@@ -201,9 +205,11 @@ def last_queries(ctx: BlockContext, shard: Shard, span: int) -> bool | Bools:
     """Where the rank that all others wait for has the last queries of the sequence: it was dealt
     out in order and not exchanged for heads. Documents and chunks within which tokens see each
     other are taken as spread over the ranks."""
-    if ctx.balanced_context or span < shard.sequence:
+    if ctx.balanced_context is True or span < shard.sequence:
         return False
     result: Bools = ~is_kind(shard.cp_kind, "a2a")
+    if ctx.balanced_context == "where_it_splits":
+        result = result & (shard.cp > 1) & (shard.sequence % (2 * shard.cp) != 0)
     return result
 
 
@@ -305,10 +311,13 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
     x, e, hd = shard.tokens, ctx.element_bytes, spec.head_dim
     heads = spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
+    own = kv * hd * x * e
     result = [
-        SavedTensor("qkv", (heads + 2 * kv) * hd * x * e, input_of="core_attn"),
+        SavedTensor("qkv", heads * hd * x * e + 2 * own, input_of="core_attn"),
+        SavedTensor("gathered_kv", gathered_context(2 * own, ctx, shard)),
         SavedTensor("attention_output", heads * hd * x * e, input_of="attn_proj"),
         *output_copy(heads * hd * x * e, ctx),
+        *_output_of_halves(heads * hd * x * e, ctx, shard),
     ]
     if spec.qk_norm != "none":
         rows = (heads + kv) * x if spec.qk_norm == "per_head" else 2 * x
@@ -321,19 +330,36 @@ def saved(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTe
 
 def output_copy(size: Int64, ctx: BlockContext) -> tuple[SavedTensor, ...]:
     """What the output projection keeps of its input beside the core, which keeps it in 16 bits."""
-    if ctx.saved_input_bytes_per_64 is None:
+    if ctx.saved_input_bytes_per_64 is None or "attn_proj" in ctx.original_inputs:
         return ()
     return (SavedTensor("projection_input", ctx.saved_input(size)),)
 
 
-def exchange_working(kv_bytes: Int64, shard: Shard) -> Int64:
+def _output_of_halves(size: Int64, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """What attention over gathered keys and values keeps of its output, where that is not what the
+    output projection keeps: the outputs of both halves of the queries (Transformer Engine 2.4,
+    pytorch/attention/dot_product_attention/context_parallel.py, ``out_per_step`` and ``out``)."""
+    if not ctx.copies_context_output or output_copy(size, ctx):
+        return ()
+    return (SavedTensor("outputs_of_halves", np.where(shard.cp_gather > 1, size, 0), modules=CORE),)
+
+
+def gathered_context(kv_bytes: Int64, ctx: BlockContext, shard: Shard) -> Int64:
+    """Bytes of keys and values of other ranks that wait for the backward, where ``kv_bytes`` are
+    this rank's."""
+    return kv_bytes * (shard.cp_gather - 1) if ctx.keeps_gathered_context else 0 * kv_bytes
+
+
+def exchange_working(kv_bytes: Int64, ctx: BlockContext, shard: Shard) -> Int64:
     """Buffers of context parallelism beside the tensors of this rank.
 
     A ring receives the keys and values of the next block, and their gradients, while it sends
-    those at hand; ``all_gather`` holds all of them, and their gradients before they are scattered.
+    those at hand; ``all_gather`` holds all of them, unless they were kept, and their gradients
+    before they are scattered.
     """
     ring = np.where(shard.cp_ring > 1, 4 * kv_bytes, 0)
-    return np.where(shard.cp_gather > 1, 2 * kv_bytes * shard.cp_gather, ring)
+    copies = 1 if ctx.keeps_gathered_context else 2
+    return np.where(shard.cp_gather > 1, copies * kv_bytes * shard.cp_gather, ring)
 
 
 def core_saved(ctx: BlockContext, shard: Shard, heads: Int64) -> list[SavedTensor]:
@@ -359,4 +385,4 @@ def working(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     if ctx.gathers_heads:
         # Their gradient and its copy in the order of ranks are gone when the input is gathered.
         gathered = np.maximum(gathered, 2 * _joined_bytes(spec, ctx, shard))
-    return gradients + gathered + exchange_working(kv_bytes, shard)
+    return gradients + gathered + exchange_working(kv_bytes, ctx, shard)

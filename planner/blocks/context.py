@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, Op, SavedTensor
 
 Item = TypeVar("Item", bound=Op | SavedTensor)
+
+
+STATISTICS = {"rms": 1, "layer": 2}
+"""fp32 numbers that a norm keeps of each row: the deviation, and of layer norm the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,10 @@ class BlockContext:
     vocab_divisor: int
     logit_saved_bytes: float
     logit_working_bytes: float
+    norms_again: bool = False
+    """Whether residual additions and the norms behind them run again in the backward."""
+    loss_traffic: tuple[int, int] = (26, 14)
+    """Bytes moved per logit by a loss that is not fused, forward and backward."""
     rotary: bool = True
     """Whether queries and keys are rotated; not with a learned position table."""
     expert_imbalance: float = 0.0
@@ -36,10 +44,22 @@ class BlockContext:
     """Who sends tokens to their experts (``hardware_profiles.schema.Dispatcher``)."""
     dtensor: bool = False
     """Whether tensor parallelism is DTensor's rather than Megatron's asynchronous layers."""
+    keeps_gathered_context: bool = False
+    """Whether attention keeps the keys and values that context parallelism gathered for it."""
+    copies_context_output: bool = False
+    """Whether attention over gathered keys and values keeps a copy of its output of its own."""
+    values_are_views: bool = False
+    """Whether values of latent attention keep all of the product that they were split from."""
+    sums_expert_outputs: bool = False
+    """Whether what goes into the experts' last products is weighed, and not their outputs."""
+    splits_latent_down: bool = False
+    """Whether tp splits the down-projections of latent attention by columns."""
     separate: frozenset[str] = frozenset()
     """Projections of one input that are products of their own: ``qkv``, ``gate_up``."""
     sliced_experts: bool = False
     """Whether tp splits every expert over ranks that all have the same tokens."""
+    expert_room: bool = False
+    """Whether experts have buffers for all rows that their group might send them."""
     folded_experts: bool = False
     """Whether ranks of tp, which have the same tokens, deal the tokens' copies out to each other
     before they send them on, and gather all outputs."""
@@ -48,26 +68,38 @@ class BlockContext:
     saved_input_bytes_per_64: int | None = None
     """Bytes of 64 elements of a low-precision product's input while it waits for the backward;
     None: as any other activation."""
+    original_inputs: frozenset[str] = frozenset()
+    """Low-precision products that keep an input which another op keeps in 16 bits."""
     optimizer_scalar_bytes: int = 0
     """Bytes that the optimizer keeps per parameter tensor."""
     rotary_cache_bytes: int = 0
     expert_buffer_bytes: int = 0
     """Bytes per position and head dimension of the rotary factors that each layer holds."""
+    norm_statistics: int = 1
+    """Of :data:`STATISTICS`."""
     norm_copy_bytes: int = 4
     """Per element of the normalised copy of a norm that is not fused."""
+    whole_prediction: bool = False
+    """Whether every tp rank has the projection of prediction modules whole."""
     loss_chunks: int = 1
     """Pieces of the sequence that go through head and loss one after the other."""
+    loss_again: bool = False
+    """Whether the logits of these pieces are made again in the backward."""
     loss_gradient_bytes: int = 0
     """Per weight of the head, where the loss makes their gradient itself."""
     logit_working_bytes_split: float | None = None
     """As ``logit_working_bytes``, where the vocabulary is split over tp."""
 
-    balanced_context: bool = True
+    balanced_context: bool | Literal["where_it_splits"] = True
     """Whether the ranks of context parallelism have equal parts of a causal mask."""
     whole_vocabulary: bool = False
     """Whether every tp rank has embedding and head whole."""
     exchanges_output_again: bool = True
     """Whether two levels of context parallelism exchange attention's output in the backward too."""
+    orders_gathered: bool = False
+    """Whether Transformer Engine gathers keys and values too."""
+    merges_ring: bool = False
+    """Whether the passes that join what a ring's blocks gave are those of Transformer Engine."""
     keeps_gathered: bool = False
     """Whether attention and feed-forward keep what sequence parallelism gathers for them."""
     gathers_heads: bool = False
@@ -155,21 +187,40 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
     )  # fmt: skip
 
 
-def norm(name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = ()) -> Elementwise:
-    """A norm over the residual stream: read and write forward; read two, write one backward."""
+def norm(
+    name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = (), *,
+    shares_input: bool = False,
+) -> Elementwise:  # fmt: skip
+    """A norm over the residual stream: read and write forward; read two, write one backward.
+
+    ``shares_input``: its input goes on as the residual, so the backward sums two gradients.
+    Autograd does that in a kernel of its own (PyTorch, torch/csrc/autograd/input_buffer.cpp): two
+    more are read and one written. Compilers read one more (``gradient_sums``).
+    """
     size = ctx.residual_bytes(shard)
-    return Elementwise(name, 2.0 * size, 3.0 * size, modules=modules)
+    summed, again = 0.0, shares_input and ctx.norms_again
+    if shares_input:
+        summed = 1.0 if "gradient_sums" in ctx.fused else 3.0
+    backward = (3.0 + summed + 2.0 * again) * size
+    return Elementwise(name, 2.0 * size, backward, backward_launches=1 + again, modules=modules)
 
 
-def residual_add(name: str, ctx: BlockContext, shard: Shard) -> Elementwise:
-    """Residual addition (with dropout and its one-byte mask where the model has it)."""
+def residual_add(name: str, ctx: BlockContext, shard: Shard, *, bias: bool = False) -> Elementwise:
+    """Residual addition (with dropout and its one-byte mask where the model has it).
+
+    ``bias``: of the product before it, whose gradient is a sum over rows in a kernel of its own,
+    unless a compiler sums where it makes what is summed.
+    """
     size = ctx.residual_bytes(shard)
     mask = size / ctx.element_bytes if ctx.dropout else 0
+    summed = int(bias and "gradient_sums" not in ctx.fused)
+    dropped = (2.0 * size + mask) if ctx.dropout else 0.0
     fused = "bias_dropout_add" in ctx.fused or not ctx.dropout
-    if fused:
-        return Elementwise(name, 3.0 * size + mask, (2.0 * size + mask) if ctx.dropout else 0.0,
-                           1, 1 if ctx.dropout else 0)  # fmt: skip
-    return Elementwise(name, 5.0 * size + mask, 2.0 * size + mask, 2, 1)
+    forward, count = (3.0 * size + mask, 1) if fused else (5.0 * size + mask, 2)
+    backward, launches = dropped + summed * size, int(ctx.dropout or summed)
+    if ctx.norms_again:
+        backward, launches = backward + forward, launches + count
+    return Elementwise(name, forward, backward, count, launches)
 
 
 def residual_saved(
@@ -229,10 +280,12 @@ def norm_saved(
 ) -> tuple[SavedTensor, ...]:
     """What a norm keeps of ``elements`` in ``rows``, without its output.
 
-    A fused kernel keeps its input and an fp32 statistic per row. Op by op PyTorch casts the input
-    to fp32, keeps that copy and the normalised one as it is scaled, and the statistic.
+    A fused kernel keeps its input and fp32 statistics of each row: ``rsigma``, and ``mu`` of layer
+    norm (Transformer Engine, pytorch/module/layernorm_linear.py; PyTorch's native_layer_norm and
+    Apex's FusedLayerNorm alike). Op by op PyTorch casts the input to fp32, keeps that copy and the
+    normalised one as it is scaled, and the statistics.
     """
-    statistics = SavedTensor(f"{name}_statistics", 4 * rows, modules=modules)
+    statistics = SavedTensor(f"{name}_statistics", 4 * ctx.norm_statistics * rows, modules=modules)
     if "norm" in ctx.fused:
         kept = SavedTensor(f"{name}_input", elements * ctx.element_bytes, input_of=input_of)
         return (kept, statistics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.graph import Int64, Shard
-from cost_models.ops import Collective, Elementwise, MatMul, Op, SavedTensor
+from cost_models.ops import Collective, Elementwise, MatMul, Op, Roofline, SavedTensor
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -47,21 +47,38 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     vocab = vocabulary_rows(ctx, shard)
     logits = 1.0 * x * vocab
     fused = "cross_entropy" in ctx.fused
-    # Unfused: cast to fp32, maximum, subtract-exponentiate, sum, divide; backward: subtract, cast.
-    forward, backward, launches = (4.0, 4.0, 2) if fused else (26.0, 14.0, 8)
+    # Unfused: cast to fp32, maximum, subtract, exponentiate, sum, divide; backward: scale, cast.
+    forward, backward, launches = (4, 4, 2) if fused else (*ctx.loss_traffic, 8)
     scalar = 4 * x
     final = norm("final_norm", ctx, shard)
     product = MatMul("lm_head", x, vocab, ctx.hidden, low_precision=False)
-    loss = Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4)
+    loss: tuple[Op, ...] = (
+        Elementwise("cross_entropy", forward * logits, backward * logits, launches, 4),
+    )
+    if ctx.loss_again:
+        loss += _again(ctx, x, vocab, forward)
     if ctx.whole_vocabulary:
-        return (final, product, loss)
+        return (final, product, *loss)
     return (
         final,
         *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False),
         product,
-        loss,
+        *loss,
         Collective("cross_entropy.reduce", "tp", "all_reduce", scalar, None, 0, forward_count=3),
     )
+
+
+def _again(ctx: BlockContext, tokens: Int64, vocab: Int64, loss_bytes: float) -> tuple[Op, ...]:
+    """Logits and loss that the backward makes a second time, in large pieces."""
+    moved = ctx.element_bytes * (tokens * ctx.hidden + ctx.loss_chunks * vocab * ctx.hidden)
+    logits = 1.0 * tokens * vocab
+    return (
+        Roofline(
+            "lm_head_again", 0.0, 0.0, 2.0 * ctx.hidden * logits,
+            moved + ctx.element_bytes * logits, 0, ctx.loss_chunks,
+        ),
+        Elementwise("cross_entropy_again", 0.0, loss_bytes * logits, 0, ctx.loss_chunks),
+    )  # fmt: skip
 
 
 def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
@@ -70,6 +87,8 @@ def head_saved(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     elements = ctx.residual_bytes(shard) // ctx.element_bytes
     logits = shard.tokens * vocabulary_rows(ctx, shard)
     norms = norm_saved("final_norm", elements, shard.residual_tokens, ctx)
+    if ctx.loss_again:
+        return (*norms, SavedTensor("lm_head_input", product_input_bytes(ctx, shard)))
     if ctx.loss_chunks > 1:
         whole = ctx.gathered_bytes(shard)
         return (
@@ -96,7 +115,7 @@ def head_output(ctx: BlockContext, shard: Shard) -> Int64:
 def head_buffers(ctx: BlockContext, shard: Shard) -> Int64:
     """The gradient of the head's input that a loss in pieces sums in fp32, and its 16-bit copy:
     both stay until the next step makes its own."""
-    if ctx.loss_chunks == 1:
+    if ctx.loss_chunks == 1 or ctx.loss_again:
         return np.zeros_like(shard.tp)
     whole = ctx.gathered_bytes(shard)
     return whole // ctx.element_bytes * 4 + whole
@@ -108,11 +127,14 @@ def head_working(ctx: BlockContext, shard: Shard) -> Int64:
     shard = ctx.vocabulary_shard(shard)
     rows = vocabulary_rows(ctx, shard)
     logits = shard.tokens * rows // ctx.loss_chunks
-    each = _scaled(logits, ctx.logit_working_bytes)
+    kept = ctx.logit_saved_bytes if ctx.loss_again else 0.0
+    each = _scaled(logits, kept + ctx.logit_working_bytes)
     if ctx.logit_working_bytes_split is not None:
         split = _scaled(logits, ctx.logit_working_bytes_split)
         each = np.where(shard.tp > 1, split, each)
     each = each + ctx.loss_gradient_bytes * rows * ctx.hidden
+    if ctx.loss_again:
+        each = each + ctx.residual_bytes(shard)  # the gradients of the pieces before
     if ctx.dtensor:
         return each
     return each + ctx.gathered_bytes(shard) // ctx.loss_chunks

@@ -1,10 +1,16 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), training form.
 
-Down-projections are replicated over tp, up-projections split by head; the attention itself runs
-with expanded keys and values (no weight absorption, which is an inference form).
+Down-projections are replicated over tp (or split by columns, their outputs gathered),
+up-projections split by head; the attention itself runs with expanded keys and values (no weight
+absorption, which is an inference form).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Elementwise, MatMul, Op, SavedTensor
@@ -13,6 +19,7 @@ from planner.blocks.attention import (
     context_parallel,
     core_saved,
     exchange_working,
+    gathered_context,
     last_queries,
     output_copy,
     packed,
@@ -22,9 +29,11 @@ from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
     leave_tensor_parallel,
+    norm_saved,
     residual_add,
     within,
 )
+from planner.blocks.ring import ring_passes
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import LatentAttentionSpec
 
@@ -54,6 +63,16 @@ def weights(spec: LatentAttentionSpec, hidden: int) -> list[Weight]:
     ]
 
 
+def as_split(weights: Iterable[Weight], ctx: BlockContext) -> tuple[Weight, ...]:
+    """A layer's weights as the stack's tp splits them: the down-projections by columns, perhaps."""
+    if not ctx.splits_latent_down:
+        return tuple(weights)
+    down = ("attention.q_down", "attention.kv_down")
+    return tuple(
+        replace(weight, sharding="column") if weight.name in down else weight for weight in weights
+    )
+
+
 def splits(spec: LatentAttentionSpec) -> tuple[split.Split, ...]:
     """Heads over tp, and over cp when exchanged."""
     return (split.heads(spec.heads), split.exchanged(spec.heads))
@@ -79,21 +98,24 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
     latent = spec.kv_lora_rank + spec.qk_rope_head_dim
     up = spec.kv_lora_rank
-    # Megatron projects down its own part of the sequence and gathers the latents; DTensor gathers
-    # the hidden states, and every tp rank projects the whole sequence down.
-    r = x if ctx.dtensor else shard.residual_tokens
+    r = _down_rows(ctx, shard)
     result: list[Op] = [*enter_tensor_parallel("kv_down", ctx, shard)] if ctx.dtensor else []
     if spec.q_lora_rank is not None:
         result.append(MatMul("q_down", r, spec.q_lora_rank, ctx.hidden))
         latent_bytes = (spec.q_lora_rank + up) * r * e
     else:
         latent_bytes = up * r * e
-    result.append(MatMul("kv_down", r, latent, ctx.hidden))
-    result.append(Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2))
-    rotated = 2.0 * heads * qk * x * e
-    up_project: tuple[Op, ...] = (
+    kv_down = MatMul("kv_down", r, latent, ctx.hidden)
+    queries: tuple[Op, ...] = (
         *(() if ctx.dtensor else enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)),
         MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
+    )
+    q_up = within("mla_up_proj", queries)
+    norm = Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2)
+    # torchtitan's save list counts products in the order in which its model runs them.
+    result += [norm, *q_up, kv_down] if ctx.dtensor else [kv_down, norm, *q_up]
+    rotated = 2.0 * heads * qk * x * e
+    up_project: tuple[Op, ...] = (
         MatMul(
             "kv_up", x, heads * (spec.qk_nope_head_dim + v), up, pieces=(spec.qk_nope_head_dim, v)
         ),
@@ -118,40 +140,78 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
                 v,
                 last=last_queries(ctx, shard, span),
                 exchanged=shard.cp_exchange,
+                blocks=shard.cp_ring,
             )
         )
+    result += ring_passes(heads * qk * x * e, heads * v * x * e, kv_bytes, heads * x, ctx, shard)
     result.append(MatMul("proj", x, ctx.hidden, heads * v))
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard))
     return tuple(result)
 
 
+def _down_rows(ctx: BlockContext, shard: Shard) -> Int64:
+    """Rows that a rank projects down.
+
+    Megatron takes the rank's part of the sequence and gathers the latents; DTensor gathers the
+    hidden states, and every tp rank has the latents of all rows (torchtitan,
+    models/deepseek_v3/sharding.py: ``wq_a``, ``wkv_a`` and their norms are replicated).
+    """
+    return shard.tokens if ctx.dtensor else shard.residual_tokens
+
+
 def latent_context(spec: LatentAttentionSpec, ctx: BlockContext) -> BlockContext:
     """A context whose gathered width is that of the latents, which are what tp gathers."""
-    from dataclasses import replace
-
     width = (spec.q_lora_rank or ctx.hidden) + spec.kv_lora_rank + spec.qk_rope_head_dim
     return replace(ctx, hidden=width)
 
 
 def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
-    x, r, e = shard.tokens, shard.residual_tokens, ctx.element_bytes
+    x, e = shard.tokens, ctx.element_bytes
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
-    latent = (spec.q_lora_rank or 0) + spec.kv_lora_rank
+    each = heads * x * e
+    # A gather copies, and nothing else holds the product's output then.
+    held = shard.cp_gather == 1 if ctx.values_are_views else np.zeros_like(shard.tp)
     return (
-        SavedTensor(
-            "latent", (latent + spec.qk_rope_head_dim) * r * e, input_of="qkv_linear"
-        ),
+        *_latents(spec, ctx, shard),
         *within("mla_up_proj", (
-            SavedTensor(
-                "latent_normed", ctx.saved_input(latent * r * e), input_of="qkv_linear"
-            ),
-            SavedTensor("qkv", heads * (2 * qk + v) * x * e, input_of="core_attn"),
+            SavedTensor("qkv", (2 * qk + v) * each, input_of="core_attn"),
+            SavedTensor("keys_beside_values", held * spec.qk_nope_head_dim * each),
+            SavedTensor("gathered_kv", gathered_context((qk + v) * each, ctx, shard)),
         )),
-        SavedTensor("attention_output", heads * v * x * e, input_of="attn_proj"),
-        *output_copy(heads * v * x * e, ctx),
+        SavedTensor("attention_output", v * each, input_of="attn_proj"),
+        *output_copy(v * each, ctx),
         *core_saved(ctx, shard, heads),
+    )  # fmt: skip
+
+
+def _latents(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """What the norms of the latents and the up-projections keep.
+
+    A fused norm keeps its input, a view of the joined down-projection with the rotated part of the
+    keys; op by op a norm casts it, and the projection's output is gone. Where split outputs were
+    gathered, sequence parallelism cuts this rank's rows out again: the queries' are a view of all
+    gathered rows, the keys' and values' a copy (Megatron-Core 0.13.1, core/tensor_parallel/
+    mappings.py, ``_split_along_first_dim``: ``contiguous`` of what is so in one of them only).
+    """
+    rows = _down_rows(ctx, shard)
+    query = spec.q_lora_rank or 0
+    latent, norms = query + spec.kv_lora_rank, 2 if query else 1
+    inputs = latent * rows
+    if "norm" in ctx.fused:
+        cut = (rows < shard.tokens) & ctx.splits_latent_down
+        inputs += np.where(cut, query * (shard.tokens - rows), spec.qk_rope_head_dim * rows)
+    normed = SavedTensor(
+        "latent_normed", ctx.saved_input(latent * rows * ctx.element_bytes),
+        modules=("mla_up_proj",), input_of="qkv_linear",
+    )  # fmt: skip
+    return (
+        *norm_saved(
+            "latent_norm", inputs, norms * rows, ctx, ("mla_up_proj",),
+            input_of="qkv_linear",
+        ),
+        normed,
     )  # fmt: skip
 
 
@@ -160,4 +220,4 @@ def working(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64
     heads = spec.heads // shard.tp
     each = heads * shard.tokens * ctx.element_bytes
     kv_bytes = each * (_qk_dim(spec) + spec.v_head_dim)
-    return 2 * kv_bytes + ctx.gathered_bytes(shard) + exchange_working(kv_bytes, shard)
+    return 2 * kv_bytes + ctx.gathered_bytes(shard) + exchange_working(kv_bytes, ctx, shard)

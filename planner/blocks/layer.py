@@ -9,8 +9,10 @@ import numpy as np
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import Op, SavedTensor
 from cost_models.state import is_expert
+from planner.blocks.attention import local_kv_heads
 from planner.blocks.context import BlockContext, norm, residual_saved
 from planner.blocks.registry import kind_of, parts
+from planner.blocks.ring import forward_buffers
 from planner.models.spec import (
     AttentionSpec,
     BlockSpec,
@@ -34,7 +36,9 @@ def layer_ops(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ..
     result: list[Op] = []
     for index, part in enumerate(parts(block)):
         if not (_one_norm(block) and index):
-            result.append(norm(f"norm{index}", ctx, shard, _norm_modules(part, ctx)))
+            result.append(
+                norm(f"norm{index}", ctx, shard, _norm_modules(part, ctx), shares_input=True)
+            )
         result += kind_of(part).ops(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):
         result.append(norm(f"post_norm{index}", ctx, shard))
@@ -67,7 +71,31 @@ def layer_working(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     largest = ctx.residual_bytes(shard)
     for part in parts(block):
         largest = np.maximum(largest, kind_of(part).working(part, ctx, shard))
-    return largest
+    around: Int64 = np.maximum(largest, _ring_working(block, ctx, shard))
+    return around
+
+
+def _ring_working(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """What a ring's forward holds for a moment beyond what the feed-forward part, not there yet,
+    will keep of the layer; 0 where that is more."""
+    mixer = block.mixer
+    if not isinstance(mixer, AttentionSpec | LatentAttentionSpec) or not (shard.cp_ring > 1).any():
+        return np.zeros_like(shard.tp)
+    if isinstance(mixer, AttentionSpec):
+        keys, value, heads = (
+            mixer.head_dim,
+            mixer.head_dim,
+            local_kv_heads(mixer.kv_heads, shard.tp),
+        )
+    else:
+        keys, value = mixer.qk_nope_head_dim + mixer.qk_rope_head_dim, mixer.v_head_dim
+        heads = mixer.heads // shard.tp
+    each = shard.tokens * ctx.element_bytes
+    kv, output = heads * (keys + value) * each, mixer.heads // shard.tp * value * each
+    later = [kind_of(part).saved(part, ctx, shard) for part in parts(block) if part is not mixer]
+    kept = sum((tensor.bytes for tensors in later for tensor in tensors), np.zeros_like(kv))
+    beyond: Int64 = np.maximum(forward_buffers(kv, output, ctx, shard) - kept, 0)
+    return beyond
 
 
 def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
@@ -89,12 +117,12 @@ def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
 def with_scalars(kind: LayerKind, ctx: BlockContext) -> LayerKind:
     """``kind`` with what the optimizer keeps per parameter tensor among its buffers.
 
-    A tied head is no tensor of its own, and experts are one; projections that share their input are
-    one unless they are separate.
+    A copy of another weight is no tensor of its own, and experts are one; projections that share
+    their input are one unless they are separate.
     """
     tensors: dict[str, int] = {}
     for weight in kind.weights:
-        if weight.name != "head.tied":
+        if not weight.copy:
             tensors[_tensor(weight.name, ctx)] = 1 if is_expert(weight) else weight.count
     size = ctx.optimizer_scalar_bytes * sum(tensors.values())
     return replace(kind, buffer_bytes=lambda shard: kind.buffer_bytes(shard) + size)

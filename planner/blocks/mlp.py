@@ -47,9 +47,11 @@ def activation(name: str, ctx: BlockContext, rows: Int64, width: Int64, *, gated
     read = 2 if gated else 1
     fused = ("swiglu" if gated else "bias_gelu") in ctx.fused
     passes = 1 if fused else (2 if gated or not bias else 3)
+    # The bias's gradient is a sum over rows in a kernel that autograd launches by itself.
+    summed = read if bias and "gradient_sums" not in ctx.fused else 0
     return Elementwise(
-        name, 1.0 * passes * (read + 1) * element, 1.0 * passes * (2 * read + 1) * element,
-        passes, passes,
+        name, 1.0 * passes * (read + 1) * element,
+        1.0 * (passes * (2 * read + 1) + summed) * element, passes, passes,
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def ops(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     return (
         *within("mlp", products("", spec.intermediate, ctx, shard, gated=spec.gated,
                                 bias=spec.bias)),
-        residual_add("mlp_residual", ctx, shard),
+        residual_add("mlp_residual", ctx, shard, bias=spec.bias),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import folded_experts, mlp
-from planner.blocks.context import BlockContext, residual_add, within
+from planner.blocks.context import BlockContext, product_input_bytes, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
@@ -89,6 +89,32 @@ def rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     return own if ctx.sliced_experts else own * shard.etp
 
 
+def hot_rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Whole rows that the experts of the hottest rank see."""
+    hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard))
+    return hot.astype(np.int64)
+
+
+def held_rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Rows that the hottest rank's experts have room for.
+
+    Shapes that cannot depend on routing have room for every token of the group, as often as one
+    may choose experts of the rank (MaxText, layers/moe.py: ``buffer_size``, by samples of a
+    device). Where all tokens are gathered, their copies for other ranks' experts are sorted behind
+    the rank's own.
+    """
+    hot = hot_rows(spec, ctx, shard)
+    if not ctx.expert_room:
+        return hot
+    group = shard.ep * shard.residual_tokens
+    if ctx.moe_dispatcher == "allgather":
+        most = group * shard.etp * spec.top_k
+    else:
+        most = group * np.minimum(spec.top_k, spec.experts // shard.ep)
+    room: Int64 = np.where(shard.ep > 1, np.maximum(hot, most), hot)
+    return room
+
+
 def reorderings(
     ctx: BlockContext, own: Int64, gathered: Int64, local: Int64
 ) -> tuple[tuple[Elementwise, ...], ...]:
@@ -103,6 +129,11 @@ def reorderings(
     if ctx.moe_dispatcher == "hybridep":
         return (), (), (), ()
     if ctx.moe_dispatcher == "deepep":
+        size = 2.0 * gathered
+        return (), (Elementwise("permute", size, size, 2, 2),), (
+            Elementwise("unpermute", size, size, 2, 2),
+        ), ()  # fmt: skip
+    if ctx.expert_room and ctx.moe_dispatcher == "allgather":
         size = 2.0 * gathered
         return (), (Elementwise("permute", size, size, 2, 2),), (
             Elementwise("unpermute", size, size, 2, 2),
@@ -158,14 +189,17 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     gathered = rows(spec, ctx, shard) * h * e
     router = 1.0 * r * spec.experts * 4
     fc1 = (2 if spec.gated else 1) * width
-    inner = hot * width * e
+    held = held_rows(spec, ctx, shard)
+    room = held / hot if ctx.expert_room else 1
+    inner = (held if ctx.expert_room else hot) * width * e
     read = 2 if spec.gated else 1
     routing = Routing(
         tokens=folded_experts.dealt(ctx, shard, r), row_bytes=h * e, experts=spec.experts,
         top_k=spec.top_k, groups=spec.routing_groups,
         group_limit=spec.routing_group_limit,
     )  # fmt: skip
-    before, arrived, leaving, after = reorderings(ctx, own, gathered, local)
+    sorted_bytes = held * h * e if ctx.expert_room else gathered
+    before, arrived, leaving, after = reorderings(ctx, own, sorted_bytes, local)
     deal, restore = folded_experts.around(ctx, shard, copies, h * e)
     inward, outward = exchanges(spec, ctx, own, gathered, routing)
     result: list[Op] = [
@@ -177,10 +211,11 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *_count_exchange(spec, ctx),
         *inward,
         *arrived,
-        GroupedMatMul("expert_fc1", local, hot / local, fc1, h, pieces=(1,) * read),
+        GroupedMatMul("expert_fc1", local, hot / local, fc1, h, pieces=(1,) * read,
+                      room=room),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
-        GroupedMatMul("expert_fc2", local, hot / local, h, width),
+        GroupedMatMul("expert_fc2", local, hot / local, h, width, room=room),
         *leaving,
         *outward,
         *after,
@@ -209,26 +244,51 @@ def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
     h, e = spec.latent or ctx.hidden, ctx.element_bytes
-    hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
-    inner = hot * (spec.intermediate // shard.etp) * e
+    held = held_rows(spec, ctx, shard)
+    inner = held * (spec.intermediate // shard.etp) * e
+    weighed = shard.residual_tokens * spec.top_k
+    if ctx.expert_room and ctx.moe_dispatcher == "allgather":
+        weighed = held // shard.etp
     result = [
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
-        SavedTensor("dispatched", ctx.saved_input(hot * h * e), input_of="expert_fc1"),
+        SavedTensor("dispatched", ctx.saved_input(held * h * e), input_of="expert_fc1"),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner, input_of="moe_act"),
         SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),
-        SavedTensor(
-            "combined", shard.residual_tokens * spec.top_k * h * _weighed_bytes(ctx, shard)
-        ),
+        _weighing(spec, ctx, shard, inner, weighed * h),
     ]
     if spec.gated and "swiglu" not in ctx.fused:
         result.append(SavedTensor("expert_gate_activation", inner, modules=("moe_act",)))
     if spec.latent is not None:
         result.append(SavedTensor("latent_tokens", 2 * shard.residual_tokens * h * e))
     if spec.shared_intermediate:
-        result += within("shared_experts", mlp.inner_saved(
-            "shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated
+        result += within("shared_experts", (
+            *_shared_input(ctx, shard),
+            *mlp.inner_saved("shared_", spec.shared_intermediate, ctx, shard, gated=spec.gated),
         ))  # fmt: skip
     return within("moe", result)
+
+
+def _weighing(
+    spec: MoeSpec, ctx: BlockContext, shard: Shard, inner: Int64, outputs: Int64
+) -> SavedTensor:
+    """What the gradients of the routing probabilities need: the factor that they multiply.
+
+    Where that is the activation's output, a fused SwiGLU computes it again from the first
+    product's (Megatron-Core 0.13.1, core/fusions/fused_bias_swiglu.py, WeightedSwiGLUFunction); it
+    is kept otherwise (core/transformer/moe/experts.py, TEGroupedMLP, bias_act_func).
+    """
+    if not ctx.sums_expert_outputs:
+        return SavedTensor("combined", outputs * _weighed_bytes(ctx, shard))
+    fused = spec.gated and "swiglu" in ctx.fused
+    return SavedTensor("expert_unweighed", 0 * inner if fused else inner, modules=("moe_act",))
+
+
+def _shared_input(ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
+    """What the shared experts' first product keeps of its input beside the router, which keeps it
+    in 16 bits (Megatron-Core 0.14, core/transformer/moe/shared_experts.py)."""
+    if ctx.saved_input_bytes_per_64 is None or "shared_experts" in ctx.original_inputs:
+        return ()
+    return (SavedTensor("shared_input", ctx.saved_input(product_input_bytes(ctx, shard))),)
 
 
 def _weighed_bytes(ctx: BlockContext, shard: Shard) -> Int64:
@@ -245,10 +305,10 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     Where torchtitan weighs the experts' outputs, its backward holds three such tensors before: the
     gradient, and it times the weights and times the outputs.
     """
-    hot = np.ceil(rows(spec, ctx, shard) * imbalance(spec, ctx, shard)).astype(np.int64)
+    held = held_rows(spec, ctx, shard)
     hidden = spec.latent or ctx.hidden
-    inner = hot * (spec.intermediate // shard.etp)
-    gradients = (2 * hot * hidden + (3 if spec.gated else 2) * inner) * ctx.element_bytes
+    inner = held * (spec.intermediate // shard.etp)
+    gradients = (2 * held * hidden + (3 if spec.gated else 2) * inner) * ctx.element_bytes
     gathered = ctx.gathered_bytes(shard)
     if not ctx.dtensor:
         return gradients + gathered

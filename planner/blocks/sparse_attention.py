@@ -151,6 +151,8 @@ def saved(
     latent = 2 * (_rank(spec) + mla.kv_lora_rank) + mla.qk_rope_head_dim + spec.index_head_dim
     return (
         SavedTensor("latent", latent * r * e),
+        # Of the norms of both latents, and of the indexer's layer norm of its key.
+        SavedTensor("latent_statistics", 4 * (2 * ctx.norm_statistics + 2) * r),
         SavedTensor("index_queries", _index(spec) * x * e),
         SavedTensor("picked_keys", 2 * keys * x * 4),
         SavedTensor("queries_and_output", heads * per_head * x * e),

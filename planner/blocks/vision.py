@@ -13,7 +13,7 @@ import numpy as np
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Elementwise, MatMul, Op, Repeat, SavedTensor
-from planner.blocks.context import BlockContext
+from planner.blocks.context import STATISTICS, BlockContext
 from planner.blocks.layer import layer_ops, layer_saved, layer_working
 from planner.blocks.registry import kind_of, parts
 from planner.blocks.tensors import linear, norm
@@ -137,7 +137,10 @@ def _inside(
     tower: VisionSpec, images: Images, ctx: BlockContext, shard: Shard
 ) -> tuple[BlockContext, Shard]:
     """Context and shard of the tower's blocks: images are its samples, patches its tokens."""
-    inner = replace(ctx, hidden=tower.hidden, dropout=False, document=None, rotary=True)
+    inner = replace(
+        ctx, hidden=tower.hidden, dropout=False, document=None, rotary=True,
+        norm_statistics=STATISTICS[tower.norm],
+    )  # fmt: skip
     own = replace(
         shard,
         sequence=images.patches(tower),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from cost_models.graph import Weight
+from cost_models.graph import Weight, WeightSharding
 from planner.blocks import vision
 from planner.blocks.registry import kind_of, parts
 from planner.blocks.tensors import linear, norm
@@ -96,29 +96,48 @@ def head_weights(model: ModelSpec, *, include_tied: bool = False) -> tuple[Weigh
     if not model.tied_embeddings:
         weights.append(Weight("head", model.vocab, width, "vocab"))
     elif include_tied:
-        weights.append(Weight("head.tied", model.vocab, width, "vocab", shared=True))
+        # Megatron-Core's output layer has a weight of its own beside prediction modules, which
+        # nothing reads or sums: logits are made with the copy that they look rows up in.
+        summed = not model.mtp
+        weights.append(Weight("head.tied", model.vocab, width, "vocab", shared=summed, copy=True))
     if model.head_bias:
         weights.append(Weight("head.bias", model.vocab, 1, "vocab"))
     return tuple(weights)
 
 
-def mtp_weights(model: ModelSpec) -> tuple[Weight, ...]:
+def mtp_weights(model: ModelSpec, *, whole: bool = False) -> tuple[Weight, ...]:
     """Weights of all multi-token-prediction modules; empty when there are none.
 
     A module (DeepSeek-V3, arXiv 2412.19437, section 2.2) norms the hidden state and the embedding
     of the next token, projects the pair from 2 x hidden to hidden, and runs one block and a final
-    norm. Embedding and LM head are the model's.
+    norm. Embedding and LM head are the model's. ``whole``: whether tp leaves the projection whole.
     """
+    split: WeightSharding = "replicated" if whole else "column"
     weights: list[Weight] = []
     for run in model.mtp:
         module = [
             *norm("mtp.input_norm", model.hidden, bias=model.norm_bias, count=2),
-            *linear("mtp.projection", model.hidden, 2 * model.hidden, "column"),
+            *linear("mtp.projection", model.hidden, 2 * model.hidden, split),
             *block_weights(model, model.blocks[run.block]),
             *norm("mtp.final_norm", model.hidden, bias=model.norm_bias),
         ]
         weights += (replace(weight, count=weight.count * run.count) for weight in module)
     return tuple(weights)
+
+
+def prediction_tables(model: ModelSpec) -> tuple[Weight, ...]:
+    """The embedding tables again, where prediction modules are not on the first stage.
+
+    Megatron-Core makes a ``LanguageModelEmbedding`` on the stage that holds them and sums the
+    gradient of its word table with the first stage's (core/models/gpt/gpt_model.py,
+    ``mtp_process``; core/distributed/finalize_model_grads.py; alike from 0.13.1 to 0.16.1).
+    """
+    if not model.mtp:
+        return ()
+    tables = [w for w in embedding_weights(model) if w.name in ("embedding", "embedding.position")]
+    return tuple(
+        replace(w, name=w.name.replace("embedding", "embedding.mtp"), copy=True) for w in tables
+    )
 
 
 def parameter_counts(model: ModelSpec) -> ParameterCounts:

@@ -19,7 +19,7 @@ _PLAN_KEYS = {"layout", "prediction", "certificate"}
 def read_plan(reference: str) -> Plan:
     """The plan in file ``reference``, or on standard input for ``-``.
 
-    Raises :class:`RefutedError` for a document with the shape of a plan whose values no plan can
+    Raises :class:`RefutedError` for a document with the keys of a plan whose values no plan can
     have, and :class:`InputError` or ``DocumentError`` for anything else.
     """
     from hardware_profiles.documents import DocumentError, parse_document, read_document, validate
@@ -38,7 +38,7 @@ def read_plan(reference: str) -> Plan:
     try:
         return validate(Plan, data, where=where)
     except DocumentError as error:
-        if isinstance(data, dict) and data.keys() >= _PLAN_KEYS:
+        if isinstance(data, dict) and data.keys() >= _PLAN_KEYS and not error.other_keys:
             raise RefutedError(f"not a valid plan: {error.message}", hint=error.hint) from None
         raise InputError(
             error.message, hint=error.hint or "a plan is what 'planner plan --format json' prints"

@@ -58,7 +58,8 @@ GlobalBatchTokens = Annotated[
     typer.Option("--global-batch-tokens", metavar="TOKENS", help="Tokens per step: 4M, 4Mi."),
 ]
 Precision = Annotated[
-    str | None, typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32, fp8 or nvfp4.")
+    str | None,
+    typer.Option("--precision", metavar="DTYPE", help="bf16, fp16, fp32, fp8, int8 or nvfp4."),
 ]
 Optimizer = Annotated[
     str | None,

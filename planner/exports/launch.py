@@ -30,8 +30,13 @@ class Launch:
         flags = tuple(tuple(paths.get(word, word) for word in flag) for flag in self.flags)
         return replace(self, flags=flags)
 
+    def patterns(self) -> tuple[str, ...]:
+        """Values that an unquoted ``$(...)`` may expand to names of files."""
+        return tuple(word for flag in self.flags for word in flag if set(word) & set("*?["))
+
     def line(self) -> str:
-        """All flags on one line, for an unquoted ``$(...)``: no value needs a shell's quotes."""
+        """All flags on one line, for an unquoted ``$(...)``: no value has blanks, and a shell
+        splits what it inserts by these alone. :meth:`patterns` are what else it may change."""
         return " ".join(word for flag in self.flags for word in flag) + "\n"
 
     def lines(self) -> str:

@@ -14,6 +14,7 @@ from planner.errors import InputError, UnsupportedError
 from planner.exports.launch import Launch
 from planner.exports.megatron_model import model_flags
 from planner.exports.megatron_stages import pipeline_flags, recompute_flags
+from planner.layer_contexts import contexts_of_layers
 from planner.models.kinds import model_of
 from planner.models.spec import ModelSpec, MoeSpec
 from planner.specs import JobSpec
@@ -27,7 +28,9 @@ TARGET = "megatron-core"
 STACKS = (TARGET, "megatron-core-deepep", "megatron-core-mxfp8", "megatron-core-offload")
 """Stacks that are this software, with other flags."""
 
-_CP_KINDS = {"p2p": "p2p", "all_gather": "allgather", "a2a": "a2a", "a2a_p2p": "a2a+p2p"}
+# The flag's help says allgather, transformer_config.py and what reads it all_gather (Transformer
+# Engine, pytorch/attention, attn_forward_func_with_cp).
+_CP_KINDS = {"p2p": "p2p", "all_gather": "all_gather", "a2a": "a2a", "a2a_p2p": "a2a+p2p"}
 _PRECISION: dict[str, tuple[Flag, ...]] = {
     "bf16": (("--bf16",),),
     "fp16": (("--fp16",),),
@@ -68,6 +71,7 @@ def export(plan: Plan) -> Launch:
     flags = (
         *shape,
         *_degree_flags(layout, has_experts=_has_experts(model)),
+        *_context_flags(layout, job, model),
         *stages,
         *recompute,
         *_batch_flags(layout, job),
@@ -116,15 +120,26 @@ def _degree_flags(layout: Layout, *, has_experts: bool) -> list[Flag]:
     flags.append(("--pipeline-model-parallel-size", str(layout.pp)))
     if layout.cp > 1:
         flags.append(("--context-parallel-size", str(layout.cp)))
-        flags.append(("--cp-comm-type", _CP_KINDS[layout.cp_kind]))
-    if layout.cp > 1 and layout.cp_kind == "a2a_p2p":
-        sizes = (str(layout.cp_inner), str(layout.cp // layout.cp_inner))
-        flags.append(("--hierarchical-context-parallel-sizes", *sizes))
     if has_experts:
         flags.append(("--expert-model-parallel-size", str(layout.ep)))
         flags.append(("--expert-tensor-parallel-size", str(layout.etp)))
     if _pipeline_is_inside(layout):
         flags.append(("--use-tp-pp-dp-mapping",))
+    return flags
+
+
+def _context_flags(layout: Layout, job: JobSpec, model: ModelSpec) -> list[Flag]:
+    """The kind of context parallelism, or one for each layer."""
+    if layout.cp == 1:
+        return []
+    listed = [_CP_KINDS[kind] for _, kind in contexts_of_layers(job, model)]
+    one = len(set(listed)) <= 1
+    flags: list[Flag] = [
+        ("--cp-comm-type", *([_CP_KINDS[layout.cp_kind]] if one else listed)),
+    ]
+    if layout.cp_kind == "a2a_p2p":
+        sizes = (str(layout.cp_inner), str(layout.cp // layout.cp_inner))
+        flags.append(("--hierarchical-context-parallel-sizes", *sizes))
     return flags
 
 

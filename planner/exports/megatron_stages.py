@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from cost_models.recompute import group_of
+from hardware_profiles.stack_words import PARTITIONED
+
 if TYPE_CHECKING:
     from planner.exports.launch import Flag
     from planner.plan import Chunk, Layout, Stage
@@ -66,6 +69,10 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     held = [[_size(chunk) for chunk in stage.chunks] for stage in layout.stages]
     whole = counts == [sum(sizes) for sizes in held]
     mode = next(iter(modes))
+    if mode == PARTITIONED:
+        return [*_full("uniform", 1), ("--distribute-saved-activations",)], []
+    if group_of(mode) > 1:
+        return _full("uniform", group_of(mode)), []
     if mode != "full":
         if not whole:
             return [], ["selective recompute of some layers"]

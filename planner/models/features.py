@@ -19,6 +19,7 @@ from planner.models.spec import (
 )
 
 STATE_SPACE = (MambaSpec, Mamba2Spec)
+PREDICTION: ModelFeature = "multi-token prediction"
 SANDWICHED = 3
 """Norms of a block from which on some lie behind its sub-blocks: one before each makes two."""
 
@@ -81,7 +82,7 @@ FEATURES: dict[ModelFeature, Callable[[ModelSpec], bool]] = {
     "shared experts": _any_experts(lambda part: part.shared_intermediate > 0),
     "latent experts": _any_experts(lambda part: part.latent is not None),
     "experts in state-space hybrids": _hybrid_experts,
-    "multi-token prediction": lambda model: bool(model.mtp),
+    PREDICTION: lambda model: bool(model.mtp),
     "RMS norms": lambda model: model.norm == "rms",
     "grouped queries": _any_attention(lambda mixer: mixer.kv_heads < mixer.heads),
 }

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from planner.plan import Layout, Prediction
 
 
-def evaluation_table(layout: Layout, prediction: Prediction) -> RenderableType:
-    """What ``planner evaluate`` shows of a layout on a terminal."""
+def evaluation_table(
+    layout: Layout, prediction: Prediction, position: str = "token"
+) -> RenderableType:
+    """What ``planner evaluate`` shows of a layout on a terminal; ``position``: see
+    :func:`planner.report.parts.headline`."""
     blocks: list[RenderableType] = [
-        parts.headline(prediction),
+        parts.headline(prediction, position),
         Text(),
         parts.section("Layout"),
         layout_words(layout),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from planner.plan import Prediction, Term
+    from planner.plan import HostPrediction, Prediction, Term
 
 BAR_WIDTH = 24
 
@@ -75,8 +75,10 @@ def bar(share: float, *, width: int = BAR_WIDTH) -> Text:
     return Text("█" * cells, style="cyan") + Text("░" * (width - cells), style="dim")
 
 
-def headline(prediction: Prediction) -> Table:
-    """Step time with its band, throughput, MFU and memory: what is asked first."""
+def headline(prediction: Prediction, position: str = "token") -> Table:
+    """Step time with its band, throughput, MFU and memory: what is asked first.
+
+    ``position`` is what a sample is made of."""
     low, high = prediction.step_time_band_s
     table = grid(("", "left"), ("", "left"), ("", "left"))
     table.add_row(
@@ -89,7 +91,7 @@ def headline(prediction: Prediction) -> Table:
         "",
         Text("throughput", style="dim"),
         Text(words.rate(prediction.tokens_per_s_per_device), style="bold"),
-        "tokens/s per device",
+        f"{position}s/s per device",
     )
     table.add_row(
         "",
@@ -98,6 +100,8 @@ def headline(prediction: Prediction) -> Table:
         prediction.mfu_convention,
     )
     table.add_row("", Text("memory", style="dim"), *memory_words(prediction))
+    if prediction.host is not None:
+        table.add_row("", Text("host", style="dim"), *host_words(prediction.host))
     if prediction.price_usd_per_step is not None:
         table.add_row(
             "",
@@ -111,11 +115,10 @@ def headline(prediction: Prediction) -> Table:
 def memory_words(prediction: Prediction) -> tuple[Text, str]:
     """Peak and what it is of, in red where it does not fit."""
     peak, capacity = prediction.max_peak_bytes, prediction.capacity_bytes
-    style = "bold green" if prediction.fits else "bold red"
+    over = peak - prediction.usable_bytes
+    style = "bold red" if over > 0 else "bold green"
     share = f"{peak / capacity * 100:.0f} %" if capacity else "?"
-    verdict = (
-        "" if prediction.fits else f", {format_bytes(peak - prediction.usable_bytes)} too much"
-    )
+    verdict = f", {format_bytes(over)} too much" if over > 0 else ""
     return (
         Text(format_bytes(peak), style=style),
         f"of {format_bytes(capacity)} ({share}) on the fullest device{verdict}: "
@@ -123,6 +126,19 @@ def memory_words(prediction: Prediction) -> tuple[Text, str]:
         f"{format_bytes(prediction.reserved_bytes)} with the allocator's cache; "
         f"a margin of {prediction.memory_margin * 100:.1f} % is kept free",
     )
+
+
+def host_words(host: HostPrediction) -> tuple[Text, str]:
+    """What the fullest node keeps for its devices, in red where it has no room, and what crosses
+    the links."""
+    kept, capacity = host.bytes_per_node, host.capacity_bytes_per_node
+    over = 0 if capacity is None else kept - capacity
+    where = "memory" if host.place == "memory" else "NVMe drives"
+    words = "" if capacity is None else f"of {format_bytes(capacity)} "
+    words += f"in the {where} of the fullest node"
+    words += f", {format_bytes(over)} too much" if over > 0 else ""
+    words += f"; {format_bytes(host.link_bytes_per_node_per_step)} a step over its links"
+    return Text(format_bytes(kept), style="bold red" if over > 0 else "bold"), words
 
 
 def breakdown(terms: Sequence[Term], total: float) -> Table:

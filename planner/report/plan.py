@@ -26,7 +26,7 @@ def plan_table(plan: Plan) -> RenderableType:
     """Everything that ``planner plan`` shows on a terminal."""
     blocks: list[RenderableType] = [
         _title(plan),
-        parts.headline(plan.prediction),
+        parts.headline(plan.prediction, _position(plan)),
         Text(),
         parts.section("Layout"),
         layout_words(plan.layout),
@@ -63,7 +63,9 @@ def _title(plan: Plan) -> RenderableType:
     sequence = job.get("sequence_length")
     tokens = batch * sequence if isinstance(batch, int) and isinstance(sequence, int) else None
     facts = [f"{plan.target.stack} {plan.target.version}".strip()]
-    if batch is not None and tokens is not None:
+    if batch is not None and _position(plan) == "sample":
+        facts.append(f"{batch:,} samples per step")
+    elif batch is not None and tokens is not None:
         facts.append(f"{batch:,} x {sequence:,} = {format_count(tokens)} tokens per step")
     facts += [str(job[key]) for key in ("precision", "optimizer") if job.get(key)]
     return Group(
@@ -71,6 +73,11 @@ def _title(plan: Plan) -> RenderableType:
         Padding(Text(" · ".join(facts), style="dim"), (0, 0, 0, 2)),
         Text(),
     )
+
+
+def _position(plan: Plan) -> str:
+    """What a sample is made of: itself, in networks that are described per sample."""
+    return "sample" if plan.inputs.model.document.get("per") == "sample" else "token"
 
 
 def layout_words(layout: Layout) -> RenderableType:

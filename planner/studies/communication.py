@@ -163,10 +163,6 @@ class _Counter:
         workload = self.request.workload
         if self.request.devices > 1:
             yield Calls("gradient_norm", "world", self.request.devices, "step", "all_reduce", 1, 4)
-        if (
-            workload.tied_embeddings
-            and self.priced.leaf.tied_ns
-            and rank in (0, self.layout.pp - 1)
-        ):
-            size = round(tied_gradient_bytes(workload, self.machine, self.shard).item())
+        if workload.shares_table and self.priced.leaf.tied_ns and rank in (0, self.layout.pp - 1):
+            size = int(tied_gradient_bytes(workload, self.machine, self.shard)[0])
             yield Calls("tied_embedding", "pp", 2, "step", "all_reduce", 1, size)

@@ -297,14 +297,23 @@ def test_catalog_filters_that_leave_nothing(arguments: list[str], message: str) 
     assert message in result.err
 
 
-def test_plan_without_the_pipeline_of_an_asked_schedule_says_so() -> None:
+def test_a_schedule_without_its_pipeline_is_refused() -> None:
     flags = ("--stack", "torchtitan", "--seq-len", "2048", "--global-batch", "64")
     asked = ("--schedule", "zbv", "--format", "json")
     without = planner("plan", "llama-3.1-8b", "dgx-h100:1", *flags, *asked, "--forbid", "pp")
-    assert "schedule zbv was asked for" in " ".join(json.loads(without.out)["warnings"])
+    assert (without.code, without.out) == (2, "")
+    assert "zbv" in without.err
+    assert "hint:" in without.err
     with_ = planner("plan", "llama-3.1-8b", "dgx-h100:1", *flags, *asked, "--fix", "pp=2")
     assert json.loads(with_.out)["layout"]["schedule"] == "zbv"
     assert "was asked for" not in " ".join(json.loads(with_.out)["warnings"])
+
+
+def test_a_best_layout_without_the_pipeline_of_an_asked_schedule_says_so() -> None:
+    flags = ("--seq-len", "2048", "--global-batch", "64", "--schedule", "interleaved")
+    found = json.loads(planner("plan", "llama-3.2-1b", "dgx-h100:1", *flags).out)
+    assert found["layout"]["pp"] == 1
+    assert "schedule interleaved was asked for" in " ".join(found["warnings"])
 
 
 def test_drives_that_no_job_uses_are_said() -> None:

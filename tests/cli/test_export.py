@@ -257,6 +257,30 @@ def test_recompute_counts_become_one_number(sizes, counts, expected) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("partitioned", {("--recompute-num-layers", "1"), ("--distribute-saved-activations",)}),
+        ("full:3", {("--recompute-num-layers", "3")}),
+    ],
+)
+def test_whole_layers_in_parts_and_in_groups_have_flags(
+    mode: str, expected: set[tuple[str, ...]]
+) -> None:
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "recompute": tuple(r.model_copy(update={"mode": mode}) for r in stage.recompute)
+            }
+        )
+        for stage in chunks_with_recompute([[8]], [8])
+    )
+    layout = sample.dense_plan().layout.model_copy(update={"stages": stages})
+    flags, problems = recompute_flags(layout)
+    assert problems == []
+    assert expected | {("--recompute-method", "uniform")} <= set(flags)
+
+
+@pytest.mark.parametrize(
     ("mode", "modules"),
     [
         ("selective", ("core_attn",)),

@@ -66,6 +66,12 @@ def test_an_exported_order_is_the_one_that_was_given(made: Path, tmp_path: Path)
     assert flags["--training.local-batch-size"] == str(samples)
     assert result.out.splitlines()[-1].startswith("activation-checkpoint:")
 
+    unsaid = planner("export", "torchtitan", made)
+    assert (unsaid.code, unsaid.out) == (2, "")
+    assert "a file that is not there yet: schedule.csv" in unsaid.err
+    assert "hint: --files FOLDER" in unsaid.err
+    document = json.loads(planner("export", "torchtitan", made, "--format", "json").out)
+    assert document["files"]["schedule.csv"] == (tmp_path / "schedule.csv").read_text()
     again = planner("export", "torchtitan", made, "--files", tmp_path)
     assert again.code == 0
     (tmp_path / "schedule.csv").write_text("0F0\n")

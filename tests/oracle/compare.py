@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from planner.models.spec import MoeSpec
 from planner.request import Request
 from planner.search import Search, SearchResult
-from tests.oracle.brute import Answer, BruteForce, brute_force, priced_alone
+from tests.oracle.brute import Answer, BruteForce, brute_force
+from tests.oracle.brute_prices import priced_alone
 from tests.oracle.instances import draw
 
 
@@ -98,6 +99,7 @@ def cover(each: Compared, count: Counter[str]) -> None:
     moe = [isinstance(feed, MoeSpec) for feed in feeds]
     count["model: MoE" if all(moe) else "model: mixed" if any(moe) else "model: dense"] += 1
     count["model: tied embeddings"] += request.model.tied_embeddings
+    count["model: prediction modules"] += bool(request.model.mtp)
     limits = request.job.constraints
     count["constraint: fix"] += bool(limits.fix)
     count["constraint: max"] += bool(limits.max)

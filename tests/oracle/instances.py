@@ -35,7 +35,8 @@ from planner.models.spec import (
 )
 from planner.request import Request
 from planner.specs import ConstraintSpec, JobSpec
-from tests.oracle.brute import Prices, apart_of, chunks_of, price_all, rank_peak, work_per_rank
+from tests.oracle.brute_prices import Prices, price_all
+from tests.oracle.brute_sums import apart_of, chunks_of, rank_peak, work_per_rank
 from tests.oracle.layouts import (
     Layout,
     Option,
@@ -296,6 +297,9 @@ def _candidate(rng: Random, stack_name: str | None) -> Request:
     if "interleaved" in stack.schedules and own.random() < 0.1:
         limited = _limit_rounds(job.constraints, own)
         job = job.model_copy(update={"constraints": limited})
+    if "multi-token prediction" not in stack.lacks and own.random() < 0.2:
+        last = model.layers[-1].block
+        model = model.model_copy(update={"mtp": (LayerRun(block=last, count=own.choice((1, 2))),)})
     return Request(model, cluster, job, stack)
 
 

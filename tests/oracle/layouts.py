@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from planner.models.spec import AttentionSpec, MlpSpec, MoeSpec
+from planner.models.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from planner.request import Request
 from tests.oracle.timeline import GIVEN, given_rows, turns
 
@@ -66,9 +66,9 @@ def every_layout(request: Request) -> Iterator[Layout]:
                 if request.global_batch % dp:
                     continue
                 for sp in _sequence_parallel(stack.sequence_parallel, tp):
-                    for kind, inner in _context(stack.cp_kinds, cp):
+                    for kind, inner in _context(listed_kind(request), cp):
                         for ep in factors(experts) if experts else [1]:
-                            for etp in _expert_tp(request, experts, tp):
+                            for etp in _expert_tp(request, experts, tp, world // pp):
                                 for mbs in factors(request.global_batch // dp):
                                     for rep, shard, zero, keep in _sharding(request, dp, cp):
                                         for schedule, vpp, out in _schedules(request, pp):
@@ -86,6 +86,22 @@ def _sequence_parallel(rule: str, tp: int) -> list[int]:
     return [1] if rule == "always" else [0, 1]
 
 
+def listed_kind(request: Request) -> tuple[str, ...]:
+    """The stack's kinds, or the one that a list by layer leaves to the mesh."""
+    listed = request.job.cp_kinds
+    two = [kind for kind in listed if kind in CP_KINDS[3:]]
+    return tuple((two or list(listed))[:1]) or request.stack.cp_kinds
+
+
+def own_kinds(request: Request, block: str, mesh_kind: str) -> set[str]:
+    """Kinds of the layers of a block."""
+    listed = request.job.cp_kinds
+    if not listed:
+        return {mesh_kind}
+    names = [run.block for run in request.model.layers for _ in range(run.count)]
+    return {listed[i % len(listed)] for i, name in enumerate(names) if name == block}
+
+
 def _context(kinds: tuple[str, ...], cp: int) -> Iterator[tuple[str, int]]:
     """Kinds of context parallelism, and the inner group of those that have two levels."""
     if cp == 1:
@@ -97,8 +113,12 @@ def _context(kinds: tuple[str, ...], cp: int) -> Iterator[tuple[str, int]]:
                 yield kind, inner
 
 
-def _expert_tp(request: Request, experts: int, tp: int) -> list[int]:
-    return factors(tp) if experts and request.stack.expert_tensor_parallel else [1]
+def _expert_tp(request: Request, experts: int, tp: int, stage: int) -> list[int]:
+    """Of a stage's devices where the stack says ``any``, else of tensor parallelism's."""
+    shares = request.stack.expert_tensor_parallel
+    if not experts or shares is False:
+        return [1]
+    return factors(stage) if shares == "any" else factors(tp)
 
 
 def _sharding(request: Request, dp: int, cp: int) -> Iterator[tuple[int, int, int, int]]:
@@ -186,7 +206,7 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if not request.model.splits_sequence and (x.cp > 1 or x.sp):
         return False
-    for block in request.model.blocks.values():
+    for name, block in request.model.blocks.items():
         mixer, feed = block.mixer, block.feed_forward
         if mixer is not None:
             if mixer.heads % x.tp:
@@ -197,14 +217,22 @@ def runs(request: Request, x: Layout) -> bool:
                 repeats = request.stack.kv_head_replication and x.tp % mixer.kv_heads == 0
                 if mixer.kv_heads % x.tp and (mixer.output_gate or not repeats):
                     return False
-            dealt = {"a2a": x.cp, "p2p": 1, "all_gather": 1}.get(x.cp_kind, x.cp_inner)
-            if x.cp > 1 and exchanged % (x.tp * dealt):
-                return False
+                muon = request.job.optimizer == "muon"
+                if (
+                    mixer.kv_heads % x.tp
+                    and muon
+                    and "muon_takes_whole_query_groups" in stack.rules
+                ):
+                    return False
             sort = "latent attention"
             if isinstance(mixer, AttentionSpec):
                 sort = "sliding windows" if mixer.window is not None else "plain"
-            if x.cp > 1 and x.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
-                return False
+            for kind in own_kinds(request, name, x.cp_kind):
+                dealt = {"a2a": x.cp, "p2p": 1, "all_gather": 1}.get(kind, x.cp_inner)
+                if x.cp > 1 and exchanged % (x.tp * dealt):
+                    return False
+                if x.cp > 1 and kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
+                    return False
         if isinstance(feed, MlpSpec) and feed.intermediate % x.tp:
             return False
         if isinstance(feed, MoeSpec):
@@ -215,10 +243,12 @@ def runs(request: Request, x: Layout) -> bool:
                 return False
     if (x.dp_shard * x.cp * x.tp) % (x.ep * x.etp):
         return False
-    if x.cp > 1 and (not stack.cp_kinds or request.sequence % (2 * x.cp)):
+    dealt = x.cp * (1 + (stack.balanced_context is True))
+    if x.cp > 1 and (not stack.cp_kinds or request.sequence % dealt):
         return False
     sort = "mixtures of experts" if experts else "models without experts"
-    if x.cp > 1 and x.cp_kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
+    able = stack.cp_kinds_of.get(sort, stack.cp_kinds)
+    if x.cp > 1 and not {*(request.job.cp_kinds or [x.cp_kind])} <= {*able}:
         return False
     if x.sp and request.sequence % (x.cp * x.tp):
         return False
@@ -243,6 +273,9 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "moe_with_tp_needs_sequence_parallel" in rules and experts and x.tp > 1 and not x.sp:
         return False
+    exchanged = experts and x.tp > 1 and x.ep > 1
+    if "ep_with_tp_needs_sequence_parallel" in rules and exchanged and not x.sp:
+        return False
     if "no_sequence_parallelism_with_context" in rules and x.sp and x.cp > 1:
         return False
     if "no_experts_with_tp" in rules and experts and x.tp > 1:
@@ -251,12 +284,25 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "experts_follow_tp" in rules and experts and x.etp != x.tp:
         return False
+    if "experts_over_data_or_context" in rules and x.dp % x.ep and x.cp % x.ep:
+        return False
+    if "no_accumulation_in_fp8" in rules and request.job.precision == "fp8" and x.pp == 1 and m > 1:
+        return False
+    if request.job.optimizer == "muon" and (
+        (x.tp > 1 and not stack.muon.tensor_parallel) or (x.pp > 1 and not stack.muon.pipeline)
+    ):
+        return False
     if "no_experts" in rules and experts:
         return False
     if "no_tied_embeddings_in_pipeline" in rules and request.model.tied_embeddings and x.pp > 1:
         return False
     if "no_tied_embeddings" in rules and request.model.tied_embeddings:
         return False
+    if isinstance(request.model, ModelSpec) and request.model.mtp and request.job.mtp:
+        if "no_prediction_in_pipeline" in rules and x.pp > 1:
+            return False
+        if "no_prediction_with_context" in rules and x.cp > 1:
+            return False
     if "no_pipeline" in rules and x.pp > 1:
         return False
     if "no_expert_parallelism" in rules and x.ep > 1:
@@ -268,16 +314,28 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "no_zero_2_with_pipeline" in rules and x.zero == 2 and x.pp > 1:
         return False
+    if "zero_2_needs_pipeline" in rules and x.zero == 2 and x.pp < 2:
+        return False
     if "zero_1_shards_over_all" in rules and x.zero == 1 and x.dp_shard != x.dp:
         return False
     nodes_filled, rest = divmod(x.dp_shard * x.cp, request.cluster.groups[0].node.devices_per_node)
     if "shards_fill_nodes" in rules and (rest or nodes_filled < 2):
+        return False
+    a_node = request.cluster.groups[0].node.devices_per_node
+    replicas = x.zero > 0 and x.dp_shard < x.dp
+    if "hybrid_shards_are_nodes" in rules and replicas and x.dp_shard != a_node:
+        return False
+    if "replicas_share_weights" in rules and replicas and x.dp_shard == 1:
+        return False
+    if "no_accumulation" in rules and m > 1:
         return False
     keeps = stack.reshard_group
     if keeps == "node":
         keeps = request.cluster.groups[0].node.devices_per_node
     spread = x.dp_shard * x.cp
     if x.zero == 3 and keeps not in (None, "any") and spread > keeps and spread % keeps:
+        return False
+    if "dense_zero_2_in_pipelines" in rules and x.zero == 2 and x.pp == 1 and not experts:
         return False
     if x.zero == 3 and x.cp > 1 and "no_zero_3_with_context" in rules:
         return False

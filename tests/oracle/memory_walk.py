@@ -49,7 +49,11 @@ class Case:
 
     @property
     def stack(self) -> StackSpec:
-        return load_stack(self.stack_name)
+        """With stage 0 where its space has none: what holds the state whole is walked over too."""
+        stack = load_stack(self.stack_name)
+        if self.zero or 0 in stack.zero_stages:
+            return stack
+        return stack.model_copy(update={"zero_stages": (0, *stack.zero_stages)})
 
     @property
     def dtensor(self) -> bool:
@@ -64,6 +68,10 @@ class Case:
     def rows(self) -> int:
         """Tokens of the residual stream on a rank."""
         return self.tokens // (self.tp if self.sp else 1)
+
+    @property
+    def gathers_context(self) -> bool:
+        return self.cp > 1 and self.cp_kind == "all_gather"
 
     @property
     def narrow(self) -> int:
@@ -94,6 +102,10 @@ class Case:
         runs = self.model.layers
         return [self.model.blocks[run.block] for run in runs for _ in range(run.count)]
 
+    def predictions(self) -> list[BlockSpec]:
+        """The block of each module that predicts one token more."""
+        return [self.model.blocks[run.block] for run in self.model.mtp for _ in range(run.count)]
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -103,15 +115,18 @@ class Tensor:
     made_by: tuple[str, ...] = ()
 
 
+def statistics(case: Case) -> int:
+    """Bytes in fp32 that a norm keeps of a row: the deviation and, of layer norm, the mean."""
+    return 8 if case.model.norm == "layer" else 4
+
+
 def norm(case: Case, *made_by: str) -> Iterator[Tensor]:
-    """A norm over the residual stream: input and one fp32 statistic of each row.
+    """A norm over the residual stream: input and statistics of each row.
 
     Op by op the input is cast to fp32 and the normalised copy is kept before it is scaled.
-    Deviation by design: layer norm keeps two statistics of a row (mean and deviation), the planner
-    counts one for it as for RMS norm, 4 of some 2 x hidden bytes.
     """
     elements = case.rows * case.model.hidden
-    yield Tensor(4 * case.rows, made_by)
+    yield Tensor(statistics(case) * case.rows, made_by)
     if "norm" in case.stack.fused:
         yield Tensor(2 * elements)
     else:
@@ -141,7 +156,14 @@ def core_attention(case: Case, heads: int, qk: int, kv: int, v: int) -> Iterator
     yield Tensor(2 * case.tokens * heads * qk, made_by)
     yield Tensor(2 * case.tokens * kv * qk, made_by)
     yield Tensor(2 * case.tokens * kv * v, made_by)
+    if case.gathers_context and case.stack.layers.gathered_context == "kept":
+        others = case.cp - 1
+        yield Tensor(2 * case.tokens * others * kv * (qk + v), made_by)
     yield Tensor(2 * case.tokens * heads * v)
+    copied = case.stack.layers.gathered_context_output == "twice" and case.precision != "fp8"
+    if case.gathers_context and copied:
+        # Transformer Engine keeps the outputs of both halves of the queries beside their copy.
+        yield Tensor(2 * case.tokens * heads * v, ("core_attn",))
     yield Tensor(4 * case.tokens * heads, ("core_attn",))
     if case.precision == "fp8":
         # The output projection's own copy of its input.
@@ -168,21 +190,39 @@ def attention(case: Case, spec: AttentionSpec) -> Iterator[Tensor]:
 
 
 def latent_attention(case: Case, spec: LatentAttentionSpec) -> Iterator[Tensor]:
-    """Down-projections of the rank's own rows, norms of the latents, up-projections by head.
+    """Down-projections, norms of the latents, up-projections by head.
 
-    Deviation by design: the fp32 statistic per row of each latent norm is not counted.
+    Megatron projects the rank's own rows down, DTensor all rows on every rank. Values that nobody
+    copies hold the product that they were split from, the keys' part of it too.
     """
     yield from norm(case, "layernorm")
     yield from linear_input(case, 2, "layernorm")
-    query, key = spec.q_lora_rank or 0, spec.kv_lora_rank
-    yield Tensor(2 * case.rows * query)
-    yield Tensor(2 * case.rows * (key + spec.qk_rope_head_dim))
-    yield Tensor(case.narrow * case.rows * query, ("mla_up_proj",))
-    yield Tensor(case.narrow * case.rows * key, ("mla_up_proj",))
+    rows = case.tokens if case.dtensor else case.rows
+    # Gathered from split projections: the queries' rows are a slice of all, the keys' are copied.
+    gathered = case.stack.layers.latent_down == "split" and case.sp and case.tp > 1
+    rotated = 0 if gathered else rows * spec.qk_rope_head_dim
+    others = (case.tokens - rows) * (spec.q_lora_rank or 0) if gathered else 0
+    for width, beside in ((spec.q_lora_rank or 0, others), (spec.kv_lora_rank, rotated)):
+        if width:
+            yield from latent_norm(case, rows, width, beside)
+            yield Tensor(case.narrow * rows * width, ("mla_up_proj",))
     heads = spec.heads // case.tp
     qk = spec.qk_nope_head_dim + spec.qk_rope_head_dim
     yield from core_attention(case, heads, qk, heads, spec.v_head_dim)
+    if case.stack.layers.latent_values == "view" and not case.gathers_context:
+        yield Tensor(2 * case.tokens * heads * spec.qk_nope_head_dim, ("mla_up_proj",))
     yield from dropout(case)
+
+
+def latent_norm(case: Case, rows: int, width: int, beside: int) -> Iterator[Tensor]:
+    """Statistics of each row and the input, with the elements that share its storage; op by op an
+    fp32 copy of the input alone and the normalised one."""
+    yield Tensor(statistics(case) * rows, ("mla_up_proj",))
+    if "norm" in case.stack.fused:
+        yield Tensor(2 * (rows * width + beside))
+    else:
+        yield Tensor(4 * rows * width)
+        yield Tensor(4 * rows * width, ("mla_up_proj",))
 
 
 def feed_forward(case: Case, rows: int, width: int, gated: bool, *made_by: str) -> Iterator[Tensor]:
@@ -219,10 +259,17 @@ def moe(case: Case, spec: MoeSpec) -> Iterator[Tensor]:
     arrived, width = routed * case.etp, spec.intermediate // case.etp
     yield Tensor(case.narrow * arrived * hidden, ("moe",))
     yield from feed_forward(case, arrived, width, spec.gated, "moe")
-    # Outputs of the experts, which the gradient of their weights needs; torchtitan weighs in fp32.
-    yield Tensor((4 if case.dtensor else 2) * routed * hidden, ("moe",))
+    if case.stack.layers.expert_outputs == "weighed":
+        # The gradient of their weights needs the experts' outputs; torchtitan weighs in fp32.
+        yield Tensor((4 if case.dtensor else 2) * routed * hidden, ("moe",))
+    elif not spec.gated or "swiglu" not in case.stack.fused:
+        # It needs the activation, which only fused SwiGLU computes again.
+        yield Tensor(2 * arrived * width, ("moe_act", "moe"))
     if spec.shared_intermediate:
         width = spec.shared_intermediate // case.tp
+        if case.precision == "fp8":
+            # linear_fc1's own copy of what the router keeps.
+            yield Tensor(case.rows * hidden, ("shared_experts", "moe"))
         yield from feed_forward(case, case.tokens, width, spec.gated, "shared_experts", "moe")
     yield from dropout(case)
 
@@ -246,7 +293,31 @@ def embedding(case: Case) -> int:
     return 8 * case.tokens + sum(tensor.bytes for tensor in dropout(case))
 
 
+def predictions(case: Case) -> int:
+    """MultiTokenPredictionLayer: the lookup of the next tokens (enorm) and the hidden states
+    (hnorm), both concatenated for eh_proj, a layer, and the head once more (final_layernorm).
+
+    Megatron's eh_proj is gathered over tp and cut into rows by a view: the layer's first norm keeps
+    all of them. torchtitan's is whole and reads a rank's own rows."""
+    total = 0
+    whole = case.stack.layers.prediction_projection == "whole"
+    for block in case.predictions():
+        norms = [*norm(case), *norm(case)]
+        read = case.tokens if case.dtensor and not whole else case.rows
+        pair = 2 * case.narrow * read * case.model.hidden
+        layers = layer(case, block)
+        total += 0 if whole else case.gathered - case.residual
+        total += embedding(case) + pair + output(case)
+        total += sum(tensor.bytes for tensor in (*norms, *layers))
+    return total
+
+
 def head(case: Case) -> int:
+    """The output layer, and what modules that predict further tokens leave behind it."""
+    return output(case) + predictions(case)
+
+
+def output(case: Case) -> int:
     """Final norm, input of the output layer, and the softmax in fp32; of a loss in pieces the
     logits of one piece in 16 bits, and the gathered input beside its gradient."""
     kept = sum(tensor.bytes for tensor in norm(case))
@@ -262,10 +333,12 @@ def head(case: Case) -> int:
 
 def context_buffers(case: Case, keys_and_values: int) -> int:
     """A ring receives the next block's keys and values and their gradients while it works on those
-    at hand (2 x 2); a gather holds all ranks' and their gradients."""
+    at hand (2 x 2); a gather holds all ranks', unless they wait already, and their gradients."""
     if case.cp == 1 or case.cp_kind == "a2a":
         return 0
-    return keys_and_values * (4 if case.cp_kind == "p2p" else 2 * case.cp)
+    if case.cp_kind == "p2p":
+        return 4 * keys_and_values
+    return keys_and_values * case.cp * (1 if case.stack.layers.gathered_context == "kept" else 2)
 
 
 def backward(case: Case, block: BlockSpec) -> int:
@@ -296,7 +369,40 @@ def backward(case: Case, block: BlockSpec) -> int:
         if case.dtensor:
             # The gradient in fp32, it times the weights, and it times the outputs.
             most.append(3 * 4 * routed * case.model.hidden)
-    return max(most)
+    return max([*most, ring_forward(case, block)])
+
+
+def ring_forward(case: Case, block: BlockSpec) -> int:
+    """Transformer Engine's ring receives each block in a buffer of its own and keeps each block's
+    output until all are added; the feed-forward part has kept nothing yet."""
+    mixer, forward = block.mixer, block.feed_forward
+    ring = case.cp > 1 and case.cp_kind == "p2p"
+    if not ring or not case.stack.layers.ring_merge.startswith("transformer_engine"):
+        return 0
+    heads = value = pair = 0
+    if isinstance(mixer, AttentionSpec):
+        heads, value = mixer.heads // case.tp, mixer.head_dim
+        pair = kv_heads(case, mixer) * 2 * mixer.head_dim
+    elif isinstance(mixer, LatentAttentionSpec):
+        heads, value = mixer.heads // case.tp, mixer.v_head_dim
+        pair = heads * (mixer.qk_nope_head_dim + mixer.qk_rope_head_dim + value)
+    before = [*norm(case), *linear_input(case, 0), *dropout(case)]
+    after: list[Tensor] = []
+    if isinstance(forward, MlpSpec):
+        before = [*norm(case), *linear_input(case, 1), *dropout(case)]
+        after = list(mlp(case, forward))
+    elif isinstance(forward, MoeSpec):
+        after = list(moe(case, forward))
+    later = sum(tensor.bytes for tensor in after) - sum(tensor.bytes for tensor in before)
+    return 2 * case.tokens * case.cp * (pair + heads * value) - later
+
+
+def head_backward(case: Case) -> int:
+    """Short-lived bytes of the head: of its loss, or of a prediction's layer, whose backward runs
+    when the softmaxes of all losses are gone."""
+    blocks = case.predictions()
+    logits = 4 * case.tokens * case.vocabulary * (1 + len(blocks))
+    return max([loss_backward(case), *(backward(case, block) - logits for block in blocks)])
 
 
 def loss_backward(case: Case) -> int:

@@ -24,6 +24,8 @@ def on_rank(case: Case, rank: int, chunks: Chunks) -> dict[str, int]:
         weights = [each for block in blocks[start:stop] for each in parameters.layer(case, block)]
         ahead = parameters.embedding(case) if stage == 0 else []
         behind = parameters.head(case) if stage == last else []
+        if stage == last:
+            ahead = ahead or parameters.tables_of_predictions(case)
         held.append([*ahead, *weights, *behind])
     found = parameters.state(case, held, first=rank == 0)
     sizes, shorts = [], []
@@ -116,7 +118,7 @@ def chunk(
         units = output_weights(case)
         kept = tensors.head(case)
         size += kept
-        loss = tensors.loss_backward(case)
+        loss = tensors.head_backward(case)
         if case.dtensor and case.pp > 1:
             # The schedule holds the 16-bit logits until the loss is over.
             loss += 2 * case.tokens * case.vocabulary * (case.chunks == 1)
@@ -124,7 +126,7 @@ def chunk(
         loss += gathered(case, units, ahead=0)
         moments.append((max(loss, end_reduced(case, units, case.chunks > 1) - by_then), 0))
         behind = max(behind, in_flight(case, units))
-        moments.append((short + behind, kept))
+        moments.append((short + behind + waiting(case), kept))
     else:
         moments.append((short + behind, 0))
     if first:
@@ -133,10 +135,18 @@ def chunk(
     return size, moments
 
 
+def waiting(case: Case) -> int:
+    """The 16-bit gradient of the predictions' lookups where the embedding's module is theirs: it is
+    summed with the embedding's own, behind all layers."""
+    shared = case.pp == 1 and case.model.mtp
+    return 2 * parameters.elements(parameters.embedding(case)[:1]) if shared else 0
+
+
 def output_weights(case: Case) -> list[parameters.Parameter]:
     """Those that the head uses, be they its own or the embedding's."""
     own = parameters.head(case)
-    return [*own, parameters.embedding(case)[0]] if case.model.tied_embeddings else own
+    shared = case.model.tied_embeddings and case.pp == 1
+    return [*own, parameters.embedding(case)[0]] if shared else own
 
 
 def gathered(case: Case, units: list[parameters.Parameter], ahead: int) -> int:

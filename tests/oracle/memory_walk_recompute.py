@@ -73,8 +73,8 @@ def products(case: Case, block: BlockSpec) -> Iterator[int]:
         rope = mixer.qk_rope_head_dim
         if mixer.q_lora_rank:
             yield 2 * case.tokens * mixer.q_lora_rank
-        yield 2 * case.tokens * (mixer.kv_lora_rank + rope)
         yield 2 * case.tokens * heads * (nope + rope)
+        yield 2 * case.tokens * (mixer.kv_lora_rank + rope)
         yield 2 * case.tokens * heads * (nope + mixer.v_head_dim)
     yield 2 * case.tokens * hidden
     if isinstance(forward, MoeSpec):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import lcm
 
 from planner.models.spec import AttentionSpec, BlockSpec, LatentAttentionSpec, MlpSpec, MoeSpec
@@ -27,6 +28,8 @@ class Parameter:
     low_precision: bool = False
     expert: bool = False
     count: int = 1
+    alone: bool = False
+    """Whether a bucket holds nothing else: a table that two stages share (``shared_embedding``)."""
 
     @property
     def elements(self) -> int:
@@ -63,17 +66,18 @@ def attention(case: Case, spec: AttentionSpec) -> Iterator[Parameter]:
 
 def latent_attention(case: Case, spec: LatentAttentionSpec) -> Iterator[Parameter]:
     hidden, heads = case.model.hidden, spec.heads // case.tp
+    down = case.tp if case.stack.layers.latent_down == "split" else 1
     nope, rope = spec.qk_nope_head_dim, spec.qk_rope_head_dim
     yield from norm(case, "norm")
     yield from linear(hidden, heads * spec.v_head_dim, "proj")
     queries = heads * (nope + rope)
     if spec.q_lora_rank:
-        yield from linear(spec.q_lora_rank, hidden, "q_down")
+        yield from linear(spec.q_lora_rank // down, hidden, "q_down")
         yield Parameter(spec.q_lora_rank, 1, "q_norm")
         yield from linear(queries, spec.q_lora_rank, "q_up")
     else:
         yield from linear(queries, hidden, "q")
-    yield from linear(spec.kv_lora_rank + rope, hidden, "kv_down")
+    yield from linear((spec.kv_lora_rank + rope) // down, hidden, "kv_down")
     yield Parameter(spec.kv_lora_rank, 1, "kv_norm")
     yield from linear(heads * (nope + spec.v_head_dim), spec.kv_lora_rank, "kv_up")
 
@@ -123,17 +127,38 @@ def layer(case: Case, block: BlockSpec) -> list[Parameter]:
 
 
 def embedding(case: Case) -> list[Parameter]:
-    found = [Parameter(case.vocabulary, case.model.hidden, "embedding")]
+    shared = case.pp > 1 and (case.model.tied_embeddings or bool(case.model.mtp))
+    found = [Parameter(case.vocabulary, case.model.hidden, "embedding", alone=shared)]
     if case.model.position_embeddings:
         found.append(Parameter(case.model.position_embeddings, case.model.hidden, "positions"))
     return found
 
 
+def predictions(case: Case) -> list[Parameter]:
+    """Modules that predict further tokens (MultiTokenPredictionLayer)."""
+    hidden, found = case.model.hidden, []
+    for block in case.predictions():
+        found += norm(case, "enorm")
+        found += norm(case, "hnorm")
+        whole = case.stack.layers.prediction_projection == "whole"
+        found += linear(hidden // (1 if whole else case.tp), 2 * hidden, "eh_proj")
+        found += layer(case, block)
+        found += norm(case, "predicted_norm")
+    return found
+
+
+def tables_of_predictions(case: Case) -> list[Parameter]:
+    """Behind a pipeline they have an embedding module of their own (GPTModel, mtp_process)."""
+    return embedding(case) if case.pp > 1 and case.model.mtp else []
+
+
 def head(case: Case) -> list[Parameter]:
-    """Final norm and output layer, which shares the embedding's weights where they are tied."""
-    found = list(norm(case, "final_norm"))
-    if not case.model.tied_embeddings:
-        found.append(Parameter(case.vocabulary, case.model.hidden, "output"))
+    """Final norm, predictions, and output layer, which shares the embedding's weights where both
+    are tied and on one stage; its own weight is there all the same beside predictions."""
+    found = [*norm(case, "final_norm"), *predictions(case)]
+    if not case.model.tied_embeddings or case.pp > 1:
+        shared = case.model.tied_embeddings and not case.model.mtp
+        found.append(Parameter(case.vocabulary, case.model.hidden, "output", alone=shared))
     return found
 
 
@@ -152,20 +177,22 @@ def buffer(case: Case, parameters: list[Parameter], *, expert: bool, bucketed: b
     """Elements of Megatron-Core's buffer, which is filled from the last parameter to the first:
     each starts at a multiple of 64, each bucket ends at one of lcm(ranks, 128), and a bucket is
     full with 40 million elements or one million per rank."""
-    sizes: dict[tuple[int, str], list[int]] = {}
-    for n, parameter in enumerate(parameters):
-        if parameter.expert == expert:
-            same = n and parameters[n - 1].stored_in == parameter.stored_in
-            key = (n - 1 if same else n, parameter.stored_in)
-            size = parameter.rows * parameter.cols
-            held = sizes.setdefault(key, [0] * parameter.count)
-            sizes[key] = [old + size for old in held]
+    sizes: list[tuple[int, bool]] = []
+    for _, parts in groupby(
+        (parameter for parameter in parameters if parameter.expert == expert),
+        key=lambda parameter: parameter.stored_in,
+    ):
+        tensors = list(parts)
+        size = sum(part.rows * part.cols for part in tensors)
+        sizes += [(size, tensors[0].alone)] * tensors[0].count
     end = start = 0
     split, ranks = lcm(ways(case, expert=expert), 128), case.dp * case.cp
-    flat = [size for each in sizes.values() for size in each]
-    for size in reversed(flat):
-        end = -(-end // 64) * 64 + size
-        if bucketed and end - start >= max(40_000_000, 1_000_000 * ranks):
+    for size, alone in reversed(sizes):
+        end = -(-end // 64) * 64
+        if alone:
+            end = -(-end // split) * split
+        end += size
+        if alone or (bucketed and end - start >= max(40_000_000, 1_000_000 * ranks)):
             start = end = -(-end // split) * split
     return -(-end // split) * split
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from planner.refute import better_layout
 from planner.request import Request
 from planner.specs import ConstraintSpec
-from tests.oracle.brute import price_all
+from tests.oracle.brute_prices import price_all
 from tests.oracle.compare import compare, differences
 from tests.oracle.instances import _needs, _sizes, draw
 from tests.oracle.layouts import every_layout

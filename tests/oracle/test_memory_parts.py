@@ -91,3 +91,20 @@ def test_latent_attention_keeps_queries_keys_and_values() -> None:
             kept = {tensor.name: np.ravel(tensor.bytes)[0] for tensor in kind.saved(shard)}
             assert kept["qkv"] == 2 * 2048 * (16 // tp) * (192 + 192 + 128)
             assert kept["attention_output"] == 2 * 2048 * (16 // tp) * 128
+
+
+def test_buffers_take_room_at_the_peak_of_every_rank() -> None:
+    """Rotary factors of twice the bytes: each rank needs as much more as its layers' factors take
+    (2,048 tokens, 128 wide, 8 bytes more for each pair of them and 16 layers, and no weight)."""
+    stages = []
+    for size in (4, 8):
+        stack = load_stack("torchtitan")
+        stack = stack.model_copy(update={"rotary_cache_bytes": {"default": size}})
+        job = JobSpec(sequence_length=2048, global_batch=32, stack=stack.name)
+        request = Request(read_model("llama-3.1-8b"), load_cluster("dgx-h100:1"), job, stack)
+        found = evaluate(request, {"pp": 2, "zero_stage": 2, "recompute": "full"})
+        stages.append(found.prediction.stages)
+    for small, large in zip(*stages, strict=True):
+        more = 4 * 2048 * 128 * 16
+        assert term(large, "buffers") - term(small, "buffers") == more
+        assert large.peak_bytes - small.peak_bytes == more

@@ -24,7 +24,8 @@ WANTED = (
     "optimum: recompute full", "optimum: recompute of some of a stage's layers",
     "optimum: recompute differs by stage", "optimum: uneven stages",
     "optimum: an end stage without layers", "optimum: schedule gpipe", "optimum: schedule 1f1b",
-    "optimum: schedule interleaved", "model: mixed", "constraint: fix", "constraint: max",
+    "optimum: schedule interleaved", "model: mixed", "model: prediction modules",
+    "constraint: fix", "constraint: max",
     "constraint: forbid", "constraint: size of rounds", "several nodes", "devices 3", "devices 5",
     "devices 6", "devices 7",
 )  # fmt: skip

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from cost_models.graph import Shard
 from cost_models.memory import activation_bytes
 from cost_models.recompute import mode_rows
-from hardware_profiles.loader import load_cluster, load_stack
+from hardware_profiles.loader import catalog_names, load_cluster, load_stack
+from hardware_profiles.stack import StackSpec
+from planner.errors import InputError
 from planner.models.reader import read_model
 from planner.models.spec import ModelSpec
 from planner.pipeline import evaluate
@@ -93,7 +95,11 @@ def test_recomputation_never_keeps_more(
     request = Request(model, load_cluster("dgx-h100:1"), job, stack)
     one = np.ones(1, dtype=np.int64)
     place_on = Shard(sequence, one, tp * one, one, one, one, np.array([tp > 1]), 0 * one)
-    modes = [named_policy(n, stack) for n in stack.recompute if n != "none"]
+    names = set(stack.recompute) - {"none", "custom"}
+    if stack.save_lists is not None:
+        kept_outputs = st.sets(st.sampled_from(stack.save_lists.outputs), min_size=1)
+        names.add("custom:" + "+".join(sorted(data.draw(kept_outputs))))
+    modes = [named_policy(n, stack) for n in sorted(names)]
     if stack.recompute_modules:
         some = data.draw(st.sets(st.sampled_from(stack.recompute_modules), min_size=2))
         fewer = some - {sorted(some)[0]}
@@ -106,25 +112,71 @@ def test_recomputation_never_keeps_more(
             assert kept[0] <= kept[1]
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(places, st.sampled_from((0, 1, 2, 3)))
-def test_sharding_never_holds_more_state(
-    place: tuple[str, str, int, str, int], stage_of_zero: int
-) -> None:
-    """Of one ZeRO stage to the next, where the stack has both."""
-    name, stack, tp, recompute, sequence = place
-    stages = sorted(load_stack(stack).zero_stages)
-    if stage_of_zero not in stages[1:] or (stage_of_zero == 2 and stack != "megatron-core"):
-        return  # FSDP2's stage 2 holds gathered weights beside the shards.
-    below = stages[stages.index(stage_of_zero) - 1] if stage_of_zero != 3 else 0
-    if below == 0 and tp > 1 and stack != "megatron-core":
-        return  # replication alone does not combine there
-    held = []
-    for zero in (below, stage_of_zero):
-        layout = {"tp": tp, "recompute": recompute, "zero_stage": zero}
-        found = stage(MODELS[name], stack, layout, sequence, 1)
-        held.append(sum(term.bytes or 0 for term in found.memory if term.name in STATE))
-    assert held[1] <= held[0]
+def persistent_bytes(found: StagePrediction) -> int:
+    return sum(term.bytes or 0 for term in found.memory if term.name in STATE)
+
+
+def runs(model: str, stack: StackSpec, layout: dict[str, int | str]) -> StagePrediction | None:
+    """The stage of a layout with the stack's first way to recompute, or None where it has none."""
+    job = JobSpec(sequence_length=1024, global_batch=8, stack=stack.name)
+    request = Request(MODELS[model], load_cluster("dgx-h100:1"), job, stack)
+    chosen = {"recompute": stack.recompute[0], "microbatch_size": 1} | layout
+    try:
+        return evaluate(request, chosen).prediction.stages[0]
+    except InputError:
+        return None
+
+
+@pytest.mark.parametrize("name", catalog_names("stack"))
+def test_every_stack_takes_more_memory_for_more_work(name: str) -> None:
+    """Twice the samples, twice the sequence, one more layer, in each way to recompute."""
+    stack, compared = load_stack(name), 0
+    model = read_model("llama-3.1-8b")
+    ways = ({}, {"samples": 2}, {"sequence": 2048}, {"more": 1})
+    for recompute in stack.recompute[:3]:
+        found = [peak_of_work(model, stack, recompute, **way) for way in ways]
+        if found[0] is not None:
+            assert all(size is not None and size >= found[0] for size in found), recompute
+            compared += 1
+    assert compared > 0
+
+
+def peak_of_work(
+    model: ModelSpec, stack: StackSpec, recompute: str, *, samples: int = 1, sequence: int = 1024,
+    more: int = 0,
+) -> int | None:  # fmt: skip
+    """Peak bytes of one microbatch on 16 devices, or None where the stack has no such layout."""
+    job = JobSpec(sequence_length=sequence, global_batch=16 * samples, stack=stack.name)
+    grown = layers(model, more) if more else model
+    request = Request(grown, load_cluster("dgx-h100:2"), job, stack)
+    layout: dict[str, int | str] = {
+        "zero_stage": stack.zero_stages[-1], "recompute": recompute, "microbatch_size": samples
+    }  # fmt: skip
+    try:
+        return evaluate(request, layout).prediction.max_peak_bytes
+    except InputError:
+        return None
+
+
+@pytest.mark.parametrize("name", catalog_names("stack"))
+def test_sharding_never_holds_more_state(name: str) -> None:
+    """Of one ZeRO stage to the next that the stack has, and of more ranks that shard."""
+    stack, compared = load_stack(name), 0
+    for model in MODELS:
+        held = []
+        for zero in stack.zero_stages:
+            for shards in (2, 8):
+                ways = {"dp_shard": shards, "dp_replicate": 8 // shards, "zero_stage": zero}
+                found = runs(model, stack, ways)
+                if found is not None:
+                    held.append((zero, shards, persistent_bytes(found)))
+        for zero, shards, size in held:
+            for below, fewer, most in held:
+                if below <= zero and fewer <= shards:
+                    assert size <= most, (model, (below, fewer), (zero, shards))
+                    compared += (below, fewer) != (zero, shards)
+    if len(stack.zero_stages) > 1:
+        assert compared > 0
 
 
 def test_every_mode_has_rows_of_its_own() -> None:

@@ -216,7 +216,7 @@ def test_a_log_over_nodes_gives_the_share_of_the_ports(tmp_path: Path) -> None:
         ),
         ("gemm.csv", "m,n,k\n1,2,3", {"device": "h100-sxm-80gb"}, "one of time_us"),
         ("gemm.csv", "m,n,k,time_us\n1,2,3,4", {"device": "h100-sxm-80gb"}, "at least 3"),
-        ("gemm.csv", "m,n,k,time_us,dtype\n1,2,3,4,int8", {"device": "h100-sxm-80gb"}, "no int8"),
+        ("gemm.csv", "m,n,k,time_us,dtype\n1,2,3,4,nvfp4", {"device": "h100-sxm-80gb"}, "no nvfp4"),
         ("x.log", "# nThread 1", {"cluster": "dgx-h100:1"}, "which collective"),
         ("all_reduce.log", "# nThread 1", {"cluster": "dgx-h100:1"}, "not a log of nccl-tests"),
         ("all_reduce.log", "# nThread 1", {}, "logs of which machine"),

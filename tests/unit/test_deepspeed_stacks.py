@@ -281,3 +281,15 @@ def test_expert_groups_take_one_lane_after_the_other(
 def test_what_does_not_fold_is_refused(layout: dict[str, int], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         folded(**layout)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(1, "all_reduce"), (3, "reduce_scatter")])
+def test_stages_1_and_2_sum_every_bucket_whole(stage: int, kind: str) -> None:
+    """``use_multi_rank_bucket_allreduce``, on by default: each rank copies its part out."""
+    job = JobSpec(sequence_length=4096, global_batch=64, stack="deepspeed-hf")
+    asked = Request(
+        read_model("llama-3.1-8b"), load_cluster("dgx-h100:2"), job, load_stack("deepspeed-hf")
+    )
+    layout = {"microbatch_size": 1, "zero_stage": stage}
+    calls = communication(asked, evaluate(asked, layout)).layers["decoder"]
+    assert {call.kind for call in calls if call.name == "decoder.gradient"} == {kind}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from cost_models.host_room import HostRoom
 from cost_models.leaf import (
     Completion,
     Leaf,
@@ -13,7 +14,7 @@ from cost_models.leaf import (
     stage_costs,
 )
 from cost_models.partitions import interleaved_bounds
-from cost_models.peaks import fits, live_activations, peaks
+from cost_models.peaks import fits, host_bytes, hosts_hold, live_activations, peaks
 from cost_models.step import Field
 from cost_models.step_time import simulate_step
 from cost_models.surrogate import surrogate_ns
@@ -134,6 +135,15 @@ def test_full_recompute_of_the_first_of_two_layers() -> None:
     assert ranks[0].chunks[0].backward_ns == 10
     assert ranks[0].chunks[0].activation_bytes == 11
     assert peaks(LEAF, ranks) == (255, 142)
+
+
+@pytest.mark.parametrize(("room", "holds"), [(70, True), (69, False)])
+def test_hosts_that_are_full_to_the_byte_hold_what_is_sent(room: int, holds: bool) -> None:
+    """Two ranks of one device each on one node: layers send 10 each, the ends 20 and 30."""
+    leaf = replace(LEAF, hosts=HostRoom((10,), 20, 30, (0,), room, 1, 2))
+    ranks = stage_costs(leaf, EVEN)
+    assert [host_bytes(leaf, rank, costs.chunks) for rank, costs in enumerate(ranks)] == [30, 40]
+    assert hosts_hold(leaf, ranks) == holds
 
 
 def test_one_rank_has_no_tied_reduction() -> None:

@@ -73,6 +73,19 @@ def test_8_bit_primary_weights_take_the_bytes_of_the_16_bit_ones() -> None:
     assert both["weights"] - primary["weights"] == pytest.approx(2 * linear, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stack", "beside"), [("nemo-fp8", 0), ("megatron-bridge-fp8", 0), ("nemo-fp8-flash2", 2)]
+)
+def test_fp8_presets_with_primary_weights_hold_no_copies_beside_them(
+    stack: str, beside: int
+) -> None:
+    """NeMo 2's and Megatron-Bridge's set fp8_param_gather; the launcher's scripts did not."""
+    layout = {"zero_stage": 1}
+    held = terms(stage(load_stack(stack), precision="fp8", layout=layout))
+    linear = 32 * (LAYER - 2 * 4096)
+    assert held["weights"] == pytest.approx(2 * PARAMETERS + beside * linear, rel=1e-5)
+
+
 def test_megatron_fsdp_splits_weights_gradients_and_state() -> None:
     """2 + 4 + 12 bytes over 8 ranks, where Megatron-Core's stage 1 splits the 12 only."""
     held = terms(stage(load_stack("megatron-fsdp")))
@@ -373,3 +386,35 @@ def test_delayed_scaling_has_a_communicator() -> None:
 def communicators(stack: str, precision: str) -> int:
     found = stage(load_stack(stack), precision=precision, layout={"zero_stage": 1})
     return terms(found)["communicators"]
+
+
+@pytest.mark.parametrize(
+    ("stack", "each"),
+    [("megatron-core", 6.34), ("pytorch-fsdp2", 6.34), ("torchtitan", 0.0)],
+)
+def test_uneven_routing_leaves_idle_blocks_where_ranks_hold_different_experts(
+    stack: str, each: float
+) -> None:
+    """Each microbatch has other shapes then, unless segments grow (torchtitan's launcher)."""
+    for ep, imbalance in ((1, 0.5), (8, 0.0), (8, 0.5)):
+        held = routed(stack, ep, imbalance)
+        expected = int(each * GIB) if ep > 1 and imbalance else 0
+        assert terms(held).get("routing_fragmentation", 0) == expected
+        assert held.reserved_bytes - held.allocated_bytes >= expected
+
+
+def test_idle_blocks_of_uneven_routing_are_part_of_the_peak() -> None:
+    stack = load_stack("megatron-core")
+    routing = stack.routing_fragmentation
+    assert routing is not None
+    without = routed(changed(stack.name, routing_fragmentation=None), 8, 0.5)
+    assert routed(stack, 8, 0.5).peak_bytes - without.peak_bytes == int(routing.si)
+
+
+def routed(stack: str | StackSpec, ep: int, imbalance: float) -> StagePrediction:
+    """Qwen3-30B-A3B on 8 devices."""
+    spec = load_stack(stack) if isinstance(stack, str) else stack
+    job = JobSpec(sequence_length=4096, global_batch=8, stack=spec.name, expert_imbalance=imbalance)
+    request = Request(read_model("qwen3-30b-a3b"), load_cluster("dgx-h100:1"), job, spec)
+    layout = {"ep": ep, "microbatch_size": 1, "zero_stage": max(spec.zero_stages)}
+    return evaluate(request, layout).prediction.stages[0]

@@ -72,7 +72,8 @@ def test_all_ranks_wait_for_the_one_with_the_last_queries() -> None:
 
 def test_two_levels_of_context_parallelism_wait_for_the_last_group() -> None:
     """Over 8 ranks that exchange heads in pairs, the last of 4 groups does 7/4 of the average, and
-    gathers keys and values of 4, or sees them pass round a ring of 4."""
+    gathers keys and values of 4, or sees them pass round a ring of 4: a kernel for each block that
+    passes, of which small ones run slower."""
     layout = {"dp_replicate": 2, "cp": 8, "zero_stage": 0}
     seconds, calls = {}, {}
     for kind, inner in (("a2a", 1), ("a2a_all_gather", 2), ("a2a_p2p", 2), ("p2p", 1)):
@@ -83,8 +84,9 @@ def test_two_levels_of_context_parallelism_wait_for_the_last_group() -> None:
         layers = communication(request(), found).layers
         (layer,) = (layers[name] for name in layers if name not in ("embedding", "head"))
         calls[kind] = {(c.name, c.phase, c.ranks) for c in layer if c.name.startswith("cp_")}
-    for kind, share in (("a2a_all_gather", 7 / 4), ("a2a_p2p", 7 / 4), ("p2p", 15 / 8)):
-        assert seconds[kind] == pytest.approx(share * seconds["a2a"], rel=0.05)
+    assert seconds["a2a_all_gather"] == pytest.approx(7 / 4 * seconds["a2a"], rel=0.05)
+    for kind, share in (("a2a_p2p", 7 / 4), ("p2p", 15 / 8)):
+        assert share < seconds[kind] / seconds["a2a"] < 1.2 * share
     exchanges = {("cp_exchange", phase, 2) for phase in ("forward", "backward")}
     for kind, outer in (("a2a_all_gather", "cp_gather"), ("a2a_p2p", "cp_ring")):
         assert calls[kind] == exchanges | {(outer, p, 4) for p in ("forward", "backward")}

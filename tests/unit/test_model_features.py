@@ -163,7 +163,7 @@ def test_a_version_runs_again_what_its_assertion_allows(stack: str) -> None:
     spec = load_stack(stack)
     assert set(spec.recompute_modules) == RECOMPUTED[stack]
     searched = {part for mode in spec.recompute for part in mode.split("+")}
-    assert searched <= {*RECOMPUTED[stack], "none", "selective", "full"}
+    assert searched <= {*RECOMPUTED[stack], "none", "selective", "full", "partitioned"}
 
 
 def test_shared_experts_run_again_from_core_0_14_on() -> None:
@@ -192,8 +192,8 @@ def test_latents_of_sparse_attention_have_no_product_that_reads_them_up() -> Non
 def test_what_0_13_has_beside_the_space_is_named() -> None:
     named = plan(read_request("llama-3.2-1b", "dgx-h100", None, {"stack": "megatron-core"}))
     assert named.target.not_priced == (
-        "etp that does not divide tp", "cp_comm_type as a list", "distribute_saved_activations",
-        "cpu_offloading_num_layers",
+        "CUDA graphs", "recompute_method uniform of several layers",
+        "distribute_saved_activations with a number of layers", "cpu_offloading_num_layers",
     )  # fmt: skip
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from hardware_profiles.loader import load_cluster, load_stack
+from hardware_profiles.units import format_bytes
 from planner.certify import verify
 from planner.errors import InfeasibleError, InputError
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.reader import read_model
 from planner.pipeline import evaluate, plan, read_request
 from planner.plan import Prediction
+from planner.report.parts import host_words
 from planner.request import Request
 from planner.specs import JobSpec
 
@@ -94,6 +96,30 @@ def test_weights_that_the_device_updates_come_as_they_are_kept() -> None:
     assert term(found, "optimizer_update") == pytest.approx(12 * PARAMETERS / 8, rel=1e-3)
 
 
+def test_weights_alone_leave_where_the_device_updates() -> None:
+    """The moments stay: weights come for the four passes of two microbatches and, twice, for the
+    update; Muon's, of which nothing is streamed but they, do too."""
+    none, found = streamed(), streamed(parameter_offload=True)
+    assert found.host is not None
+    assert found.host.bytes_per_node == pytest.approx(4 * PARAMETERS, rel=1e-4)
+    assert found.host.link_bytes_per_step == pytest.approx(
+        PARAMETERS / 8 * (2 * 4 + 2 * 2 * 4), rel=1e-4
+    )
+    assert term(found, "weights") == 0
+    assert term(found, "optimizer") == term(none, "optimizer")
+    assert found.max_peak_bytes < none.max_peak_bytes
+    assert found.step_time_s > none.step_time_s
+    assert streamed(parameter_offload=True, optimizer="muon").host is not None
+    with pytest.raises(InputError, match="only with the optimizer state"):
+        evaluate(
+            read_request(
+                "llama-3.1-8b", "dgx-h100:1", None,
+                {"stack": "deepspeed-hf", "parameter_offload": True, "global_batch": 16},
+            ),
+            {"zero_stage": 3},
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("job", "reason"),
     [
@@ -118,11 +144,14 @@ def test_a_plan_that_overfills_the_host_is_infeasible() -> None:
     """16 bytes of 405 billion parameters are 6.5 TB; a node has 2 TB, and 4 nodes have 8."""
     job = {"optimizer_offload": True, "stack": "deepspeed-hf", "sequence_length": 2048}
     three = read_request("llama-3.1-405b", "dgx-h100:3", None, {**job, "global_batch": 24})
-    with pytest.raises(InfeasibleError):
+    reason = r"host memory of .* per node does not hold what is offloaded \(state alone takes "
+    with pytest.raises(InfeasibleError, match=reason):
         plan(three)
-    reason = r"host memory of .* per node does not hold what is offloaded"
-    with pytest.raises(InputError, match=reason):
-        evaluate(three, {"zero_stage": 3})
+    refused = evaluate(three, {"zero_stage": 3}).prediction
+    assert not refused.fits
+    assert refused.host is not None
+    assert refused.host.bytes_per_node > (refused.host.capacity_bytes_per_node or 0)
+    assert refused.step_time_s > 0
     found = plan(read_request("llama-3.1-405b", "dgx-h100:8", None, {**job, "global_batch": 64}))
     host = found.prediction.host
     assert host is not None
@@ -215,13 +244,34 @@ def test_megatron_keeps_checkpoints_on_the_device() -> None:
         evaluate(request, {"zero_stage": 1})
 
 
-def test_checkpoints_that_overfill_the_host_are_refused() -> None:
+def test_checkpoints_that_overfill_the_host_do_not_fit() -> None:
     """126 layers of 16,384 x 131,072 16-bit numbers on 8 devices are 4.3 TB."""
     job = {"activation_offload": True, "stack": "deepspeed-hf", "sequence_length": 131072,
            "global_batch": 64}  # fmt: skip
     request = read_request("llama-3.1-405b", "dgx-h100:8", None, job)
-    with pytest.raises(InputError, match=r"host memory of .* does not hold what is offloaded"):
-        evaluate(request, {"zero_stage": 3, "recompute": "full", "microbatch_size": 1})
+    layout = {"zero_stage": 3, "recompute": "full", "microbatch_size": 1}
+    found = evaluate(request, layout).prediction
+    assert found.host is not None
+    assert found.host.capacity_bytes_per_node is not None
+    assert found.host.bytes_per_node > found.host.capacity_bytes_per_node
+    assert not found.fits
+
+
+def test_a_report_says_what_the_hosts_hold_and_lack() -> None:
+    job = {"optimizer_offload": True, "stack": "deepspeed-hf", "sequence_length": 2048}
+    said = []
+    for nodes in (3, 8):
+        cluster = f"dgx-h100:{nodes}"
+        request = read_request("llama-3.1-405b", cluster, None, {**job, "global_batch": 8 * nodes})
+        host = evaluate(request, {"zero_stage": 3}).prediction.host
+        assert host is not None
+        kept, words = host_words(host)
+        assert kept.plain == format_bytes(host.bytes_per_node)
+        assert f"{format_bytes(host.link_bytes_per_node_per_step)} a step" in words
+        said.append(words)
+    assert "of 1.8 TiB in the memory of the fullest node" in said[0]
+    assert "too much" in said[0]
+    assert "too much" not in said[1]
 
 
 def on_drives(stack: str = "deepspeed-nvme", **job: Any) -> Prediction:
@@ -330,11 +380,26 @@ def test_reads_or_writes_may_be_pipelined_alone(overlaps: list[str], share: floa
     ("change", "said"),
     [
         ({"drives": None}, "states no NVMe drives"),
-        ({"drives": {"value": 100, "unit": "GB"}}, "NVMe drives of 93.1 GiB per node do not hold"),
         ({"host_memory": {"value": 100, "unit": "GB"}}, "buffers for the drives"),
     ],
 )
-def test_drives_that_hold_too_little_are_refused(change: dict[str, Any], said: str) -> None:
+def test_nodes_without_what_drives_need_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        evaluate(with_node(change), {"zero_stage": 3, "microbatch_size": 1})
+
+
+def test_drives_that_hold_too_little_do_not_fit() -> None:
+    small = with_node({"drives": {"value": 100, "unit": "GB"}})
+    found = evaluate(small, {"zero_stage": 3, "microbatch_size": 1}).prediction
+    assert not found.fits
+    assert found.host is not None
+    assert "of 93.1 GiB in the NVMe drives" in host_words(found.host)[1]
+    with pytest.raises(InfeasibleError, match=r"NVMe drives of 93.1 GiB per node do not hold"):
+        plan(small)
+
+
+def with_node(change: dict[str, Any]) -> Request:
+    """A job that offloads to drives, on a node with other figures."""
     cluster = load_cluster("dgx-h100:1")
     node = cluster.groups[0].node
     figures = {
@@ -346,9 +411,7 @@ def test_drives_that_hold_too_little_are_refused(change: dict[str, Any], said: s
     spec = JobSpec(
         sequence_length=2048, stack="deepspeed-nvme", global_batch=8, optimizer_offload=True
     )
-    request = Request(read_model("llama-3.1-8b"), small, spec, load_stack("deepspeed-nvme"))
-    with pytest.raises(InputError, match=said):
-        evaluate(request, {"zero_stage": 3, "microbatch_size": 1})
+    return Request(read_model("llama-3.1-8b"), small, spec, load_stack("deepspeed-nvme"))
 
 
 @pytest.mark.parametrize("suffix", ["", "-optimizer", "-parameters", "-pipelined"])
@@ -378,24 +441,62 @@ def fsdp(stack: str, model: str = "llama-3.1-8b", **job: Any) -> Request:
 )
 def test_fsdp_keeps_all_state_on_the_host(stack: str) -> None:
     """CPUOffloadPolicy: weights in fp32, their gradients and two moments, 16 bytes; 4 bytes come
-    for each of two gathers and leave with each reduction, twice for two microbatches."""
+    for each of two gathers and leave with each reduction, twice for two microbatches; AutoModel
+    reduces behind the second one only."""
     found = evaluate(fsdp(stack), FSDP).prediction
     assert found.host is not None
     assert found.host.bytes_per_node == 16 * PARAMETERS
-    assert found.host.link_bytes_per_step == PARAMETERS // 8 * 4 * 3 * 2
-    assert (term(found, "optimizer"), term(found, "gradients"), term(found, "weights")) == (0, 0, 0)
+    crossings, waiting = (5, 2 * PARAMETERS) if stack == "nemo-automodel" else (6, 0)
+    assert found.host.link_bytes_per_step == PARAMETERS // 8 * 4 * crossings
+    held = [term(found, name) for name in ("optimizer", "gradients", "weights")]
+    assert held == [0, waiting, 0]
     kept = evaluate(fsdp(stack, optimizer_offload=False, parameter_offload=False), FSDP).prediction
     assert found.step_time_s > kept.step_time_s
 
 
+@pytest.mark.parametrize(
+    ("stack", "asked", "said"),
+    [
+        ("torchtitan", "optimizer_offload", "optimizer_offload: true without parameter_offload"),
+        ("torchtitan", "parameter_offload", "parameter_offload: true without optimizer_offload"),
+    ],
+)
+def test_a_search_refuses_half_of_what_leaves_together(stack: str, asked: str, said: str) -> None:
+    job = {"stack": stack, "sequence_length": 4096, "global_batch": 16, asked: True}
+    with pytest.raises(InputError, match=said) as caught:
+        read_request("llama-3.1-8b", "dgx-h100:1", None, job)
+    assert "optimizer_offload and parameter_offload together" in (caught.value.hint or "")
+
+
 def test_fsdp_offloads_all_or_nothing_and_what_its_host_can_update() -> None:
-    alone = fsdp("torchtitan", parameter_offload=False)
     with pytest.raises(InputError, match="with the weights only"):
-        evaluate(alone, FSDP)
+        fsdp("torchtitan", parameter_offload=False)
     with pytest.raises(InputError, match="no adamw_bf16 on the host"):
         evaluate(fsdp("torchtitan", optimizer="adamw_bf16"), FSDP)
     with pytest.raises(InputError, match="keeps mixtures on the device"):
         evaluate(fsdp("nemo-automodel", "mixtral-8x7b"), FSDP)
+
+
+def test_weights_that_stay_gathered_come_from_the_host_once() -> None:
+    """ZeRO 2: for each forward, under a pipeline for the step's first one; whole gradients of a
+    pipeline wait on the device, in fp32, and their shards leave after its last backward."""
+    twice = evaluate(fsdp("torchtitan"), {**FSDP, "zero_stage": 2}).prediction
+    assert twice.host is not None
+    assert twice.host.link_bytes_per_step == PARAMETERS // 8 * 4 * 2 * 2
+    assert term(twice, "gradients") == 0
+    resharded = evaluate(fsdp("torchtitan"), FSDP).prediction
+    kept = evaluate(fsdp("torchtitan", optimizer_offload=False, parameter_offload=False), FSDP)
+    exposed = [p.step_time_s - kept.prediction.step_time_s for p in (twice, resharded)]
+    assert 0 < exposed[0] < exposed[1]
+    layout = {"pp": 2, "dp_shard": 4, "zero_stage": 2, "recompute": "none"}
+    piped = evaluate(fsdp("torchtitan"), layout).prediction
+    own = evaluate(fsdp("torchtitan", optimizer_offload=False, parameter_offload=False), layout)
+    assert piped.host is not None
+    assert piped.host.link_bytes_per_step <= (PARAMETERS // 2 + 525_400_000) // 4 * 4 * 2
+    sums = [term(p, "gradients") for p in (piped, own.prediction)]
+    assert sums[0] == sums[1] > 4 * PARAMETERS // 2 * 0.9
+    with pytest.raises(InputError, match="from ZeRO stage 3 on"):
+        predicted(layout={"zero_stage": 2}, global_batch=16, **BOTH)
 
 
 def test_plans_with_fsdp_on_the_host_are_certified() -> None:

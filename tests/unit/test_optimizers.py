@@ -8,6 +8,7 @@ import pytest
 from cost_models import state
 from cost_models.graph import Shard, Weight
 from cost_models.optimizers import OPTIMIZERS, newton_schulz_flops
+from cost_models.state_rules import state_rules
 from hardware_profiles.loader import load_stack
 from planner.errors import InputError
 from planner.models.reader import read_model
@@ -20,7 +21,7 @@ VECTOR = Weight("norm", 512, 1)
 
 
 def optimizer_bytes(name: str, *weights: Weight, zero: int = 0, ways: int = 1) -> int:
-    rules = state.state_rules(
+    rules = state_rules(
         spec=load_stack("torchgpipe").state, precision="fp32", optimizer=name,
         master_weights=False, gradient_dtype="fp32",
     )  # fmt: skip

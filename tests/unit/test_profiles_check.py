@@ -15,7 +15,7 @@ from planner.blocks.registry import KIND_NAMES
 from planner.errors import InputError
 from planner.pipeline import plan, read_request
 from planner.plan import Prediction
-from planner.rules import STACK_RULES
+from planner.stack_rules import STACK_RULES
 from planner.studies.profile_check import check_profile, kind_of
 from tests.cli.process import planner
 
@@ -275,11 +275,16 @@ def test_a_stack_names_what_exists(name: str) -> None:
         "pipeline_needs_multiple_of_pp",
         "zero_0_is_replicate_only", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
         "no_zero_3_with_context",
+        "dense_zero_2_in_pipelines",
         "needs_block_scaled_products", "shards_fill_nodes", "zero_1_shards_over_all",
+        "no_accumulation_in_fp8", "muon_takes_whole_query_groups",
+        "zero_2_needs_pipeline", "no_accumulation", "hybrid_shards_are_nodes",
+        "replicas_share_weights", "no_prediction_in_chunks",
     }  # fmt: skip
     assert set(stack.rules) <= {*STACK_RULES, *layout_rules}
     assert set(stack.optimizers) <= set(OPTIMIZERS)
-    assert "adamw" in stack.optimizers
+    # Moments like 16-bit weights are what bf16 throughout means.
+    assert ("adamw_bf16" if name == "torchtitan-bf16" else "adamw") in stack.optimizers
     assert set(stack.layer_kinds) <= {"attention", *KIND_NAMES}
     assert stack.source.strip()
     assert stack.version.strip()

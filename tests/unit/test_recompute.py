@@ -15,12 +15,14 @@ from cost_models.layer_times import LayerTimes
 from cost_models.layout import FULL, RecomputePolicy
 from cost_models.memory import activation_bytes
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
+from cost_models.recompute import group_of
 from cost_models.repeat import Work
 from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
 from planner.errors import InputError
-from planner.pipeline import evaluate, read_request
+from planner.pipeline import evaluate, plan, read_request
 from planner.recompute import named_policy
+from planner.studies.verify import verify
 
 OPS: tuple[Op, ...] = (
     MatMul("qkv", 8, 24, 16, parts=(2, 1, 1), modules=("attn",)),
@@ -176,8 +178,10 @@ def test_a_model_is_offered_what_it_can_tell_apart() -> None:
         request = read_request(model, "dgx-h100:1")
         return [policy.name for policy in request.workload.policies]
 
-    assert searched("llama-3.1-8b") == ["selective", "mlp", "full"]
-    assert searched("mixtral-8x7b") == ["selective", "moe_act", "layernorm+moe_act", "moe", "full"]
+    assert searched("llama-3.1-8b") == ["selective", "mlp", "full", "partitioned"]
+    # Experts under tp need sequence parallelism, which leaves no rank what another holds.
+    modules = ["selective", "moe_act", "layernorm+moe_act", "moe"]
+    assert searched("mixtral-8x7b") == [*modules, "full"]
     assert "layernorm+mla_up_proj+moe_act" in searched("deepseek-v3")
 
 
@@ -248,3 +252,22 @@ def test_a_custom_list_without_its_outputs_says_how_one_is_written() -> None:
         named_policy("custom", load_stack("maxtext-gpu"))
     assert "custom:qkv+attention" in refusal.value.message
     assert "did you mean 'custom'" not in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "layers"), [("full", 1), ("full:3", 3), ("full:2/mlp", 2), ("mlp/none", 1)]
+)
+def test_layers_that_run_again_together_are_those_at_the_front(mode: str, layers: int) -> None:
+    assert group_of(mode) == layers
+
+
+def test_layers_run_again_together_where_a_job_names_it_and_no_search_does() -> None:
+    job = {"sequence_length": 4096, "global_batch": 8}
+    request = read_request("llama-3.1-8b", "dgx-h100:1", None, job)
+    assert "full:4" not in {policy.name for policy in request.workload.policies}
+    asked = read_request(
+        "llama-3.1-8b", "dgx-h100:1", None, job | {"constraints": {"recompute": "full:4"}}
+    )
+    found = plan(asked)
+    assert {part.mode for stage in found.layout.stages for part in stage.recompute} == {"full:4"}
+    assert verify(found) == []

@@ -16,8 +16,8 @@ from planner.errors import InfeasibleError, InputError
 from planner.models.spec import Spec
 from planner.pipeline import evaluate, plan, read_request
 from planner.request import Request
-from planner.rules import STACK_RULES
 from planner.specs import Optimizer
+from planner.stack_rules import STACK_RULES
 from planner.stacks import DEFAULTS, MOST_NAMED, fault
 
 
@@ -52,7 +52,8 @@ def test_the_default_looks_at_the_job_too() -> None:
 def test_a_named_stack_is_never_replaced() -> None:
     with pytest.raises(InputError, match=r"megatron-core 0\.13 does not run on tpu-v5p") as caught:
         read_request("llama-3.1-8b", "tpu-v5p-8", None, {"stack": "megatron-core"})
-    assert caught.value.hint == "--stack maxtext-tpu or --stack maxtext-tpu-sharded-optimizer"
+    able = ("maxtext-tpu", "maxtext-tpu-ring-of-experts", "maxtext-tpu-sharded-optimizer")
+    assert caught.value.hint == " or ".join(f"--stack {name}" for name in able)
 
 
 def test_hints_name_only_stacks_that_can_run_the_whole_request() -> None:
@@ -104,12 +105,20 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
     # The others are read where layouts are made (planner.rules.layout_rules), or with the device.
     assert named - implemented == {
         "pipeline_needs_multiple_of_pp",
+        "hybrid_shards_are_nodes",
+        "replicas_share_weights",
+        "muon_takes_whole_query_groups",
         "needs_block_scaled_products",
+        "no_accumulation",
+        "no_accumulation_in_fp8",
+        "no_prediction_in_chunks",
         "no_zero_2_with_pipeline",
         "no_zero_3_with_context",
+        "dense_zero_2_in_pipelines",
         "no_zero_3_with_pipeline",
         "shards_fill_nodes",
         "zero_0_is_replicate_only",
+        "zero_2_needs_pipeline",
         "zero_1_shards_over_all",
     }
 
@@ -144,7 +153,7 @@ def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan() -> None:
 def test_orders_of_one_s_own_run_where_pytorch_reads_them_from_a_file() -> None:
     able = {name for name in catalog_names("stack") if load_stack(name).given_orders}
     titan = {name for name in catalog_names("stack") if name.startswith("torchtitan")}
-    assert able == {*titan, "nemo-automodel"}
+    assert able == {*titan, "nemo-automodel", "nemo-automodel-reduce-each"}
 
 
 @pytest.mark.parametrize("name", catalog_names("stack"))
@@ -175,11 +184,30 @@ def test_dropout_is_refused_where_layers_have_none() -> None:
     assert read_request_with("megatron-core", {"dropout": True}).job.dropout
 
 
+@pytest.mark.parametrize("stack", ["megatron-core", "nemo", "megatron-fsdp"])
+def test_a_chunked_loss_is_refused_where_there_is_none(stack: str) -> None:
+    with pytest.raises(InputError, match="has no chunked loss") as caught:
+        read_request_with(stack, {"loss": "chunked"})
+    assert "--stack torchtitan" in (caught.value.hint or "")
+    assert read_request_with(stack, {"loss": "whole"}).job.loss == "whole"
+
+
+def test_a_loss_that_is_chunked_by_itself_is_not_asked_for() -> None:
+    """Liger-Kernel's, ops/fused_linear_cross_entropy.py."""
+    with pytest.raises(InputError, match="takes the sequence in pieces of its own") as caught:
+        read_request_with("deepspeed-hf", {"loss": "chunked"})
+    assert caught.value.hint == "leave loss out"
+
+
+def test_every_stack_runs_the_plain_loss_and_some_a_chunked_one() -> None:
+    stacks = [load_stack(name) for name in catalog_names("stack")]
+    chunked = {stack.name for stack in stacks if stack.loss_chunks > 1}
+    assert {"torchtitan", "torchtitan-compile"} <= chunked
+    assert all(name.startswith(("torch", "maxtext")) for name in chunked)
+
+
 def test_what_a_job_asks_in_vain_is_said() -> None:
-    request = read_request_with("megatron-core", {"loss": "chunked", "document_length": 10**6})
-    assert "megatron-core 0.13 has no chunked loss: it is priced whole" in (
-        request.workload.assumptions
-    )
+    request = read_request_with("megatron-core", {"document_length": 10**6})
     assert "documents of 1,000,000 tokens: each fills a sample of 4,096" in (
         request.workload.assumptions
     )
@@ -200,7 +228,7 @@ def test_stacks_and_code_use_one_vocabulary() -> None:
     assert set(get_args(Trainable)) == kinds | {"vision", "layers"}
 
 
-@pytest.mark.parametrize("fix", [{"zero_stage": 3}, {"pp": 1, "vpp": 3}])
+@pytest.mark.parametrize("fix", [{"zero_stage": 3}, {"ep": 3}])
 def test_what_nothing_can_be_is_no_matter_of_memory(fix: dict[str, int]) -> None:
     """Some layouts do not fit either, but no memory makes the wish possible."""
     request = read_request("llama-3.2-1b", "dgx-h100", None, {"constraints": {"fix": fix}})

@@ -13,6 +13,7 @@ from cost_models import state
 from cost_models.buffers import contiguous_elements
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.state import Sharding, StateBytes, state_bytes
+from cost_models.state_rules import state_rules
 from hardware_profiles.loader import load_cluster, load_stack
 from planner.buffer_sizes import exact_state
 from planner.layouts import complete_layout
@@ -43,7 +44,7 @@ def held(
     tp: int = 1, pp: int = 1, optimizer: str = "adamw",
 ) -> StateBytes:  # fmt: skip
     profile = load_stack(stack)
-    rules = state.state_rules(
+    rules = state_rules(
         spec=profile.state, precision=precision, optimizer=optimizer,
         master_weights=profile.master_weights, gradient_dtype=profile.gradient_dtype,
     )  # fmt: skip

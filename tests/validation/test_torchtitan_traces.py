@@ -19,6 +19,12 @@ SCHEDULES = json.loads((DATA / "schedule_traces.json").read_text())["traces"]
 """Of PyTorch's breadth-first and zero-bubble schedules; no categories where these split the
 backward."""
 
+SHARDINGS = json.loads((DATA / "sharding_traces.json").read_text())["traces"]
+"""Of weights that every rank holds whole, beside tp and pp, and of bf16 throughout."""
+
+TIED = json.loads((DATA / "tied_traces.json").read_text())["traces"]
+"""Of models whose embedding and head share a table, so are one unit of FSDP with the final norm."""
+
 sys.path.insert(0, str(ROOT / "benchmarks" / "memory"))
 from cases import cases_of, study_of  # noqa: E402
 from compare import NOT_TRACED, Comparison, collectives, compare, results_page, summary  # noqa: E402
@@ -31,7 +37,8 @@ def name_of(trace: dict[str, Any]) -> str:
 
 
 traced = pytest.mark.parametrize("trace", TRACES, ids=name_of)
-every_trace = pytest.mark.parametrize("trace", [*TRACES, *SCHEDULES], ids=name_of)
+EVERY = [*TRACES, *SCHEDULES, *SHARDINGS, *TIED]
+every_trace = pytest.mark.parametrize("trace", EVERY, ids=name_of)
 
 
 def compared(trace: dict[str, Any]) -> Comparison:
@@ -107,6 +114,23 @@ def test_peaks_of_other_schedules_are_hardly_ever_under_predicted(trace: dict[st
     """Too high where a rank's largest loss and its most activations come apart, and where PyTorch
     reduces a chunk's gradients before the next chunk has any (breadth-first)."""
     assert -0.04 < compared(trace).error < 0.11
+
+
+@pytest.mark.parametrize("trace", SHARDINGS, ids=name_of)
+def test_state_and_peak_where_weights_are_held_otherwise(trace: dict[str, Any]) -> None:
+    """Whole ones have 16-bit copies of one unit at a time, or of all under a pipeline; without fp32
+    weights a pipeline sums gradients in fp32 all the same."""
+    found = compared(trace)
+    assert found.state[0] == found.state[1]
+    assert abs(found.error) < 0.01
+
+
+@pytest.mark.parametrize("trace", TIED, ids=name_of)
+def test_state_and_peak_of_tied_ends(trace: dict[str, Any]) -> None:
+    """One table between steps, also where tp gives both ends a parameter of their own."""
+    found = compared(trace)
+    assert found.state[0] == found.state[1]
+    assert -0.025 < found.error < 0.01
 
 
 def test_the_median_peak_of_other_schedules() -> None:

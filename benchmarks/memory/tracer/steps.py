@@ -22,6 +22,7 @@ class Run:
         self.parts, self.parameters = built.parts, built.parameters
         for part in built.parts:
             part.to_empty(device="cpu")
+            tie_again(part)
             part.train()
         self.optimizer = torch.optim.AdamW(
             [parameter for part in built.parts for parameter in part.parameters()],
@@ -32,6 +33,13 @@ class Run:
         self.inputs = (tokens, labels)
         maker = whole_model if case["layout"]["pp"] == 1 else pipeline_rank
         self.step = maker(built, case, self.optimizer, counter, tokens, labels)
+
+
+def tie_again(part: torch.nn.Module) -> None:
+    """Point the embedding at the head's weight, as ``Decoder.init_states`` does once the model is
+    sharded: tensor parallelism gives each module a parameter of its own."""
+    if part.enable_weight_tying:
+        part.tok_embeddings.weight = part.lm_head.weight
 
 
 def whole_model(

@@ -11,6 +11,7 @@ import torchtitan.distributed.activation_checkpoint as checkpointing
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as distributed_utils
 from torchtitan.models.common import token_dispatcher
+from torchtitan.tools.utils import set_default_dtype
 
 _SPMD = "partial_dtensor"
 
@@ -55,7 +56,7 @@ def build(case: dict[str, Any]) -> Built:
     dims.build_mesh()
     distributed_utils.set_spmd_backend(_SPMD)
     config.update_from_config(config=trainer)
-    with torch.device("meta"):
+    with torch.device("meta"), set_default_dtype(getattr(torch, case.get("dtype", "float32"))):
         whole = config.build()
     parts = [_stage(whole, chunk) for chunk in case["chunks"]]
     count = sum(p.numel() for part in parts for p in part.parameters())
@@ -114,6 +115,7 @@ def _apply(trainer: Any, case: dict[str, Any]) -> None:
     p.fsdp_reshard_after_forward = case["reshard"]
     p.spmd_backend = _SPMD
     trainer.training.seq_len = case["sequence"]
+    trainer.training.dtype = case.get("dtype", "float32")
     trainer.training.local_batch_size = layout["microbatch_size"]
     trainer.activation_checkpoint = {
         "none": None,

@@ -137,7 +137,7 @@ def _evaluate_one(
         return
     from planner.report.evaluation import evaluation_table
 
-    output.render(lambda: evaluation_table(result.layout, result.prediction))
+    output.render(lambda: evaluation_table(result.layout, result.prediction, request.position))
     if comm:
         from planner.report.communication import communication_tables
 

@@ -38,24 +38,37 @@ def export(
     ] = Form.LINE,
     output_file: options.Output = None,
     files: Annotated[
-        Path,
-        typer.Option("--files", metavar="FOLDER", help="Where to write files that flags name."),
-    ] = Path(),
+        Path | None,
+        typer.Option(
+            "--files",
+            metavar="FOLDER",
+            help="Where to write files that flags name, such as schedule.csv.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Print the flags that run PLAN (default: standard input) on TARGET.
 
     The flags describe layout and batch, for megatron-core the model too; data, tokenizer, learning
     rate and checkpoints are the launch script's. Environment variables that the layout needs go to
-    standard error, and into the document with --format json. An order of work of one's own is
-    written to schedule.csv.
+    standard error, and into the document with --format json. An order of work of one's own is a
+    file that the flags name: --files says where to write it; --format json holds its text too.
     """
     from planner.exports.registry import exporter
 
     write = exporter(target)
-    launch = write(read_plan(plan)).placed_in(files)
-    for path, text in placed(launch.files, files):
-        output.write(text, path)
-        typer.echo(f"note: wrote {path}", err=True)
+    launch = write(read_plan(plan))
+    if files is not None:
+        launch = launch.placed_in(files)
+        for path, text in placed(launch.files, files):
+            output.write(text, path)
+            typer.echo(f"note: wrote {path}", err=True)
+    elif launch.files and form is not Form.JSON:
+        names = ", ".join(launch.files)
+        raise InputError(
+            f"the flags name a file that is not there yet: {names}",
+            hint="--files FOLDER writes it there (--files . here); --format json holds its text",
+        )
     if form is Form.JSON:
         output.write(json.dumps(launch.as_dict(), indent=2) + "\n", output_file)
         return
@@ -64,6 +77,12 @@ def export(
         typer.echo(f"note: set {name}={value}", err=True)
     for note in launch.notes:
         typer.echo(f"note: {note}", err=True)
+    if form is Form.LINE and launch.patterns():
+        typer.echo(
+            f"note: a shell may expand {', '.join(launch.patterns())}: set -f before $(...), or "
+            "planner export --format lines ... | xargs torchrun ...",
+            err=True,
+        )
 
 
 def placed(texts: dict[str, str], folder: Path) -> list[tuple[Path, str]]:

@@ -1,0 +1,30 @@
+"""What a stack cannot run of a job: batch, precision, optimizer or recomputation on some meshes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from cost_models.graph import Bools
+from hardware_profiles.stack_words import PARTITIONED
+from planner.meshes import Meshes
+from planner.recompute import WHOLE_INPUTS
+from planner.request import Request
+
+
+def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]]]:
+    """Sentences, each with a predicate that is True where a mesh breaks it."""
+    stack, batch = request.stack, request.global_batch
+    label = f"{stack.name} {stack.version}"
+    if "no_accumulation_in_fp8" in stack.rules and request.job.precision == "fp8":
+        yield (
+            f"{label}: no fp8 with gradient accumulation (one microbatch, or a pipeline)",
+            lambda m: (m.pp == 1) & (m.dp * m.microbatch != batch),
+        )
+    if "no_accumulation" in stack.rules:
+        yield f"{label}: a step is one microbatch", lambda m: m.dp * m.microbatch != batch
+    if request.job.optimizer == "muon" and not stack.muon.tensor_parallel:
+        yield f"{label} runs muon on matrices that tp does not split", lambda m: m.tp > 1
+    if request.job.optimizer == "muon" and not stack.muon.pipeline:
+        yield f"{label} runs muon without a pipeline only", lambda m: m.pp > 1
+    if request.job.constraints.recompute == PARTITIONED:
+        yield WHOLE_INPUTS, lambda m: (m.tp == 1) | (m.sp == 1)

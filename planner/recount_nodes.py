@@ -1,0 +1,150 @@
+"""What a layout's devices send to each node: the recheck's own sum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cost_models.graph import LayerKind, Shard
+from cost_models.host_room import bytes_there
+from cost_models.leaf import Leaf
+from cost_models.schedule import live_peaks
+from cost_models.state import is_expert, local_tensor
+from planner.hosting import host_capacity
+from planner.recount_host import shard_of_mesh
+from planner.request import Request
+
+if TYPE_CHECKING:
+    from planner.recount import Mesh
+
+ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
+"""Schedules whose first rank has the last virtual stage too."""
+Ranges = Sequence[tuple[int, int]]
+"""Layers ``first .. last - 1`` of each virtual stage of a rank, in the order of its chunks."""
+
+
+class Nodes:
+    """The bytes that the stages of one layout send to the hosts, and the room there.
+
+    State is counted weight by weight, the inputs of modules tensor by tensor, and devices lie on
+    the nodes one after the other, those of a rank together.
+    """
+
+    def __init__(self, request: Request, mesh: Mesh, ways: int, zero: int, leaf: Leaf) -> None:
+        workload, offload = request.workload, request.machine.offload
+        self.leaf, self.room = leaf, host_capacity(request)
+        self.anything = request.stack.offload is not None and offload.anything
+        self._most: dict[int, int] = {}
+        self.per_rank = mesh.dp * mesh.cp * mesh.tp
+        self.per_node = request.cluster.groups[0].node.devices_per_node
+        shard = shard_of_mesh(mesh, request)
+        divisor = workload.vocab_divisor
+        shares = (
+            ways * mesh.cp if zero else 1,
+            max(ways * mesh.cp * mesh.tp // (mesh.ep * mesh.etp), 1) if zero else 1,
+        )
+        each = bytes_there(request.machine)
+
+        def state(kind: LayerKind) -> int:
+            return _state(kind, shard, divisor, shares, each, alone=mesh.pp == 1)
+
+        ends = state(workload.embedding), state(workload.head)
+        spread = sum(ends) if leaf.shared is not None else 0
+        self.ends = (0, 0) if leaf.shared is not None else ends
+        kinds = {name: state(workload.kinds[name]) for name in set(workload.layers)}
+        moved = {name: _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
+        names = list(dict.fromkeys(workload.layers))
+        self.states = [kinds[names[kind]] for kind in leaf.sequence]
+        self.inputs = [moved[names[kind]] for kind in leaf.sequence]
+        tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
+        checkpoints = tokens * workload.boundary_bytes_per_token * len(workload.layers)
+        self.everywhere = spread + (checkpoints if offload.checkpoints else 0)
+
+    def sent(self, rank: int, ranges: Ranges, size: int = 0) -> int:
+        """Bytes that one device of ``rank`` has on its host at most; ``size`` is that of rounds."""
+        if not self.anything:
+            return 0
+        leaf = self.leaf
+        state = sum(sum(self.states[first:last]) for first, last in ranges)
+        last_rank = 0 if leaf.schedule in ON_A_V else leaf.pp - 1
+        state += self.ends[0] * (rank == 0) + self.ends[1] * (rank == last_rank)
+        each = [sum(self.inputs[first:last]) for first, last in ranges]
+        if not any(each):
+            return state
+        peaks = live_peaks(
+            leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size, leaf.order
+        )
+        return state + max(
+            sum(count * inputs for count, inputs in zip(peak, each, strict=False)) for peak in peaks
+        )
+
+    def of_bounds(self, bounds: Sequence[int], size: int = 0) -> list[int]:
+        """Bytes of one device of each rank where virtual stages end at ``bounds``."""
+        leaf, found = self.leaf, []
+        for rank in range(leaf.pp):
+            stages = [chunk * leaf.pp + rank for chunk in range(leaf.vpp)]
+            if leaf.schedule in ON_A_V:
+                stages = [rank, 2 * leaf.pp - 1 - rank]
+            ranges = [(bounds[stage], bounds[stage + 1]) for stage in stages]
+            found.append(self.sent(rank, ranges, size))
+        return found
+
+    def hold(self, sizes: Sequence[int]) -> bool:
+        """Whether no node gets more than it has room for; ``sizes`` per rank."""
+        if not self.anything or self.room is None:
+            return True
+        return all(total <= self.room for total in self._totals(sizes))
+
+    def hold_alone(self, rank: int, size: int) -> bool:
+        """The same of the nodes of one rank, where other ranks sent nothing."""
+        if not self.anything or self.room is None:
+            return True
+        if rank not in self._most:
+            first, last = rank * self.per_rank, (rank + 1) * self.per_rank
+            self._most[rank] = max(
+                min(last, start + self.per_node) - max(first, start)
+                for start in range(first - first % self.per_node, last, self.per_node)
+            )
+        return self._most[rank] * size + self.everywhere * self.per_node <= self.room
+
+    def _totals(self, sizes: Sequence[int]) -> Iterator[int]:
+        """Bytes on each node, those that every device of a full one sends included."""
+        devices = len(sizes) * self.per_rank
+        for start in range(0, devices, self.per_node):
+            end = min(start + self.per_node, devices)
+            total = self.everywhere * self.per_node
+            for rank in range(start // self.per_rank, -(-end // self.per_rank)):
+                first, last = rank * self.per_rank, (rank + 1) * self.per_rank
+                total += sizes[rank] * (min(end, last) - max(start, first))
+            yield total
+
+
+def _state(
+    kind: LayerKind, shard: Shard, divisor: int, shares: tuple[int, int], each: tuple[int, int],
+    *, alone: bool,
+) -> int:  # fmt: skip
+    """Bytes of one device's shard: ``shares`` of dense weights and experts, ``each`` parameter's
+    optimizer state and weight; ``alone``: embedding and head are on one rank, so tied ones once."""
+    optimizer, weight_bytes = each
+    elements = {(frozen, expert): 0 for frozen in (False, True) for expert in (False, True)}
+    for weight in kind.weights:
+        if weight.copy and alone:
+            continue
+        local = int(np.ravel(local_tensor(weight, shard, divisor).total)[0])
+        elements[weight.frozen, is_expert(weight)] += local
+    total = 0
+    for (frozen, expert), count in elements.items():
+        held = -(-count // shares[expert])
+        total += held * (weight_bytes if frozen else optimizer + weight_bytes)
+    return total
+
+
+def _inputs(kind: LayerKind, shard: Shard, modules: Collection[str]) -> int:
+    """Bytes of one microbatch that a layer sends."""
+    return sum(
+        int(np.broadcast_to(tensor.bytes, (1,))[0])
+        for tensor in kind.saved(shard)
+        if tensor.input_of in modules
+    )

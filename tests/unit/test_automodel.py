@@ -1,0 +1,159 @@
+"""What NeMo AutoModel shards, orthogonalises and gives back, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cost_models.interconnect import collective_time_s
+from cost_models.recompute import mode_rows
+from planner.errors import InputError
+from planner.pipeline import evaluate, plan, read_request
+from planner.request import Request
+from planner.studies.communication import communication
+from planner.studies.verify import verify
+
+DENSE, MIXTURE = "llama-3.1-8b", "mixtral-8x7b"
+MATRICES = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14_336)
+REST = 2 * 128_256 * 4096 + 65 * 4096
+EXPERTS = 32 * 8 * 3 * 4096 * 14_336
+
+
+def request(model: str = DENSE, **more: object) -> Request:
+    asked = {"stack": "nemo-automodel", "sequence_length": 4096, "global_batch": 64}
+    return read_request(model, "dgx-h100:2", None, asked | more)
+
+
+def optimizer_bytes(asked: Request, **layout: object) -> int:
+    found = evaluate(asked, {"dp_shard": 16, "zero_stage": 3, "recompute": "full", **layout})
+    terms = {term.name: term.bytes or 0 for term in found.prediction.stages[0].memory}
+    return terms["optimizer"]
+
+
+def test_moments_of_16_bits_take_half() -> None:
+    whole, half = (optimizer_bytes(request(optimizer=name)) for name in ("adamw", "adamw_bf16"))
+    assert whole == 2 * half == 8 * (MATRICES + REST) // 16
+
+
+def test_muon_keeps_one_moment_of_matrices_and_leaves_experts_to_adam() -> None:
+    assert optimizer_bytes(request(optimizer="muon")) == (4 * MATRICES + 8 * REST) // 16
+    muon, adam = (optimizer_bytes(request(MIXTURE, optimizer=o)) for o in ("muon", "adamw"))
+    dense = 32 * 4096 * (4096 + 1024 + 1024 + 4096 + 8)
+    assert adam - muon == pytest.approx(4 * dense / 16, rel=1e-3)
+
+
+def test_matrices_come_together_in_two_exchanges() -> None:
+    """Each rank iterates on a sixteenth of the matrices (n x m, n <= m: 5 (4 n^2 m + 2 n^3)
+    FLOPs), below the device's 989 TFLOP/s and above half; their shards travel there and back."""
+    asked = request(optimizer="muon")
+    layout = {"dp_shard": 16, "zero_stage": 3, "recompute": "full"}
+    seconds = {
+        name: next(
+            term.seconds or 0.0
+            for term in evaluate(request(optimizer=name), layout).prediction.time
+            if term.name == "optimizer_and_gather"
+        )
+        for name in ("muon", "adamw")
+    }
+    exchange = collective_time_s(
+        asked.machine.fabric, "all_to_all", np.array([2.0 * MATRICES / 32 / 16]),
+        size=np.array([16]), stride=np.array([1]),
+    )  # fmt: skip
+    shapes = 2 * [(4096, 4096)] + 2 * [(1024, 4096)] + 3 * [(4096, 14_336)]
+    flops = 32 * sum(5 * (4 * n * n * m + 2 * n**3) for n, m in shapes) / 16
+    least = 32 * 2 * float(exchange[0])
+    added = seconds["muon"] - seconds["adamw"]
+    assert least + flops / 989e12 < added < least + 2 * flops / 989e12
+
+
+def test_muon_takes_whole_matrices_only() -> None:
+    with pytest.raises(InputError, match="matrices that tp does not split"):
+        evaluate(request(optimizer="muon"), {"tp": 2, "dp_shard": 8, "zero_stage": 3})
+    best = plan(request(optimizer="muon"))
+    assert best.layout.tp == 1
+    assert verify(best) == []
+
+
+def test_dense_layers_give_their_weights_back_without_a_pipeline() -> None:
+    with pytest.raises(InputError, match="give their weights back after each forward"):
+        evaluate(request(), {"dp_shard": 16, "zero_stage": 2})
+    assert evaluate(request(), {"dp_shard": 4, "pp": 4, "zero_stage": 2}).layout.zero_stage == 2
+    assert evaluate(request(MIXTURE), {"dp_shard": 16, "ep": 8, "zero_stage": 2})
+    assert verify(plan(request())) == []
+
+
+def test_experts_are_split_by_rows() -> None:
+    """Eight experts over three ranks: a third of the rows of each, or three experts on one rank."""
+    held = {}
+    for stack in ("nemo-automodel", "torchtitan"):
+        job = {"stack": stack, "sequence_length": 4096, "global_batch": 48, "optimizer": "adamw"}
+        asked = read_request(MIXTURE, "dgx-h100:3", None, job)
+        held[stack] = optimizer_bytes(asked, dp_shard=3, dp_replicate=8)
+    more = 8 * EXPERTS * (3 / 8 - 1 / 3)
+    assert held["torchtitan"] - held["nemo-automodel"] == pytest.approx(more, rel=0.01)
+
+
+LAYOUT = {"dp_shard": 16, "zero_stage": 3, "recompute": "full"}
+EARLY = "nemo-automodel-reduce-each"
+
+
+def terms_of(asked: Request, **layout: object) -> dict[str, float]:
+    found = evaluate(asked, LAYOUT | layout).prediction
+    held = {term.name: float(term.bytes or 0) for term in found.stages[0].memory}
+    return held | {term.name: term.seconds or 0.0 for term in found.time}
+
+
+def test_gradients_wait_whole_in_16_bits_for_the_last_of_several_microbatches() -> None:
+    late, early = terms_of(request()), terms_of(request(stack=EARLY))
+    assert late["gradients"] == 2 * (MATRICES + REST)
+    assert early["gradients"] == 4 * (MATRICES + REST) // 16
+    # What they become is made on a stream of its own.
+    assert late["stream_blocks"] - early.get("stream_blocks", 0) == early["gradients"]
+    one = [terms_of(request(stack=stack, global_batch=16)) for stack in ("nemo-automodel", EARLY)]
+    assert one[0]["dp_comm"] == one[1]["dp_comm"]
+    assert one[0].get("gradient_reduction") == one[1].get("gradient_reduction")
+    assert "gradients" not in one[0] or one[0]["gradients"] == one[1]["gradients"]
+
+
+def test_the_last_microbatch_alone_reduces() -> None:
+    asked = {"sequence_length": 4096, "global_batch": 64}
+    both = [
+        read_request(DENSE, "dgx-a100:2", None, asked | {"stack": stack})
+        for stack in ("nemo-automodel", EARLY)
+    ]
+    calls = [communication(each, evaluate(each, LAYOUT)) for each in both]
+    layers = [found.layers["decoder"] for found in calls]
+    sums = [[c for c in layer if c.kind == "reduce_scatter"] for layer in layers]
+    assert [[c.phase for c in each] for each in sums] == [["step"], ["backward"]]
+    assert sums[0][0].bytes == sums[1][0].bytes == 2 * (MATRICES // 32 + 2 * 4096)
+    gathers = [[c.phase for c in layer if c.kind == "all_gather"] for layer in layers]
+    assert gathers[0] == gathers[1] == ["forward", "backward"]
+    assert terms_of(both[0])["dp_comm"] < terms_of(both[1])["dp_comm"]
+
+
+def test_plans_whose_gradients_wait_are_certified() -> None:
+    asked = read_request(
+        "llama-3.2-1b", "dgx-h100:1", None,
+        {"stack": "nemo-automodel", "sequence_length": 8192, "global_batch": 64},
+    )  # fmt: skip
+    assert verify(plan(asked)) == []
+
+
+def test_replicas_are_of_weights_that_several_ranks_share() -> None:
+    with pytest.raises(InputError, match="several data-parallel ranks share"):
+        evaluate(request(), {"dp_replicate": 8, "cp": 2, "zero_stage": 3})
+    assert evaluate(request(), {"dp_replicate": 4, "dp_shard": 2, "cp": 2, "zero_stage": 3})
+
+
+def test_the_router_s_product_stays_where_a_job_asks_for_it() -> None:
+    """Eight scores in 16 bits of each of 4,096 tokens stay, and a small product is spared."""
+    layout = {"dp_shard": 16, "ep": 8, "zero_stage": 3}
+    seconds, kept = [], []
+    for mode in ("custom:router", "full"):
+        found = evaluate(request(MIXTURE), layout | {"recompute": mode})
+        tables = found.priced.tables
+        rows = mode_rows(tuple(policy.name for policy in tables.workload.policies))
+        kept.append(int(tables.kinds[0][rows[mode].kept][0]))
+        seconds.append(found.prediction.step_time_s)
+    assert kept[0] - kept[1] == 2 * 8 * 4096
+    assert seconds[0] < seconds[1] < 1.01 * seconds[0]

@@ -1,0 +1,102 @@
+"""Full recomputation of layers whose inputs tensor parallelism splits, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cost_models.interconnect import collective_time_s
+from planner.errors import InputError
+from planner.pipeline import evaluate, plan, read_request
+from planner.request import Request
+from planner.studies.communication import communication
+from planner.studies.verify import verify
+
+LAYERS, WIDTH, LENGTH = 96, 12_288, 2048
+INPUT = LENGTH * WIDTH * 2
+"""16-bit input of a layer of one sample."""
+
+
+def request(stack: str = "megatron-lm-2021", **overrides: object) -> Request:
+    asked = {"stack": stack, "sequence_length": LENGTH, "global_batch": 8, "precision": "fp16"}
+    return read_request("gpt3-175b", "dgx-a100:8", None, asked | overrides)
+
+
+def layout(mode: str, **more: object) -> dict[str, object]:
+    return {"tp": 8, "pp": 8, "zero_stage": 0, "recompute": mode, **more}
+
+
+def kept(mode: str, stack: str = "megatron-lm-2021") -> int:
+    found = evaluate(request(stack), layout(mode))
+    terms = {term.name: term.bytes or 0 for term in found.prediction.stages[0].memory}
+    return terms["activations"]
+
+
+def test_a_rank_keeps_an_eighth_of_each_input() -> None:
+    """Twelve layers of eight microbatches in flight: 7/8 of each input leave; the working bytes of
+    the layer that runs again have the whole one."""
+    whole = kept("full", "megatron-deepspeed")
+    parts = kept("partitioned", "megatron-deepspeed")
+    in_flight = LAYERS // 8 * 8
+    assert whole - parts >= in_flight * INPUT * 7 // 8
+    assert parts >= in_flight * INPUT // 8
+
+
+@pytest.mark.parametrize("stack", ["megatron-core", "megatron-core-0.8", "megatron-core-local"])
+def test_megatron_core_keeps_inputs_in_parts_too(stack: str) -> None:
+    asked = request(stack, precision="bf16")
+    whole, parts = (
+        {
+            t.name: t.bytes or 0
+            for t in evaluate(asked, layout(mode, sequence_parallel=False))
+            .prediction.stages[0]
+            .memory
+        }
+        for mode in ("full", "partitioned")
+    )
+    in_flight = LAYERS // 8 * 8
+    assert whole["activations"] - parts["activations"] >= in_flight * INPUT * 7 // 8
+
+
+def test_each_layer_is_gathered_once_per_microbatch() -> None:
+    asked = request()
+    found, plain = (evaluate(asked, layout(mode)) for mode in ("partitioned", "full"))
+    calls = {
+        (call.kind, call.count, call.bytes)
+        for call in communication(asked, found).stages[3]
+        if (call.group, call.phase, call.kind) == ("tp", "recompute", "all_gather")
+    }
+    count = LAYERS // 8 * 8
+    assert calls == {("all_gather", count, count * INPUT)}
+    eight, one = np.array([8]), np.array([1])
+    gather = collective_time_s(
+        asked.machine.fabric, "all_gather", np.array([float(INPUT)]), size=eight, stride=one
+    )
+    # Eight microbatches and seven of filling, twelve layers each.
+    added = found.prediction.step_time_s - plain.prediction.step_time_s
+    assert added == pytest.approx(15 * 12 * float(gather[0]), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("stack", "more"),
+    [("megatron-lm-2021", {"tp": 1, "pp": 64}), ("megatron-lm-2022", {"sequence_parallel": True})],
+)
+def test_what_no_rank_holds_twice_has_no_parts(stack: str, more: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="splits what tensor-parallel ranks hold alike"):
+        evaluate(request(stack), layout("partitioned", **more))
+
+
+def test_the_search_takes_parts_where_whole_inputs_do_not_fit() -> None:
+    """Eight samples of four microbatches each in flight: 12 x 8 x 0.2 GB of whole inputs beside
+    49 GB of state."""
+    fix = {"tp": 8, "pp": 8, "microbatch_size": 8}
+    found = plan(request(global_batch=128, constraints={"fix": fix}))
+    modes = {part.mode for stage in found.layout.stages for part in stage.recompute}
+    assert modes == {"partitioned"}
+    assert verify(found) == []
+
+
+def test_a_job_that_asks_for_parts_gets_tensor_parallelism() -> None:
+    found = plan(request(constraints={"recompute": "partitioned"}))
+    assert found.layout.tp > 1
+    assert verify(found) == []
