@@ -18,7 +18,7 @@ def runnable(
     options: tuple[Recompute, ...], *, tp: int, sequence_parallel: bool
 ) -> tuple[Recompute, ...]:
     """``options`` less inputs in parts where no rank holds what another does too: the software
-    refuses them there, and they cost what ``full`` of all layers does."""
+    refuses them there."""
     if tp > 1 and not sequence_parallel:
         return options
     return tuple(option for option in options if option[0] != PARTITIONED)

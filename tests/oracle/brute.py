@@ -104,6 +104,9 @@ class BruteForce:
                 useful = [o for o in useful if "/" not in o[0]]
             if splits(x.schedule):
                 useful = [o for o in useful if o[0] in ("none", "full")]
+            if x.tp == 1 or x.sp:
+                # No rank holds what another holds too: the software refuses to split it.
+                useful = [o for o in useful if o[0] != "partitioned"]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if not option[1] or option[1] >= height:
