@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,9 @@ from hardware_profiles.holdings import (
     StateSpec,
 )
 from hardware_profiles.layers_spec import LayersSpec as LayersSpec
-from hardware_profiles.layers_spec import require_shared_vocabulary
 from hardware_profiles.sourced import Profile, Sourced
+from hardware_profiles.stack_consistency import require_consistent
 from hardware_profiles.stack_words import (
-    PARTITIONED,
-    TILED,
     AttentionSort,
     ContextKind,
     Dispatcher,
@@ -340,43 +338,15 @@ class StackSpec(Profile):
     not_priced: dict[str, str] = Field(default_factory=dict)
     """What this version runs and no layout of the space has: each with why, and where it is
     documented."""
+    not_described: dict[str, str] = Field(default_factory=dict)
+    """What else this version has that is no choice of layout: other mathematics, other models,
+    other kernels or transports of the same layout. Each is a job or a stack of its own, which the
+    catalogue does not have; with why, and where it is documented."""
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for mode in self.recompute:
-            parts = set(mode.split("+")) - {*self.recompute_modules}
-            lists = self.save_lists
-            listed = () if lists is None else (*lists.policies, *lists.offloaded, "custom")
-            if parts and mode not in ("none", "selective", "full", PARTITIONED, TILED, *listed):
-                known = ", ".join(self.recompute_modules) or "none"
-                raise ValueError(
-                    f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "
-                    f"recompute_modules joined by + ({known})"
-                    + (f", or a save list ({', '.join(listed)})" if listed else "")
-                )
-        if PARTITIONED in self.recompute and "full" not in self.recompute:
-            raise ValueError(f"recompute: {PARTITIONED} needs full, which it is where tp is 1")
-        one_stage = {"no_tied_embeddings_in_pipeline", "no_pipeline"} & {*self.rules}
-        if self.layers.tied_ends == "one_unit" and not one_stage:
-            raise ValueError(
-                "layers.tied_ends one_unit puts both ends on one stage: it needs the rule "
-                "no_tied_embeddings_in_pipeline or no_pipeline"
-            )
-        require_shared_vocabulary(self.layers, self.schedules, new_gradients=self.new_gradients)
-        freedom = self.uneven_stages or self.recompute_per_stage or self.recompute_layer_count
-        if self.outside_layers and (
-            freedom or "pipeline_needs_multiple_of_pp" not in self.rules or self.idle_forward
-        ):
-            raise ValueError(
-                "outside_layers needs equal stages that all recompute alike, and the rule "
-                "pipeline_needs_multiple_of_pp: the stages share the batch"
-            )
-        if self.recompute_mixed and not self.recompute_per_stage:
-            raise ValueError("recompute_mixed needs recompute_per_stage: bounds know no other way")
-        needed = [d for d in get_args(RankDimension) if d != "cp" or self.cp_kinds]
-        if sorted({*self.rank_order} | {*needed}) != sorted(self.rank_order):
-            raise ValueError(f"rank_order must hold each of {', '.join(needed)} once")
+        require_consistent(self)
         return self
 
     def attention_kernel(self, device: str) -> str:

@@ -85,10 +85,15 @@ def entry_table(kind: str, document: dict[str, Any]) -> RenderableType:
 def _prose(body: dict[str, Any]) -> list[RenderableType]:
     """What ``body`` says in sentences, taken out of it: each under a heading of its own."""
     blocks: list[RenderableType] = []
-    beyond, notes = body.pop("not_priced", None), body.pop("notes", None)
-    if beyond:
-        lines = [f"{name}: {why}" for name, why in beyond.items()]
-        blocks += [Text(), parts.section("It also has, outside the space"), parts.bullets(lines)]
+    notes = body.pop("notes", None)
+    headings = {
+        "not_priced": "It also has, outside the space",
+        "not_described": "Other jobs and kernels of it, which no stack here describes",
+    }
+    for key, heading in headings.items():
+        lines = [f"{name}: {why}" for name, why in (body.pop(key, None) or {}).items()]
+        if lines:
+            blocks += [Text(), parts.section(heading), parts.bullets(lines)]
     if notes:
         lines = [notes] if isinstance(notes, str) else notes
         blocks += [Text(), parts.section("Notes"), parts.bullets(lines)]

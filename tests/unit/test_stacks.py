@@ -158,7 +158,9 @@ def test_orders_of_one_s_own_run_where_pytorch_reads_them_from_a_file() -> None:
 
 @pytest.mark.parametrize("name", catalog_names("stack"))
 def test_what_is_not_priced_has_a_reason(name: str) -> None:
-    for thing, why in load_stack(name).not_priced.items():
+    stack = load_stack(name)
+    assert not stack.not_priced.keys() & stack.not_described.keys()
+    for thing, why in (*stack.not_priced.items(), *stack.not_described.items()):
         assert len(why) > len(thing) > 3
 
 
