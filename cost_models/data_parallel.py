@@ -178,7 +178,7 @@ def price_kind(
         rows[Field.LATE_GRADIENTS] = late_gradient_bytes(trained, rules)
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     if stack.splits_blocks and not machine.offload.checkpoints:
-        split_by_checkpoints(rows, kind, shard, tuple(policy.name for policy in policies))
+        split_by_checkpoints(rows, kind, shard, policies)
     move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)
     full = mode_rows(tuple(policy.name for policy in policies)).get("full")
     if machine.offload.checkpoints and full is not None:

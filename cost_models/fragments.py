@@ -15,6 +15,7 @@ import numpy as np
 from cost_models.buffers import fused_name
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.layout import RecomputePolicy
 from cost_models.recompute import mode_rows
 from cost_models.state import is_expert, local_tensor
 from cost_models.state_rules import StateRules
@@ -118,32 +119,44 @@ def _largest_table(
 
 
 def split_by_checkpoints(
-    rows: Int64, kind: LayerKind, shard: Shard, policies: tuple[str, ...]
+    rows: Int64, kind: LayerKind, shard: Shard, policies: tuple[RecomputePolicy, ...]
 ) -> None:
-    """Add to what full recomputation keeps the rest of the block that a layer's input lies in.
+    """Add to what each policy keeps of a layer what :func:`split_rest` says that it leaves."""
+    places = mode_rows(tuple(policy.name for policy in policies))
+    for policy in policies:
+        rows[places[policy.name].kept] += split_rest(kind, shard, policy)
+
+
+def split_rest(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> Int64:
+    """A layer's part of the rest of the blocks that inputs of layers lie in: 0 where a policy keeps
+    more of a layer than that, or attention has no scores.
 
     The score matrices of an unfused attention are the largest tensors of a layer that runs again.
-    Between two such layers their blocks are free, and the inputs that stay for the backward are
-    put there, as many as fit. Scores find no room beside them and get another block.
+    Between two such layers their blocks are free, and the inputs that stay for the backward, or a
+    rank's parts of them, are put there, as many as fit. Scores find no room beside them and get
+    another block.
 
     That rest, shared by the inputs of a block, falls to nothing at every sequence length at which
     one more fits. An input is counted with no more than it takes at the next such length, so that a
     longer sequence never takes less memory.
     """
-    rows[Field.SPLIT_BLOCKS] = 0
-    modes = mode_rows(policies).get("full")
     scores = np.zeros_like(shard.tp)
-    for tensor in kind.saved(shard):
+    if policy.keeps is None or policy.keeps:
+        return scores
+    tensors = kind.saved(shard)
+    for tensor in tensors:
         if "core_attn" in tensor.modules:
             scores = np.maximum(scores, tensor.bytes)
-    if modes is None or not scores.any():
-        return
-    kept = rows[modes.kept]
+    everything = np.zeros_like(shard.tp) + sum(tensor.bytes for tensor in tensors)
+    kept = np.minimum(kind.boundary_bytes(shard), everything)
+    if policy.in_parts:
+        kept = -(-kept // shard.input_parts)
     inputs, rest = np.divmod(scores, np.maximum(kept, 1))
     # Scores grow with the square of the length: (kept / scores) x kept is the same at all lengths.
     common = np.maximum(np.gcd(scores, kept), 1)
     next_fits = kept // common * (kept - rest) // np.maximum(scores // common, 1)
     each = np.minimum(rest // np.maximum(inputs, 1), next_fits)
     each = np.where((kept > SMALL_BYTES) & (inputs > 0), each, 0)
-    rows[Field.SPLIT_BLOCKS] = each
-    rows[modes.kept] += each
+    # Of layers that run again together one keeps its input; each has its part of that.
+    result: Int64 = -(-each // policy.group)
+    return result

@@ -97,13 +97,11 @@ class Field(IntEnum):
     """Gradients of weights, as the backward makes them, that wait to be summed in the next one."""
     LEFT_BLOCKS = 22
     """Of the static bytes, in no tensor: what is left of the blocks in which weights were made."""
-    SPLIT_BLOCKS = 23
-    """Of what full recomputation keeps, in no tensor: what is left of blocks that inputs split."""
     WEIGHT_PASSES = 24
     """Weights whose gradients are passes of their own in the second half of a split backward."""
     DEFERRED_AGAIN = 25
     """As ``DEFERRED``, of a layer that runs again: what nothing else needed is gone anyway."""
-    LOOKUP_BLOCK = 27
+    LOOKUP_BLOCK = 23
     """Of the static bytes, the block of the embedding's dense gradient, in which nothing else lies
     when it is needed (``cost_models.fragments``)."""
     LEFT_AGAIN = 26

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cost_models.configs import shard_of
+from cost_models.fragments import split_rest
 from cost_models.leaf import Leaf, RankCosts, Row, stage_costs
 from cost_models.peaks import live_activations, moments, peak_bytes  # fmt: skip
 from cost_models.reserve import CACHED, INSIDE, OUTSIDE
@@ -44,7 +46,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         leaf = replace(leaf, idle_forward=False)
         chunks = stage_costs(leaf, priced.completion)[rank].chunks
         idle = peak - peak_bytes(leaf, rank, chunks)
-    rests = _rests(leaf)
+    rests = _rests(priced, leaf)
     split = peak_bytes(leaf, rank, chunks)
     chunks = stage_costs(rests, priced.completion)[rank].chunks
     split -= peak_bytes(rests, rank, chunks)
@@ -139,18 +141,23 @@ def _own_blocks(priced: Priced) -> bool:
     return stack.new_gradients and stack.stream_pools and priced.layout.zero_stage >= 2
 
 
-def _rests(leaf: Leaf) -> Leaf:
+def _rests(priced: Priced, leaf: Leaf) -> Leaf:
     """The leaf without what its layer inputs leave of blocks that they split: in no tensor."""
-    full = leaf.modes.get("full")
-    if full is None or not any(kind[Field.SPLIT_BLOCKS] for kind in leaf.kinds):
+    machine, workload = priced.tables.machine, priced.tables.workload
+    if not machine.stack.splits_blocks or machine.offload.checkpoints:
         return leaf
+    shard = shard_of(workload, priced.tables.configs)
 
-    def row(costs: Row) -> Row:
+    def row(name: str, costs: Row) -> Row:
         values = list(costs)
-        values[full.kept] -= costs[Field.SPLIT_BLOCKS]
+        for policy in workload.policies:
+            rest = split_rest(workload.kinds[name], shard, policy)
+            values[leaf.modes[policy.name].kept] -= int(rest[0])
         return tuple(values)
 
-    return replace(leaf, kinds=tuple(row(kind) for kind in leaf.kinds))
+    names = priced.tables.kind_names
+    kinds = tuple(row(name, kind) for name, kind in zip(names, leaf.kinds, strict=True))
+    return replace(leaf, kinds=kinds)
 
 
 def _in_one_pool(leaf: Leaf) -> Leaf:

@@ -109,6 +109,25 @@ def test_layer_inputs_split_the_blocks_of_scores() -> None:
     assert "split_blocks" not in terms(stage(stack, 4160, **layout | {"recompute": "selective"}))
 
 
+@pytest.mark.parametrize(("tp", "mode", "part"), [(8, "partitioned", 8), (1, "full:3", 1)])
+def test_parts_and_groups_of_inputs_split_blocks_too(tp: int, mode: str, part: int) -> None:
+    """4,160 tokens with 32 / tp heads: scores of 138,444,800 bytes on each of eight ranks, in which
+    32 parts of 4,259,840 bytes leave 66,560 each, of which 65,536 are missing for one more; of
+    whole inputs four leave 532,480, of which 524,288. Three layers share an input of one rank's 32,
+    the last two have one to themselves."""
+    whole = load_stack("megatron-lm-2022")
+    stack = whole.model_copy(update={"recompute_groups_named": True})
+    layout = {"zero_stage": int(tp == 1), "tp": tp, "sequence_parallel": False}
+    found = stage(stack, 4160, recompute=mode, **layout)
+    each = 524_288 // part
+    layers = 32 if part > 1 else 11
+    assert terms(found)["split_blocks"] == pytest.approx(layers * each, abs=33)
+    plain = stage(stack.model_copy(update={"splits_blocks": False}), 4160, recompute=mode, **layout)
+    assert terms(found)["activations"] == terms(plain)["activations"]
+    assert found.allocated_bytes == plain.allocated_bytes
+    assert found.peak_bytes - plain.peak_bytes == terms(found)["split_blocks"]
+
+
 def test_replayed_allocator() -> None:
     memory = CachingAllocator()
     first = memory.allocate(30 * MIB)
