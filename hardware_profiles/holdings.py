@@ -148,8 +148,8 @@ class OffloadSpec(Profile):
     reduced_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes per parameter of a shard that leave with each reduction of gradients, beside
     ``link_bytes`` of the step."""
-    takes_experts: bool = True
-    """Whether it is there for mixtures of experts too."""
+    takes_experts: bool | Literal["without_ep"] = True
+    """Whether it is there for mixtures of experts too, or only where ep is 1."""
     optimizers: tuple[OptimizerName, ...] = ()
     """Optimizers that ``optimizer_bytes`` and the step on the host are for; empty: all of the
     stack's."""

@@ -269,7 +269,8 @@ def _usual_etp(degree: Mapping[str, int], request: Request) -> int:
 
 def _default_zero(request: Request, degree: Mapping[str, int]) -> int:
     """The stack's usual stage: the lowest that shards anything, if there is anything to shard."""
-    if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.zero_stages:
+    wraps = "shards_over_one_rank" in request.stack.rules and degree["tp"] * degree["pp"] > 1
+    if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.zero_stages and not wraps:
         return 0
     sharded = [stage for stage in request.zero_stages if stage > 0]
     if degree["pp"] == 1 and 3 in sharded:

@@ -217,6 +217,9 @@ def impossible_layout(
     if request.machine.offload.anything:
         if (reason := cannot_offload(request)) is not None:
             return reason
+        bound = stack.offload is not None and stack.offload.takes_experts == "without_ep"
+        if job.optimizer_offload and bound and mesh.ep > 1:
+            return "under ep nothing is offloaded"
         if job.parameter_offload and zero < offload_stage(request):
             return "the host holds weights that are split only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
@@ -231,8 +234,12 @@ def impossible_layout(
             held += inputs_held(mesh, (schedule, vpp, m, size or min(m, mesh.pp)), request)
         if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"
-    if zero and shard * mesh.cp == 1 and 0 in _zero_stages(request):
-        return "sharding over one rank is ZeRO stage 0"
+    if shard * mesh.cp == 1 and 0 in _zero_stages(request):
+        wrapped = "shards_over_one_rank" in stack.rules and mesh.tp * mesh.pp > 1
+        if zero and not wrapped:
+            return "sharding over one rank is ZeRO stage 0"
+        if not zero and wrapped and mesh.dp * mesh.cp == 1:
+            return "weights that no rank shares are sharded over one"
     if not rounds_of(schedule, mesh, request):
         return "the stack has no rounds of so many microbatches"
     if vpp > 1 or schedule.startswith("given"):
@@ -250,8 +257,8 @@ def impossible_layout(
         return "the optimizer's state is split over all of dp"
     if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:
         return "no sharded gradients under a pipeline"
-    dense = "dense_zero_2_in_pipelines" in stack.rules and not request.workload.expert_count
-    if zero == 2 and mesh.pp == 1 and dense:
+    whole = "dense_zero_2_in_pipelines" in stack.rules and mesh.ep == 1
+    if zero == 2 and mesh.pp == 1 and whole:
         return "layers give their weights back after each forward"
     if zero == 2 and mesh.pp == 1 and "zero_2_needs_pipeline" in stack.rules:
         return "weights stay gathered for the microbatches of a pipeline"

@@ -187,10 +187,7 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         ),
     )
     yield from _host_rules(request)
-    yield (
-        "sharding over one rank is ZeRO stage 0",
-        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & (0 in request.zero_stages),
-    )
+    yield from _one_rank_rules(request)
     yield from _microbatch_rules(request)
     yield (
         "no even split into virtual stages, the first and last lighter at most",
@@ -228,10 +225,11 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
             f"{label}: parameters stay gathered under a pipeline",
             lambda m, x: (x.zero_stage == 3) & (m.pp > 1),
         )
-    if "dense_zero_2_in_pipelines" in stack.rules and not request.workload.expert_count:
+    if "dense_zero_2_in_pipelines" in stack.rules:
         yield (
-            f"{label}: layers without experts give their weights back after each forward",
-            lambda m, x: (x.zero_stage == 2) & (m.pp == 1),
+            f"{label}: layers whose experts no rank shares out give their weights back after each "
+            "forward",
+            lambda m, x: (x.zero_stage == 2) & (m.pp == 1) & (m.ep == 1),
         )
     if "no_zero_3_with_context" in stack.rules:
         yield (
@@ -274,6 +272,29 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         )
 
 
+def _one_rank_rules(request: Request) -> Iterator[LayoutRule]:
+    """What weights that no data-parallel rank shares are called."""
+    stack = request.stack
+    if 0 not in request.zero_stages:
+        return
+    wraps = "shards_over_one_rank" in stack.rules
+
+    def wrapped(m: Meshes) -> Bools:
+        """Where the software shards over one rank: not on a device by itself."""
+        result: Bools = wraps & (m.tp * m.pp > 1)
+        return result
+
+    yield (
+        "sharding over one rank is ZeRO stage 0",
+        lambda m, x: (x.zero_stage > 0) & (x.dp_shard * m.cp == 1) & ~wrapped(m),
+    )
+    if wraps:
+        yield (
+            f"{stack.name} {stack.version}: weights that no rank shares are sharded over one",
+            lambda m, x: (x.zero_stage == 0) & (m.dp * m.cp == 1) & wrapped(m),
+        )
+
+
 def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
     """Numbers of microbatches that a schedule cannot run."""
     stack, batch = request.stack, request.global_batch
@@ -313,6 +334,12 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
     if reason is not None:
         yield reason, lambda m, x: (m.tp >= 1) & (x.vpp >= 1)
         return
+    spec = request.stack.offload
+    if request.job.optimizer_offload and spec and spec.takes_experts == "without_ep":
+        yield (
+            f"{request.stack.name} {request.stack.version} keeps mixtures under ep on the device",
+            lambda m, _: m.ep > 1,
+        )
     if request.job.parameter_offload:
         least = offload_stage(request)
         reason = f"weights are offloaded from ZeRO stage {least} on"

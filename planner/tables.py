@@ -129,12 +129,13 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     layer in ns, trained parameters, bytes kept at least, fixed bytes."""
     microbatch, tp, cp, cp_kind, ep, etp, sp, stages = columns
     one = np.ones_like(tp)
+    waits = _may_wait(request, stages)
     # Of policies, those that leave least on the device; whatever the hosts hold of a step.
     policies = thriftiest(request.workload.policies)
     priced = price_configs(
         replace(request.workload, policies=policies, global_batch=None), request.machine,
         Configs(microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0,
-                one * 0),
+                one * 0, waits=waits),
         reserve_bytes=request.reserve_bytes, capacity_bytes=request.usable_bytes,
     )  # fmt: skip
     layer = np.min([t[Field.FORWARD] + t[Field.BACKWARD] for t in priced.kinds], axis=0)
@@ -142,6 +143,13 @@ def _shard_costs(request: Request, columns: list[Int64]) -> tuple[Real | Int64, 
     if priced.put_off is not None:
         work = work - priced.put_off.each_ns
     return work, layer, _trained(priced), least_kept(priced), priced.fixed_bytes
+
+
+def _may_wait(request: Request, stages: Int64) -> Int64:
+    """Where gradients may wait for a step's last microbatch: what is summed over tp until then is
+    summed once per step, and so in no microbatch of a bound."""
+    result: Int64 = ((stages == 1) & request.machine.rules.reduces_last_backward).astype(np.int64)
+    return result
 
 
 def _outside_bounds(request: Request, meshes: Meshes, microbatches: Int64) -> Real:
@@ -172,7 +180,7 @@ def _kind_work(request: Request, configs: Configs) -> list[Real]:
         one = np.ones_like(tp)
         shard = Configs(
             microbatch, tp, cp, cp_kind, ep, etp, sp.astype(bool), one, one, stages, one * 0,
-            one * 0,
+            one * 0, waits=_may_wait(request, stages),
         )  # fmt: skip
         priced = price_configs(
             replace(request.workload, policies=(), global_batch=None), request.machine, shard,

@@ -254,8 +254,12 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if stack.tensor_parallel_max is not None and x.tp > stack.tensor_parallel_max:
         return False
-    if x.zero > 0 and x.dp_shard * x.cp == 1 and 0 in _zero_choices(request):
-        return False
+    if x.dp_shard * x.cp == 1 and 0 in _zero_choices(request):
+        wraps = "shards_over_one_rank" in stack.rules and x.tp * x.pp > 1
+        if x.zero > 0 and not wraps:
+            return False
+        if x.zero == 0 and x.dp == 1 and wraps:
+            return False
     if request.global_batch % (x.dp * x.microbatch):
         return False
     m = request.global_batch // (x.dp * x.microbatch)
@@ -335,7 +339,7 @@ def runs(request: Request, x: Layout) -> bool:
     spread = x.dp_shard * x.cp
     if x.zero == 3 and keeps not in (None, "any") and spread > keeps and spread % keeps:
         return False
-    if "dense_zero_2_in_pipelines" in rules and x.zero == 2 and x.pp == 1 and not experts:
+    if "dense_zero_2_in_pipelines" in rules and x.zero == 2 and x.pp * x.ep == 1:
         return False
     if x.zero == 3 and x.cp > 1 and "no_zero_3_with_context" in rules:
         return False

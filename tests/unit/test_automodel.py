@@ -157,3 +157,35 @@ def test_the_router_s_product_stays_where_a_job_asks_for_it() -> None:
         seconds.append(found.prediction.step_time_s)
     assert kept[0] - kept[1] == 2 * 8 * 4096
     assert seconds[0] < seconds[1] < 1.01 * seconds[0]
+
+
+@pytest.mark.parametrize(("layout", "stage"), [({"tp": 8}, 3), ({"tp": 4, "pp": 2}, 2)])
+def test_weights_that_no_rank_shares_are_sharded_over_one(
+    layout: dict[str, int], stage: int
+) -> None:
+    """FSDP2 over one rank: the unit's 16-bit copy and its 16-bit gradients beside the whole."""
+    asked = read_request(DENSE, "dgx-h100:1", None, {"stack": "nemo-automodel"})
+    found = evaluate(asked, layout)
+    assert found.layout.zero_stage == stage
+    with pytest.raises(InputError, match="sharded over one"):
+        evaluate(asked, {**layout, "zero_stage": 0})
+    calls = communication(asked, found).layers["decoder"]
+    assert {c.group for c in calls} == {"tp"}
+
+
+def test_one_device_by_itself_has_no_fsdp() -> None:
+    alone = read_request("llama-3.2-1b", "gh200-x1:1", None, {"stack": "nemo-automodel"})
+    assert evaluate(alone, {}).layout.zero_stage == 0
+    with pytest.raises(InputError, match="sharding over one rank"):
+        evaluate(alone, {"zero_stage": 3})
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_mixtures_choose_whether_to_give_weights_back_under_ep_only(ep: int) -> None:
+    """_transformers/infrastructure.py: without ep they are wrapped as models without experts."""
+    layout = {"zero_stage": 2, "ep": ep, "recompute": "full"}
+    if ep > 1:
+        assert evaluate(request(MIXTURE), layout).layout.zero_stage == 2
+    else:
+        with pytest.raises(InputError, match="after each forward"):
+            evaluate(request(MIXTURE), layout)

@@ -117,6 +117,7 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "dense_zero_2_in_pipelines",
         "no_zero_3_with_pipeline",
         "shards_fill_nodes",
+        "shards_over_one_rank",
         "zero_0_is_replicate_only",
         "zero_2_needs_pipeline",
         "zero_1_shards_over_all",
