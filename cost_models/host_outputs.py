@@ -3,9 +3,10 @@
 What ``RecomputePolicy.offloads`` names leaves over the device's link beside the rest of the layer's
 forward and comes back beside the backward of the layer before. What of the way is longer than the
 layer's own pass is waited for, and one layer's outputs are on their way
-(``jax.checkpoint_policies.save_and_offload_only_these_names``). A host holds those of one
-microbatch, and under a pipeline those of all: what sends them there (MaxText) runs all forwards
-first.
+(``jax.checkpoint_policies.save_and_offload_only_these_names``). Where copies are the compute
+stream's own (``torch.autograd.graph.save_on_cpu``) both passes wait for all of the way. A host
+holds those of one microbatch, and under a pipeline those of all: what sends them there (MaxText)
+runs all forwards first.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def move_outputs(
             size = activations.listed(policy, policy.offloads)
             extra = places[policy.name].extra
             way = np.ceil(size / bytes_per_s * 1e9).astype(np.int64)
-            waits = np.maximum(way - rows[Field.FORWARD], 0)
-            waits += np.maximum(way - rows[Field.BACKWARD] - rows[extra], 0)
-            rows[extra] += waits
+            passes = rows[Field.FORWARD], rows[Field.BACKWARD] + rows[extra]
+            rows[extra] += sum(
+                way if policy.in_turn else np.maximum(way - each, 0) for each in passes
+            )
 
 
 @dataclass(frozen=True, slots=True)

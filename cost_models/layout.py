@@ -90,7 +90,7 @@ def crosses_ranks(schedule: Schedule, pp: int, stage: int) -> bool:
 OutputKind = Literal[
     "attention", "reduce_scatter", "all_to_all", "matmul", "odd_matmul", "grouped_matmul",
     "query", "key", "value", "out_proj", "mlp_gate", "mlp_up", "mlp_out", "layer_input",
-    "mla_q", "mla_kv", "router",
+    "mla_q", "mla_kv", "router", "saved",
 ]  # fmt: skip
 """Ops whose outputs a save list may name; ``odd_matmul`` is the 1st, 3rd, 5th ... product of a
 layer, products that stand for several (q, k and v) counted one by one. The others are tensors
@@ -112,7 +112,10 @@ class RecomputePolicy:
     """Whether the layer runs again to its last op, its reduced output, while the gradient of that
     waits all-gathered."""
     offloads: frozenset[OutputKind] = frozenset()
-    """Of ``keeps``, what waits on the host (``cost_models.host_outputs``)."""
+    """Of ``keeps``, what waits on the host (``cost_models.host_outputs``); ``saved`` without
+    ``keeps``: all that a layer keeps."""
+    in_turn: bool = False
+    """Whether it leaves and comes back in turn with the layer's work."""
     group: int = 1
     """Layers that run again together, from the input of the first."""
     needed_only: bool = False

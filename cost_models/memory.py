@@ -16,11 +16,13 @@ from cost_models.layout import OutputKind, RecomputePolicy
 from cost_models.named_outputs import (
     LAYER_INPUT,
     REDUCED,
+    SAVED,
     latent_rows,
     pieces,
     unneeded,
 )
 from cost_models.ops import Attention, Collective, GroupedMatMul, Ints, MatMul, Op, Reals
+from cost_models.state import local_tensor
 
 Sizes: TypeAlias = tuple[Int64, Int64]
 """Bytes kept per microbatch, and short-lived bytes beside them."""
@@ -66,7 +68,14 @@ class Activations:
             key = name, op not in last
             found[key] = found.get(key, self.zero) + size
         found[LAYER_INPUT, True] = self.zero + self.kind.boundary_bytes(self.shard)
+        found[SAVED, True] = self.everything + sum(self.weights)
         return found
+
+    @property
+    def weights(self) -> tuple[Int64, ...]:
+        """Bytes of the layer's weights in the arithmetic's precision, each."""
+        local = (local_tensor(weight, self.shard, 1) for weight in self.kind.weights)
+        return tuple(each.elements * each.count * self.kind.element_bytes for each in local)
 
     def listed(self, policy: RecomputePolicy, names: frozenset[OutputKind]) -> Int64:
         """Bytes of the outputs of those ``names`` that a policy needs."""
@@ -84,6 +93,8 @@ class Activations:
         """
         if policy is None:
             return self.everything, self.working
+        if SAVED in policy.offloads:
+            return self.zero, self.working + self._fetched()
         if policy.keeps is not None:
             return self._of_list(policy, policy.keeps)
         freed: dict[str, Int64] = {}
@@ -94,6 +105,16 @@ class Activations:
         total = self.zero + sum(freed.values())
         largest = np.max([self.zero, *freed.values()], axis=0)
         return self.everything - total, self.working + largest
+
+    def _fetched(self) -> Int64:
+        """Most of what is saved that one op of the backward has back from the host: all of the
+        attention's, or a tensor and a weight."""
+        sizes = [tensor.bytes + self.zero for tensor in self.tensors]
+        largest = np.max([self.zero, *sizes], axis=0)
+        weight = np.max([self.zero, *(each + self.zero for each in self.weights)], axis=0)
+        attention = self.zero + sum(t.bytes for t in self.tensors if "core_attn" in t.modules)
+        result: Int64 = np.maximum(largest + weight, attention)
+        return result
 
     def _tiled_away(self, policy: RecomputePolicy) -> Int64:
         """What of the tensors of tiled modules is not there at once: all pieces but one."""
@@ -109,7 +130,7 @@ class Activations:
         if policy.in_parts:
             kept = -(-kept // self.shard.input_parts)
         working = self.working
-        if policy.offloads:
+        if policy.offloads and not policy.in_turn:
             working = working + self.listed(policy, policy.offloads)
         if policy.to_the_end:
             working = np.maximum(working, _output_again(self.kind, self.shard))

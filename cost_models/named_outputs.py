@@ -48,6 +48,9 @@ REDUCED: frozenset[OutputKind] = frozenset({"out_proj", "mlp_out"})
 """Named behind their reduction, so scattered under sequence parallelism."""
 LAYER_INPUT: OutputKind = "layer_input"
 """What a layer starts from: kept in any case, on the device or on the host."""
+SAVED: OutputKind = "saved"
+"""All that autograd saves of a layer, its 16-bit weights among it: PyTorch's default hooks of saved
+tensors pack leaves too (csrc/autograd/saved_variable.cpp)."""
 
 
 def expanded(names: Iterable[str]) -> frozenset[OutputKind]:

@@ -107,9 +107,14 @@ class SaveLists(Profile):
 
     policies: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
     """Outputs kept under each mode of the stack's own names."""
-    offloaded: dict[str, tuple[OutputName, ...]] = Field(default_factory=dict)
-    """Outputs that wait on the host under further modes."""
-    outputs: tuple[OutputName | SavedOp, ...]
+    offloaded: dict[str, tuple[OutputName | Literal["layer_input", "saved"], ...]] = Field(
+        default_factory=dict
+    )
+    """Outputs that wait on the host under further modes; ``saved`` is all that autograd saves of a
+    layer, of which then nothing runs again."""
+    in_turn: bool = False
+    """Whether what leaves and comes back does so in turn with the layer's work, not beside it."""
+    outputs: tuple[OutputName | SavedOp, ...] = ()
     """What a list of one's own may keep: the modes ``custom:`` and names joined by ``+``."""
     searched: bool = True
     """Whether the search looks at lists of one's own; else they run where a job asks for one."""

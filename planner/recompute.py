@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from cost_models.graph import LayerKind
 from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
-from cost_models.named_outputs import expanded
+from cost_models.named_outputs import SAVED, expanded
 from cost_models.state import is_expert
 from hardware_profiles.schema import StackSpec
 from hardware_profiles.stack_words import PARTITIONED, TILED, SaveLists
@@ -55,8 +55,10 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
     if stack.save_lists is not None and name in stack.save_lists.offloaded:
-        policy = _keeping(name, stack.save_lists.offloaded[name], stack)
-        return replace(policy, offloads=policy.keeps or frozenset())
+        hosted, in_turn = expanded(stack.save_lists.offloaded[name]), stack.save_lists.in_turn
+        if SAVED in hosted:
+            return RecomputePolicy(name, offloads=frozenset({SAVED}), in_turn=in_turn)
+        return replace(_keeping(name, hosted, stack), offloads=hosted, in_turn=in_turn)
     if save_lists.CUSTOM in stack.recompute and name.startswith(f"{save_lists.CUSTOM}:"):
         return _custom(name, stack)
     modules = frozenset(name.split("+"))
@@ -185,7 +187,7 @@ def searched_policies(
             continue
         if policy.in_parts and (job.activation_offload or not _holds_alike(stack, kinds)):
             continue
-        if policy.keeps is None:
+        if policy.keeps is None and not policy.offloads:
             modules = policy.modules & present
             if not modules:
                 continue

@@ -11,7 +11,7 @@ from cost_models.configs import shard_of
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
 from cost_models.layout import RecomputePolicy
-from cost_models.named_outputs import LAYER_INPUT, pieces, unneeded
+from cost_models.named_outputs import LAYER_INPUT, SAVED, pieces, unneeded
 from cost_models.ops import Attention, GroupedMatMul, MatMul, Op
 from planner.layouts import configs_of
 from planner.plan import Layout
@@ -81,6 +81,9 @@ def outputs_held(layout: Layout, request: Request) -> int:
             for op in ops:
                 if op.name not in ends:
                     layer += _written(op, ops, policy, shard, kind.element_bytes)
+            if SAVED in policy.offloads:
+                held = sum(np.ravel(tensor.bytes)[0] for tensor in kind.saved(shard))
+                layer = float(held + sum(w.elements for w in kind.weights) * kind.element_bytes)
             if LAYER_INPUT in policy.offloads:
                 layer += float(np.broadcast_to(kind.boundary_bytes(shard), (1,))[0])
             whole += layers * math.ceil(layer)
