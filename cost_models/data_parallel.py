@@ -49,7 +49,7 @@ from cost_models.host_outputs import move_outputs
 from cost_models.layer_times import NS, LayerTimes, to_ns
 from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.partitioned import gather_parts
-from cost_models.recompute import mode_rows, move_checkpoints, row_count, write_modes
+from cost_models.recompute import move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.split_backward import late_gradient_bytes, write_halves
 from cost_models.step import Field, Machine
@@ -180,10 +180,9 @@ def price_kind(
     if stack.splits_blocks and not machine.offload.checkpoints:
         split_by_checkpoints(rows, kind, shard, policies)
     move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)
-    full = mode_rows(tuple(policy.name for policy in policies)).get("full")
-    if machine.offload.checkpoints and full is not None:
+    if machine.offload.checkpoints and stack.offload is not None:
         link = machine.cluster.groups[0].node.host_link.si
-        move_checkpoints(rows, rows[Field.FORWARD], rows[Field.BACKWARD], full, link)
+        move_checkpoints(rows, policies, link, waits=stack.offload.checkpoints_wait)
     move_inputs(rows, kind, shard, policies, machine)
     if stack.pipeline_buffers:
         unsharded.add_output(

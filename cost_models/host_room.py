@@ -16,6 +16,7 @@ import numpy as np
 
 from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.layout import RecomputePolicy
 from cost_models.offload import Offload
 from cost_models.optimizers import OPTIMIZERS
 from cost_models.state import ceil_div, local_parameters
@@ -34,7 +35,7 @@ class HostRoom:
     embedding: int
     head: int
     inputs: tuple[int, ...]
-    """Modules' inputs of a layer of each kind and one microbatch."""
+    """Inputs of a layer of each kind, its own or its modules', and one microbatch."""
     room: int
     """Bytes of a node, less what all its devices send there whatever layers they hold."""
     rank_devices: int
@@ -116,11 +117,13 @@ def host_tables(
         embedding=state(workload.embedding),
         head=state(workload.head),
         inputs=tuple(
-            sum(moved_bytes(kind, shard, None, modules).values(), np.zeros_like(shard.tp))
+            sum(
+                moved_bytes(kind, shard, None, modules).values(),
+                checkpoint_bytes(kind, machine.offload, shard, workload.policies),
+            )
             for kind in kinds
         ),
-        room=int(capacity.si)
-        - checkpoint_bytes(workload, machine.offload, shard) * node.devices_per_node,
+        room=np.full_like(shard.tp, int(capacity.si)),
         rank_devices=configs.world // configs.pp,
         node_devices=node.devices_per_node,
     )
@@ -172,8 +175,14 @@ def bytes_there(machine: Machine) -> tuple[int, int]:
     return parts.get("optimizer", 0), parts.get("parameters", 0)
 
 
-def checkpoint_bytes(workload: WorkloadGraph, offload: Offload, shard: Shard) -> Int64:
-    """Bytes of the inputs of all layers of one microbatch that a device sends to its host."""
+def checkpoint_bytes(
+    kind: LayerKind, offload: Offload, shard: Shard, policies: Sequence[RecomputePolicy]
+) -> Int64:
+    """Bytes of a layer's input of one microbatch that a device has room for on its host: a part of
+    it where every mode keeps parts, whatever runs again together."""
     if not offload.checkpoints:
         return np.zeros_like(shard.tp)
-    return shard.residual_tokens * workload.boundary_bytes_per_token * len(workload.layers)
+    whole = kind.boundary_bytes(shard)
+    if policies and all(policy.in_parts for policy in policies):
+        return -(-whole // shard.input_parts)
+    return whole

@@ -4,7 +4,9 @@ Without sequence parallelism every tensor-parallel rank keeps the same input of 
 (``--distribute-checkpointed-activations``, megatron/mpu/random.py) and DeepSpeed
 (``activation_checkpointing.partition_activations``, runtime/activation_checkpointing) keep a part
 on each rank, a copy of its own, and gather the whole before the layer runs again; nothing else runs
-meanwhile.
+meanwhile. Where several layers run again together (``--checkpoint-num-layers``,
+``activation_checkpoint_interval``) they share one gather, of which each has its part; that of a
+last group with fewer layers counts for those that it has.
 """
 
 from __future__ import annotations
@@ -31,4 +33,5 @@ def gather_parts(
                 fabric, "all_gather", kind.boundary_bytes(shard).astype(np.float64),
                 size=shard.tp, stride=np.ones_like(shard.tp),
             )  # fmt: skip
-            rows[places[policy.name].extra] += to_ns(np.where(shard.input_parts > 1, seconds, 0.0))
+            each = np.where(shard.input_parts > 1, seconds, 0.0) / policy.group
+            rows[places[policy.name].extra] += to_ns(each)

@@ -4,9 +4,10 @@ A policy names modules whose forward is run again, or runs the whole layer again
 a save list (``cost_models.layout.RecomputePolicy``). Time, kept bytes and working bytes all follow
 from the modules of ops and saved tensors; nothing is stated per policy.
 
-``full:N`` keeps one input for ``N`` consecutive layers of a stage and has all of their tensors back
-at once. In the table a layer keeps its part of that input; what the last group of a stage has
-beyond its layers' parts is added where the stage is known (``cost_models.leaf``).
+``full:N`` and ``partitioned:N`` keep one input for ``N`` consecutive layers of a stage and have all
+of their tensors back at once. In the table a layer keeps its part of that input; what the last
+group of a stage has beyond its layers' parts is added where the stage is known
+(``cost_models.leaf``).
 
 Where a stack can mix two modes in a virtual stage, ``A/B`` stands for A in so many of its first
 layers and B in the rest; ``full`` is ``full/none``.
@@ -92,19 +93,42 @@ def group_of(mode: RecomputeMode) -> int:
     """Layers that a mode runs again together: N of ``full:N``, else 1; of a virtual stage with two
     modes, those at its front."""
     name, _, count = parts_of(mode)[0].partition(":")
-    return int(count) if name == "full" and count else 1
+    return int(count) if name in ("full", "partitioned") and count else 1
+
+
+@lru_cache(maxsize=256)
+def in_parts(mode: RecomputeMode) -> bool:
+    """Whether tensor-parallel ranks keep parts of inputs: ``partitioned`` and ``partitioned:N``."""
+    return mode.partition(":")[0] == "partitioned"
+
+
+@lru_cache(maxsize=256)
+def keeps_inputs(mode: RecomputeMode) -> bool:
+    """Whether a mode keeps nothing but inputs of layers, which a job may send to the hosts."""
+    return mode.partition(":")[0] in ("full", "partitioned", "tiled")
 
 
 def move_checkpoints(
-    rows: Int64, forward_ns: Int64, backward_ns: Int64, modes: ModeRows, bytes_per_s: float
+    rows: Int64, policies: tuple[RecomputePolicy, ...], bytes_per_s: float, *, waits: bool
 ) -> None:
-    """Move what a layer keeps under full recomputation to the host: two of them are on the device
-    while one is on its way, and what of the way is longer than the layer's own pass is waited for.
+    """Move the inputs that full recomputation keeps to the host.
+
+    Two of them are on the device while one is on its way, and what of the way is longer than the
+    layer's own pass is waited for; where each copy ``waits``, one is, and every pass waits.
     """
-    size = rows[modes.kept].copy()
-    way = np.ceil(size / bytes_per_s * 1e9).astype(np.int64)
-    passes = np.maximum(way - forward_ns, 0)
-    passes += np.maximum(way - backward_ns - rows[modes.extra], 0)
-    rows[modes.kept] = 0
-    rows[modes.working] += 2 * size
-    rows[modes.extra] += passes
+    places = mode_rows(tuple(policy.name for policy in policies))
+    forward_ns, backward_ns = rows[Field.FORWARD].copy(), rows[Field.BACKWARD].copy()
+    for policy in policies:
+        if not keeps_inputs(policy.name):
+            continue
+        kept, working, extra = places[policy.name]
+        size = rows[kept].copy()
+        way = np.ceil(size / bytes_per_s * 1e9).astype(np.int64)
+        if waits:
+            passes = 2 * way
+        else:
+            passes = np.maximum(way - forward_ns, 0)
+            passes += np.maximum(way - backward_ns - rows[extra], 0)
+        rows[kept] = 0
+        rows[working] += (1 if waits else 2) * size * policy.group
+        rows[extra] += passes

@@ -72,12 +72,13 @@ def layer_calls(kind: LayerKind, shard: Shard, machine: Machine) -> tuple[Calls,
 
 
 def recomputed_calls(
-    kind: LayerKind, shard: Shard, machine: Machine, policy: RecomputePolicy
+    kind: LayerKind, shard: Shard, machine: Machine, policy: RecomputePolicy, *, first: bool = True
 ) -> tuple[Calls, ...]:
-    """Collectives that recomputation of one layer calls again in the backward."""
+    """Collectives that recomputation of one layer calls again in the backward; ``first`` of those
+    that run again together."""
     ops = kind.ops(shard)
     return (
-        *_input_parts(kind, shard, policy),
+        *(_input_parts(kind, shard, policy) if first else ()),
         *(
             replace(call, phase="recompute")
             for op in ops

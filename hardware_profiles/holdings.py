@@ -129,7 +129,7 @@ class OffloadSpec(Profile):
     optimizer_bytes: Annotated[int, Field(ge=1)] | None = None
     """Host bytes per parameter of a shard: fp32 master weight, AdamW's moments, gradient; less if
     an optimizer's moments are fewer. None, where the device updates: what the optimizer keeps."""
-    least_zero_stage: Literal[0, 1] = 0
+    least_zero_stage: Literal[0, 1, 2] = 0
     """ZeRO stage from which several ranks offload: below it, only a rank that shares nothing."""
     gradients: bool = False
     """Whether reduced gradients go to the host during the backward and leave the device."""
@@ -155,6 +155,9 @@ class OffloadSpec(Profile):
     stack's."""
     checkpoints: bool = False
     """Whether the host can hold the layer inputs that full recomputation keeps."""
+    checkpoints_wait: bool = False
+    """Whether every pass waits for their way, there and back: copies in the stream of the layers
+    (``Tensor.cpu()`` and ``Tensor.to``), none ahead."""
     inputs: tuple[OffloadedInput, ...] = ()
     """Modules whose inputs wait on the host for their backward, in every layer: fixed at launch."""
     drives: DrivesSpec | None = None

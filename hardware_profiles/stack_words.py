@@ -73,7 +73,8 @@ ModelFeature = Literal[
 TILED = "tiled"
 """Full recomputation of layers whose MLPs run piece by piece of the sequence."""
 PARTITIONED = "partitioned"
-"""Full recomputation of layers of whose input each tensor-parallel rank keeps a part."""
+"""Full recomputation of layers of whose input each tensor-parallel rank keeps a part;
+``partitioned:N`` of N layers at a time, where ``full:N`` runs."""
 ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]

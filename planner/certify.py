@@ -162,7 +162,8 @@ def _check_stages(layout: Layout, request: Request) -> Iterator[str]:
             yield f"stage {rank}: devices {stage.devices} are not its own"
         if len(stage.chunks) != layout.vpp:
             yield f"stage {rank}: {len(stage.chunks)} chunks, but vpp = {layout.vpp}"
-        full = sum(part.layers for part in stage.recompute if part.mode == "full")
+        whole = {"full", "partitioned", "tiled"}
+        full = sum(p.layers for p in stage.recompute if p.mode.split(":")[0] in whole)
         if stage.activation_offload_layers != full * request.job.activation_offload:
             yield f"stage {rank}: activation_offload_layers is not what the job asks"
         for index, chunk in enumerate(stage.chunks):
@@ -214,7 +215,7 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
     if layout.schedule in SPLIT:
         allowed &= {"none", "full"}
     if layout.tp == 1 or layout.sequence_parallel:
-        allowed -= {"partitioned"}
+        allowed = {mode for mode in allowed if not mode.startswith("partitioned")}
     if not modes <= allowed:
         yield f"recompute modes {sorted(modes - allowed)} are not allowed"
 

@@ -6,7 +6,8 @@ from cost_models import offload
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import shard_of
 from cost_models.graph import LayerKind
-from cost_models.host_room import checkpoint_bytes, shard_elements
+from cost_models.host_room import shard_elements
+from cost_models.recompute import group_of, in_parts, keeps_inputs
 from planner.priced import Priced
 from planner.request import Request
 
@@ -33,8 +34,11 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
         once = machine.rules.reduces_last_backward
         crossing += trained * spec.reduced_bytes * (1 if once else times)
     shard = shard_of(request.workload, priced.tables.configs)
-    if any(stage.activation_offload_layers for stage in layout.stages):
-        each_pass += int(checkpoint_bytes(request.workload, machine.offload, shard)[0])
+    for part in layout.stages[rank].recompute if machine.offload.checkpoints else ():
+        if keeps_inputs(part.mode):
+            size = int(request.workload.kinds[part.kind].boundary_bytes(shard)[0])
+            size = -(-size // int(shard.input_parts[0])) if in_parts(part.mode) else size
+            each_pass += -(-part.layers // group_of(part.mode)) * size
     each_pass += _input_bytes(priced, rank, request)
     return crossing + 2 * each_pass * layout.num_microbatches
 

@@ -1,4 +1,5 @@
-"""Bytes of modules' inputs that wait on the hosts (``cost_models.activation_offload``)."""
+"""Bytes of inputs that wait on the hosts: of modules (``cost_models.activation_offload``), or of
+layers that run again (``cost_models.recompute.move_checkpoints``)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Bools, Int64, Shard
+from cost_models.host_room import checkpoint_bytes
 from planner.request import Request
 
 
@@ -32,12 +34,14 @@ def input_bytes_per_node(request: Request, shard: Shard, runs: Pipelines) -> Int
     stage is shorter, the rule leaves out layouts that would have room (``cost_models.host_room``
     has the bytes of given stages)."""
     total = np.zeros_like(shard.tp)
-    modules = request.machine.offload.inputs
-    if not modules:
+    workload, offload = request.workload, request.machine.offload
+    if not offload.inputs and not offload.checkpoints:
         return total
-    for name, layers in Counter(request.workload.layers).items():
-        for size in moved_bytes(request.workload.kinds[name], shard, None, modules).values():
-            total = total + layers * size
+    for name, layers in Counter(workload.layers).items():
+        kind = workload.kinds[name]
+        sizes = moved_bytes(kind, shard, None, offload.inputs).values()
+        checkpoint = checkpoint_bytes(kind, offload, shard, workload.policies)
+        total = total + layers * sum(sizes, checkpoint)
     pp, vpp, microbatches, at_once, rounds = runs
     # cost_models.schedule.live_peaks of rank 0.
     chunks = np.where(vpp == 1, pp, 2 * (pp - 1) + (vpp - 1) * rounds + 1)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
-
-from cost_models.graph import Int64
 from cost_models.host_room import bytes_there, fills_drives, leaving
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
@@ -49,17 +46,6 @@ def _parameters(request: Request, *, trained: bool = False) -> int:
         for weight in kind.weights
         if not weight.copy and not (trained and weight.frozen)
     )
-
-
-def checkpoint_bytes_per_node(request: Request, microbatch: Int64, cp: Int64, sp: Int64) -> Int64:
-    """Bytes on each node of the inputs of all layers of one microbatch per device; ``sp`` is by how
-    much the residual stream is split. Room for them is needed wherever a job may offload them."""
-    if not request.machine.offload.checkpoints:
-        return np.zeros_like(microbatch)
-    tokens = microbatch * (request.sequence // cp) // sp
-    layers = len(request.workload.layers)
-    devices = request.cluster.groups[0].node.devices_per_node
-    return tokens * request.workload.boundary_bytes_per_token * layers * devices
 
 
 def on_drives(request: Request) -> DrivesSpec | None:

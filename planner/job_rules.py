@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from cost_models.graph import Bools
-from hardware_profiles.stack_words import PARTITIONED
+from cost_models.recompute import in_parts
 from planner.meshes import Meshes
 from planner.recompute import WHOLE_INPUTS
 from planner.request import Request
@@ -26,5 +26,5 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
         yield f"{label} runs muon on matrices that tp does not split", lambda m: m.tp > 1
     if request.job.optimizer == "muon" and not stack.muon.pipeline:
         yield f"{label} runs muon without a pipeline only", lambda m: m.pp > 1
-    if request.job.constraints.recompute == PARTITIONED:
+    if in_parts(request.job.constraints.recompute or "none"):
         yield WHOLE_INPUTS, lambda m: (m.tp == 1) | (m.sp == 1)

@@ -7,7 +7,7 @@ import numpy as np
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Int64
 from cost_models.layout import SCHEDULES
-from hardware_profiles.stack_words import PARTITIONED
+from cost_models.recompute import in_parts
 from planner.errors import InputError
 from planner.hosting import overfilled
 from planner.meshes import Layouts, Meshes
@@ -65,7 +65,7 @@ def check_layout(request: Request, layout: Layout) -> None:
         refused = refusal(mode, request.stack, request.job)
         if refused is not None:
             raise refused
-        if mode == PARTITIONED and (layout.tp == 1 or layout.sequence_parallel):
+        if in_parts(mode) and (layout.tp == 1 or layout.sequence_parallel):
             raise InputError(f"layout {_brief(layout)}: {WHOLE_INPUTS}", hint="recompute full")
     for reason, layout_broken in layout_rules(request):
         allowed = reason == too_much_on_hosts or reason.startswith("no even split")

@@ -21,6 +21,7 @@ from cost_models.layout import (
     stage_of,
 )
 from cost_models.leaf import Completion, Recompute
+from cost_models.recompute import keeps_inputs
 from cost_models.split_backward import SPLIT_MODES
 from planner.blocks.registry import attention_sorts
 from planner.errors import InputError, did_you_mean
@@ -306,10 +307,11 @@ def layout_of(base: Mapping[str, Any], completion: Completion, request: Request)
 
 
 def _offloaded(recompute: tuple[RecomputeLayers, ...], request: Request) -> int:
-    """Layers of a stage whose inputs the host holds: those that are recomputed in full."""
+    """Layers of a stage whose inputs the host holds: those of which nothing else is
+    kept."""
     if not request.job.activation_offload:
         return 0
-    return sum(part.layers for part in recompute if part.mode == "full")
+    return sum(part.layers for part in recompute if keeps_inputs(part.mode))
 
 
 def completion_of(layout: Layout, request: Request) -> Completion:

@@ -6,9 +6,8 @@ import numpy as np
 
 from cost_models.layout import ALL_AT_ONCE
 from cost_models.leaf import Leaf, Recompute
-from cost_models.recompute import group_of, is_counted
+from cost_models.recompute import group_of, in_parts, is_counted
 from cost_models.step import Field
-from hardware_profiles.stack_words import PARTITIONED
 
 FEW = 16
 """Options below which looking at all of them takes no longer than ruling some out."""
@@ -21,7 +20,7 @@ def runnable(
     refuses them there."""
     if tp > 1 and not sequence_parallel:
         return options
-    return tuple(option for option in options if option[0] != PARTITIONED)
+    return tuple(option for option in options if not in_parts(option[0]))
 
 
 def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:

@@ -1,10 +1,10 @@
 """Recomputation modes by name: what a stack offers, and what of it a model can tell apart.
 
 A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``partitioned`` (full, each
-tensor-parallel rank with a part of a layer's input), ``tiled`` (full, MLPs in pieces of the
-sequence), ``selective`` (each stack's own
-meaning), names of the stack's modules in alphabetical order, joined by ``+``, the stack's own name
-of a list of outputs that are kept, or a list of one's own (``planner.save_lists``).
+tensor-parallel rank with a part of a layer's input), ``partitioned:N`` (both), ``tiled`` (full,
+MLPs in pieces of the sequence), ``selective`` (each stack's own meaning), names of the stack's
+modules in alphabetical order, joined by ``+``, the stack's own name of a list of outputs that are
+kept, or a list of one's own (``planner.save_lists``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from planner.shards import ONE
 from planner.specs import JobSpec
 
 NONE = RecomputePolicy("none")
+IN_GROUPS = ("full:", f"{PARTITIONED}:")
 MOST_TOGETHER = 1024
 """Layers that a mode may run again together: more than any model has on a stage."""
 
@@ -50,7 +51,8 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
         return replace(named_policy("full", stack), name=name, in_parts=True)
     if name == TILED and name in stack.recompute:
         return replace(named_policy("full", stack), name=name, tiled=frozenset({"mlp"}))
-    if name.startswith("full:") and (stack.recompute_groups > 1 or stack.recompute_groups_named):
+    together = stack.recompute_groups > 1 or stack.recompute_groups_named
+    if name.startswith(IN_GROUPS) and together and name.partition(":")[0] in stack.recompute:
         return _in_groups(name, stack)
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
@@ -88,14 +90,15 @@ def _refused(stack: StackSpec, job: JobSpec) -> frozenset[str]:
 
 
 def _in_groups(name: str, stack: StackSpec) -> RecomputePolicy:
-    """Whole layers that run again several at a time."""
-    count = name.removeprefix("full:")
+    """Whole layers that run again several at a time. Those of inputs in parts are priced where they
+    are named: what is left of an eighth of an input is little beside what a group works with."""
+    alone, _, count = name.partition(":")
     if not count.isascii() or not count.isdigit() or not 1 < int(count) <= MOST_TOGETHER:
         raise InputError(
-            f"recompute is {name!r}: full:N runs N layers again together, 2 to {MOST_TOGETHER}",
-            hint=f"full:2, or full for one layer at a time ({stack.name})",
+            f"recompute is {name!r}: {alone}:N runs N layers again together, 2 to {MOST_TOGETHER}",
+            hint=f"{alone}:2, or {alone} for one layer at a time ({stack.name})",
         )
-    return replace(named_policy("full", stack), name=f"full:{int(count)}", group=int(count))
+    return replace(named_policy(alone, stack), name=f"{alone}:{int(count)}", group=int(count))
 
 
 def _selective(stack: StackSpec) -> RecomputePolicy:
@@ -183,9 +186,9 @@ def searched_policies(
         policy = named_policy(name, stack)
         if policy.offloads and (job.optimizer_offload or job.parameter_offload):
             continue
-        if policy.tiled and (job.activation_offload or not policy.tiled & present):
+        if policy.tiled and not policy.tiled & present:
             continue
-        if policy.in_parts and (job.activation_offload or not _holds_alike(stack, kinds)):
+        if policy.in_parts and not _holds_alike(stack, kinds):
             continue
         if policy.keeps is None and not policy.offloads:
             modules = policy.modules & present

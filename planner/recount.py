@@ -114,7 +114,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "muon takes whole matrices"
     if request.job.optimizer == "muon" and mesh.pp > 1 and not stack.muon.pipeline:
         return "muon takes all layers"
-    if request.job.constraints.recompute == "partitioned" and (mesh.tp == 1 or mesh.sp):
+    asked = request.job.constraints.recompute or "none"
+    if asked.startswith("partitioned") and (mesh.tp == 1 or mesh.sp):
         return "no rank holds what another holds too"
     if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
         return "the network does not split along a sequence"
@@ -224,13 +225,7 @@ def impossible_layout(
             return "the host holds weights that are split only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)
         held = least_bytes_per_node(request) * float(copies)
-        if job.activation_offload:
-            if mesh.pp > 1:
-                return "activations are offloaded without a pipeline only"
-            tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
-            each = tokens * request.workload.boundary_bytes_per_token * layers
-            held += each * request.cluster.groups[0].node.devices_per_node
-        if request.machine.offload.inputs:
+        if request.machine.offload.inputs or job.activation_offload:
             held += inputs_held(mesh, (schedule, vpp, m, size or min(m, mesh.pp)), request)
         if held > (host_capacity(request) or 0):
             return "the hosts do not hold what is offloaded"

@@ -39,9 +39,9 @@ def shard_of_mesh(mesh: Mesh, request: Request) -> Shard:
 
 
 def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) -> int:
-    """Bytes on a node of the module inputs that the first stage's devices send there, its share of
-    the layers taken as any stage's. ``run`` is schedule, virtual stages, microbatches and the
-    size of rounds."""
+    """Bytes on a node of the inputs that the first stage's devices send there, of modules or of
+    layers, its share of the layers taken as any stage's. ``run`` is schedule, virtual stages,
+    microbatches and the size of rounds."""
     schedule, vpp, m, size = run
     shard = shard_of_mesh(mesh, request)
     workload, modules = request.workload, request.machine.offload.inputs
@@ -50,11 +50,23 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) ->
         for tensor in workload.kinds[name].saved(shard):
             if tensor.input_of in modules:
                 layer_bytes += int(np.broadcast_to(tensor.bytes, (1,))[0])
+    layer_bytes += len(workload.layers) * layer_input_held(mesh, request)
     alive = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}.get(schedule)
     if alive is None:
         alive = min(m * vpp, 2 * mesh.pp - 1 + (vpp - 1) * size)
     held = -(-layer_bytes * alive // (mesh.pp * vpp))
     return held * request.cluster.groups[0].node.devices_per_node
+
+
+def layer_input_held(mesh: Mesh, request: Request) -> int:
+    """Bytes of one layer's input that a device may send to its host; a part of it where the job
+    asks for parts."""
+    if not request.job.activation_offload:
+        return 0
+    tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
+    size = tokens * request.workload.boundary_bytes_per_token
+    asked = (request.job.constraints.recompute or "").startswith("partitioned")
+    return -(-size // mesh.tp) if asked else size
 
 
 def outputs_held(layout: Layout, request: Request) -> int:

@@ -13,7 +13,7 @@ from cost_models.leaf import Leaf
 from cost_models.schedule import live_peaks
 from cost_models.state import is_expert, local_tensor
 from planner.hosting import host_capacity
-from planner.recount_host import shard_of_mesh
+from planner.recount_host import layer_input_held, shard_of_mesh
 from planner.request import Request
 
 if TYPE_CHECKING:
@@ -54,13 +54,12 @@ class Nodes:
         spread = sum(ends) if leaf.shared is not None else 0
         self.ends = (0, 0) if leaf.shared is not None else ends
         kinds = {name: state(workload.kinds[name]) for name in set(workload.layers)}
-        moved = {name: _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
+        own = layer_input_held(mesh, request)
+        moved = {name: own + _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
         names = list(dict.fromkeys(workload.layers))
         self.states = [kinds[names[kind]] for kind in leaf.sequence]
         self.inputs = [moved[names[kind]] for kind in leaf.sequence]
-        tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
-        checkpoints = tokens * workload.boundary_bytes_per_token * len(workload.layers)
-        self.everywhere = spread + (checkpoints if offload.checkpoints else 0)
+        self.everywhere = spread
 
     def sent(self, rank: int, ranges: Ranges, size: int = 0) -> int:
         """Bytes that one device of ``rank`` has on its host at most; ``size`` is that of rounds."""

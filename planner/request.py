@@ -10,6 +10,7 @@ from cost_models.given_order import GivenOrder
 from cost_models.graph import WorkloadGraph
 from cost_models.layout import GIVEN, Schedule
 from cost_models.offload import Offload
+from cost_models.recompute import keeps_inputs
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
 from hardware_profiles.schema import ClusterSpec, StackSpec
@@ -140,7 +141,7 @@ class Request:
         """The request with what a layout keeps on the host."""
         asked = {"optimizer_offload": layout.optimizer_offload,
                  "parameter_offload": layout.parameter_offload}  # fmt: skip
-        if any(part.mode == "full" for stage in layout.stages for part in stage.recompute):
+        if any(keeps_inputs(part.mode) for stage in layout.stages for part in stage.recompute):
             moved = any(stage.activation_offload_layers for stage in layout.stages)
             asked["activation_offload"] = moved
         if all(getattr(self.job, name) == value for name, value in asked.items()):

@@ -23,7 +23,8 @@ def open_rounds(request: Request, meshes: Meshes, layouts: Layouts, index: int) 
     """Sizes of rounds for one layout, the smallest first, that the stack runs, the user allows and
     the hosts have room for; only 0 where its schedule has no rounds."""
     sizes = _allowed(request, meshes, layouts, index)
-    if sizes == (0,) or not request.machine.offload.inputs:
+    offload = request.machine.offload
+    if sizes == (0,) or not (offload.inputs or offload.checkpoints):
         return sizes
     row = np.full(len(sizes), index)
     layouts = layouts.take(row)

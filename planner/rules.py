@@ -20,7 +20,6 @@ from planner.blocks.splits import LATE_SPLITS, Split
 from planner.hosted_inputs import Pipelines, input_bytes_per_node
 from planner.hosting import (
     cannot_offload,
-    checkpoint_bytes_per_node,
     host_capacity,
     least_bytes_per_node,
     offload_stage,
@@ -196,8 +195,9 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
     least = request.least_zero_stage
     if least:
         where = " on the host" if request.job.optimizer_offload else ""
+        stage = "under ZeRO only" if least == 1 else f"from ZeRO stage {least} on"
         yield (
-            f"{label} runs {request.job.optimizer}{where} under ZeRO only",
+            f"{label} runs {request.job.optimizer}{where} {stage}",
             lambda m, x: (x.zero_stage < least) & (m.dp * m.cp > 1),
         )
     if "zero_0_is_replicate_only" in stack.rules:
@@ -344,11 +344,6 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
         least = offload_stage(request)
         reason = f"weights are offloaded from ZeRO stage {least} on"
         yield reason, lambda _, x: x.zero_stage < least
-    if request.job.activation_offload:
-        yield (
-            "activations are offloaded without a pipeline only",
-            lambda m, x: (m.pp > 1) & (x.vpp > 0),
-        )
     batch = request.global_batch
     yield (
         overfilled(request),
@@ -362,15 +357,12 @@ def overfills(request: Request, m: Meshes, x: Layouts, rounds: Int64) -> Bools:
     once, capacity = least_bytes_per_node(request), host_capacity(request) or 0
     copies = x.dp_replicate * np.where(x.zero_stage > 0, 1, x.dp_shard * m.cp)
     held = copies * float(once)
-    held = held + checkpoint_bytes_per_node(
-        request, m.microbatch, m.cp, np.where(m.sp == 1, m.tp, 1)
-    )
     result: Bools = held + _input_bytes_per_node(request, m, x, rounds) > capacity
     return result
 
 
 def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts, rounds: Int64) -> Int64:
-    """Bytes on each node of the module inputs that the stack keeps there."""
+    """Bytes on each node of the inputs that the stack keeps there."""
     shard = Shard(
         sequence=request.sequence, microbatch=m.microbatch, tp=m.tp, cp=m.cp, ep=m.ep, etp=m.etp,
         sequence_parallel=m.sp.astype(bool), cp_kind=m.cp_kind,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from cost_models.recompute import group_of
-from hardware_profiles.stack_words import PARTITIONED
+from cost_models.recompute import group_of, in_parts
 
 if TYPE_CHECKING:
     from planner.exports.launch import Flag
@@ -69,8 +68,8 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     held = [[_size(chunk) for chunk in stage.chunks] for stage in layout.stages]
     whole = counts == [sum(sizes) for sizes in held]
     mode = next(iter(modes))
-    if mode == PARTITIONED:
-        return [*_full("uniform", 1), ("--distribute-saved-activations",)], []
+    if in_parts(mode):
+        return [*_full("uniform", group_of(mode)), ("--distribute-saved-activations",)], []
     if group_of(mode) > 1:
         return _full("uniform", group_of(mode)), []
     if mode != "full":

@@ -11,7 +11,7 @@ from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
 from cost_models.outside import outside_configs
-from cost_models.recompute import is_counted, parts_of
+from cost_models.recompute import group_of, is_counted, parts_of
 from cost_models.step import Field
 from cost_models.traffic import Calls, Pass
 from cost_models.transfers import scattered
@@ -84,12 +84,14 @@ class _Counter:
     def stage(self, rank: int) -> Iterator[Calls]:
         """A step of one device of a pipeline rank."""
         microbatches = self.layout.num_microbatches
-        for kind, mode, again in self._held(rank):
+        for kind, mode, again, first in self._held(rank):
             for call in self.layer(kind):
                 yield call if call.phase == "step" else call.times(microbatches)
             if mode != "none":
                 policy = self.policies[mode]
-                for call in traffic.recomputed_calls(kind, self.shard, self.machine, policy):
+                for call in traffic.recomputed_calls(
+                    kind, self.shard, self.machine, policy, first=first
+                ):
                     yield call.times(microbatches * again)
         yield from self._outside()
         yield from self._pipeline(rank)
@@ -116,8 +118,9 @@ class _Counter:
             for call in calls:
                 yield call.times(count)
 
-    def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode, int]]:
-        """Layers and ends of a rank, with their recomputation, and how often it runs."""
+    def _held(self, rank: int) -> Iterator[tuple[LayerKind, RecomputeMode, int, bool]]:
+        """Layers and ends of a rank, with their recomputation, how often it runs, and whether it
+        runs from that layer on."""
         workload, completion = self.request.workload, self.priced.completion
         leaf, stages = self.priced.leaf, self.priced.leaf.stages
         for j in leaf.held(rank):
@@ -129,11 +132,12 @@ class _Counter:
                 passes = leaf.kinds[leaf.sequence[index]][Field.WEIGHT_PASSES]
                 again = 1 + passes * (leaf.splits_backward and j > 0)
                 mode_here = front if index < upto else rest
-                yield workload.kinds[workload.layers[index]], mode_here, again
+                starts = (index - first) % group_of(mode_here) == 0
+                yield workload.kinds[workload.layers[index]], mode_here, again, starts
             if j == 0 or leaf.shared is not None:
-                yield workload.embedding, "none", 0
+                yield workload.embedding, "none", 0, True
             if j == stages - 1 or leaf.shared is not None:
-                yield workload.head, "none", 0
+                yield workload.head, "none", 0, True
 
     def _pipeline(self, rank: int) -> Iterator[Calls]:
         """Boundaries sent and received: activations forward, their gradients backward."""

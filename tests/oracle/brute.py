@@ -106,7 +106,7 @@ class BruteForce:
                 useful = [o for o in useful if o[0] in ("none", "full")]
             if x.tp == 1 or x.sp:
                 # No rank holds what another holds too: the software refuses to split it.
-                useful = [o for o in useful if o[0] != "partitioned"]
+                useful = [o for o in useful if not o[0].startswith("partitioned")]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if not option[1] or option[1] >= height:

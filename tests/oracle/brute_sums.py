@@ -16,6 +16,8 @@ from tests.oracle.layouts import (
 from tests.oracle.timeline import finish_times, held, homes, most_live_bytes, splits
 from tests.oracle.vocabulary import Ends, finish, most_live
 
+GROUPS = ("full:", "partitioned:")
+
 
 def waiting_products(prices: Prices, x: Layout, m: int) -> tuple[int, int, int]:
     """In how many microbatches of a step the product waits; its time and its operands."""
@@ -73,7 +75,7 @@ def sum_chunk(
             behind = max(behind, row[Field.IN_FLIGHT])
         made += row[Field.NEW_GRADIENTS]
         step += row[Field.UPDATE_BYTES]
-    together = int(mode.split(":")[1]) if mode.startswith("full:") else 1
+    together = int(mode.split(":")[1]) if mode.startswith(GROUPS) else 1
     if together > 1 and size:
         parts = [row[len(Field) + 3 * prices.policies.index(mode)]
                  for row in prices.layers[first : first + size]]  # fmt: skip
@@ -151,7 +153,7 @@ def apart_of(prices: Prices, before: range, behind: range, mode: str) -> Apart:
         parts.append(own)
         most.append(short)
         late.append(max(row[Field.IN_FLIGHT] - own, 0) if len(rows) > 1 else 0)
-    together = int(mode.split(":")[1]) if mode.startswith("full:") else 1
+    together = int(mode.split(":")[1]) if mode.startswith(GROUPS) else 1
     kept = sum(parts) + max(parts) * (math.ceil(len(parts) / together) * together - len(parts))
     return Apart(time, static, made, kept, max(most) + max(late), step, bool(before))
 

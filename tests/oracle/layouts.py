@@ -201,6 +201,11 @@ def runs(request: Request, x: Layout) -> bool:
     host = request.cluster.groups[0].node.host_memory
     if stack.offload is not None and stack.offload.inputs and host is None:
         return False
+    # Without ZeRO nobody reads what is asked of the hosts.
+    asked = request.job.optimizer_offload and stack.offload is not None
+    least = stack.offload.least_zero_stage if asked and stack.offload is not None else 0
+    if x.zero < least and x.dp_replicate * x.dp_shard * x.cp > 1:
+        return False
     split = request.model.tensor_split
     if split is not None and split % x.tp:
         return False

@@ -237,6 +237,50 @@ def test_a_plan_with_checkpoints_on_the_host_verifies() -> None:
     assert verify(found) == []
 
 
+def test_a_pipeline_sends_the_inputs_of_its_layers_to_the_hosts() -> None:
+    """GPT-3 over 8 stages and tp 8: the first has 12 layers of 8 microbatches of 2,048 x 12,288
+    16-bit numbers, all on its node's host; each way is waited for."""
+    size = 2048 * 12_288 * 2
+    found = {}
+    for mode, parts in (("full", 1), ("partitioned", 8)):
+        for moved in (False, True):
+            job = {"stack": "megatron-deepspeed", "sequence_length": 2048, "global_batch": 8,
+                   "precision": "fp16", "activation_offload": moved,
+                   "constraints": {"recompute": mode}}  # fmt: skip
+            asked = read_request("gpt3-175b", "dgx-a100:8", None, job)
+            layout = {"tp": 8, "pp": 8, "zero_stage": 0, "recompute": mode}
+            found[moved] = evaluate(asked, layout).prediction
+        here, there = found[False], found[True]
+        assert there.host is not None
+        assert there.host.bytes_per_node == 8 * 12 * 8 * size // parts
+        assert there.host.link_bytes_per_step == 2 * 12 * 8 * size // parts
+        assert term(here, "activations") - term(there, "activations") == 12 * 8 * size // parts
+        # Eight microbatches and seven of filling, twelve layers each, there and back.
+        way = 2 * size / parts / asked.cluster.groups[0].node.host_link.si
+        waited = there.step_time_s - here.step_time_s
+        assert waited == pytest.approx(15 * 12 * way, rel=0.01)
+
+
+def test_a_pipeline_with_inputs_on_the_hosts_verifies() -> None:
+    job = {"activation_offload": True, "stack": "megatron-deepspeed", "sequence_length": 2048,
+           "global_batch": 32, "precision": "fp16", "constraints": {"fix": {"pp": 4}}}  # fmt: skip
+    found = plan(read_request("gpt3-175b", "dgx-a100:8", None, job))
+    assert verify(found) == []
+
+
+def test_zero_3_of_2021_offloads_from_stage_2_on() -> None:
+    """Ren et al., arXiv 2101.06840; stage 1 kept its state on the device."""
+    job = {"stack": "deepspeed-zero3-2021", "sequence_length": 1024, "global_batch": 64,
+           "precision": "fp16", "optimizer_offload": True}  # fmt: skip
+    asked = read_request("gpt2-xl", "dgx-a100:1", None, job)
+    with pytest.raises(InputError, match="ZeRO stage 2"):
+        evaluate(asked, {"zero_stage": 1})
+    assert evaluate(asked, {"zero_stage": 2}).prediction.host is not None
+    more = read_request("gpt2-xl", "dgx-a100:1", None, job | {"parameter_offload": True})
+    least = evaluate(more, {"zero_stage": 3}).prediction
+    assert least.max_peak_bytes < evaluate(asked, {"zero_stage": 3}).prediction.max_peak_bytes
+
+
 def test_megatron_keeps_checkpoints_on_the_device() -> None:
     job = {"activation_offload": True, "stack": "megatron-core", "global_batch": 8}
     request = read_request("llama-3.1-8b", "dgx-h100:1", None, job)

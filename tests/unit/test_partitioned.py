@@ -100,3 +100,29 @@ def test_a_job_that_asks_for_parts_gets_tensor_parallelism() -> None:
     found = plan(request(constraints={"recompute": "partitioned"}))
     assert found.layout.tp > 1
     assert verify(found) == []
+
+
+def test_layers_that_run_again_together_share_parts_and_a_gather() -> None:
+    """Twelve layers in groups of four keep three parts, and gather three times per microbatch."""
+    asked = request("megatron-deepspeed")
+    found, alone = (evaluate(asked, layout(m)) for m in ("partitioned:4", "partitioned"))
+    calls = {
+        (call.count, call.bytes)
+        for call in communication(asked, found).stages[3]
+        if (call.group, call.phase, call.kind) == ("tp", "recompute", "all_gather")
+    }
+    count = LAYERS // 8 // 4 * 8
+    assert calls == {(count, count * INPUT)}
+    left = kept("partitioned", "megatron-deepspeed") - kept("partitioned:4", "megatron-deepspeed")
+    assert left == 9 * 8 * INPUT // 8
+    assert found.prediction.step_time_s < alone.prediction.step_time_s
+    with pytest.raises(InputError, match="partitioned:N runs N layers again together"):
+        evaluate(asked, layout("partitioned:1"))
+
+
+def test_a_job_that_asks_for_groups_of_parts_verifies() -> None:
+    found = plan(request("megatron-deepspeed", constraints={"recompute": "partitioned:3"}))
+    assert {part.mode for stage in found.layout.stages for part in stage.recompute} == {
+        "partitioned:3"
+    }
+    assert verify(found) == []
