@@ -237,6 +237,7 @@ def calls(
     weights = elements * float(rules.gather_bytes) - gathered.narrower
     sharded = zero_stage > 0
     whole = (zero_stage < 3) & (wire.layers.gradient_sums == "whole") | ~sharded
+    whole |= (zero_stage < 2) & (wire.layers.gradient_sums == "whole_below_2")
     whole = whole | (zero_stage == 3) & wire.whole_sums
     some = elements > 0
     ranks = mesh.ways * mesh.replicas

@@ -92,9 +92,9 @@ class LayersSpec(Profile):
     by themselves; or one with the final norm, which stays gathered from the lookup to the end of
     the backward and is reduced behind all layers. Tensor parallelism gives each of the two a
     parameter of its own there: the unit then gathers and reduces the table twice."""
-    gradient_sums: Literal["scattered", "whole"] = "scattered"
-    """Whether stages 1 and 2 leave each rank its part of the summed gradients, or all of them: one
-    all-reduce over shards and replicas, as without sharding."""
+    gradient_sums: Literal["scattered", "whole", "whole_below_2"] = "scattered"
+    """Whether stages 1 and 2 leave each rank its part of the summed gradients, or both or the first
+    all of them: one all-reduce over shards and replicas, as without sharding."""
 
 
 _SHARED_VOCABULARY = ("1f1b_vocab", "1f1b_interlaced")

@@ -35,7 +35,7 @@ StackRule = Literal[
     "tp_needs_expert_parallelism", "experts_over_data_or_context", "no_accumulation_in_fp8",
     "no_accumulation", "hybrid_shards_are_nodes", "replicas_share_weights",
     "muon_takes_whole_query_groups",
-    "shards_over_one_rank",
+    "shards_over_one_rank", "whole_gradients_need_one_microbatch",
     "zero_2_needs_pipeline", "no_prediction_in_pipeline", "no_prediction_with_context",
     "no_prediction_in_chunks",
 ]  # fmt: skip

@@ -248,6 +248,9 @@ def impossible_layout(
     beside = mesh.dp > 1 and mesh.tp * mesh.cp * mesh.pp > 1
     if zero == 0 and beside and "zero_0_is_replicate_only" in stack.rules:
         return "replication alone does not combine"
+    whole = zero < 2 and mesh.dp * mesh.cp > 1 and m > 1
+    if whole and "whole_gradients_need_one_microbatch" in stack.rules:
+        return "whole gradients are summed anew with each microbatch"
     if zero == 1 and shard < mesh.dp and "zero_1_shards_over_all" in stack.rules:
         return "the optimizer's state is split over all of dp"
     if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:

@@ -319,6 +319,12 @@ def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
             f"{stack.name} {stack.version}: a pipeline needs a multiple of pp microbatches",
             lambda m, x: (count(m) % m.pp != 0) & (x.vpp > 0),
         )
+    if "whole_gradients_need_one_microbatch" in stack.rules:
+        yield (
+            f"{stack.name} {stack.version}: gradients that are not split are summed anew with each "
+            "of several microbatches",
+            lambda m, x: (x.zero_stage < 2) & (m.dp * m.cp > 1) & (count(m) > 1),
+        )
     if "dualpipev" in stack.schedules:
         yield (
             "DualPipeV needs at least 2 x pp microbatches",

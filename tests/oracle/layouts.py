@@ -321,6 +321,9 @@ def runs(request: Request, x: Layout) -> bool:
     replicated = x.zero == 0 and x.dp > 1
     if "zero_0_is_replicate_only" in rules and replicated and x.tp * x.cp * x.pp > 1:
         return False
+    anew = x.zero < 2 and x.dp * x.cp > 1 and m > 1
+    if "whole_gradients_need_one_microbatch" in rules and anew:
+        return False
     if "no_zero_2_with_pipeline" in rules and x.zero == 2 and x.pp > 1:
         return False
     if "zero_2_needs_pipeline" in rules and x.zero == 2 and x.pp < 2:

@@ -189,3 +189,44 @@ def test_mixtures_choose_whether_to_give_weights_back_under_ep_only(ep: int) -> 
     else:
         with pytest.raises(InputError, match="after each forward"):
             evaluate(request(MIXTURE), layout)
+
+
+MEGATRON = "nemo-automodel-megatron-fsdp"
+
+
+def test_megatron_fsdp_holds_16_bits_of_weights_and_gradients_and_nothing_beside() -> None:
+    """Of one parameter 2 + 2 bytes, and moments of 8 (FusedAdam) or 4 (torch.optim's)."""
+    for optimizer, moments in (("adamw", 8), ("adamw_bf16", 4)):
+        held = terms_of(request(stack=MEGATRON, optimizer=optimizer), recompute="none")
+        total = held["weights"] + held["gradients"] + held["optimizer"]
+        assert total == pytest.approx((4 + moments) * (MATRICES + REST) / 16, rel=1e-4)
+
+
+def test_megatron_fsdp_sums_whole_gradients_of_one_microbatch() -> None:
+    """optim: an all-reduce, and a gather behind the update; optim_grads: reduce-scatters."""
+    layer = 2 * (MATRICES // 32 + 2 * 4096)
+    for stage, batch, kind in ((1, 16, "all_reduce"), (2, 64, "reduce_scatter")):
+        asked = request(stack=MEGATRON, global_batch=batch)
+        found = evaluate(asked, {"dp_shard": 16, "zero_stage": stage, "microbatch_size": 1})
+        calls = {c.kind: (c.count, c.bytes) for c in communication(asked, found).layers["decoder"]}
+        assert calls == {kind: (1, layer), "all_gather": (1, layer)}
+    with pytest.raises(InputError, match="summed anew"):
+        evaluate(request(stack=MEGATRON), {"zero_stage": 1, "microbatch_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ({"pp": 2}, "no pipeline"),
+        ({"tp": 2, "sequence_parallel": True}, "no sequence parallelism"),
+        ({"recompute": "full"}, "recompute"),
+    ],
+)
+def test_megatron_fsdp_has_one_dimension_beside_tp(layout: dict[str, object], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        evaluate(request(stack=MEGATRON), layout)
+
+
+def test_a_plan_on_megatron_fsdp_verifies() -> None:
+    best = plan(request(stack=MEGATRON, global_batch=16))
+    assert verify(best) == []

@@ -118,6 +118,7 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "no_zero_3_with_pipeline",
         "shards_fill_nodes",
         "shards_over_one_rank",
+        "whole_gradients_need_one_microbatch",
         "zero_0_is_replicate_only",
         "zero_2_needs_pipeline",
         "zero_1_shards_over_all",
