@@ -279,7 +279,8 @@ def test_a_stack_names_what_exists(name: str) -> None:
         "needs_block_scaled_products", "shards_fill_nodes", "zero_1_shards_over_all",
         "no_accumulation_in_fp8", "muon_takes_whole_query_groups",
         "zero_2_needs_pipeline", "no_accumulation", "hybrid_shards_are_nodes",
-        "replicas_share_weights", "no_prediction_in_chunks", "shards_over_one_rank", "whole_gradients_need_one_microbatch",
+        "replicas_share_weights", "no_prediction_in_chunks", "shards_over_one_rank",
+        "whole_gradients_need_one_microbatch",
     }  # fmt: skip
     assert set(stack.rules) <= {*STACK_RULES, *layout_rules}
     assert set(stack.optimizers) <= set(OPTIMIZERS)
