@@ -335,9 +335,12 @@ def _optimizer_seconds(
     elif machine.offload.optimizer and host is not None:
         moments = round(rule.step_bytes / 8)
         weights = machine.rules.gather_bytes if machine.offload.parameters else 0
-        return offload.update_seconds(
-            elements.astype(np.float64), moments, node, host, weight_bytes=weights
+        per_1000, count = machine.offload.optimizer_per_1000, elements.astype(np.float64)
+        there = offload.update_seconds(
+            count, moments, node, host, weight_bytes=weights, per_1000=per_1000
         )
+        here = per_element * (1 - per_1000 / 1000) * count
+        return np.maximum(there, compute.memory_bound_time_s(machine.device, here) * (here > 0))
     whole = machine.stack.gradient_buffer_bytes
     ways = data.replicate * attention_mesh.ways
     buffer = whole.get("zeroed", 0) + whole.get("checked", 0)

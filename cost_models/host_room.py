@@ -108,9 +108,12 @@ def host_tables(
     modules = machine.offload.inputs
     optimizer, weights = bytes_there(machine)
 
+    share = machine.offload.optimizer_per_1000
+
     def state(kind: LayerKind) -> Int64:
         trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
-        return trained * (optimizer + weights) + frozen * weights
+        there = ceil_div(trained * (optimizer * share), np.array(1000))
+        return there + (trained + frozen) * weights
 
     return HostTables(
         kinds=tuple(state(kind) for kind in kinds),
@@ -167,8 +170,8 @@ def fills_drives(machine: Machine) -> bool:
 
 
 def bytes_there(machine: Machine) -> tuple[int, int]:
-    """Bytes per parameter of optimizer state and of weights where the stack fills the drives, else
-    in memory."""
+    """Bytes per parameter of optimizer state (of those whose state is there) and of weights where
+    the stack fills the drives, else in memory."""
     spec, parts = machine.stack.offload, leaving(machine)
     if spec is not None and spec.drives is not None and fills_drives(machine):
         parts = {name: size for name, size in parts.items() if name in spec.drives.holds}

@@ -14,6 +14,10 @@ and written after it, one after the other; gradients are written when they are r
 of a node share its drives. Weights are read from them before each gather, ahead of the link, and
 written once per step.
 
+Where a share of the state stays on the device (DeepSpeed's Twin-Flow, ``offload_optimizer.ratio``),
+its kernels run beside the host's arithmetic, which begins when they are launched; all gradients
+leave, and come back for their groups in the backward.
+
 With ``pipeline_read`` and ``pipeline_write`` the next group is read, the one before written, beside
 the arithmetic of a group (DeepSpeed, ``pipelined_optimizer_swapper.py``): all reads but the first
 and all writes but the last. The drives do one or the other at a time.
@@ -43,6 +47,9 @@ class Offload:
     """The layer inputs that full recomputation keeps."""
     inputs: frozenset[str] = frozenset()
     """Modules whose inputs the stack keeps there (``cost_models.activation_offload``)."""
+    optimizer_per_1000: int = 1000
+    """Of 1,000 elements, those whose optimizer state the host holds and updates; the device has the
+    rest (Twin-Flow)."""
 
     @property
     def state(self) -> bool:
@@ -56,10 +63,11 @@ class Offload:
 
 
 def update_seconds(
-    elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec, *, weight_bytes: int = 0
-) -> Real:
-    """The optimizer step of ``elements`` parameters of each device on the host; ``weight_bytes``
-    each go back to where weights live.
+    elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec, *, weight_bytes: int = 0,
+    per_1000: int = 1000,
+) -> Real:  # fmt: skip
+    """The optimizer step of ``per_1000`` of 1,000 of ``elements`` parameters of each device on the
+    host; ``weight_bytes`` each go back to where weights live.
 
     Nothing on a node whose host memory (or drives) has no stated bandwidth: rules refuse every
     layout there.
@@ -67,14 +75,20 @@ def update_seconds(
     if node.host_memory_bandwidth is None or spec.adam_efficiency is None:
         return np.zeros_like(elements)
     rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
-    arithmetic = elements * (8.0 + 8.0 * moments + 4.0) / rate
-    link: Real = elements * float(spec.link_bytes) / node.host_link.si
+    arithmetic = elements * (per_1000 / 1000 * (8.0 + 8.0 * moments + 4.0)) / rate
+    link: Real = elements * (spec.link_bytes * crossing_share(per_1000)) / node.host_link.si
     result: Real = np.maximum(arithmetic, link)
     if spec.drives is None:
         return result
     return _swapped(
         result, elements * float(node.devices_per_node), node, spec.drives, weight_bytes
     )
+
+
+def crossing_share(per_1000: int) -> float:
+    """How much of a step's bytes cross the link: all gradients, and the weights that come back of
+    what the host updates, as many bytes each."""
+    return (1000 + per_1000) / 2000
 
 
 def _swapped(

@@ -220,7 +220,9 @@ def state_bytes(
         gradients=np.where(gradients_sharded, split, 0) * rules.held_gradient_bytes
         + np.where(gradients_sharded, 0, whole) * (summed + rules.backward_gradient_bytes)
         + np.where((stage == 1) | sharding.pipelined, whole, 0) * rules.waiting_gradient_bytes,
-        optimizer=shards * rules.optimizer_bytes + extra,
+        optimizer=shards * rules.optimizer_bytes
+        + ceil_div(shards * rules.split_bytes_per_1000, np.array(1000))
+        + extra,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
         streamed=shards * rules.streamed_bytes,
         gathered=np.where(

@@ -46,6 +46,9 @@ class StateRules:
     """Of flat buffers of the optimizer step, sharded as its state is, and below stage 3 of copies
     for the gradients' norm."""
     norm_bytes: int = 0
+    split_bytes_per_1000: int = 0
+    """Of 1,000 elements whose optimizer state the host has a share of: the rest, with its
+    gradients in fp32."""
     streamed_bytes: int = 0
     """Of what comes from the host for the update, sharded as the state is."""
     quantised_bytes_per_64: int = 0
@@ -100,9 +103,13 @@ def state_rules(
     step, norm = spec.step_bytes.get(precision, 0), spec.norm_bytes.get(precision, 0)
     whole = spec.whole_gradient_bytes.get(precision, held if master else reduced)
     kept, streamed = held, 0
+    left = 0
     waiting, beside = 0, spec.backward_gradient_bytes.get(precision, 0)
     if offload.optimizer and host is not None:
         streamed = host.streamed_bytes(state, weight if offload.parameters else 0)
+        if host.optimizer_bytes is not None:
+            each = host.optimizer_bytes - OPTIMIZERS["adamw"].moment_bytes + rule.moment_bytes
+            left = each * (1000 - offload.optimizer_per_1000)
         state = step = norm = 0
         # FSDP sends its shards of the reduced sums there: until then a pipeline's are whole here.
         whole, kept = (0, 0) if host.gradients and not host.with_weights else (whole, kept)
@@ -126,6 +133,7 @@ def state_rules(
         waiting_gradient_bytes=waiting,
         step_bytes=step,
         norm_bytes=norm,
+        split_bytes_per_1000=left,
         streamed_bytes=streamed,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),

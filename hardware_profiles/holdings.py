@@ -131,6 +131,9 @@ class OffloadSpec(Profile):
     an optimizer's moments are fewer. None, where the device updates: what the optimizer keeps."""
     least_zero_stage: Literal[0, 1, 2] = 0
     """ZeRO stage from which several ranks offload: below it, only a rank that shares nothing."""
+    share_zero_stage: Literal[3] | None = None
+    """ZeRO stage from which a share of the optimizer state may stay on the device, which updates
+    it; None: all of it leaves, or none."""
     gradients: bool = False
     """Whether reduced gradients go to the host during the backward and leave the device."""
     waiting_gradient_bytes: Annotated[int, Field(ge=0)] = 0

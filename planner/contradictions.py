@@ -76,6 +76,11 @@ def _offload_faults(request: Request) -> Iterator[InputError]:
     label = f"{request.stack.name} {request.stack.version}"
     if spec is None:
         return
+    if job.optimizer_offload_share < 1 and not job.optimizer_offload:
+        yield InputError(
+            f"optimizer_offload_share: {job.optimizer_offload_share:g} without optimizer_offload",
+            hint="set optimizer_offload: true",
+        )
     if job.optimizer_offload and not job.parameter_offload and spec.with_weights:
         yield InputError(
             f"optimizer_offload: true without parameter_offload: {label} offloads optimizer state "

@@ -24,7 +24,8 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     trained, frozen = _elements(priced, rank)
     each_update = offload.link_bytes(spec, machine.rules.streamed_bytes)
     leaves = machine.offload.optimizer or machine.offload.parameters
-    crossing = trained * each_update if leaves else 0
+    share = offload.crossing_share(machine.offload.optimizer_per_1000)
+    crossing = round(trained * each_update * share) if leaves else 0
     each_pass = 0
     if machine.offload.parameters:
         fetched = (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)

@@ -16,7 +16,9 @@ def least_bytes_per_node(request: Request) -> int:
     evenly and each parameter held once. The fullest node holds no less; what it holds is known with
     the pipeline stages (``cost_models.host_room``)."""
     optimizer, weights = bytes_there(request.machine)
-    held = _parameters(request, trained=True) * optimizer + _parameters(request) * weights
+    share = request.machine.offload.optimizer_per_1000
+    held = _parameters(request, trained=True) * optimizer * share // 1000
+    held += _parameters(request) * weights
     return held // request.cluster.nodes
 
 
@@ -96,6 +98,10 @@ def cannot_offload(request: Request) -> str | None:
         )
     if job.optimizer_offload and spec.optimizers and job.optimizer not in spec.optimizers:
         return f"{request.stack.name} {request.stack.version} has no {job.optimizer} on the host"
+    shared = request.machine.offload.optimizer_per_1000 < 1000
+    if shared and (spec.share_zero_stage is None or job.optimizer != "adamw"):
+        label = f"{request.stack.name} {request.stack.version}"
+        return f"{label} offloads all optimizer state of {job.optimizer} or none"
     if job.optimizer_offload and request.workload.expert_count and not spec.takes_experts:
         return f"{request.stack.name} {request.stack.version} keeps mixtures on the device"
     if job.parameter_offload and spec.parameter_bytes is None:

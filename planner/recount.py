@@ -221,6 +221,8 @@ def impossible_layout(
         bound = stack.offload is not None and stack.offload.takes_experts == "without_ep"
         if job.optimizer_offload and bound and mesh.ep > 1:
             return "under ep nothing is offloaded"
+        if job.optimizer_offload and job.optimizer_offload_share < 1 and zero < 3:
+            return "shares of the optimizer state are those of split weights"
         if job.parameter_offload and zero < offload_stage(request):
             return "the host holds weights that are split only"
         copies = mesh.dp // shard * (1 if zero else shard * mesh.cp)

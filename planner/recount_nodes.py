@@ -45,10 +45,12 @@ class Nodes:
             ways * mesh.cp if zero else 1,
             max(ways * mesh.cp * mesh.tp // (mesh.ep * mesh.etp), 1) if zero else 1,
         )
+        job = request.job
+        share = round(1000 * job.optimizer_offload_share) if job.optimizer_offload else 0
         each = bytes_there(request.machine)
 
         def state(kind: LayerKind) -> int:
-            return _state(kind, shard, divisor, shares, each, alone=mesh.pp == 1)
+            return _state(kind, shard, divisor, shares, (*each, share), alone=mesh.pp == 1)
 
         ends = state(workload.embedding), state(workload.head)
         spread = sum(ends) if leaf.shared is not None else 0
@@ -121,23 +123,25 @@ class Nodes:
 
 
 def _state(
-    kind: LayerKind, shard: Shard, divisor: int, shares: tuple[int, int], each: tuple[int, int],
-    *, alone: bool,
+    kind: LayerKind, shard: Shard, divisor: int, shares: tuple[int, int],
+    each: tuple[int, int, int], *, alone: bool,
 ) -> int:  # fmt: skip
     """Bytes of one device's shard: ``shares`` of dense weights and experts, ``each`` parameter's
-    optimizer state and weight; ``alone``: embedding and head are on one rank, so tied ones once."""
-    optimizer, weight_bytes = each
+    optimizer state and weight, and of 1,000 parameters those whose state is there; ``alone``:
+    embedding and head are on one rank, so tied ones once."""
+    optimizer, weight_bytes, per_1000 = each
     elements = {(frozen, expert): 0 for frozen in (False, True) for expert in (False, True)}
     for weight in kind.weights:
         if weight.copy and alone:
             continue
         local = int(np.ravel(local_tensor(weight, shard, divisor).total)[0])
         elements[weight.frozen, is_expert(weight)] += local
-    total = 0
+    total = trained = 0
     for (frozen, expert), count in elements.items():
         held = -(-count // shares[expert])
-        total += held * (weight_bytes if frozen else optimizer + weight_bytes)
-    return total
+        total += held * weight_bytes
+        trained += 0 if frozen else held
+    return total - -trained * optimizer * per_1000 // 1000
 
 
 def _inputs(kind: LayerKind, shard: Shard, modules: Collection[str]) -> int:

@@ -73,7 +73,10 @@ class Request:
         job = self.job
         spec = self.stack.offload
         inputs = frozenset(spec.inputs) if spec is not None else frozenset()
-        held = Offload(job.optimizer_offload, job.parameter_offload, job.activation_offload, inputs)
+        held = Offload(
+            job.optimizer_offload, job.parameter_offload, job.activation_offload, inputs,
+            round(1000 * job.optimizer_offload_share) if job.optimizer_offload else 1000,
+        )  # fmt: skip
         return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
 
     @cached_property

@@ -346,6 +346,9 @@ def _host_rules(request: Request) -> Iterator[LayoutRule]:
             f"{request.stack.name} {request.stack.version} keeps mixtures under ep on the device",
             lambda m, _: m.ep > 1,
         )
+    if request.machine.offload.optimizer_per_1000 < 1000:
+        reason = "a share of the optimizer state is offloaded in ZeRO stage 3 only"
+        yield reason, lambda _, x: x.zero_stage < 3
     if request.job.parameter_offload:
         least = offload_stage(request)
         reason = f"weights are offloaded from ZeRO stage {least} on"

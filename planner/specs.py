@@ -94,6 +94,9 @@ class JobSpec(Spec):
     allow_recompute: bool = True
     optimizer_offload: bool = False
     """Whether the host holds and updates the optimizer state."""
+    optimizer_offload_share: Annotated[float, Field(gt=0, le=1, multiple_of=0.001)] = 1.0
+    """How much of the optimizer state that is, where the stack can leave the rest on the devices,
+    which update it (DeepSpeed's ``offload_optimizer.ratio``); to a thousandth."""
     parameter_offload: bool = False
     """Whether the host holds the weights; needs ZeRO stage 3, or FSDP's 2, and, unless the device
     updates them, ``optimizer_offload``."""

@@ -68,6 +68,9 @@ def _title(plan: Plan) -> RenderableType:
     elif batch is not None and tokens is not None:
         facts.append(f"{batch:,} x {sequence:,} = {format_count(tokens)} tokens per step")
     facts += [str(job[key]) for key in ("precision", "optimizer") if job.get(key)]
+    share = job.get("optimizer_offload_share")
+    if job.get("optimizer_offload") and isinstance(share, float) and share < 1:
+        facts.append(f"{share:.1%} of the optimizer on the hosts")
     return Group(
         Text(f"{plan.inputs.model.name} on {plan.inputs.cluster.name}", style="bold"),
         Padding(Text(" · ".join(facts), style="dim"), (0, 0, 0, 2)),

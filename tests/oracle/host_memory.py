@@ -103,7 +103,8 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
     offload = request.stack.offload
     assert offload is not None
     assert offload.optimizer_bytes is not None
-    return (dense + expert) * offload.optimizer_bytes
+    share = round(1000 * request.job.optimizer_offload_share)
+    return -(-(dense + expert) * offload.optimizer_bytes * share // 1000)
 
 
 def _on_device(request: Request, x: Layout, weight: Weight) -> int:

@@ -201,6 +201,8 @@ def runs(request: Request, x: Layout) -> bool:
     host = request.cluster.groups[0].node.host_memory
     if stack.offload is not None and stack.offload.inputs and host is None:
         return False
+    if request.job.optimizer_offload and request.job.optimizer_offload_share < 1 and x.zero < 3:
+        return False
     # Without ZeRO nobody reads what is asked of the hosts.
     asked = request.job.optimizer_offload and stack.offload is not None
     least = stack.offload.least_zero_stage if asked and stack.offload is not None else 0

@@ -31,11 +31,12 @@ def with_memory(cluster: ClusterSpec, size: int) -> ClusterSpec:
     return cluster.model_copy(update={"groups": (group.model_copy(update={"node": node}),)})
 
 
-def offloaded(seed: int) -> Request | None:
-    """The instance of ``seed`` with its optimizer on the hosts, whose memory is what some
-    completion needs or a little less; None where it has no layout."""
-    request, rng = draw(seed, STACK), Random(f"host {seed}")
-    changes = {"optimizer_offload": True, "optimizer": "adamw", "precision": "bf16"}
+def offloaded(seed: int, stack: str = STACK, share: float = 1.0) -> Request | None:
+    """The instance of ``seed`` with a share of its optimizer on the hosts, whose memory is what
+    some completion needs or a little less; None where it has no layout."""
+    request, rng = draw(seed, stack), Random(f"host {seed}")
+    changes = {"optimizer_offload": True, "optimizer": "adamw", "precision": "bf16",
+               "optimizer_offload_share": share}  # fmt: skip
     request = replace(request, job=request.job.model_copy(update=changes))
     request = replace(request, cluster=with_memory(request.cluster, 10**15))
     layouts = list(every_layout(request))
@@ -87,3 +88,25 @@ def test_brute_force_looks_at_the_hosts() -> None:
     request = next(r for r in map(offloaded, range(20)) if r and brute_force(r).time is not None)
     none = replace(request, cluster=with_memory(request.cluster, 1))
     assert BruteForce(none).run().time is None
+
+
+def test_planner_equals_brute_force_with_a_share_of_the_optimizer_on_the_hosts() -> None:
+    """DeepSpeed's Twin-Flow: less of the state on the host, the rest on the devices."""
+    count: Counter[str] = Counter()
+    for seed in range(INSTANCES // 2):
+        share = Random(f"share {seed}").choice((0.25, 0.5, 0.9))
+        request = offloaded(seed, "deepspeed-hf", share)
+        if request is None:
+            continue
+        each = compare(seed, request=request)
+        assert not differences(each)
+        time = each.answer.time
+        if time is not None:
+            assert better_layout(request, time) is None, seed
+            assert better_layout(request, time + 1) is not None, seed
+        job = request.job.model_copy(update={"optimizer_offload_share": 1.0})
+        count["all"] += 1
+        count["feasible"] += time is not None
+        count["not as without"] += brute_force(replace(request, job=job)).time != time
+    assert count["feasible"], count
+    assert count["not as without"], count

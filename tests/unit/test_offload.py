@@ -548,3 +548,61 @@ def test_weights_that_stay_gathered_come_from_the_host_once() -> None:
 def test_plans_with_fsdp_on_the_host_are_certified() -> None:
     request = fsdp("torchtitan", "llama-3.2-1b")
     assert verify(plan(request)) == []
+
+
+def test_a_share_of_the_optimizer_stays_and_is_updated_on_the_devices() -> None:
+    """DeepSpeed's offload_optimizer.ratio of 0.3: of 8.03 billion parameters over eight devices,
+    70 % have 16 bytes each on the device, gradients in fp32 among them."""
+    found = {}
+    for share in (1.0, 0.3):
+        job = {"stack": "deepspeed-hf", "sequence_length": 2048, "global_batch": 8,
+               "optimizer_offload": True, "optimizer_offload_share": share}  # fmt: skip
+        asked = read_request("llama-3.1-8b", "dgx-h100:1", None, job)
+        found[share] = evaluate(asked, {"zero_stage": 3}).prediction
+        assert evaluate(asked, {"zero_stage": 3}).prediction == found[share]
+    parameters = 8_030_261_248
+    left = term(found[0.3], "optimizer") - term(found[1.0], "optimizer")
+    assert left == pytest.approx(0.7 * 16 * parameters / 8, rel=1e-4)
+    hosts = [found[share].host for share in (1.0, 0.3)]
+    assert hosts[0] is not None
+    assert hosts[1] is not None
+    assert hosts[1].bytes_per_node == pytest.approx(0.3 * hosts[0].bytes_per_node, rel=1e-4)
+    # 28 bytes of arithmetic each, over the share of the host's bandwidth, for 70 % fewer.
+    node, spec = asked.cluster.groups[0].node, asked.stack.offload
+    assert node.host_memory_bandwidth is not None
+    assert spec is not None
+    assert spec.adam_efficiency is not None
+    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si
+    faster = found[1.0].step_time_s - found[0.3].step_time_s
+    assert faster == pytest.approx(0.7 * 28 * parameters / rate, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero_stage", "message"),
+    [
+        ({}, 2, "ZeRO stage 3 only"),
+        ({"optimizer": "lion"}, 3, "all optimizer state of lion or none"),
+        ({"stack": "deepspeed-pipe"}, 1, "all optimizer state of adamw or none"),
+        ({"optimizer_offload": False}, 3, "without optimizer_offload"),
+    ],
+)
+def test_where_no_share_of_the_optimizer_stays(
+    changes: dict[str, object], zero_stage: int, message: str
+) -> None:
+    job = {"stack": "deepspeed-hf", "sequence_length": 2048, "global_batch": 8,
+           "optimizer_offload": True, "optimizer_offload_share": 0.5}  # fmt: skip
+
+    def ask() -> None:
+        asked = read_request("llama-3.1-8b", "dgx-h100:1", None, job | changes)
+        evaluate(asked, {"zero_stage": zero_stage})
+
+    with pytest.raises(InputError, match=message):
+        ask()
+
+
+def test_a_plan_with_a_share_of_the_optimizer_on_the_hosts_verifies() -> None:
+    job = {"stack": "deepspeed-hf", "sequence_length": 4096, "global_batch": 8,
+           "optimizer_offload": True, "optimizer_offload_share": 0.4}  # fmt: skip
+    found = plan(read_request("llama-3.1-8b", "dgx-h100:1", None, job))
+    assert found.layout.zero_stage == 3
+    assert verify(found) == []
