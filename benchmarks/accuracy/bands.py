@@ -39,9 +39,9 @@ FAMILIES = {
         ],
         "Megatron-Core": [
             "megatron-core*", "nemo", "nemo-fp8", "nemo-flash2", "nemo-fp8-flash2",
-            "megatron-bridge*",
+            "nemo-*bf16-gradients", "megatron-bridge*",
         ],
-        "FSDP": ["torchtitan*", "llm-foundry*", "fms-fsdp", "nemo-automodel", "meta-llama3"],
+        "FSDP": ["torchtitan*", "llm-foundry*", "fms-fsdp", "nemo-automodel*", "meta-llama3"],
         "DeepSpeed": ["deepspeed-hf"],
         "MaxText": ["maxtext-*"],
     },

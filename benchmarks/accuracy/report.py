@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 RUNS = HERE / "data" / "runs.csv"
 ALTERNATIVES: dict[str, tuple[Cell, ...]] = {
     "recompute": ("none", "selective", "full"),
+    "gradient_dtype": ("fp32", "bf16"),
     "sp": (0, 1),
     "zero_stage": (0, 1, "fsdp"),
     "vocab": (32000, 50257, 51200, 128256),

@@ -111,8 +111,12 @@ def reading_of(run: Run, changes: Mapping[str, Cell] | None = None) -> Reading:
             fill |= case.get("fill", {})
             assume |= case.get("assume", {})
             override |= case.get("override", {})
+            stack = case.get("stack", stack)
     fill |= changes or {}
-    return Reading(run, str(stack), fill, override, entry.get("values") or {}, assume)
+    reading = Reading(run, str(stack), fill, override, entry.get("values") or {}, assume)
+    for column, stacks in (entry.get("variants") or {}).items():
+        reading.stack = str(stacks.get(reading.text(column), reading.stack))
+    return reading
 
 
 def _fits(entry: Mapping[str, Any], run: Run, name: str) -> bool:

@@ -98,7 +98,8 @@ def _request(
         {
             "sequence_length": sequence, "global_batch": batch, "precision": precision,
             "global_batch_tokens": sequence * batch, "stack": stack, "mtp": dims.mtp > 0,
-            "memory_margin": 0.0, "optimizer_offload": "optimizer_cpu" in offload,
+            "memory_margin": 0.0, "optimizer": software.optimizers[0],
+            "optimizer_offload": "optimizer_cpu" in offload,
             "parameter_offload": "param_cpu" in offload,
         }
     )  # fmt: skip
@@ -111,7 +112,7 @@ def _request(
 
 def _changes(reading: Reading) -> tuple[tuple[str, Any], ...]:
     """What a policy says of the stack that ran, where it is not as the stack ships."""
-    names = ("vocab_divisor", "spare_layers", "deferred_head_gradients")
+    names = ("vocab_divisor", "spare_layers", "deferred_head_gradients", "overlap_dp_parameters")
     return tuple((name, reading.assume[name]) for name in names if name in reading.assume)
 
 
@@ -342,4 +343,6 @@ def _recompute(reading: Reading, request: Request, stages: int) -> dict[str, Any
     if text == "half":
         per_stage = -(-request.model.layer_count // stages)
         return {"recompute": "full", "recompute_layers": -(-per_stage // 2)}
+    if set(text.split("+")) <= {*request.stack.recompute_modules}:
+        return {"recompute": text}
     raise SkippedError(f"recomputation not modelled: {text}")

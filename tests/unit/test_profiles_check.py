@@ -19,6 +19,8 @@ from planner.stack_rules import STACK_RULES
 from planner.studies.profile_check import check_profile, kind_of
 from tests.cli.process import planner
 
+IN_16_BITS = ("nemo-automodel-bf16", "torchtitan-bf16")
+"""Stacks whose weights have no fp32 copy."""
 TEN_LINES = """\
 name: my-cluster
 nodes: 4
@@ -285,7 +287,7 @@ def test_a_stack_names_what_exists(name: str) -> None:
     assert set(stack.rules) <= {*STACK_RULES, *layout_rules}
     assert set(stack.optimizers) <= set(OPTIMIZERS)
     # Moments like 16-bit weights are what bf16 throughout means.
-    assert ("adamw_bf16" if name == "torchtitan-bf16" else "adamw") in stack.optimizers
+    assert ("adamw_bf16" if name in IN_16_BITS else "adamw") in stack.optimizers
     assert set(stack.layer_kinds) <= {"attention", *KIND_NAMES}
     assert stack.source.strip()
     assert stack.version.strip()

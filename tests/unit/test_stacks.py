@@ -155,7 +155,8 @@ def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan() -> None:
 def test_orders_of_one_s_own_run_where_pytorch_reads_them_from_a_file() -> None:
     able = {name for name in catalog_names("stack") if load_stack(name).given_orders}
     titan = {name for name in catalog_names("stack") if name.startswith("torchtitan")}
-    assert able == {*titan, "nemo-automodel", "nemo-automodel-reduce-each"}
+    automodel = {"nemo-automodel", "nemo-automodel-bf16", "nemo-automodel-reduce-each"}
+    assert able == {*titan, *automodel}
 
 
 @pytest.mark.parametrize("name", catalog_names("stack"))

@@ -85,7 +85,7 @@ def test_a_run_that_cannot_be_priced_says_why(changes: dict[str, str], reason: s
 @pytest.mark.parametrize(
     ("framework", "stack"),
     [("Megatron-Core", "megatron-core-mxfp8"), ("Megatron-LM", "megatron-core-mxfp8"),
-     ("Megatron-Bridge", "megatron-bridge-fp8"), ("NeMo", "nemo-fp8")],
+     ("Megatron-Bridge", "megatron-bridge-mxfp8"), ("NeMo", "nemo-mxfp8")],
 )  # fmt: skip
 def test_the_recipe_of_a_run_of_megatron_is_that_of_its_label(framework: str, stack: str) -> None:
     row = row_of(framework=framework, precision="mxfp8", accelerator="B200")
@@ -96,8 +96,10 @@ def test_the_recipe_of_a_run_of_megatron_is_that_of_its_label(framework: str, st
 @pytest.mark.parametrize(
     ("changes", "stack"),
     [
-        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2024"}, "nemo-flash2"),
-        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2025"}, "nemo"),
+        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2024"},
+         "nemo-flash2-bf16-gradients"),
+        ({"framework": "NeMo", "layers": "96", "hidden": "12288", "year": "2025"},
+         "nemo-bf16-gradients"),
         ({"framework": "NeMo/Megatron-Core", "layers": "32", "hidden": "4096", "precision": "fp8"},
          "nemo-fp8-flash2"),
         ({"framework": "NeMo/Megatron-Core", "layers": "32", "hidden": "4096", "precision": "fp8",
@@ -112,6 +114,60 @@ def test_releases_of_nemo_that_turn_fused_attention_off(
 ) -> None:
     row = row_of(**changes)
     assert (row["status"], row["stack"]) == ("priced", stack)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stack"),
+    [
+        ({"hidden": "4096"}, "nemo"),
+        ({"hidden": "8192"}, "nemo-bf16-gradients"),
+        ({"hidden": "8192", "gradient_dtype": "fp32"}, "nemo"),
+        ({"hidden": "8192", "precision": "fp8"}, "nemo-fp8"),
+        # Nemotron-4 15B, before and from v25.04 on.
+        ({"hidden": "6144", "mbs": "4"}, "nemo"),
+        ({"hidden": "6144", "mbs": "2"}, "nemo-bf16-gradients"),
+    ],
+)
+def test_recipes_of_nemo_that_reduce_gradients_in_16_bits(
+    changes: dict[str, str], stack: str
+) -> None:
+    row = row_of(framework="NeMo", **changes)
+    assert (row["status"], row["stack"]) == ("priced", stack)
+    silent = changes.keys().isdisjoint({"gradient_dtype", "precision"})
+    assert ("gradient_dtype" in row["policy_filled"]) is silent
+
+
+@pytest.mark.parametrize(
+    ("changes", "recompute"),
+    [
+        ({"accelerator": "GB200", "gpus_per_node": ""}, "mla_up_proj"),
+        ({"accelerator": "H100"}, "mla_up_proj+mlp"),
+        ({"accelerator": "B200", "pp": "8", "dp": "2"}, "mla_up_proj+mlp"),
+        ({"accelerator": "GB300", "gpus_per_node": "", "precision": "bf16"}, "moe_act"),
+        ({"accelerator": "H100", "recompute": "moe+mla_up_proj"}, "mla_up_proj+moe"),
+        ({"accelerator": "H100", "experts": "128"}, None),
+    ],
+)
+def test_modules_that_megatron_bridge_runs_again_are_those_of_its_recipe(
+    changes: dict[str, str], recompute: str | None
+) -> None:
+    row = RUN | {
+        "framework": "Megatron-Bridge", "precision": "fp8", "mla": "1", "experts": "256",
+        "experts_active": "8", "moe_ffn_hidden": "512", "moe_layers": "6", "recompute": "",
+        "tp": "1", "dp": "8", "ep": "2", "zero_stage": "1",
+    }  # fmt: skip
+    layout = prepare(read_runs(text_of(row | changes))[0]).layout
+    modes = {group.mode for stage in layout.stages for group in stage.recompute}
+    assert modes == ({recompute} if recompute else set())
+
+
+def test_mixtures_of_automodel_are_in_16_bits() -> None:
+    row = {"framework": "NeMo AutoModel (FSDP2)", "pp": "1", "tp": "1", "dp": "16", "vpp": ""}
+    mixture = {"experts": "8", "experts_active": "2", "ep": "8", "recompute": ""}
+    prepared = prepare(read_runs(text_of(RUN | row | mixture))[0])
+    assert prepared.request.stack.name == "nemo-automodel-bf16"
+    assert prepared.request.job.optimizer == "adamw_bf16"
+    assert prepare(read_runs(text_of(RUN | row))[0]).request.stack.name == "nemo-automodel"
 
 
 def test_chunks_that_a_row_leaves_out_are_those_of_its_recipe() -> None:
