@@ -114,6 +114,8 @@ class Elementwise:
     modules: tuple[str, ...] = ()
     forward_flops: Reals = 0.0
     backward_flops: Reals = 0.0
+    again: bool = False
+    """Whether the backward runs the forward once more: not in a layer that runs again itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,15 @@ from cost_models.graph import Bools, Int64
 from cost_models.host import elapsed_s
 from cost_models.layout import OutputKind, RecomputePolicy
 from cost_models.named_outputs import spared, unneeded
-from cost_models.ops import Attention, Collective, GroupedMatMul, MatMul, Op, Reals
+from cost_models.ops import (
+    Attention,
+    Collective,
+    Elementwise,
+    GroupedMatMul,
+    MatMul,
+    Op,
+    Reals,
+)
 
 Real: TypeAlias = NDArray[np.float64]
 Outputs: TypeAlias = frozenset[OutputKind]
@@ -58,6 +66,7 @@ class ForwardLog:
         self.modules: dict[tuple[str, ...], Work] = {}
         self.outputs: dict[Outputs, Work] = {}
         self.unneeded: dict[Outputs, Work] = {}
+        self.again: Work | None = None
         self.products = 0
         self._ops, self._last = ops, unneeded(ops)
 
@@ -65,6 +74,8 @@ class ForwardLog:
         """Count the forward of one op; ops come in the order in which they run."""
         if op.modules:
             self._module(op.modules, work)
+        if isinstance(op, Elementwise) and op.again:
+            self.again = work if self.again is None else self.again + work
         shares = spared(op, self._ops)
         if op.name in self._last:
             names = frozenset(name for part, _ in shares for name in part)
@@ -122,6 +133,8 @@ class Repeats:
     """Expert exchange of the forward that hides behind the backward of another microbatch."""
     unneeded: dict[Outputs, Work] = field(default_factory=dict)
     """The end of the layer, which no gradient needs, by the names that else spare it."""
+    again: Work | None = None
+    """What the backward of a layer that does not run again runs once more (``Elementwise.again``)."""
 
     def seconds(self, policies: tuple[RecomputePolicy, ...]) -> Real:
         """Device time of what runs again, and what it adds to the wait for the host, or takes off
@@ -156,6 +169,8 @@ class Repeats:
                 for p in policies
             ]
             again = again - work.share(_column(dropped))
+        if self.again is not None:
+            again = again - self.again.share(lists)
         exposed = [p.keeps is not None and "all_to_all" not in p.keeps for p in policies]
         device = again.device - _column(exposed) * self.exchange_hidden
         drains = [self._drains(policy) for policy in policies]
@@ -187,6 +202,7 @@ class Repeats:
             self.sync_s,
             np.broadcast_to(self.exchange_hidden, self.whole.device.shape)[index],
             {kind: work.take(index) for kind, work in self.unneeded.items()},
+            None if self.again is None else self.again.take(index),
         )
 
 

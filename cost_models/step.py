@@ -216,7 +216,7 @@ def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     repeats = Repeats(
         Work(acc.busy["forward"], acc.host["forward"], acc.drains), acc.log.modules,
         acc.log.outputs, Work(acc.busy["backward"], acc.host["backward"]),
-        machine.stack.expert_sync.si, unneeded=acc.log.unneeded,
+        machine.stack.expert_sync.si, unneeded=acc.log.unneeded, again=acc.log.again,
     )  # fmt: skip
     wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:

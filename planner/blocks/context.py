@@ -34,7 +34,8 @@ class BlockContext:
     logit_saved_bytes: float
     logit_working_bytes: float
     norms_again: bool = False
-    """Whether residual additions and the norms behind them run again in the backward."""
+    """Whether residual additions and the norms behind them run again in the backward, of layers that
+    do not run again whole."""
     loss_traffic: tuple[int, int] = (26, 14)
     """Bytes moved per logit by a loss that is not fused, forward and backward."""
     rotary: bool = True
@@ -202,7 +203,9 @@ def norm(
     if shares_input:
         summed = 1.0 if "gradient_sums" in ctx.fused else 3.0
     backward = (3.0 + summed + 2.0 * again) * size
-    return Elementwise(name, 2.0 * size, backward, backward_launches=1 + again, modules=modules)
+    return Elementwise(
+        name, 2.0 * size, backward, backward_launches=1 + again, modules=modules, again=again
+    )
 
 
 def residual_add(name: str, ctx: BlockContext, shard: Shard, *, bias: bool = False) -> Elementwise:
@@ -220,7 +223,7 @@ def residual_add(name: str, ctx: BlockContext, shard: Shard, *, bias: bool = Fal
     backward, launches = dropped + summed * size, int(ctx.dropout or summed)
     if ctx.norms_again:
         backward, launches = backward + forward, launches + count
-    return Elementwise(name, forward, backward, count, launches)
+    return Elementwise(name, forward, backward, count, launches, again=ctx.norms_again)
 
 
 def residual_saved(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cost_models.graph import Shard
 from cost_models.ops import Elementwise, Op
+from cost_models.step import price_layer
 from hardware_profiles.loader import load_stack
 from planner.pipeline import read_request
+from planner.recompute import named_policy
 
 TOKENS, HIDDEN, INNER, VOCAB = 2048, 2048, 8192, 50304
 STREAM = 2.0 * TOKENS * HIDDEN
@@ -82,3 +86,24 @@ def test_megatron_passes_over_the_logits_six_times(stack: str) -> None:
 
 def test_a_compiler_joins_passes_over_the_logits() -> None:
     assert load_stack("neuron").loss_traffic == {"forward": 26, "backward": 14}
+
+
+def test_a_layer_that_runs_again_norms_once_more_and_no_more() -> None:
+    """InternEvo, internlm/model/modeling_internlm.py: dropout_selective_checkpoint is on where
+    checkpoint is not, so a layer that is checkpointed whole has nothing checkpointed inside."""
+    one = np.ones(1, dtype=np.int64)
+    shard = Shard(TOKENS, one, one, one, one, one, np.zeros(1, dtype=np.bool_), 0 * one)
+    backward, rerun = [], []
+    for norms_again in (True, False):
+        stack = load_stack("internevo").model_copy(update={"norms_again": norms_again})
+        request = read_request(
+            "llama-2-7b", "dgx-a100:1", overrides={"stack": "internevo", "sequence_length": TOKENS}
+        )
+        request = replace(request, stack=stack)
+        (name,) = {*request.workload.layers}
+        times = price_layer(request.workload.kinds[name], shard, request.machine)
+        backward.append(int(times.nanoseconds("backward")[0]))
+        rerun.append(backward[-1] + int(times.recompute_ns((named_policy("full", stack),))[0, 0]))
+    # Two norms of 2 and two additions of 3 passes over 16 MiB, at the least.
+    assert backward[0] - backward[1] > 10 * 2 * TOKENS * 4096 / 2.04e12 * 1e9
+    assert rerun[0] == pytest.approx(rerun[1], abs=10)
