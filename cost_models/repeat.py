@@ -134,7 +134,7 @@ class Repeats:
     unneeded: dict[Outputs, Work] = field(default_factory=dict)
     """The end of the layer, which no gradient needs, by the names that else spare it."""
     again: Work | None = None
-    """What the backward of a layer that does not run again runs once more (``Elementwise.again``)."""
+    """What a backward runs once more in layers that do not run again (``Elementwise.again``)."""
 
     def seconds(self, policies: tuple[RecomputePolicy, ...]) -> Real:
         """Device time of what runs again, and what it adds to the wait for the host, or takes off

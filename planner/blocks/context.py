@@ -34,8 +34,8 @@ class BlockContext:
     logit_saved_bytes: float
     logit_working_bytes: float
     norms_again: bool = False
-    """Whether residual additions and the norms behind them run again in the backward, of layers that
-    do not run again whole."""
+    """Whether residual additions and the norms behind them run again in the backward, of layers
+    that do not run again whole."""
     loss_traffic: tuple[int, int] = (26, 14)
     """Bytes moved per logit by a loss that is not fused, forward and backward."""
     rotary: bool = True
