@@ -98,13 +98,15 @@ class Activations:
         if policy.keeps is not None:
             return self._of_list(policy, policy.keeps)
         freed: dict[str, Int64] = {}
+        inputs = self.zero
         for tensor in self.tensors:
             module = next((name for name in tensor.modules if name in policy.modules), None)
             if module is not None:
                 freed[module] = freed.get(module, self.zero) + tensor.bytes
+                inputs = inputs + tensor.instead
         total = self.zero + sum(freed.values())
         largest = np.max([self.zero, *freed.values()], axis=0)
-        return self.everything - total, self.working + largest
+        return self.everything - total + inputs, self.working + largest
 
     def _fetched(self) -> Int64:
         """Most of what is saved that one op of the backward has back from the host: all of the

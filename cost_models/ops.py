@@ -241,3 +241,6 @@ class SavedTensor:
     (``cost_models.activation_offload``)."""
     last: bool = False
     """Whether no op with a weight comes behind the one that keeps it."""
+    instead: Ints = 0
+    """Bytes kept in its place where one of its ``modules`` is recomputed: an input of the module
+    that nothing else keeps."""

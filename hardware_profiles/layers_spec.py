@@ -77,6 +77,10 @@ class LayersSpec(Profile):
     """Whether routing probabilities multiply the experts' outputs, which the gradients of the
     probabilities need; or what goes into the experts' last products, so that outputs are only
     summed and nothing keeps them (Megatron-Core from 0.13)."""
+    routing_maps: Literal["unread", "megatron"] = "unread"
+    """What a router and an all-to-all dispatcher leave of who goes where, beside two fp32 numbers
+    for each token and expert: nothing that was read; or what Megatron-Core's do
+    (``planner.blocks.routing``)."""
     latent_down: Literal["whole", "split"] = "whole"
     """Whether every tp rank has the down-projections of latent attention; or tp splits them by
     columns, and their outputs are gathered (Megatron-Core up to 0.13, and its layer spec without

@@ -42,6 +42,9 @@ from planner.recompute import searched_policies
 from planner.specs import JobSpec
 from planner.tied_ends import tied_unit
 
+SIGMOID_ROUTERS = ("deepseek_v3",)
+"""Families whose experts' scores are sigmoids (``--moe-router-score-function``)."""
+
 
 def build_workload(
     model: ModelSpec, job: JobSpec, stack: StackSpec, device: DeviceSpec
@@ -95,6 +98,8 @@ def build_workload(
         copies_context_output=stack.layers.gathered_context_output == "twice",
         values_are_views=stack.layers.latent_values == "view",
         sums_expert_outputs=stack.layers.expert_outputs == "summed",
+        sigmoid_router=model.family in SIGMOID_ROUTERS,
+        maps_routing=stack.layers.routing_maps == "megatron",
         splits_latent_down=stack.layers.latent_down == "split",
         separate=frozenset(stack.layers.separate_projections),
         sliced_experts=stack.layers.experts == "sliced",
@@ -223,6 +228,8 @@ def _logits(ctx: BlockContext) -> Callable[[Shard], Int64]:
 def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> LayerKind:
     """Final norm, LM head and loss; each MTP module adds its block and a pass through the head."""
 
+    blocks = [model.blocks[run.block] for run in model.mtp for _ in range(run.count)]
+
     def ops(shard: Shard) -> tuple[Op, ...]:
         modules = [op for kind in mtp for op in prediction.module_ops(kind, ctx, shard)]
         return (*ends.head_ops(ctx, shard), *modules)
@@ -244,7 +251,9 @@ def _head(model: ModelSpec, ctx: BlockContext, mtp: tuple[LayerKind, ...]) -> La
         lambda shard: prediction.working(mtp, ctx, shard),
         ctx.element_bytes,
         in_pieces=ctx.loss_chunks > 1 and not ctx.loss_again,
-        buffer_bytes=lambda shard: ends.head_buffers(ctx, shard),
+        buffer_bytes=lambda shard: (
+            ends.head_buffers(ctx, shard) + prediction.buffers(blocks, ctx, shard)
+        ),
         output_bytes=_logits(ctx),
     )
 

@@ -53,6 +53,10 @@ class BlockContext:
     """Whether values of latent attention keep all of the product that they were split from."""
     sums_expert_outputs: bool = False
     """Whether what goes into the experts' last products is weighed, and not their outputs."""
+    sigmoid_router: bool = False
+    """Whether each expert's score is a sigmoid, not one softmax over all."""
+    maps_routing: bool = False
+    """Whether what Megatron-Core's router and dispatcher keep of who goes where is known."""
     splits_latent_down: bool = False
     """Whether tp splits the down-projections of latent attention by columns."""
     separate: frozenset[str] = frozenset()

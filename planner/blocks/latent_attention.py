@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from cost_models.graph import Int64, Shard, Weight
-from cost_models.ops import Attention, Elementwise, MatMul, Op, SavedTensor
+from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
 from planner.blocks import splits as split
 from planner.blocks.attention import (
     context_parallel,
@@ -96,16 +96,15 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     """Ops of the sub-block after its norm, up to and including the residual add."""
     x, e = shard.tokens, ctx.element_bytes
     heads, qk, v = spec.heads // shard.tp, _qk_dim(spec), spec.v_head_dim
-    latent = spec.kv_lora_rank + spec.qk_rope_head_dim
     up = spec.kv_lora_rank
     r = _down_rows(ctx, shard)
     result: list[Op] = [*enter_tensor_parallel("kv_down", ctx, shard)] if ctx.dtensor else []
     if spec.q_lora_rank is not None:
-        result.append(MatMul("q_down", r, spec.q_lora_rank, ctx.hidden))
+        result += _down("q_down", spec.q_lora_rank, 0, ctx, shard)
         latent_bytes = (spec.q_lora_rank + up) * r * e
     else:
         latent_bytes = up * r * e
-    kv_down = MatMul("kv_down", r, latent, ctx.hidden)
+    kv_down = _down("kv_down", up, spec.qk_rope_head_dim, ctx, shard)
     queries: tuple[Op, ...] = (
         *(() if ctx.dtensor else enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)),
         MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
@@ -113,7 +112,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     q_up = within("mla_up_proj", queries)
     norm = Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2)
     # torchtitan's save list counts products in the order in which its model runs them.
-    result += [norm, *q_up, kv_down] if ctx.dtensor else [kv_down, norm, *q_up]
+    result += [norm, *q_up, *kv_down] if ctx.dtensor else [*kv_down, norm, *q_up]
     rotated = 2.0 * heads * qk * x * e
     up_project: tuple[Op, ...] = (
         MatMul(
@@ -150,6 +149,30 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     return tuple(result)
 
 
+def _down(name: str, latent: int, rotated: int, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
+    """A down-projection to ``latent`` columns and ``rotated`` ones.
+
+    Split by columns it is a column-parallel layer of its own: it gathers what sequence parallelism
+    split, and its outputs are gathered in turn. Sequence parallelism then cuts a rank's rows of the
+    latent out again and gathers their gradient; the rotated part stays whole (Megatron-Core 0.13.1,
+    core/transformer/multi_latent_attention.py, get_query_key_value_tensors: the backward of
+    gather_from_tensor_model_parallel_region is a cut, that of scatter_to_sequence_parallel_region a
+    gather).
+    """
+    width = latent + rotated
+    if not ctx.splits_latent_down:
+        return (MatMul(name, _down_rows(ctx, shard), width, ctx.hidden),)
+    size = shard.tokens * ctx.element_bytes
+    sp = shard.sequence_parallel
+    return (
+        *enter_tensor_parallel(name, ctx, shard, pipelined=False),
+        MatMul(name, shard.tokens, -(-np.int64(width) // shard.tp), ctx.hidden),
+        Collective(f"{name}.columns", "tp", "all_gather", size * width, "all_gather",
+                   size * latent, active=sp),
+        Collective(f"{name}.all_columns", "tp", "all_gather", size * width, None, 0, active=~sp),
+    )  # fmt: skip
+
+
 def _down_rows(ctx: BlockContext, shard: Shard) -> Int64:
     """Rows that a rank projects down.
 
@@ -161,8 +184,10 @@ def _down_rows(ctx: BlockContext, shard: Shard) -> Int64:
 
 
 def latent_context(spec: LatentAttentionSpec, ctx: BlockContext) -> BlockContext:
-    """A context whose gathered width is that of the latents, which are what tp gathers."""
-    width = (spec.q_lora_rank or ctx.hidden) + spec.kv_lora_rank + spec.qk_rope_head_dim
+    """A context whose gathered width is that of the latents, which are what tp gathers; with the
+    keys' rotated part, unless split projections have it gathered already."""
+    rotated = 0 if ctx.splits_latent_down else spec.qk_rope_head_dim
+    width = (spec.q_lora_rank or ctx.hidden) + spec.kv_lora_rank + rotated
     return replace(ctx, hidden=width)
 
 
@@ -179,6 +204,7 @@ def saved(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[S
             SavedTensor("qkv", (2 * qk + v) * each, input_of="core_attn"),
             SavedTensor("keys_beside_values", held * spec.qk_nope_head_dim * each),
             SavedTensor("gathered_kv", gathered_context((qk + v) * each, ctx, shard)),
+            SavedTensor("rotated_keys", 0, instead=_rotated(spec, ctx, shard)),
         )),
         SavedTensor("attention_output", v * each, input_of="attn_proj"),
         *output_copy(v * each, ctx),
@@ -213,6 +239,19 @@ def _latents(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tupl
         ),
         normed,
     )  # fmt: skip
+
+
+def _rotated(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """What the keys' rotated part holds where the up-projections run again with it as an input.
+
+    Gathered over tp under sequence parallelism: rows of the part alone, or, out of split
+    projections, a view of all that was gathered. Elsewhere a view of what the norm's input holds.
+    """
+    rotated = spec.qk_rope_head_dim
+    width = spec.kv_lora_rank + rotated if ctx.splits_latent_down else rotated
+    cut = _down_rows(ctx, shard) < shard.tokens
+    held: Int64 = np.where(cut, shard.tokens * width * ctx.element_bytes, 0)
+    return held
 
 
 def working(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:

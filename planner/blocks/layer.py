@@ -9,6 +9,7 @@ import numpy as np
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import Op, SavedTensor
 from cost_models.state import is_expert
+from planner.blocks import routing
 from planner.blocks.attention import local_kv_heads
 from planner.blocks.context import BlockContext, norm, residual_saved
 from planner.blocks.registry import kind_of, parts
@@ -103,6 +104,7 @@ def layer_buffers(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     mixer, none = block.mixer, np.zeros_like(shard.tp)
     if isinstance(block.feed_forward, MoeSpec):
         none = none + block.feed_forward.experts * ctx.expert_buffer_bytes
+        none = none + routing.stays(block.feed_forward, ctx, shard)
     if not ctx.rotary or not ctx.rotary_cache_bytes or mixer is None:
         return none
     if isinstance(mixer, LatentAttentionSpec):

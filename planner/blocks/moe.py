@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
-from planner.blocks import folded_experts, mlp
+from planner.blocks import folded_experts, mlp, routing
 from planner.blocks.context import BlockContext, product_input_bytes, residual_add, within
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
@@ -193,7 +193,7 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     room = held / hot if ctx.expert_room else 1
     inner = (held if ctx.expert_room else hot) * width * e
     read = 2 if spec.gated else 1
-    routing = Routing(
+    route = Routing(
         tokens=folded_experts.dealt(ctx, shard, r), row_bytes=h * e, experts=spec.experts,
         top_k=spec.top_k, groups=spec.routing_groups,
         group_limit=spec.routing_group_limit,
@@ -201,7 +201,7 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     sorted_bytes = held * h * e if ctx.expert_room else gathered
     before, arrived, leaving, after = reorderings(ctx, own, sorted_bytes, local)
     deal, restore = folded_experts.around(ctx, shard, copies, h * e)
-    inward, outward = exchanges(spec, ctx, own, gathered, routing)
+    inward, outward = exchanges(spec, ctx, own, gathered, route)
     result: list[Op] = [
         MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
@@ -251,6 +251,7 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         weighed = held // shard.etp
     result = [
         SavedTensor("router_probabilities", 2 * shard.residual_tokens * spec.experts * 4),
+        *routing.saved(spec, ctx, shard, held),
         SavedTensor("dispatched", ctx.saved_input(held * h * e), input_of="expert_fc1"),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner, input_of="moe_act"),
         SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),

@@ -8,13 +8,14 @@ head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from cost_models.graph import Int64, LayerKind, Shard
 from cost_models.ops import Collective, MatMul, Op, SavedTensor
-from planner.blocks import ends
+from planner.blocks import ends, routing
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -22,6 +23,7 @@ from planner.blocks.context import (
     norm_saved,
     product_input_bytes,
 )
+from planner.models.spec import BlockSpec, MoeSpec
 
 
 def module_ops(kind: LayerKind, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
@@ -75,6 +77,12 @@ def module_saved(kind: LayerKind, ctx: BlockContext, shard: Shard) -> tuple[Save
         *kind.saved(shard),
         *ends.head_saved(ctx, shard),
     )
+
+
+def buffers(blocks: Iterable[BlockSpec], ctx: BlockContext, shard: Shard) -> Int64:
+    """What the dispatchers of the modules' blocks hold from one microbatch to the next."""
+    mixtures = (block.feed_forward for block in blocks if isinstance(block.feed_forward, MoeSpec))
+    return sum((routing.stays(spec, ctx, shard) for spec in mixtures), np.zeros_like(shard.tp))
 
 
 def working(kinds: tuple[LayerKind, ...], ctx: BlockContext, shard: Shard) -> Int64:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.models.spec import AttentionSpec, LatentAttentionSpec, MlpSpec, MoeSpec
+from planner.workload import SIGMOID_ROUTERS
 
 if TYPE_CHECKING:
     from hardware_profiles.schema import StackSpec
@@ -118,7 +119,7 @@ def _feed_forward_flags(
         flags.append(("--moe-shared-expert-intermediate-size", str(moe.shared_intermediate)))
     if moe.shared_gate:
         flags.append(("--moe-shared-expert-gate",))
-    if model.family == "deepseek_v3":
+    if model.family in SIGMOID_ROUTERS:
         flags += [
             ("--moe-router-score-function", "sigmoid"),
             ("--moe-router-enable-expert-bias",),

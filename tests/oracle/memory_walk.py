@@ -113,6 +113,8 @@ class Tensor:
 
     bytes: int
     made_by: tuple[str, ...] = ()
+    instead: int = 0
+    """Bytes of the module's input that wait for it where it runs again, and else are gone."""
 
 
 def statistics(case: Case) -> int:
@@ -206,6 +208,11 @@ def latent_attention(case: Case, spec: LatentAttentionSpec) -> Iterator[Tensor]:
         if width:
             yield from latent_norm(case, rows, width, beside)
             yield Tensor(case.narrow * rows * width, ("mla_up_proj",))
+    # k_pos_emb goes into qkv_up_proj_and_rope_apply: gathered, or a part of all that was.
+    if not case.dtensor and case.sp and case.tp > 1:
+        beside = spec.kv_lora_rank if gathered else 0
+        position = 2 * case.tokens * (spec.qk_rope_head_dim + beside)
+        yield Tensor(0, ("mla_up_proj",), position)
     heads = spec.heads // case.tp
     qk = spec.qk_nope_head_dim + spec.qk_rope_head_dim
     yield from core_attention(case, heads, qk, heads, spec.v_head_dim)
@@ -257,6 +264,17 @@ def moe(case: Case, spec: MoeSpec) -> Iterator[Tensor]:
     yield Tensor(4 * case.rows * spec.experts, ("moe",))
     yield Tensor(4 * case.rows * spec.experts, ("moe",))
     arrived, width = routed * case.etp, spec.intermediate // case.etp
+    if case.stack.layers.routing_maps == "megatron":
+        # permute: masked_select's mask and index_select's rows; top-k: indices and their softmax.
+        yield Tensor(case.rows * spec.experts, ("moe",))
+        for size in (8, 4, 8):
+            yield Tensor(size * routed, ("moe",))
+        if case.model.family == "deepseek_v3":
+            # Sigmoids, and what theirs and the loss's are divided by.
+            yield Tensor(4 * case.rows * spec.experts, ("moe",))
+            yield Tensor(2 * 4 * case.rows, ("moe",))
+        # weighted_bias_swiglu_impl: the probability of each row.
+        yield Tensor(4 * arrived, ("moe",))
     yield Tensor(case.narrow * arrived * hidden, ("moe",))
     yield from feed_forward(case, arrived, width, spec.gated, "moe")
     if case.stack.layers.expert_outputs == "weighed":

@@ -189,7 +189,7 @@ def buffers(case: Case, held: list[list[parameters.Parameter]], rank: int, chunk
     router counts, the step of each parameter's optimizer, and of a loss in pieces the gradient of
     the head's input (summed in fp32, and its copy in 16 bits)."""
     if not case.dtensor:
-        return 0
+        return dispatchers(case, rank, chunks)
     cache = case.stack.rotary_cache_bytes
     each = cache.get(case.model.family, cache["default"])
     total, blocks = 0, case.blocks()
@@ -209,6 +209,18 @@ def buffers(case: Case, held: list[list[parameters.Parameter]], rank: int, chunk
     if case.chunks > 1 and rank == case.pp - 1:
         total += 3 * case.gathered
     return total
+
+
+def dispatchers(case: Case, rank: int, chunks: Chunks) -> int:
+    """``probs`` in fp32 and ``routing_map`` that each MoEAlltoAllTokenDispatcher has as attributes,
+    those of prediction modules too."""
+    if case.stack.layers.routing_maps != "megatron":
+        return 0
+    blocks = [block for start, stop in chunks for block in case.blocks()[start:stop]]
+    if rank == case.pp - 1:
+        blocks += case.predictions()
+    parts = [block.feed_forward for block in blocks]
+    return sum(5 * case.rows * part.experts for part in parts if isinstance(part, MoeSpec))
 
 
 def received(case: Case, rank: int) -> int:

@@ -36,6 +36,7 @@ def kept_and_short(case: Case, block: BlockSpec) -> tuple[int, int]:
         owner = [module for module in tensor.made_by if module in again]
         if owner:
             again[owner[0]] += tensor.bytes
+            everything += tensor.instead
     return everything - sum(again.values()), short + max(again.values())
 
 

@@ -1,15 +1,23 @@
-"""What changed between Megatron-Core 0.12, 0.13 and 0.14 in what a rank holds."""
+"""What changed between Megatron-Core 0.12, 0.13 and 0.14 in what a rank holds and sends."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cost_models.graph import LayerKind, Shard
+from cost_models.memory import activation_bytes
+from cost_models.ops import Collective, MatMul
 from cost_models.state import local_tensor
 from hardware_profiles.loader import load_cluster, load_stack
 from hardware_profiles.schema import StackSpec
+from planner.blocks import routing
 from planner.models.reader import read_model
+from planner.models.spec import MoeSpec
+from planner.recompute import named_policy
 from planner.request import Request
 from planner.specs import JobSpec
 
@@ -94,3 +102,101 @@ def test_norms_of_latents_keep_what_holds_their_input(
     stack: str, tp: int, sp: bool, expected: int
 ) -> None:
     assert kept(stack, tp, sp)["latent_norm_input"] == 2 * expected
+
+
+ROUTED = json.loads(
+    (Path(__file__).parent / "data" / "megatron_router.json").read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("case", ROUTED, ids=lambda c: f"{c['version']}-{c['score']}")
+def test_router_and_dispatcher_keep_what_those_of_megatron_core_do(case: dict[str, object]) -> None:
+    """``benchmarks/memory/megatron_router.py`` counted the storages of the real modules."""
+    tokens, experts, top_k = (int(str(case[name])) for name in ("tokens", "experts", "top_k"))
+    stack = load_stack("megatron-core")
+    model = read_model("deepseek-v3")
+    spec = MoeSpec(experts=experts, top_k=top_k, intermediate=64)
+    blocks = {
+        name: block.model_copy(update={"feed_forward": spec})
+        for name, block in model.blocks.items()
+    }
+    job = JobSpec(sequence_length=tokens, global_batch=8)
+    cluster = load_cluster("dgx-h100:1")
+    family = "deepseek_v3" if case["score"] == "sigmoid" else "mixtral"
+    model = model.model_copy(update={"blocks": blocks, "family": family})
+    request = Request(model, cluster, job, stack)
+    place = Shard(
+        sequence=tokens, microbatch=ONE, tp=ONE, cp=ONE, ep=ONE, etp=ONE,
+        sequence_parallel=np.array([False]), cp_kind=0 * ONE,
+    )  # fmt: skip
+    kind = request.workload.kinds["moe"]
+    names = ("router_probabilities", "routing_map", "arrived_probabilities")
+    saved = {tensor.name: int(np.ravel(tensor.bytes)[0]) for tensor in kind.saved(place)}
+    assert sum(saved[name] for name in names) == sum(size for _, size in case["kept"])  # type: ignore[attr-defined]
+    assert int(kind.buffer_bytes(place)[0]) == sum(case["stays"].values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stack", ["megatron-core-deepep", "nemo", "torchtitan"])
+def test_maps_are_those_of_dispatchers_that_were_read(stack: str) -> None:
+    assert "routing_map" not in kept(stack)
+    assert "routing_map" in kept("megatron-core")
+    assert routing.__doc__ is not None
+
+
+def sent(stack: str, tp: int, sp: bool) -> dict[str, list[float]]:
+    """Bytes of each collective between the norm and the up-projections, forward and backward."""
+    place, found = shard(tp, sp), {}
+    for op in layer(stack).ops(place):
+        if isinstance(op, Collective) and op.name.startswith(("q_down", "kv_down", "q_up")):
+            if not np.all(op.active):
+                continue
+            sides = [0.0 if s is None else float(np.ravel(s.bytes)[0]) for s in op.sides()]
+            found[op.name] = sides
+    return found
+
+
+def test_split_down_projections_gather_their_input_and_their_outputs() -> None:
+    """multi_latent_attention.py of 0.13.1: each is a column-parallel layer; the backward of the cut
+    into rows gathers, that of the gathered columns cuts."""
+    hidden, keys = 2 * TOKENS * HIDDEN, KEYS + ROTATED
+    assert sent("megatron-core", 8, True) == {
+        "q_down.gather": [hidden, hidden],
+        "q_down.scatter": [0, hidden],
+        "q_down.columns": [2 * TOKENS * QUERY, 2 * TOKENS * QUERY],
+        "kv_down.gather": [hidden, hidden],
+        "kv_down.scatter": [0, hidden],
+        "kv_down.columns": [2 * TOKENS * keys, 2 * TOKENS * KEYS],
+        "q_up.gather": [2 * TOKENS * (QUERY + KEYS)] * 2,
+        "q_up.scatter": [0, 2 * TOKENS * (QUERY + KEYS)],
+    }
+    assert set(sent("megatron-bridge", 8, True)) == {"q_up.gather", "q_up.scatter"}
+
+
+@pytest.mark.parametrize("sp", [False, True])
+def test_split_down_projections_compute_a_part_of_the_columns_of_all_rows(sp: bool) -> None:
+    down = [
+        op for op in layer("megatron-core").ops(shard(8, sp))
+        if isinstance(op, MatMul) and op.name in ("q_down", "kv_down")
+    ]  # fmt: skip
+    assert [int(np.ravel(op.m)[0]) for op in down] == [TOKENS, TOKENS]
+    assert [int(np.ravel(op.n)[0]) for op in down] == [QUERY // 8, (KEYS + ROTATED) // 8]
+
+
+@pytest.mark.parametrize(
+    ("stack", "tp", "sp", "held"),
+    [
+        ("megatron-core", 8, True, KEYS + ROTATED),
+        ("megatron-bridge", 8, True, ROTATED),
+        ("megatron-core", 8, False, 0),
+        ("megatron-core", 1, False, 0),
+    ],
+)
+def test_up_projections_that_run_again_keep_the_rotated_part_as_it_came(
+    stack: str, tp: int, sp: bool, held: int
+) -> None:
+    kind, place = layer(stack), shard(tp, sp)
+    policy = named_policy("mla_up_proj", load_stack(stack))
+    everything, _ = activation_bytes(kind, place, None)
+    left, _ = activation_bytes(kind, place, policy)
+    freed = sum(t.bytes for t in kind.saved(place) if "mla_up_proj" in t.modules)
+    assert int((left - everything + freed)[0]) == 2 * TOKENS * held
