@@ -28,6 +28,7 @@ from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.host_outputs import Waiting, refuse_without_room
 from cost_models.host_room import HostTables, host_tables
+from cost_models.layer_offload import send_layers
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
 from cost_models.leaf import Leaf
@@ -266,6 +267,7 @@ def price_configs(
     stages, of_stages = unique_rows([alike.shard_of, configs.pp])
     at = take_shard(alike.shards, stages[0])
     add_lookups((*kinds, head), embedding, workload, at, stages[1], machine.rules, of_stages)
+    send_layers(kinds, names, workload, shard, configs.pp, machine, capacity)
     outside: tuple[Int64, ...] = ()
     if workload.global_batch is not None:
         if machine.stack.outside_layers:

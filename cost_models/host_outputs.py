@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.layer_offload import hosted_bytes
 from cost_models.layout import RecomputePolicy
 from cost_models.memory import Activations
 from cost_models.recompute import mode_rows
 from cost_models.step import Field, Machine
+from hardware_profiles.stack_words import LayerOffload
 
 
 def move_outputs(
@@ -57,7 +59,11 @@ class Waiting:
 
 
 def host_bytes(
-    workload: WorkloadGraph, shard: Shard, waiting: Waiting, policies: tuple[RecomputePolicy, ...]
+    workload: WorkloadGraph,
+    shard: Shard,
+    waiting: Waiting,
+    policies: tuple[RecomputePolicy, ...],
+    whole: LayerOffload | None = None,
 ) -> Int64:
     """Bytes that one device keeps on its host, of shape (policies, configurations)."""
     total = np.zeros((len(policies), len(shard.tp)), dtype=np.int64)
@@ -65,6 +71,9 @@ def host_bytes(
         activations = Activations(workload.kinds[name], shard)
         for row, policy in enumerate(policies):
             total[row] += count * activations.listed(policy, policy.offloads)
+    for row, policy in enumerate(policies):
+        if policy.hosted_layers and whole is not None:
+            total[row] += hosted_bytes(workload, shard, policy, whole)
     return waiting.on_one_device(total)
 
 
@@ -75,7 +84,8 @@ def without_room(
     """Where the hosts have no memory for what policies send; (policies, configurations)."""
     node = machine.cluster.groups[0].node
     room = 0 if node.host_memory is None else int(node.host_memory.si) // node.devices_per_node
-    result: Bools = host_bytes(workload, shard, waiting, policies) > room
+    spec = machine.stack.layer_offload
+    result: Bools = host_bytes(workload, shard, waiting, policies, spec) > room
     return result
 
 
@@ -85,7 +95,7 @@ def refuse_without_room(
 ) -> None:  # fmt: skip
     """Let a layer keep as much as the device has under a policy that a configuration cannot run, so
     that no layer of it fits."""
-    sending = tuple(policy for policy in workload.policies if policy.offloads)
+    sending = tuple(policy for policy in workload.policies if policy.sends)
     if not sending:
         return
     places = mode_rows(tuple(policy.name for policy in workload.policies))

@@ -118,6 +118,9 @@ class RecomputePolicy:
     """Whether it leaves and comes back in turn with the layer's work."""
     group: int = 1
     """Layers that run again together, from the input of the first."""
+    hosted_layers: int = 0
+    """Of the model's first layers, those whose activations wait on the host; nothing runs again
+    (``cost_models.layer_offload``)."""
     needed_only: bool = False
     """Whether what no gradient needs is left out of what runs again
     (``cost_models.named_outputs``)."""
@@ -127,6 +130,11 @@ class RecomputePolicy:
     in_parts: bool = False
     """Whether each tensor-parallel rank keeps its part of the layer's input
     (``cost_models.partitioned``)."""
+
+    @property
+    def sends(self) -> bool:
+        """Whether anything waits on the host."""
+        return bool(self.offloads) or self.hosted_layers > 0
 
 
 FULL = RecomputePolicy("full", keeps=frozenset())

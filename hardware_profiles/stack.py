@@ -22,6 +22,7 @@ from hardware_profiles.stack_words import (
     ContextKind,
     Dispatcher,
     Fusion,
+    LayerOffload,
     ModelFeature,
     Module,
     OptimizerName,
@@ -76,9 +77,9 @@ class StackSpec(Profile):
     the stages as data parallelism (``cost_models.outside``)."""
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, ``partitioned`` (full, of inputs
-    that tp splits, which needs ``full`` too), ``tiled`` (full, MLPs in pieces), modules joined by
-    ``+``, names of ``save_lists``, and ``custom`` for all lists of its outputs. The first is what
-    the stack does where nobody says."""
+    that tp splits, which needs ``full`` too), ``tiled`` (full, MLPs in pieces), ``offload`` (all
+    numbers of ``layer_offload``), modules joined by ``+``, names of ``save_lists``, and ``custom``
+    for all lists of its outputs. The first is what the stack does where nobody says."""
     recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
     recompute_refused: dict[Precision, tuple[Module, ...]] = Field(default_factory=dict)
@@ -95,6 +96,8 @@ class StackSpec(Profile):
     name more. 1: the stack runs each layer again by itself, or the next field."""
     recompute_groups_named: bool = False
     """Whether ``full:N`` runs where a job or a layout names it, although none is searched."""
+    layer_offload: LayerOffload | None = None
+    """How ``offload:N`` runs where a job or a layout names it; None: it does not."""
     recompute_layer_count: bool
     """Whether full recompute may be limited to a number of layers per virtual stage."""
     recompute_mixed: bool = False

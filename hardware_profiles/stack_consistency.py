@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from hardware_profiles.layers_spec import require_shared_vocabulary
-from hardware_profiles.stack_words import PARTITIONED, TILED, RankDimension
+from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, RankDimension
 
 if TYPE_CHECKING:
     from hardware_profiles.stack import StackSpec
+
+_MODES = ("none", "selective", "full", PARTITIONED, TILED, OFFLOAD)
 
 
 def require_consistent(stack: StackSpec) -> None:
@@ -17,13 +19,15 @@ def require_consistent(stack: StackSpec) -> None:
         parts = set(mode.split("+")) - {*stack.recompute_modules}
         lists = stack.save_lists
         listed = () if lists is None else (*lists.policies, *lists.offloaded, "custom")
-        if parts and mode not in ("none", "selective", "full", PARTITIONED, TILED, *listed):
+        if parts and mode not in (*_MODES, *listed):
             known = ", ".join(stack.recompute_modules) or "none"
             raise ValueError(
                 f"recompute names {sorted(parts)[0]!r}: none, selective, full, or "
                 f"recompute_modules joined by + ({known})"
                 + (f", or a save list ({', '.join(listed)})" if listed else "")
             )
+    if OFFLOAD in stack.recompute and stack.layer_offload is None:
+        raise ValueError(f"recompute: {OFFLOAD} needs layer_offload")
     if PARTITIONED in stack.recompute and "full" not in stack.recompute:
         raise ValueError(f"recompute: {PARTITIONED} needs full, which it is where tp is 1")
     one_stage = {"no_tied_embeddings_in_pipeline", "no_pipeline"} & {*stack.rules}

@@ -75,6 +75,8 @@ TILED = "tiled"
 PARTITIONED = "partitioned"
 """Full recomputation of layers of whose input each tensor-parallel rank keeps a part;
 ``partitioned:N`` of N layers at a time, where ``full:N`` runs."""
+OFFLOAD = "offload"
+"""``offload:N``: activations of a model's first N layers wait on the host, nothing runs again."""
 ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]
@@ -128,3 +130,15 @@ class SaveLists(Profile):
     """What a list may send to the host, as ``NAME@host``; ``layer_input`` is what a layer starts
     from, which stays on the device else."""
     source: str
+
+
+class LayerOffload(Profile):
+    """How the activations of a model's first layers wait on the host
+    (``cost_models.layer_offload``)."""
+
+    spread: bool = True
+    """Whether the copies share the passes of all layers; else each has the next layer's."""
+    swiglu: bool
+    """Whether what a fused SwiGLU reads leaves too."""
+    double_buffered: bool
+    """Whether fetched layers have two buffers of their own, for the whole run."""

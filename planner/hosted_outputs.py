@@ -7,6 +7,7 @@ import numpy as np
 from cost_models.configs import shard_of
 from cost_models.graph import Shard
 from cost_models.host_outputs import Waiting, host_bytes, without_room
+from cost_models.layer_offload import hosted_bytes as layer_bytes
 from cost_models.memory import Activations
 from hardware_profiles.units import format_bytes
 from planner.errors import InputError
@@ -23,13 +24,14 @@ def check_hosted_outputs(request: Request, layout: Layout) -> None:
     shard, waiting = shard_of(request.workload, configs_of(layout)), _waiting(layout)
     for mode in sorted({part.mode for stage in layout.stages for part in stage.recompute}):
         policy = named_policy(mode, request.stack)
-        if not policy.offloads:
+        if not policy.sends:
             continue
         if layout.optimizer_offload or layout.parameter_offload:
             raise InputError(f"layout: recompute {mode} sends outputs to the hosts, {NOT_BOTH}")
         if without_room(request.workload, shard, waiting, request.machine, (policy,))[0, 0]:
             several = f" of all {layout.num_microbatches} microbatches" if layout.pp > 1 else ""
-            each = host_bytes(request.workload, shard, waiting, (policy,))[0, 0]
+            spec = request.stack.layer_offload
+            each = host_bytes(request.workload, shard, waiting, (policy,), spec)[0, 0]
             capacity = host_capacity(request)
             node = request.cluster.groups[0].node
             room = (
@@ -47,6 +49,9 @@ def check_hosted_outputs(request: Request, layout: Layout) -> None:
 def hosted_bytes(request: Request, layout: Layout) -> tuple[int, int]:
     """Bytes that one device keeps on its host, and those that it sends there with a microbatch."""
     shard = shard_of(request.workload, configs_of(layout))
+    sent = _first_layers(request, layout, shard)
+    if sent:
+        return sent, sent
     whole = sum(
         part.layers * _listed(request, part.kind, part.mode, shard)
         for stage in layout.stages
@@ -59,6 +64,16 @@ def hosted_bytes(request: Request, layout: Layout) -> tuple[int, int]:
         if mode != "none"
     )
     return int(_waiting(layout).on_one_device(np.array([whole]))[0]), -(-whole // layout.pp)
+
+
+def _first_layers(request: Request, layout: Layout, shard: Shard) -> int:
+    """What the model's first layers send, where a layout offloads them."""
+    spec = request.stack.layer_offload
+    for part in layout.stages[0].recompute:
+        policy = named_policy(part.mode, request.stack)
+        if policy.hosted_layers and spec is not None:
+            return int(layer_bytes(request.workload, shard, policy, spec)[0])
+    return 0
 
 
 def _listed(request: Request, kind: str, mode: str, shard: Shard) -> int:

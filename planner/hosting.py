@@ -107,7 +107,7 @@ def cannot_offload(request: Request) -> str | None:
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
     asked = job.constraints.recompute
-    if request.machine.offload.state and asked and named_policy(asked, request.stack).offloads:
+    if request.machine.offload.state and asked and named_policy(asked, request.stack).sends:
         return f"recompute {asked} sends outputs to the hosts, {NOT_BOTH}"
     updates = job.optimizer_offload and spec.updates_on == "host"
     if node.host_memory is None or (updates and node.host_memory_bandwidth is None):

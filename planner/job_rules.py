@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from cost_models.graph import Bools
 from cost_models.recompute import in_parts
 from planner.meshes import Meshes
-from planner.recompute import WHOLE_INPUTS
+from planner.recompute import FIRST_LAYERS, WHOLE_INPUTS, first_layers
 from planner.request import Request
 
 
@@ -26,5 +26,10 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
         yield f"{label} runs muon on matrices that tp does not split", lambda m: m.tp > 1
     if request.job.optimizer == "muon" and not stack.muon.pipeline:
         yield f"{label} runs muon without a pipeline only", lambda m: m.pp > 1
-    if in_parts(request.job.constraints.recompute or "none"):
+    asked = request.job.constraints.recompute or "none"
+    sent = first_layers(asked)
+    if sent:
+        too_many = sent >= request.model.layer_count
+        yield FIRST_LAYERS, lambda m: (m.pp > 1) | too_many
+    if in_parts(asked):
         yield WHOLE_INPUTS, lambda m: (m.tp == 1) | (m.sp == 1)

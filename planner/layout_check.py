@@ -12,7 +12,7 @@ from planner.errors import InputError
 from planner.hosting import overfilled
 from planner.meshes import Layouts, Meshes
 from planner.plan import Layout
-from planner.recompute import WHOLE_INPUTS, refusal
+from planner.recompute import FIRST_LAYERS, WHOLE_INPUTS, first_layers, refusal
 from planner.request import Request
 from planner.rules import layout_rules, mesh_rules
 from planner.stage_limits import require_stages_of_stack
@@ -65,6 +65,9 @@ def check_layout(request: Request, layout: Layout) -> None:
         refused = refusal(mode, request.stack, request.job)
         if refused is not None:
             raise refused
+        sent = first_layers(mode)
+        if sent and (layout.pp > 1 or sent >= request.model.layer_count):
+            raise InputError(f"layout {_brief(layout)}: {FIRST_LAYERS}", hint="recompute none")
         if in_parts(mode) and (layout.tp == 1 or layout.sequence_parallel):
             raise InputError(f"layout {_brief(layout)}: {WHOLE_INPUTS}", hint="recompute full")
     for reason, layout_broken in layout_rules(request):

@@ -23,6 +23,7 @@ from cost_models.peaks import host_bytes
 from cost_models.recompute import parts_of
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
+from hardware_profiles.stack_words import OFFLOAD
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.host_link import link_bytes
@@ -287,7 +288,8 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     totals["pp_comm"] = sent
     m, busy = leaf.microbatches, step.timeline.busy_ns[rank]
     apart = leaf.outside.ns if leaf.outside is not None else 0
-    totals["recompute"] = busy // m - work - sent
+    again = "host_link" if completion.recompute[0][0].startswith(OFFLOAD) else "recompute"
+    totals[again] += busy // m - work - sent
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])
         for name, ns in totals.items()

@@ -2,9 +2,10 @@
 
 A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``partitioned`` (full, each
 tensor-parallel rank with a part of a layer's input), ``partitioned:N`` (both), ``tiled`` (full,
-MLPs in pieces of the sequence), ``selective`` (each stack's own meaning), names of the stack's
-modules in alphabetical order, joined by ``+``, the stack's own name of a list of outputs that are
-kept, or a list of one's own (``planner.save_lists``).
+MLPs in pieces of the sequence), ``offload:N`` (nothing again, activations of the first N layers on
+the host), ``selective`` (each stack's own meaning), names of the stack's modules in alphabetical
+order, joined by ``+``, the stack's own name of a list of outputs that are kept, or a list of one's
+own (``planner.save_lists``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import SAVED, expanded
 from cost_models.state import is_expert
 from hardware_profiles.schema import StackSpec
-from hardware_profiles.stack_words import PARTITIONED, TILED, SaveLists
+from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, SaveLists
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
@@ -31,6 +32,10 @@ MOST_TOGETHER = 1024
 
 NOT_BOTH = "and the room that they leave to optimizer state is not priced"
 """Why a mode that sends outputs to the hosts does not run beside an offloaded optimizer."""
+
+
+FIRST_LAYERS = f"recompute {OFFLOAD}:N is of fewer layers than the model has, without a pipeline"
+"""Why activations of the first layers cannot wait on the host."""
 
 
 WHOLE_INPUTS = (
@@ -51,6 +56,8 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
         return replace(named_policy("full", stack), name=name, in_parts=True)
     if name == TILED and name in stack.recompute:
         return replace(named_policy("full", stack), name=name, tiled=frozenset({"mlp"}))
+    if name.startswith(f"{OFFLOAD}:") and stack.layer_offload is not None:
+        return _of_first_layers(name, stack)
     together = stack.recompute_groups > 1 or stack.recompute_groups_named
     if name.startswith(IN_GROUPS) and together and name.partition(":")[0] in stack.recompute:
         return _in_groups(name, stack)
@@ -99,6 +106,24 @@ def _in_groups(name: str, stack: StackSpec) -> RecomputePolicy:
             hint=f"{alone}:2, or {alone} for one layer at a time ({stack.name})",
         )
     return replace(named_policy(alone, stack), name=f"{alone}:{int(count)}", group=int(count))
+
+
+def first_layers(name: str) -> int:
+    """N of ``offload:N``, from 1 on; 0 of other modes."""
+    offload, _, count = name.partition(":")
+    known = offload == OFFLOAD and count.isascii() and count.isdigit()
+    return int(count) if known and int(count) <= MOST_TOGETHER else 0
+
+
+def _of_first_layers(name: str, stack: StackSpec) -> RecomputePolicy:
+    """Activations of so many first layers on the host."""
+    count = first_layers(name)
+    if not count:
+        raise InputError(
+            f"recompute is {name!r}: {OFFLOAD}:N keeps what the first N layers hold on the host",
+            hint=f"{OFFLOAD}:1, or more, but not all layers ({stack.name})",
+        )
+    return RecomputePolicy(f"{OFFLOAD}:{count}", hosted_layers=count)
 
 
 def _selective(stack: StackSpec) -> RecomputePolicy:
@@ -161,14 +186,14 @@ def _unknown(name: str, part: str, stack: StackSpec) -> InputError:
 
 
 def searched_policies(
-    stack: StackSpec, job: JobSpec, kinds: Iterable[LayerKind]
+    stack: StackSpec, job: JobSpec, kinds: Iterable[LayerKind], layers: int = 0
 ) -> tuple[RecomputePolicy, ...]:
     """What the search looks at beside no recomputation.
 
     Modules that no layer of the model has, or that cannot run again in the job's precision, are
     left out of a mode, and modes that are then the same as another, or send outputs to hosts that
     hold optimizer state. A mode that the job asks for stays as it is, or is none where the stack
-    refuses it.
+    refuses it. ``layers`` of the model are those that may be offloaded, all but one.
     """
     asked = job.constraints.recompute
     if not job.allow_recompute or asked == "none":
@@ -182,15 +207,15 @@ def searched_policies(
     present = {module for kind in kinds for module in modules_of(kind)} - _refused(stack, job)
     told_apart = frozenset(o for kind in kinds for o in save_lists.outputs_of(kind))
     found: dict[object, RecomputePolicy] = {}
-    for name in _names(stack, kinds):
+    for name in _names(stack, kinds, layers):
         policy = named_policy(name, stack)
-        if policy.offloads and (job.optimizer_offload or job.parameter_offload):
+        if policy.sends and (job.optimizer_offload or job.parameter_offload):
             continue
         if policy.tiled and not policy.tiled & present:
             continue
         if policy.in_parts and not _holds_alike(stack, kinds):
             continue
-        if policy.keeps is None and not policy.offloads:
+        if policy.keeps is None and not policy.sends:
             modules = policy.modules & present
             if not modules:
                 continue
@@ -213,9 +238,12 @@ def _told(policy: RecomputePolicy, outputs: frozenset[OutputKind]) -> object:
     return policy.keeps & outputs, policy.offloads & outputs
 
 
-def _names(stack: StackSpec, kinds: tuple[LayerKind, ...]) -> Iterator[RecomputeMode]:
-    """Modes of the stack's list, with lists of outputs for ``custom``."""
+def _names(stack: StackSpec, kinds: tuple[LayerKind, ...], layers: int) -> Iterator[RecomputeMode]:
+    """Modes of the stack's list, with lists of outputs for ``custom`` and numbers of ``layers``."""
     for name in stack.recompute:
+        if name == OFFLOAD:
+            yield from (f"{OFFLOAD}:{n}" for n in range(1, layers))
+            continue
         if name == save_lists.CUSTOM and stack.save_lists and not stack.save_lists.searched:
             continue
         if name != save_lists.CUSTOM or stack.save_lists is None:

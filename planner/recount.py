@@ -117,6 +117,9 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     asked = request.job.constraints.recompute or "none"
     if asked.startswith("partitioned") and (mesh.tp == 1 or mesh.sp):
         return "no rank holds what another holds too"
+    sent, number = (request.job.constraints.recompute or "").partition(":")[::2]
+    if sent == "offload" and (mesh.pp > 1 or int(number) >= model.layer_count):
+        return "no layers wait on the host"
     if not model.splits_sequence and (mesh.cp > 1 or mesh.sp):
         return "the network does not split along a sequence"
     sort: AttentionSort = (

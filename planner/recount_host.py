@@ -10,6 +10,7 @@ import numpy as np
 from cost_models.configs import shard_of
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Shard
+from cost_models.layer_offload import leaves
 from cost_models.layout import RecomputePolicy
 from cost_models.named_outputs import LAYER_INPUT, SAVED, pieces, unneeded
 from cost_models.ops import Attention, GroupedMatMul, MatMul, Op
@@ -74,7 +75,7 @@ def outputs_held(layout: Layout, request: Request) -> int:
     write, of all microbatches under a pipeline, each stage's share of the layers taken as any
     other's."""
     shard = shard_of(request.workload, configs_of(layout))
-    whole = 0
+    whole = _first_layers(layout, shard, request)
     for stage in layout.stages:
         parts = [(part.kind, part.mode, part.layers) for part in stage.recompute]
         if stage is layout.stages[0] and parts:
@@ -101,6 +102,21 @@ def outputs_held(layout: Layout, request: Request) -> int:
             whole += layers * math.ceil(layer)
     alive = layout.num_microbatches if layout.pp > 1 else 1
     return whole * alive // layout.pp * request.cluster.groups[0].node.devices_per_node
+
+
+def _first_layers(layout: Layout, shard: Shard, request: Request) -> int:
+    """Bytes of the tensors that the first layers of a layout without a pipeline send."""
+    modes = {part.mode for stage in layout.stages for part in stage.recompute}
+    numbers = [int(mode.removeprefix("offload:")) for mode in modes if mode.startswith("offload:")]
+    spec = request.stack.layer_offload
+    if not numbers or spec is None:
+        return 0
+    total = 0
+    for name in request.workload.layers[: numbers[0]]:
+        for tensor in request.workload.kinds[name].saved(shard):
+            if leaves(tensor, spec):
+                total += int(np.broadcast_to(tensor.bytes, (1,))[0])
+    return total
 
 
 def _written(

@@ -141,7 +141,7 @@ def build_workload(
         vocab_divisor=stack.vocab_divisor,
         vocabulary_over_pipeline=stack.layers.vocabulary == "over_pipeline",
         uneven_routing=ctx.expert_imbalance > 0 and not ctx.expert_room,
-        policies=searched_policies(stack, job, kinds.values()),
+        policies=searched_policies(stack, job, kinds.values(), len(layers)),
         global_batch=job.global_batch,
         assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cost_models.graph import Int64, Shard, Weight
+from cost_models.layer_offload import SWIGLU
 from cost_models.ops import Elementwise, MatMul, Op, SavedTensor
 from planner.blocks.context import (
     BlockContext,
@@ -97,8 +98,9 @@ def inner_saved(
 ) -> tuple[SavedTensor, ...]:
     """The first product's output and the activation's output, and what is between them."""
     element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
+    joined = SWIGLU if gated and "swiglu" in ctx.fused else None
     result = [
-        SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element),
+        SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element, input_of=joined),
         SavedTensor(f"{prefix}activation", ctx.saved_input(element), modules=("mlp_act",)),
     ]
     if gated and "swiglu" not in ctx.fused:

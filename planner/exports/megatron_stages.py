@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cost_models.recompute import group_of, in_parts
+from hardware_profiles.stack_words import OFFLOAD
 
 if TYPE_CHECKING:
     from planner.exports.launch import Flag
@@ -70,6 +71,8 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     mode = next(iter(modes))
     if in_parts(mode):
         return [*_full("uniform", group_of(mode)), ("--distribute-saved-activations",)], []
+    if mode.startswith(f"{OFFLOAD}:"):
+        return [("--cpu-offloading-num-layers", mode.partition(":")[2])], []
     if group_of(mode) > 1:
         return _full("uniform", group_of(mode)), []
     if mode != "full":

@@ -280,6 +280,14 @@ def test_whole_layers_in_parts_and_in_groups_have_flags(
     assert expected | {("--recompute-method", "uniform")} <= set(flags)
 
 
+def test_layers_on_the_host_have_a_flag() -> None:
+    (stage,) = chunks_with_recompute([[8]], [8])
+    part = stage.recompute[0].model_copy(update={"mode": "offload:5"})
+    away = stage.model_copy(update={"recompute": (part,)})
+    layout = sample.dense_plan().layout.model_copy(update={"stages": (away,)})
+    assert recompute_flags(layout) == ([("--cpu-offloading-num-layers", "5")], [])
+
+
 @pytest.mark.parametrize(
     ("mode", "modules"),
     [
