@@ -26,7 +26,7 @@ from planner.models.spec import (
 )
 from planner.plan import Layout
 from planner.request import Request
-from planner.specs import JobSpec
+from planner.specs import FineTuneSpec, JobSpec
 from planner.studies.machines import MachineColumns, cluster_of, machine_columns
 from planner.studies.policy import Reading, pattern, precision_of, table
 from planner.studies.runs import SkippedError
@@ -76,7 +76,7 @@ def request_of(reading: Reading) -> Request:
     dims = dimensions_of(reading, tp=reading.size("tp"))
     return _request(
         dims, machine, reading.stack, run.required("seq"), run.required("gbs"), precision,
-        _offload(reading), _changes(reading),
+        _offload(reading), _adapters(reading), _changes(reading),
     )  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def _request(
     batch: int,
     precision: str,
     offload: frozenset[str],
+    adapters: FineTuneSpec | None,
     changes: tuple[tuple[str, Any], ...],
 ) -> Request:
     software = load_stack(stack)
@@ -100,7 +101,7 @@ def _request(
             "global_batch_tokens": sequence * batch, "stack": stack, "mtp": dims.mtp > 0,
             "memory_margin": 0.0, "optimizer": software.optimizers[0],
             "optimizer_offload": "optimizer_cpu" in offload,
-            "parameter_offload": "param_cpu" in offload,
+            "parameter_offload": "param_cpu" in offload, "finetune": adapters,
         }
     )  # fmt: skip
     request = Request(model_of(dims), cluster_of(machine), job, software)
@@ -114,6 +115,18 @@ def _changes(reading: Reading) -> tuple[tuple[str, Any], ...]:
     """What a policy says of the stack that ran, where it is not as the stack ships."""
     names = ("vocab_divisor", "spare_layers", "deferred_head_gradients", "overlap_dp_parameters")
     return tuple((name, reading.assume[name]) for name in names if name in reading.assume)
+
+
+def _adapters(reading: Reading) -> FineTuneSpec | None:
+    """The adapters that the run trains in place of the model, or None. Raises
+    :class:`SkippedError` for those that are not priced."""
+    kind = reading.text("adapters")
+    if not kind:
+        return None
+    if kind != "lora":
+        raise SkippedError(f"adapters not modelled: {kind}")
+    targets = tuple(reading.assume.get("lora_targets", ()))
+    return FineTuneSpec(lora_rank=reading.size("lora_rank"), lora_targets=targets)
 
 
 def _offload(reading: Reading) -> frozenset[str]:

@@ -303,6 +303,20 @@ def test_an_adapter_run_is_priced_but_not_scored() -> None:
     assert (full["scored"], adapter["scored"]) == (True, False)
 
 
+def test_adapters_are_priced_as_what_they_are() -> None:
+    full = row_of(framework="NeMo/Megatron-Core", sp="0")
+    lora = row_of(framework="NeMo/Megatron-Core", sp="0", adapters="LoRA")
+    # No gradients of frozen weights, and no update of them.
+    assert lora["predicted_step_time_s"] < 0.95 * full["predicted_step_time_s"]
+    assert lora["predicted_peak_gib"] < full["predicted_peak_gib"]
+    assert lora["policy_filled"] == ["gradient_dtype", "lora_rank"]
+    assert row_of(framework="NeMo/Megatron-Core", adapters="ptuning")["reason"] == (
+        "adapters not modelled: ptuning"
+    )
+    assert row_of(adapters="lora")["reason"] == "no lora_rank"
+    assert row_of(adapters="lora", lora_rank="8")["status"] == "priced"
+
+
 def test_a_run_whose_source_calls_its_size_invalid_is_priced_but_not_scored() -> None:
     stated, disowned = row_of(mem_gib="20"), row_of(mem_gib="20", notes="INVALID SIZE: ran 58B")
     assert disowned["predicted_peak_gib"] == stated["predicted_peak_gib"]
