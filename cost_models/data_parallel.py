@@ -53,6 +53,7 @@ from cost_models.recompute import move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.split_backward import late_gradient_bytes, write_halves
 from cost_models.step import Field, Machine
+from cost_models.tiled import cut_collectives
 
 
 def price_kind(
@@ -172,6 +173,7 @@ def price_kind(
     )
     write_modes(rows, kind, shard, times, policies)
     gather_parts(rows, kind, shard, policies, machine.fabric)
+    cut_collectives(rows, kind, shard, policies, machine.fabric)
     if not {*SPLIT_BACKWARD, *OVER_PIPELINE}.isdisjoint(stack.schedules):
         write_halves(rows, kind, shard, weights_ns=times.weights * NS)
         trained = local.total - local.frozen_dense - local.frozen_expert

@@ -126,7 +126,7 @@ class RecomputePolicy:
     (``cost_models.named_outputs``)."""
     tiled: frozenset[str] = frozenset()
     """Modules that run piece by piece of the sequence, once more for the backward of each piece,
-    when the layer has run again (``cost_models.memory``)."""
+    when the layer has run again or, with ``modules``, been kept (``cost_models.tiled``)."""
     in_parts: bool = False
     """Whether each tensor-parallel rank keeps its part of the layer's input
     (``cost_models.partitioned``)."""

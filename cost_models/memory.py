@@ -106,6 +106,8 @@ class Activations:
                 inputs = inputs + tensor.instead
         total = self.zero + sum(freed.values())
         largest = np.max([self.zero, *freed.values()], axis=0)
+        if policy.tiled:
+            largest = -(-largest // sequence_tiles(self.kind, self.shard))
         return self.everything - total + inputs, self.working + largest
 
     def _fetched(self) -> Int64:

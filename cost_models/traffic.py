@@ -19,10 +19,12 @@ from cost_models.communication import group_of, routed
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Bools, LayerKind, Shard
 from cost_models.layout import RecomputePolicy
+from cost_models.memory import sequence_tiles
 from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import Collective, Op, Reals, collectives
 from cost_models.orthogonalise import exchanges
 from cost_models.step import Machine
+from cost_models.tiled import forwards, in_pieces
 
 Pass = Literal["forward", "backward", "recompute", "step"]
 
@@ -86,7 +88,23 @@ def recomputed_calls(
             for call in _op_calls(op, kind.shard(shard), machine)
             if call.phase == "forward"
         ),
+        *_in_pieces(kind, shard, machine, policy),
     )
+
+
+def _in_pieces(
+    kind: LayerKind, shard: Shard, machine: Machine, policy: RecomputePolicy
+) -> Iterator[Calls]:
+    """What pieces of the sequence add: a call for each instead of one, and the forward of those
+    modules once more where the layer has run again before."""
+    pieces = int(np.ravel(sequence_tiles(kind, shard))[0]) if policy.tiled else 1
+    for op in in_pieces(kind.ops(shard), policy):
+        for call in _op_calls(op, kind.shard(shard), machine):
+            yield replace(call, count=call.count * (pieces - 1), bytes=0)
+            if call.phase == "forward":
+                runs = forwards(policy) - 1
+                count = call.count * (pieces * runs - 1)
+                yield replace(call, phase="recompute", count=count, bytes=call.bytes * (runs - 1))
 
 
 def _input_parts(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> Iterator[Calls]:

@@ -77,9 +77,10 @@ class StackSpec(Profile):
     the stages as data parallelism (``cost_models.outside``)."""
     recompute: tuple[str, ...]
     """Modes that are searched: ``none``, ``selective``, ``full``, ``partitioned`` (full, of inputs
-    that tp splits, which needs ``full`` too), ``tiled`` (full, MLPs in pieces), ``offload`` (all
-    numbers of ``layer_offload``), modules joined by ``+``, names of ``save_lists``, and ``custom``
-    for all lists of its outputs. The first is what the stack does where nobody says."""
+    that tp splits, which needs ``full`` too), ``tiled`` (full, MLPs in pieces), ``tiled_mlp`` (MLPs
+    in pieces alone), ``offload`` (all numbers of ``layer_offload``), modules joined by ``+``, names
+    of ``save_lists``, and ``custom`` for all lists of its outputs. The first is what the stack does
+    where nobody says."""
     recompute_modules: tuple[Module, ...] = ()
     """Modules that may be run again, in any combination."""
     recompute_refused: dict[Precision, tuple[Module, ...]] = Field(default_factory=dict)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from hardware_profiles.layers_spec import require_shared_vocabulary
-from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, RankDimension
+from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, TILED_MLP, RankDimension
 
 if TYPE_CHECKING:
     from hardware_profiles.stack import StackSpec
 
-_MODES = ("none", "selective", "full", PARTITIONED, TILED, OFFLOAD)
+_MODES = ("none", "selective", "full", PARTITIONED, TILED, TILED_MLP, OFFLOAD)
 
 
 def require_consistent(stack: StackSpec) -> None:

@@ -72,6 +72,8 @@ ModelFeature = Literal[
 ``planner.models.features``."""
 TILED = "tiled"
 """Full recomputation of layers whose MLPs run piece by piece of the sequence."""
+TILED_MLP = "tiled_mlp"
+"""MLPs that run piece by piece of the sequence and once more for their backward, all else kept."""
 PARTITIONED = "partitioned"
 """Full recomputation of layers of whose input each tensor-parallel rank keeps a part;
 ``partitioned:N`` of N layers at a time, where ``full:N`` runs."""

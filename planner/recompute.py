@@ -2,10 +2,10 @@
 
 A mode is ``none``, ``full``, ``full:N`` (so many layers at a time), ``partitioned`` (full, each
 tensor-parallel rank with a part of a layer's input), ``partitioned:N`` (both), ``tiled`` (full,
-MLPs in pieces of the sequence), ``offload:N`` (nothing again, activations of the first N layers on
-the host), ``selective`` (each stack's own meaning), names of the stack's modules in alphabetical
-order, joined by ``+``, the stack's own name of a list of outputs that are kept, or a list of one's
-own (``planner.save_lists``).
+MLPs in pieces of the sequence), ``tiled_mlp`` (these alone), ``offload:N`` (nothing again,
+activations of the first N layers on the host), ``selective`` (each stack's own meaning), names of
+the stack's modules in alphabetical order, joined by ``+``, the stack's own name of a list of
+outputs that are kept, or a list of one's own (``planner.save_lists``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import SAVED, expanded
 from cost_models.state import is_expert
 from hardware_profiles.schema import StackSpec
-from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, SaveLists
+from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, TILED_MLP, SaveLists
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
@@ -59,6 +59,8 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     if name.startswith(f"{OFFLOAD}:") and stack.layer_offload is not None:
         return _of_first_layers(name, stack)
     together = stack.recompute_groups > 1 or stack.recompute_groups_named
+    if name == TILED_MLP and name in stack.recompute:
+        return RecomputePolicy(name, frozenset({"mlp"}), tiled=frozenset({"mlp"}))
     if name.startswith(IN_GROUPS) and together and name.partition(":")[0] in stack.recompute:
         return _in_groups(name, stack)
     if stack.save_lists is not None and name in stack.save_lists.policies:
@@ -215,7 +217,7 @@ def searched_policies(
             continue
         if policy.in_parts and not _holds_alike(stack, kinds):
             continue
-        if policy.keeps is None and not policy.sends:
+        if policy.keeps is None and not policy.sends and not policy.tiled:
             modules = policy.modules & present
             if not modules:
                 continue
