@@ -8,13 +8,13 @@ gathered, so the same formulas serve one layout and a million.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cost_models import deferral, interconnect, transfers
-from cost_models.data_parallel import price_kind
+from cost_models.data_parallel import gathered_ahead, price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.distinct import (
     Distinct,
@@ -31,12 +31,12 @@ from cost_models.host_room import HostTables, host_tables
 from cost_models.layer_offload import send_layers
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
-from cost_models.leaf import Leaf
+from cost_models.leaf import Leaf, Row
 from cost_models.outside import outside_configs, outside_of
 from cost_models.reserve import Reserve
 from cost_models.reserve import reserve_bytes as reserve_of
 from cost_models.state import local_tensor
-from cost_models.step import Machine, price_layer
+from cost_models.step import Field, Machine, price_layer
 from cost_models.unique import unique_rows
 from cost_models.vocabulary import VocabularyTables, shared_ends, vocabulary_tables
 
@@ -134,6 +134,8 @@ class PricedConfigs:
     outside: tuple[Int64, ...] = ()
     """As ``kinds``, of layers that all stages run at once (``cost_models.outside``); 0 without a
     pipeline, empty where the stack has none."""
+    ahead: Int64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Layers whose weights are gathered before the one that runs."""
     hosts: HostTables | None = None
     """What the devices send to their hosts; None: nothing."""
 
@@ -157,7 +159,9 @@ class PricedConfigs:
             sends = tuple((hop + on, hop + back) for on, back in cuts)
             hop, late = 0, ()
         pp = int(self.configs.pp[index])
-        embedding, head = (tuple(t[:, index].tolist()) for t in (self.embedding, self.head))
+        embedding, head, *kinds = (
+            _row(table[:, index], schedule) for table in (self.embedding, self.head, *self.kinds)
+        )
         shared = None
         if self.vocabulary is not None and pp > 1:
             shared = shared_ends(
@@ -170,7 +174,7 @@ class PricedConfigs:
             vpp=vpp,
             microbatches=microbatches,
             sequence=tuple(position[name] for name in self.workload.layers),
-            kinds=tuple(tuple(table[:, index].tolist()) for table in self.kinds),
+            kinds=tuple(kinds),
             embedding=embedding,
             head=head,
             shared=shared,
@@ -188,6 +192,7 @@ class PricedConfigs:
             late=late,
             sends=sends,
             policies=self.policies,
+            ahead=int(self.ahead[index]) if len(self.ahead) else 0,
             deferral=deferral.deferral_of(self.put_off, index, schedule, microbatches),
             idle_forward=self.machine.stack.idle_forward
             and self.workload.head.whole_logits
@@ -198,6 +203,15 @@ class PricedConfigs:
             return leaf
         rows = tuple(tuple(table[:, index].tolist()) for table in self.outside)
         return replace(leaf, outside=outside_of(leaf, rows, outside))
+
+
+def _row(column: Int64, schedule: Schedule) -> Row:
+    """A configuration's column under a schedule: in 1F1B most backwards follow a forward and gather
+    the weights that it gave back; elsewhere most forwards do, which hide less."""
+    row: list[int] = column.tolist()
+    if schedule != "1f1b":
+        row[Field.BACKWARD] += row[Field.GATHER_LATE]
+    return tuple(row)
 
 
 def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
@@ -302,6 +316,7 @@ def price_configs(
         put_off=put_off,
         outside=outside,
         hosts=host_tables(workload, machine, shard, configs),
+        ahead=gathered_ahead(configs.dp_shard * configs.cp, machine),
     )  # fmt: skip
 
 

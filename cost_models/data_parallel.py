@@ -33,6 +33,7 @@ from cost_models.data_traffic import (
     gathered_bytes,
     gathered_pieces,
     gathers_again,
+    gathers_between,
     gathers_each,
     in_each,
     meshes,
@@ -77,10 +78,12 @@ def price_kind(
     local = state.local_parameters(kind, shard, vocab_divisor, drop_tied=drop_tied)
     dense = local.dense
     attention_mesh, expert_mesh = _meshes(shard, data, machine)
-    gathering = attention_mesh.ways, attention_mesh.stride
-    reducing = attention_mesh.ways * data.replicate, attention_mesh.stride
+    ways = attention_mesh.ways
+    gathering = ways, attention_mesh.stride
+    reducing = ways * data.replicate, attention_mesh.stride
     forward = _window(times, "forward", machine.fabric, *gathering)
     backward = _window(times, "backward", machine.fabric, *reducing)
+    behind = backward if kind.backward else forward
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
     names = ("reduce", "replicas", "gather", "again", "updated")
@@ -107,13 +110,14 @@ def price_kind(
     )
     fsdp = reduces_each(data, rules)
     each = gathers_each(data, rules)
-    again = gathers_again(kind, data.zero_stage)
+    between = gathers_between(data, rules)
+    again = gathers_again(kind, data.zero_stage) & ~between
     cast_again = again | ((data.zero_stage == 0) & kind.backward & rules.casts_whole_weights)
     copies = copy_seconds(
         dense + local.expert, times, machine, twice=local.again,
         frozen=local.frozen_dense + local.frozen_expert, narrower=narrower,
         sharded=in_each(data, rules), again=cast_again, alone=alone,
-        waits=data.deferred,
+        waits=data.deferred, between=between,
         lookup=kind.name == "embedding",
     )  # fmt: skip
     contention, orthogonal_s = stack.overlap_contention.si, np.zeros(len(shard.tp))
@@ -126,6 +130,7 @@ def price_kind(
         ),
         "backward": to_ns(
             expose(in_backward, backward, contention)
+            + np.where(between, expose(gather_s, behind, contention), 0.0)
             + np.where(sums_each(data, stack.layers, rules), sums_s, 0.0)
             + copies["backward"]
             + orthogonal_s
@@ -146,12 +151,14 @@ def price_kind(
         )
     stays = (data.zero_stage > 0) & ((data.zero_stage <= 2) | kind.ends_unit)
     lasting = np.where(stays, held.gathered, 0)
-    whole_gradients = (lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1))
+    whole_gradients = between | ((lasting > 0) & ((data.pp > 1) | (data.zero_stage == 1)))
     half_open = unsharded.partly_gathered(held, attention_mesh.ways, data)
     rows = np.zeros((row_count(policies), len(shard.tp)), dtype=np.int64)
     rows[Field.FORWARD] = times.nanoseconds("forward") + per_microbatch["forward"]
     rows[Field.BACKWARD] = times.nanoseconds("backward") + per_microbatch["backward"]
     late_sums = np.where(sums_each(data, stack.layers, rules), 0.0, sums_s)
+    late_s = expose(gather_s, forward, contention) - expose(gather_s, behind, contention)
+    rows[Field.GATHER_LATE] = to_ns(np.where(between, np.maximum(late_s, 0.0), 0.0))
     rows[Field.GRADIENT] = to_ns(gradient + late_sums)
     rows[Field.PARAMETER] = to_ns(np.where(data.zero_stage == 0, 0.0, parameter))
     state_meshes = [state_mesh(m, data.zero_stage, rules) for m in (attention_mesh, expert_mesh)]
@@ -195,10 +202,11 @@ def price_kind(
         used = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor)
     unsharded.add_unsharded(
         rows, kind, shard, used, lasting=lasting, whole_gradients=whole_gradients,
-        waits=data.deferred, rules=rules, ahead=_gathered_ahead(attention_mesh, machine),
+        between=between, waits=data.deferred, rules=rules, ahead=gathered_ahead(ways, machine),
         policies=tuple(policy.name for policy in policies),
     )  # fmt: skip
     rows[Field.ACT_NONE] += unsharded.held_by_graph(kind, used, data, rules=rules)
+    rows[Field.GATHERED] = np.where(between, used.gathered, 0)
     rows[Field.IN_FLIGHT] = unsharded.in_flight(used, data, rules=rules)
     rows[Field.PARAMETERS] = local.total
     rows[Field.WEIGHT_BYTES] = held.weights + lasting + half_open
@@ -208,10 +216,10 @@ def price_kind(
     return rows, per_microbatch
 
 
-def _gathered_ahead(mesh: Mesh, machine: Machine) -> Int64:
+def gathered_ahead(ways: Int64, machine: Machine) -> Int64:
     """Layers whose weights come before the one that runs: none where FSDP2 has one rank, which
     casts a layer's when they are used (PyTorch, ``FSDPParamGroup.wait_for_unshard``)."""
-    alone = (mesh.ways == 1) & (machine.rules.layout == "dim0")
+    alone = (ways == 1) & (machine.rules.layout == "dim0")
     return np.where(alone, 0, machine.stack.prefetched_units)
 
 

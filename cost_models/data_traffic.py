@@ -171,7 +171,17 @@ def in_each(data: DataParallel, rules: StateRules) -> Bools:
     reduced = (data.pp == 1) | rules.reduces_each_backward
     whole = (data.zero_stage == 0) & rules.casts_whole_weights
     every: Bools = (data.zero_stage >= 3) | ((data.zero_stage == 2) & reduced) | whole
-    return every
+    return every & ~gathers_between(data, rules)
+
+
+def gathers_between(data: DataParallel, rules: StateRules) -> Bools:
+    """Whether a pipeline gathers weights for the pass that follows a forward, and no others.
+
+    A forward gives them back, a backward keeps them, so each pass of a stage that follows one of
+    its forwards gathers them: one pass per microbatch, whatever their order, and the first.
+    """
+    result: Bools = (data.zero_stage >= 3) & (data.pp > 1) & rules.keeps_after_backward
+    return result
 
 
 def gathers_each(data: DataParallel, rules: StateRules) -> Bools:

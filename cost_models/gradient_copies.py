@@ -42,6 +42,7 @@ def copy_seconds(
     alone: Int64,
     twice: Int64 | int = 0,
     waits: Bools | bool = False,
+    between: Bools | bool = False,
     lookup: bool = False,
 ) -> dict[str, Real]:
     """Seconds per microbatch, ``{"forward": ..., "backward": ...}``, for ``elements`` trained and
@@ -49,9 +50,9 @@ def copy_seconds(
     fewer than 16 bits each.
 
     ``sharded`` marks configurations that gather and reduce with every microbatch, ``waits`` those
-    of them whose gradients wait for the last one, ``again`` those whose backward gathers once more;
-    ``alone`` of the trained parameters are in groups of one rank, ``twice`` are gathered and
-    reduced as two.
+    of them whose gradients wait for the last one, ``again`` those whose backward gathers once more,
+    ``between`` those that gather once per microbatch, charged to its backward; ``alone`` of the
+    trained parameters are in groups of one rank, ``twice`` are gathered and reduced as two.
     ``lookup``: the parameters are tables that tokens look up.
     """
     stack = machine.stack
@@ -69,7 +70,7 @@ def copy_seconds(
         "forward": np.where(sharded, gathered, 0),
         "backward": accumulated
         + np.where(sharded, reduced, 0)
-        + np.where(sharded & again, gathered, 0),
+        + np.where((sharded & again) | between, gathered, 0),
     }
     bandwidth = compute.memory_bound_bandwidth_bytes_per_s(machine.device)
     return {

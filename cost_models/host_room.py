@@ -42,6 +42,13 @@ class HostRoom:
     """Devices of a pipeline rank; neighbours."""
     node_devices: int
 
+    def of_layers(self, held: tuple[int, ...], *, at_start: bool, at_end: bool) -> tuple[int, int]:
+        """State of ``held`` layers per kind, and of the ends, on a device's host, and inputs of one
+        microbatch."""
+        state = sum([n * size for n, size in zip(held, self.kinds, strict=False)])
+        state += self.embedding * at_start + self.head * at_end
+        return state, sum([n * size for n, size in zip(held, self.inputs, strict=False)])
+
     def most_on_node(self, rank: int) -> int:
         """Most devices of a pipeline rank that share a node."""
         return max(devices[rank] for devices in self._nodes(rank, rank + 1) if rank in devices)
@@ -64,6 +71,10 @@ class HostRoom:
             ranks = range(start // of_rank, min(last, -(-end // of_rank)))
             nodes.append({r: min(end, (r + 1) * of_rank) - max(start, r * of_rank) for r in ranks})
         return nodes
+
+
+NOWHERE = HostRoom((), 0, 0, (), 0, 1, 1)
+"""Of devices that send nothing to their hosts."""
 
 
 @dataclass(frozen=True)

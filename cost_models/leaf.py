@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
-from cost_models.host_room import HostRoom
+from cost_models.host_room import NOWHERE, HostRoom
 from cost_models.layout import (
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -31,6 +31,7 @@ from cost_models.layout import (
     stage_of,
 )
 from cost_models.recompute import ModeRows, group_of, is_counted, mode_rows, parts_of
+from cost_models.resharding import beyond_activations
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
 from cost_models.vocabulary import SharedEnds
@@ -83,8 +84,7 @@ class Leaf:
     idle_forward: bool = False
     """Whether blocks that the last layers' forward leaves free stay beside the loss."""
     round_size: int = 0
-    """Microbatches of a round, where the schedule has rounds (``cost_models.rounds``); 0: the usual
-    number."""
+    """Microbatches of a round (``cost_models.rounds``); 0: the usual number, or no rounds."""
     order: GivenOrder | None = None
     """What every rank runs, where the user gave it."""
     receive_bytes: int = 0
@@ -95,10 +95,17 @@ class Leaf:
     shared: SharedEnds | None = None
     """Parts of embedding and head that every rank holds; ``embedding`` and ``head`` are nothing
     then."""
+    ahead: int = 0
+    """Layers whose weights a backward gathers before the one that runs."""
     deferral: Deferral = NOTHING
     """Weight gradients of the output layer that wait for the pipeline to drain."""
     hosts: HostRoom | None = None
     """What the devices send to their hosts; None: nothing."""
+
+    @cached_property
+    def reshards(self) -> bool:
+        """Whether forwards give gathered weights back, and backwards do not."""
+        return any(row[Field.GATHERED] for row in (*self.kinds, self.embedding, self.head))
 
     def held(self, rank: int) -> list[int]:
         """Virtual stages of a rank, by chunk."""
@@ -224,6 +231,8 @@ class ChunkCosts:
     """State that a device keeps on its host."""
     host_inputs: int = 0
     """Modules' inputs of one microbatch that wait there."""
+    gathered_bytes: int = 0
+    """Weights that a backward leaves gathered."""
 
     @property
     def late_ns(self) -> int:
@@ -244,7 +253,8 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
     late = leaf.late[last] if leaf.late and leaf.sends_on(stage) else (0, 0)
     sent = sent_ns(leaf, stage, first, last)
-    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent)
+    beyond = beyond_activations(leaf, stage, first, last, mode) if leaf.reshards else 0
+    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent, beyond)
     known = leaf.chunk_cache.get(key)
     if known is None:
         known = leaf.chunk_cache[key] = held_costs(leaf, *key)
@@ -262,12 +272,12 @@ def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
 
 def held_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
-    front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int],
+    front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int], beyond: int = 0,
 ) -> ChunkCosts:  # fmt: skip
-    """Costs of ``held`` layers per kind, the ``front`` ones of them in the first mode."""
+    """Costs of ``held`` layers per kind, the ``front`` ones in the first mode; ``beyond`` them."""
     forward, backward = sends
     gradient = update = static = activation = working = draining = made = 0
-    step = freed = sent = behind = idle = 0
+    step = freed = sent = behind = idle = gathered = 0
     in_front, behind_it = leaf.parts(mode)
     kept, short, extra = in_front
     layers = sum(held)
@@ -281,6 +291,7 @@ def held_costs(
         static += total * kind[Field.STATIC]
         made += total * kind[Field.NEW_GRADIENTS]
         step += total * kind[Field.UPDATE_BYTES]
+        gathered += total * kind[Field.GATHERED]
         for count, (act, work, more) in ((changed, in_front), (total - changed, behind_it)):
             if count:
                 backward += count * kind[more]
@@ -292,9 +303,7 @@ def held_costs(
                     sent = max(sent, kind[Field.IN_FLIGHT] - kind[act])
                     behind = max(behind, kind[Field.IN_FLIGHT])
     # The last group of layers that run again together keeps as much as a whole one.
-    most = max(
-        [row[kept] for row, count in zip(leaf.kinds, front, strict=True) if count], default=0
-    )
+    most = max([row[kept] for row, n in zip(leaf.kinds, front, strict=True) if n], default=0)
     activation += -sum(front) % group_of(mode) * most
     for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
@@ -306,6 +315,7 @@ def held_costs(
             activation += end[Field.ACT_NONE]
             made += end[Field.NEW_GRADIENTS]
             step += end[Field.UPDATE_BYTES]
+            gathered += end[Field.GATHERED]
     if leaf.shared is not None:
         forward += leaf.shared.forward_ns
         backward += leaf.shared.backward_ns
@@ -321,8 +331,8 @@ def held_costs(
         # Of the unit whose backward runs, the sum of the last microbatch's is not made yet.
         unsummed = [k[Field.LATE_GRADIENTS] for k, n in zip(leaf.kinds, held, strict=True) if n]
         sent += max(unsummed, default=0)
-    working += sent
-    draining += behind
+    working += sent + beyond + at_end * leaf.head[Field.GATHERED]
+    draining += behind + gathered
     if at_end:
         # The loss works beside all activations, the layers without what the head kept. What a layer
         # does not keep was in blocks that the loss's larger tensors do not fit into.
@@ -333,7 +343,7 @@ def held_costs(
         working, freed = max((loss, 0), (working - freed, freed))
     if at_start:
         # Nothing of the microbatch is left when the embedding's backward runs.
-        short = leaf.embedding[Field.WORK_NONE]
+        short = leaf.embedding[Field.WORK_NONE] + gathered - leaf.embedding[Field.GATHERED]
         draining = max(draining, leaf.embedding[Field.ACT_NONE] + short)
         working, freed = max((working, freed), (short - activation, activation))
     if leaf.shared is not None:
@@ -349,21 +359,11 @@ def held_costs(
             backward, leaf.kinds, held, again=again, again_ns=passes,
             head=leaf.head if at_end else None, at_start=at_start,
         )  # fmt: skip
+    on_host = (leaf.hosts or NOWHERE).of_layers(held, at_start=at_start, at_end=at_end)
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,
-        step, *late, split, *_on_host(leaf.hosts, held, at_start=at_start, at_end=at_end),
+        step, *late, split, *on_host, gathered,
     )  # fmt: skip
-
-
-def _on_host(
-    hosts: HostRoom | None, held: tuple[int, ...], *, at_start: bool, at_end: bool
-) -> tuple[int, int]:
-    """State of ``held`` layers per kind on a device's host, and inputs of one microbatch."""
-    if hosts is None:
-        return 0, 0
-    state = sum([n * size for n, size in zip(held, hosts.kinds, strict=True)])
-    state += hosts.embedding * at_start + hosts.head * at_end
-    return state, sum([n * size for n, size in zip(held, hosts.inputs, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from cost_models.layout import place_of
 from cost_models.leaf import ChunkCosts, Leaf, RankCosts
+from cost_models.resharding import held_at_peaks
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -90,15 +91,15 @@ def _with_outside(
 def live_activations(
     leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]
 ) -> tuple[int, tuple[int, ...]]:
-    """Most activation bytes alive at once, with what a split backward holds beside them, and the
-    microbatches per chunk that they belong to."""
-    peaks = live_peaks(
-        leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, leaf.round_size, leaf.order
-    )
+    """Most activation bytes alive at once, with what a split backward holds beside them or other
+    chunks of gathered weights, and the microbatches per chunk that they belong to."""
+    peaks = held_at_peaks(leaf, rank)
     sizes = [chunk.activation_bytes for chunk in chunks]
     halves = [chunk.split for chunk in chunks if chunk.split]
     sizes += [half.deferred_bytes for half in halves]
     sizes += [half.late_gradient_bytes for half in halves]
+    if leaf.reshards:
+        sizes += [chunk.gathered_bytes for chunk in chunks]
     size, peak = max(
         (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
     )

@@ -208,7 +208,8 @@ def _reduction_block(
     for kind in (*workload.kinds.values(), workload.embedding, workload.head):
         elements = state.local_parameters(kind, shard, workload.vocab_divisor)
         largest = np.maximum(largest, (elements.dense + elements.expert) * rules.gradient_bytes)
-    once = (degrees.zero_stage == 2) & (degrees.pp > 1)
+    last = 3 if rules.keeps_after_backward else 2
+    once = (degrees.zero_stage >= 2) & (degrees.zero_stage <= last) & (degrees.pp > 1)
     return np.where(_sharded(shard, degrees) & once, largest, 0)
 
 

@@ -174,7 +174,8 @@ def state_bytes(
     without resharding after forward); Megatron-style stacks keep their weights replicated.
     Under a pipeline FSDP2 reduces stage 2's gradients once per step: until then they are whole on
     each rank (PyTorch's pipelining stage turns off gradient synchronisation before the last
-    backward; MaxText's ``pipeline_fsdp_ag_once``). Stage 3's are reduced with every microbatch.
+    backward; MaxText's ``pipeline_fsdp_ag_once``). Stage 3's are reduced with every microbatch,
+    or wait too where a stack keeps weights behind the backward (``keeps_after_backward``).
     """
     stage, zero = sharding.zero_stage, np.zeros_like(shard.tp)
     whole, split, copied, extra, narrower = zero, zero, zero, zero, zero
@@ -205,7 +206,8 @@ def state_bytes(
     apart = weights_sharded(stage, rules)
     in_use = apart | ((stage == 0) & rules.casts_whole_weights)
     waits = (rules.weights_split_from < 3) & sharding.pipelined
-    gradients_sharded = ((stage >= 3) | ((stage == 2) & ~waits)) & ~np.asarray(sharding.deferred)
+    late = (stage < 3) | rules.keeps_after_backward
+    gradients_sharded = (stage >= 2) & ~(waits & late) & ~np.asarray(sharding.deferred)
     summed = np.where(stage >= 2, rules.whole_gradient_bytes, rules.kept_gradient_bytes)
     shards = np.where(stage >= 1, finer, whole)
     if rules.optimizer.extra_bytes is not None:

@@ -61,6 +61,7 @@ class StateRules:
     casts_whole_weights: bool = False
     reduces_each_backward: bool = False
     reduces_last_backward: bool = False
+    keeps_after_backward: bool = False
     graph_keeps_gathered: bool = False
     split_over_replicas: bool = False
     bucket_elements: int | None = None
@@ -143,6 +144,7 @@ def state_rules(
         casts_whole_weights=spec.casts_whole_weights and weight > gathered,
         reduces_each_backward=spec.reduces_each_backward,
         reduces_last_backward=spec.reduces_last_backward,
+        keeps_after_backward=spec.keeps_after_backward,
         graph_keeps_gathered=spec.graph_keeps_gathered,
         split_over_replicas=spec.split_over_replicas,
         bucket_elements=spec.bucket_elements,

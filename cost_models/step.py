@@ -104,6 +104,10 @@ class Field(IntEnum):
     LOOKUP_BLOCK = 23
     """Of the static bytes, the block of the embedding's dense gradient, in which nothing else lies
     when it is needed (``cost_models.fragments``)."""
+    GATHERED = 27
+    """Gathered weights that a backward leaves for the next pass of a pipeline stage."""
+    GATHER_LATE = 28
+    """Of gathers, what a forward would hide less of than the backward that is charged with them."""
     LEFT_AGAIN = 26
     """What these passes leave of a layer that runs again, until the stage's last weight."""
 

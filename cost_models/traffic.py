@@ -160,6 +160,7 @@ def data_calls(
     )
     every = bool(data_traffic.reduces_each(data, machine.rules)[0])
     each = bool(data_traffic.gathers_each(data, machine.rules)[0])
+    between = bool(data_traffic.gathers_between(data, machine.rules)[0])
     again = each and bool(data_traffic.gathers_again(kind, data.zero_stage)[0])
     found: list[Calls] = []
     attention, expert = data_traffic.meshes(
@@ -199,6 +200,8 @@ def data_calls(
                 round(call.count * float(call.bytes[0])),
             )  # fmt: skip
             found.append(base)
+            if between and call.role == "parameter" and not replicas:
+                found.append(replace(base, phase="backward"))
             if again and call.role == "parameter" and not replicas:
                 kept = data_traffic.backward_mesh(mesh, data)
                 ways = int((call.size if kept is mesh else kept.ways)[0])

@@ -20,7 +20,7 @@ from hardware_profiles.schema import StackSpec
 
 def add_unsharded(
     rows: Int64, kind: LayerKind, shard: Shard, used: StateBytes, *, lasting: Int64,
-    whole_gradients: Bools, waits: Bools, rules: StateRules, ahead: Int64,
+    whole_gradients: Bools, between: Bools, waits: Bools, rules: StateRules, ahead: Int64,
     policies: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Add to the working bytes of every mode what is unsharded while a layer of ``kind`` runs.
@@ -41,7 +41,8 @@ def add_unsharded(
     end = kind.name in ("embedding", "head")
     pieces = kind.name == "head" and kind.in_pieces
     gathered = np.where(lasting > 0, 0, used.gathered)
-    running = gathered if end else (1 + ahead) * gathered
+    # Where a backward leaves weights gathered, a stage counts them (``cost_models.resharding``).
+    running = gathered if end else np.where(between, 0, (1 + ahead) * gathered)
     reducing = np.zeros_like(gathered)
     if rules.unit_gradients:
         elements = used.unsharded

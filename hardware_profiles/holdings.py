@@ -40,6 +40,11 @@ class StateSpec(Profile):
     reduces_last_backward: bool = False
     """Whether, without a pipeline, gradients of stages 2 and 3 wait whole for the last of several
     microbatches, which alone reduces them (FSDP2's ``set_requires_gradient_sync``)."""
+    keeps_after_backward: bool = False
+    """Whether stage 3 under a pipeline gives a unit's weights back behind its forwards only: what a
+    backward has gathered stays for the next pass of the stage, and gradients wait whole for the end
+    of the step, as in stage 2 (PyTorch 2.13, distributed/pipelining/stage.py,
+    ``backward_maybe_with_nosync``: ``set_reshard_after_backward(False)``)."""
     unit_gradients: bool = False
     """Whether a sharded unit's gradients are whole until they are reduced, two units' at a time
     (``dim0`` always is)."""

@@ -28,6 +28,7 @@ StackRule = Literal[
     "moe_with_tp_needs_sequence_parallel", "ep_with_tp_needs_sequence_parallel",
     "no_expert_parallelism", "no_experts",
     "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
+    "no_zero_3_with_split_backward",
     "no_zero_3_with_context", "dense_zero_2_in_pipelines",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",

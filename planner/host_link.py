@@ -29,10 +29,13 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     each_pass = 0
     if machine.offload.parameters:
         fetched = (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
-        # Without resharding weights come for the forward alone; under a pipeline once per step.
+        # Without resharding weights come for the forward alone; under a pipeline once per step, or
+        # for the passes that follow a forward.
+        between = layout.zero_stage == 3 and layout.pp > 1 and machine.rules.keeps_after_backward
         times = layout.num_microbatches if layout.zero_stage == 3 or layout.pp == 1 else 1
-        crossing += fetched * times * (2 if layout.zero_stage == 3 else 1)
-        once = machine.rules.reduces_last_backward
+        gathers = times * (2 if layout.zero_stage == 3 else 1)
+        crossing += fetched * (times + 1 if between else gathers)
+        once = machine.rules.reduces_last_backward or between
         crossing += trained * spec.reduced_bytes * (1 if once else times)
     shard = shard_of(request.workload, priced.tables.configs)
     for part in layout.stages[rank].recompute if machine.offload.checkpoints else ():

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.given_order import GivenOrder
 from cost_models.host_room import HostRoom
-from cost_models.layout import V_SHAPED, Schedule
+from cost_models.layout import V_SHAPED
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
 from cost_models.recompute import group_of
-from cost_models.schedule import live_at_first_backward, live_peaks
+from cost_models.resharding import beyond_at_start, beyond_of_ranges, held_columns
+from cost_models.schedule import live_at_first_backward
 from cost_models.step import Field
 
 UNLIMITED = 1 << 62
@@ -176,17 +176,6 @@ def _by_time(leaf: Leaf, options: Sequence[Recompute]) -> list[tuple[Recompute, 
     return sorted(partial, key=lambda item: (sum(item[1]), item[0])) + full
 
 
-@lru_cache(maxsize=16384)
-def _live(
-    schedule: Schedule, pp: int, vpp: int, microbatches: int, rank: int, size: int,
-    given: GivenOrder | None,
-) -> Ints:  # fmt: skip
-    """Microbatches alive per chunk (rows; then what a split backward holds beside them) at each
-    candidate for the peak (columns)."""
-    vectors = live_peaks(schedule, pp, vpp, microbatches, rank, size, given)
-    return np.ascontiguousarray(np.array(vectors, dtype=np.int64).T)
-
-
 @dataclass(frozen=True, slots=True)
 class _Room:
     """What partitions have room for beside all that does not depend on the size of rounds."""
@@ -208,9 +197,10 @@ class _Room:
         """Whether each partition fits in rounds of ``size``."""
         leaf, ok = self.leaf, self.possible
         for rank in range(leaf.pp):
-            vectors = _live(
-                leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size, leaf.order
-            )
+            vectors = held_columns(
+                leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank, size, leaf.order,
+                leaf.reshards,
+            )  # fmt: skip
             most = (self.alive[:, :, rank] @ vectors).max(axis=1)
             ok = ok & (most <= self.room[:, rank])
         return ok
@@ -334,10 +324,13 @@ class _Table:
         if leaf.splits_backward:
             unsummed = self._largest(held, Field.LATE_GRADIENTS)
             sent[:, 1:] += unsummed[:, 1:]
-        working, draining = working + sent, draining + behind
+        gathered = self._sum(held, Field.GATHERED)
+        working, draining = working + sent, draining + behind + gathered
+        if leaf.reshards:
+            working += self._beyond(rows, option[0], held, activation)
         activation[:, 0] += leaf.embedding[Field.ACT_NONE]
         activation[:, -1] += leaf.head[Field.ACT_NONE]
-        start = leaf.embedding[Field.WORK_NONE]
+        start = leaf.embedding[Field.WORK_NONE] + gathered[:, 0] - leaf.embedding[Field.GATHERED]
         idle = self._largest(front, Field.ACT_NONE, less=kept)[:, -1] if leaf.idle_forward else 0
         loss = head[Field.WORK_NONE] + idle
         left = leaf.deferral.left_bytes(leaf.microbatches)
@@ -367,6 +360,8 @@ class _Table:
             deferred[:, 0] = late[:, 0] = 0
             beside = [self._by_rank(deferred), self._by_rank(late)]
             alive = np.concatenate([alive, *beside], axis=1)
+        if leaf.reshards:
+            alive = np.concatenate([alive, self._by_rank(gathered)], axis=1)
         fixed = leaf.fixed_bytes + np.array([leaf.step_buffer_bytes(r) for r in range(leaf.pp)])
         free = leaf.capacity_bytes - fixed - static
         if leaf.microbatches > 1 or leaf.splits_backward:
@@ -377,6 +372,14 @@ class _Table:
         if leaf.hosts is not None:
             possible &= self._hosted(held, leaf.hosts)
         return _Room(leaf, alive, free - short_lived, possible)
+
+    def _beyond(self, rows: Ints, mode: str, held: Ints, kept: Ints) -> Ints:
+        """Gathered weights beyond activations ``kept``, of each partition and virtual stage."""
+        gathered = held @ self.kinds[:, Field.GATHERED]
+        beyond = beyond_of_ranges(self.leaf, mode)[self.first[rows], self.last[rows]]
+        beyond[:, 0] = beyond_at_start(self.leaf, mode, beyond[:, 0], gathered[:, 0], kept[:, 0])
+        beyond[:, -1] += self.leaf.head[Field.GATHERED]
+        return beyond
 
     def _hosted(self, held: Ints, hosts: HostRoom) -> NDArray[np.bool_]:
         """Whether each rank's state, by itself, has room on the hosts."""

@@ -12,6 +12,7 @@ from cost_models.host_room import HostRoom
 from cost_models.layout import RecomputeMode
 from cost_models.leaf import Leaf, Recompute
 from cost_models.recompute import group_of, is_counted, parts_of
+from cost_models.resharding import beyond_at_start, beyond_of_ranges
 from cost_models.schedule import live_peaks
 from cost_models.step import Field
 
@@ -28,9 +29,9 @@ class Ranges:
         self.held: Ints = self.counts[None, :, :] - self.counts[:, None, :]
         """``[first, last, kind]``: layers of each kind in a range."""
         self.kinds: Ints = np.array(leaf.kinds, dtype=np.int64)
-        fields = (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES)
+        fields = (Field.STATIC, Field.NEW_GRADIENTS, Field.UPDATE_BYTES, Field.GATHERED)
         self.sums = tuple(self.held @ self.kinds[:, field] for field in fields)
-        """Static bytes, new gradients and bytes of the update of every range."""
+        """Static bytes, new gradients, bytes of the update and gathered weights of every range."""
         self.many: Table = self.held.sum(axis=2) > 1
         """Whether a layer has another one of the range behind it."""
         edges: Ints = np.arange(len(leaf.sequence) + 1)
@@ -76,7 +77,7 @@ class Ranges:
             return self._fewest_between(mode)[self._live(rank)]
         if len(self.kinds) == 1:
             return self._bisected(rank, lambda count: self._measured(mode, count))
-        none = (np.zeros_like(self.layers),) * 4
+        none = (np.zeros_like(self.layers),) * 6
         count, possible = self._bisected(rank, lambda n: (self._kept(mode, n), *none))
         most = self._most_short_lived(mode)
         high, sure = self._bisected(rank, lambda n: (self._kept(mode, n), *most))
@@ -163,8 +164,10 @@ class Ranges:
         """Most microbatches that ``rank`` has room for with each range that needs so many bytes;
         negative without any."""
         leaf = self.leaf
-        activation, working, draining, sent, idle = needed
-        static, made, step = self.sums
+        activation, working, draining, sent, idle, beyond, at_start = needed
+        beyond = at_start if rank == 0 else beyond
+        gathered = self.sums[3] if leaf.reshards else np.zeros_like(self.layers)
+        static, made, step = self.sums[:3]
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
                 static = static + end[Field.STATIC]
@@ -177,7 +180,12 @@ class Ranges:
             draining = np.where(self.many, draining, draining + head[Field.IN_FLIGHT])
             left = leaf.deferral.left_bytes(leaf.microbatches)
             draining = draining + left
-        working = working + sent
+        if rank == leaf.pp - 1:
+            gathered = gathered + leaf.head[Field.GATHERED]
+            beyond = beyond + leaf.head[Field.GATHERED]
+        working, draining = working + sent + beyond, draining + gathered
+        if rank == 0:
+            draining = draining + leaf.embedding[Field.GATHERED]
         if leaf.shared is not None:
             step = step + leaf.shared.total(Field.UPDATE_BYTES)
             working = np.maximum(working, leaf.shared.working_bytes)
@@ -185,7 +193,7 @@ class Ranges:
             loss = head[Field.WORK_NONE] + (idle if leaf.idle_forward else 0)
             working = np.maximum(working - head[Field.ACT_NONE] + left, loss)
         if rank == 0:
-            short = leaf.embedding[Field.WORK_NONE]
+            short = leaf.embedding[Field.WORK_NONE] + gathered
             draining = np.maximum(draining, leaf.embedding[Field.ACT_NONE] + short)
             working = np.maximum(working, short - activation)
         free = leaf.capacity_bytes - leaf.fixed_bytes - leaf.step_buffer_bytes(rank) - static
@@ -200,7 +208,8 @@ class Ranges:
 
     def _bytes(self, option: Recompute) -> tuple[Ints, ...]:
         """Activations, working bytes, most of one layer by itself, what the reduction of one has
-        more than its activations, and most that one does not keep, of every range of layers."""
+        more than its activations, most that one does not keep, and gathered weights beyond the
+        activations (``cost_models.resharding``) behind and on the first stage, of every range."""
         known = self._known.get(option)
         if known is None:
             known = self._known[option] = self._measured(*option)
@@ -239,7 +248,15 @@ class Ranges:
                 0,
             ),
             np.maximum(_largest(changed, whole - least), _largest(other, whole - most)),
+            *self._beyond(mode, front @ least + rest @ most),
         )
+
+    def _beyond(self, mode: RecomputeMode, kept: Ints) -> tuple[Ints, Ints]:
+        """Gathered weights beyond activations ``kept``: of any stage, and of the first."""
+        if not self.leaf.reshards:
+            return (np.zeros_like(self.layers),) * 2
+        beyond = beyond_of_ranges(self.leaf, mode)
+        return beyond, beyond_at_start(self.leaf, mode, beyond, self.sums[3], kept)
 
 
 def _largest(present: Table, values: Ints) -> Ints:

@@ -48,6 +48,7 @@ DIVIDED = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")  # parts of both e
 ONE_STAGE = ("gpipe", "1f1b", *DIVIDED)
 CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
 ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
+HALVES = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules whose ranks hold two virtual stages, there and back."""
 
 
@@ -269,6 +270,9 @@ def impossible_layout(
         return "parameters are split where each rank has whole sequences"
     if zero == 3 and mesh.pp > 1 and "no_zero_3_with_pipeline" in stack.rules:
         return "parameters stay gathered under a pipeline"
+    halves = mesh.pp > 1 and schedule in HALVES
+    if zero == 3 and halves and "no_zero_3_with_split_backward" in stack.rules:
+        return "weights that a forward gave back get no gradients from half a backward"
     group, ways = request.machine.reshard_group, shard * mesh.cp
     node = request.cluster.groups[0].node.devices_per_node
     if "shards_fill_nodes" in stack.rules and (ways == node or ways % node or ways < node):

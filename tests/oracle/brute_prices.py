@@ -37,6 +37,8 @@ class Chunk:
     waiting: int
     unsummed: int
     """Gradients of weights that wait for the next microbatch."""
+    gathered: int = 0
+    """Weights that stay gathered behind a backward."""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class Prices:
     """Parts of embedding and head that every rank has."""
     shares: tuple[tuple[int, ...], ...] = ()
     """As ``layers``, run by all stages at once, on a share of the batch each."""
+    ahead: int = 0
+    """Layers gathered before the one whose backward runs, where weights stay gathered behind it."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
@@ -118,6 +122,7 @@ def priced_alone(request: Request, layout: Layout) -> Prices:
 
 
 def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
+    spread = int(tables.configs.dp_shard[index] * tables.configs.cp[index])
     rows = {
         name: tuple(table[:, index].tolist())
         for name, table in zip(tables.kind_names, tables.kinds, strict=True)
@@ -146,6 +151,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         blocks_stay=request.stack.idle_forward
         and not (request.job.loss == "chunked" and request.stack.loss_chunks > 1),
         ends=ends_of(tables, index),
+        ahead=request.stack.prefetched_units if spread > 1 else 0,
     )
 
 

@@ -13,7 +13,14 @@ from tests.oracle.layouts import (
     Layout,
     Option,
 )
-from tests.oracle.timeline import finish_times, held, homes, most_live_bytes, splits
+from tests.oracle.timeline import (
+    finish_times,
+    held,
+    homes,
+    most_live_bytes,
+    most_with_weights,
+    splits,
+)
 from tests.oracle.vocabulary import Ends, finish, most_live
 
 GROUPS = ("full:", "partitioned:")
@@ -29,18 +36,20 @@ def waiting_products(prices: Prices, x: Layout, m: int) -> tuple[int, int, int]:
 
 def sum_chunk(
     prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option,
-    *, halves: bool, stays: int = 0,
+    *, halves: bool, stays: int = 0, alternates: bool = True,
 ) -> Chunk:  # fmt: skip
     """A virtual stage of ``size`` layers from ``first`` on; ``start`` and ``end`` of the model,
     ``many`` pipeline ranks, a backward in ``halves``. ``stays``: of what the head kept, what its
-    last backward leaves."""
-    key = (start, end, many, first, size, option, halves, stays)
+    last backward leaves. ``alternates``: backwards follow forwards of their stage in general, and
+    gather the weights that these gave back."""
+    key = (start, end, many, first, size, option, halves, stays, alternates)
     if key in prices.chunks:
         return prices.chunks[key]
     mode, limit = option
     forward = backward = gradient = update = static = activation = working = made = step = 0
     draining = sent = behind = cached = weights = waiting = 0
     unsummed = left = 0
+    units: list[tuple[int, int]] = []
     for place, row in enumerate(prices.layers[first : first + size]):
         here = mode
         if mode == "full" and place >= limit:
@@ -54,6 +63,8 @@ def sum_chunk(
             kept, short, more = row[start_of : start_of + 3]
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD] + more
+        backward += 0 if alternates else row[Field.GATHER_LATE]
+        units.append((kept, row[Field.GATHERED]))
         weights += row[Field.WEIGHT_BACKWARD]
         waiting += row[Field.DEFERRED]
         unsummed += row[Field.LATE_GRADIENTS]
@@ -83,6 +94,7 @@ def sum_chunk(
     for row in ([prices.embedding] if start else []) + ([prices.head] if end else []):
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD]
+        backward += 0 if alternates else row[Field.GATHER_LATE]
         gradient += row[Field.GRADIENT] + (prices.tied_sync if many else 0)
         update += row[Field.OPTIMIZER] + row[Field.PARAMETER]
         static += row[Field.STATIC]
@@ -96,14 +108,18 @@ def sum_chunk(
     if halves and not start:
         late = (row[Field.LATE_GRADIENTS] for row in prices.layers[first : first + size])
         sent += max(late, default=0)
-    working, draining = working + sent, draining + behind
+    on_top = prices.head[Field.GATHERED] if end else 0
+    below = prices.embedding[Field.GATHERED] if start else 0
+    everything = on_top + below + sum(weight for _, weight in units)
+    working += sent + on_top + left_gathered(units, below, prices.ahead)
+    draining += behind + everything
     # While a layer's backward runs, what the head kept is gone; at the embedding's, everything is.
     if end:
         loss = prices.head[Field.WORK_NONE] + (cached if prices.blocks_stay else 0)
         working = max(working - prices.head[Field.ACT_NONE] + stays, loss)
         draining += stays
     if start:
-        short = prices.embedding[Field.WORK_NONE]
+        short = prices.embedding[Field.WORK_NONE] + everything - below
         draining = max(draining, prices.embedding[Field.ACT_NONE] + short)
         working = max(working, short - activation)
         weights, waiting, unsummed = backward, 0, 0
@@ -114,10 +130,25 @@ def sum_chunk(
     working = max(working, left)
     chunk = Chunk(
         forward, backward, gradient, update, static, made, activation, working, draining, step,
-        backward - weights, weights, max(waiting, 0), unsummed,
+        backward - weights, weights, max(waiting, 0), unsummed, everything,
     )  # fmt: skip
     prices.chunks[key] = chunk
     return chunk
+
+
+def left_gathered(units: Sequence[tuple[int, int]], below: int, ahead: int) -> int:
+    """Most bytes that a backward through ``units`` (activations and weights of each layer) has of
+    both beyond all their activations; with the unit ``below`` or a layer gathered ``ahead``."""
+    alive = [kept for kept, _ in units]
+    there = [0] * len(units)
+    most = 0
+    for layer in reversed(range(len(units))):
+        for one in range(max(layer - ahead, 0), layer + 1):
+            there[one] = units[one][1]
+        early = below if layer < ahead else 0
+        most = max(most, sum(alive) + sum(there) + early - sum(kept for kept, _ in units))
+        alive[layer] = 0
+    return most
 
 
 @dataclass(frozen=True)
@@ -179,6 +210,7 @@ def chunks_of(
             size,
             options[home[j]],
             halves=splits(x.schedule),
+            alternates=x.schedule == "1f1b",
             stays=operands if end and count == m else 0,
         )
         if prices.ends is not None:
@@ -233,6 +265,9 @@ def rank_peak(
     sizes = [c.activation for c in own] + [c.waiting for c in own if split]
     sizes += [c.unsummed for c in own if split]
     live = most_live_bytes(x.schedule, x.pp, x.vpp, m, rank, sizes, size)
+    if any(c.gathered for c in own):
+        weights = [c.gathered for c in own]
+        live = most_with_weights(x.schedule, x.pp, x.vpp, m, rank, sizes, weights, size)
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
     home = homes(x.schedule, x.pp, x.vpp)
     for j in held(x.schedule, x.pp, x.vpp, rank):

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from planner.models.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from planner.request import Request
-from tests.oracle.timeline import GIVEN, given_rows, turns
+from tests.oracle.timeline import GIVEN, given_rows, splits, turns
 
 ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
 """Schedules with one virtual stage per rank."""
@@ -352,6 +352,8 @@ def runs(request: Request, x: Layout) -> bool:
     if "dense_zero_2_in_pipelines" in rules and x.zero == 2 and x.pp * x.ep == 1:
         return False
     if x.zero == 3 and x.cp > 1 and "no_zero_3_with_context" in rules:
+        return False
+    if "no_zero_3_with_split_backward" in rules and x.zero == 3 and x.pp > 1 and splits(x.schedule):
         return False
     return not ("no_zero_3_with_pipeline" in rules and x.zero == 3 and x.pp > 1)
 

@@ -147,6 +147,40 @@ def most_live_bytes(
     )
 
 
+def most_with_weights(
+    schedule: Schedule, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int],
+    weights: Sequence[int], size: int = 0,
+) -> int:  # fmt: skip
+    """Largest sum of live activations and of gathered weights of the stages that do not work.
+
+    A forward gives its stage's weights back, a backward leaves them. Where a rank has several
+    stages, those that work next are gathered, three at most, and all others given back.
+    """
+    own = held(schedule, pp, vpp, rank)
+    actions = rank_actions(schedule, pp, vpp, m, rank, size)
+    alive, there, near = dict.fromkeys(own, 0), dict.fromkeys(own, False), set[int]()
+    most = 0
+    for index, (work, stage, _) in enumerate(actions):
+        soon = list(dict.fromkeys(next_one for _, next_one, _ in actions[index:]))[:3]
+        for other in own:
+            if other not in soon:
+                there[other] = False
+            elif other not in near:
+                there[other] = True
+        near = set(soon)
+        if work == "F":
+            alive[stage] += 1
+        total = sum(alive[one] * each for one, each in zip(own, sizes, strict=True))
+        if vpp > 1:
+            beside = zip(own, weights, strict=True)
+            total += sum(each for one, each in beside if there[one] and one != stage)
+        most = max(most, total)
+        if work == "B":
+            alive[stage] -= 1
+        there[stage] = work == "B"
+    return most
+
+
 @dataclass(frozen=True)
 class Graph:
     """Nodes in topological order: (duration slot, microbatch, predecessors without
