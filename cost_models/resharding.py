@@ -99,8 +99,8 @@ def resharded_peaks(
     else.
     """
     if vpp == 1:
-        alive = live_peaks(schedule, pp, vpp, microbatches, rank, size, given)
-        return tuple((*vector, 0) for vector in alive)
+        known = live_peaks(schedule, pp, vpp, microbatches, rank, size, given)
+        return tuple((*vector, 0) for vector in known)
     order = [
         (work == Pass.FORWARD, chunk)
         for work, chunk, _ in order_table(

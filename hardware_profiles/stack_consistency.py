@@ -45,6 +45,9 @@ def require_consistent(stack: StackSpec) -> None:
             "outside_layers needs equal stages that all recompute alike, and the rule "
             "pipeline_needs_multiple_of_pp: the stages share the batch"
         )
+    kept = stack.state.keeps_after_backward and "no_zero_3_with_pipeline" not in stack.rules
+    if kept and (stack.recompute_layer_count or stack.recompute_mixed):
+        raise ValueError("state.keeps_after_backward needs layers of a stage that recompute alike")
     if stack.recompute_mixed and not stack.recompute_per_stage:
         raise ValueError("recompute_mixed needs recompute_per_stage: bounds know no other way")
     needed = [d for d in get_args(RankDimension) if d != "cp" or stack.cp_kinds]

@@ -30,8 +30,9 @@ from planner.layer_contexts import column_kind, exchanging
 from planner.meshes import Layouts, Meshes, joined
 from planner.request import Request
 from planner.rounds import round_limits
-from planner.rules import LayoutRule, Rule
+from planner.rules import Rule
 from planner.specs import LEAST
+from planner.zero_rules import LayoutRule
 
 
 @dataclass

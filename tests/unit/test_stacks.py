@@ -116,6 +116,7 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "no_zero_3_with_context",
         "dense_zero_2_in_pipelines",
         "no_zero_3_with_pipeline",
+        "no_zero_3_with_split_backward",
         "shards_fill_nodes",
         "shards_over_one_rank",
         "whole_gradients_need_one_microbatch",
