@@ -32,6 +32,17 @@ CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 
 
 @dataclass(frozen=True, slots=True)
+class Quantised:
+    """What quantising a low-precision product's input and its output's gradient moves, in bytes,
+    with transposed copies, and the kernels that do."""
+
+    forward_bytes: Reals
+    backward_bytes: Reals
+    forward_kernels: Ints = 1
+    backward_kernels: Ints = 1
+
+
+@dataclass(frozen=True, slots=True)
 class MatMul:
     """``batch`` products of (m, k) by (k, n)."""
 
@@ -52,6 +63,8 @@ class MatMul:
     """Relative widths of the tensors that its output holds, which a framework may name apart."""
     frozen: bool = False
     """Whether its weight is not trained: the backward has no weight gradient."""
+    quantised: Quantised | None = None
+    """How a low-precision one gets its operands; None: each whole, by a kernel of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,8 @@ class GroupedMatMul:
     """As those of :class:`MatMul`."""
     room: Reals = 1
     """Rows that its output has room for over those that it computes."""
+    quantised: Quantised | None = None
+    """As that of :class:`MatMul`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,9 @@ def reserve_bytes(
             )
             dummies = np.maximum(dummies, of_kind)
     gathered = shard.tokens * workload.boundary_bytes_per_token
-    count = machine.stack.overlap_buffers
+    quantisation = machine.stack.quantisation
+    piped = quantisation is None or quantisation.pipelines(machine.precision)
+    count = machine.stack.overlap_buffers * piped
     overlapped = np.where(shard.tp > 1, count * gathered, 0)
     graphs, routing = machine.stack.graph_pool, machine.stack.routing_fragmentation
     live = machine.stack.state.live_elements * machine.rules.gather_bytes

@@ -33,10 +33,12 @@ from cost_models.ops import (
     Kernel,
     MatMul,
     Op,
+    Quantised,
     Reals,
     Repeat,
     Roofline,
 )
+from cost_models.quantise import passes
 from cost_models.repeat import ForwardLog, Real, Repeats, Work, forward_only
 from cost_models.state_rules import ON_DEVICE, StateRules, state_rules
 from hardware_profiles.holdings import Precision
@@ -199,6 +201,18 @@ class _Accumulator:
             self.terms[category][phase] += seconds
             self.busy[phase] += seconds
 
+    def quantise(
+        self, machine: Machine, dtype: str, inputs: Reals, gradients: Reals, tensors: Ints = 1,
+        *, given: Quantised | None,
+    ) -> None:  # fmt: skip
+        """Add the quantisation of a product's input and of its output's gradient (elements)."""
+        reads = machine.stack.quantisation_reads.get(machine.precision, 1)
+        (forward, launched), (backward, again) = passes(
+            machine.device, dtype, inputs, gradients, tensors, reads=reads, given=given
+        )
+        self.add("memory_bound", forward, backward)
+        _launch(self, machine, launched, again)
+
     def repeat(self, other: _Accumulator, count: int) -> None:
         """Add ``count`` runs of ``other``."""
         for own, theirs in ((self.terms, other.terms), (self.wire, other.wire)):
@@ -271,7 +285,7 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             if dtype in compute.QUANTISATION_BYTES:
                 tokens = np.asarray(op.m) * op.batch
                 gradients = tokens * op.n if op.backward else 0
-                _quantise(acc, machine, dtype, tokens * op.k, gradients)
+                acc.quantise(machine, dtype, tokens * op.k, gradients, given=op.quantised)
             acc.windows.seconds |= {
                 f"{op.name}:fprop": fprop, f"{op.name}:dgrad": dgrad, f"{op.name}:wgrad": wgrad,
             }  # fmt: skip
@@ -297,7 +311,9 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
             acc.weights += wgrad
             if dtype in compute.QUANTISATION_BYTES:
                 rows = op.rows * np.asarray(op.groups)
-                _quantise(acc, machine, dtype, rows * op.k, rows * op.n, op.groups)
+                acc.quantise(
+                    machine, dtype, rows * op.k, rows * op.n, op.groups, given=op.quantised
+                )
             _launch(acc, machine, 1, 2)
             calls = np.asarray(op.groups) * machine.stack.expert_launch.si
             _host(acc, machine, calls, 2 * calls)
@@ -325,22 +341,6 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                 forward + latency * op.forward_launches, backward + latency * op.backward_launches,
             )  # fmt: skip
             _launch(acc, machine, op.forward_launches, op.backward_launches)
-
-
-def _quantise(
-    acc: _Accumulator, machine: Machine, dtype: str, inputs: Reals, gradients: Reals,
-    tensors: Ints = 1,
-) -> None:  # fmt: skip
-    """Quantisation of a product's input and of its output's gradient (elements); weights are
-    quantised once per step, which is left out."""
-    device, again = machine.device, bool(np.any(gradients))
-    reads = machine.stack.quantisation_reads.get(machine.precision, 1)
-    forward = compute.quantisation_time_s(device, dtype, inputs, tensors, reads=reads)
-    backward: Real | float = 0.0
-    if again:
-        backward = compute.quantisation_time_s(device, dtype, gradients, tensors, reads=reads)
-    acc.add("memory_bound", forward, backward)
-    _launch(acc, machine, 1, int(again))
 
 
 def _elementwise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from hardware_profiles.holdings import (
     StateSpec,
 )
 from hardware_profiles.layers_spec import LayersSpec as LayersSpec
+from hardware_profiles.quantisation import QuantisationSpec
 from hardware_profiles.sourced import Profile, Sourced
 from hardware_profiles.stack_consistency import require_consistent
 from hardware_profiles.stack_words import (
@@ -33,9 +34,8 @@ from hardware_profiles.stack_words import (
     StackRule,
     Trainable,
     ZeroStages,
+    by_prefix,
 )
-
-Value = TypeVar("Value")
 
 
 def _joined_loss() -> dict[Literal["forward", "backward"], int]:
@@ -210,6 +210,8 @@ class StackSpec(Profile):
     quantisation_reads: ByPrecision = Field(default_factory=dict)
     """How often an 8-bit recipe reads an operand that it quantises: 2 where the scale comes from
     the operand itself; what is not named reads it once, with a scale of earlier steps or blocks."""
+    quantisation: QuantisationSpec | None = None
+    """How its linear layers quantise; None: each operand whole, in a kernel of its own."""
     cast_products: dict[Literal["fp32"], Literal["bf16"]] = Field(default_factory=dict)
     """Arithmetic of products whose operands and results keep the job's precision in memory: a
     compiler casts them on their way."""
@@ -355,14 +357,8 @@ class StackSpec(Profile):
 
     def attention_kernel(self, device: str) -> str:
         """The kernel for a device: that of the longest matching name prefix, else ``default``."""
-        return _by_prefix(self.attention_kernels, device)
+        return by_prefix(self.attention_kernels, device)
 
     def dispatcher(self, device: str) -> Dispatcher:
         """How the experts' tokens travel on a device."""
-        return _by_prefix(self.moe_dispatcher, device)
-
-
-def _by_prefix(table: dict[str, Value], name: str) -> Value:
-    """The entry of the longest prefix of ``name``, else ``default``."""
-    matches = [prefix for prefix in table if name.startswith(prefix)]
-    return table[max(matches, key=len) if matches else "default"]
+        return by_prefix(self.moe_dispatcher, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
@@ -145,3 +145,12 @@ class LayerOffload(Profile):
     """Whether what a fused SwiGLU reads leaves too."""
     double_buffered: bool
     """Whether fetched layers have two buffers of their own, for the whole run."""
+
+
+Value = TypeVar("Value")
+
+
+def by_prefix(table: dict[str, Value], name: str) -> Value:
+    """The entry of the longest prefix of ``name``, else ``default``."""
+    matches = [prefix for prefix in table if name.startswith(prefix)]
+    return table[max(matches, key=len) if matches else "default"]

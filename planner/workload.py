@@ -28,6 +28,7 @@ from planner.blocks.layer import (
     layer_working,
     with_scalars,
 )
+from planner.blocks.quantised import Quantiser
 from planner.blocks.registry import kind_of, model_parts
 from planner.blocks.weights import (
     block_weights,
@@ -113,6 +114,7 @@ def build_workload(
         orders_gathered=stack.layers.ring_merge == "transformer_engine",
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
+        quantiser=_quantiser(stack, job, device),
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -145,6 +147,19 @@ def build_workload(
         global_batch=job.global_batch,
         assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
+
+
+def _quantiser(stack: StackSpec, job: JobSpec, device: DeviceSpec) -> Quantiser | None:
+    """How linear layers quantise, where the job is low-precision and the stack says it."""
+    spec = stack.quantisation
+    if spec is None or job.precision not in ("fp8", "nvfp4"):
+        return None
+    return Quantiser(
+        spec.scaling_on(device.name),
+        job.precision == "nvfp4",
+        spec.transposes_on(device.name),
+        spec.pipelines(job.precision),
+    )
 
 
 def _loss_gradient_bytes(stack: StackSpec, job: JobSpec) -> int:

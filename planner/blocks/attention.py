@@ -15,6 +15,7 @@ from planner.blocks.context import (
     norm_saved,
     residual_add,
 )
+from planner.blocks.quantised import column, row
 from planner.blocks.ring import ring_passes
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import AttentionSpec
@@ -114,7 +115,8 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     columns = width * hd
     if ctx.gathers_heads:
         columns = -(-_joined_heads(spec) * hd // shard.tp)
-    result.append(MatMul("qkv", x, columns, ctx.hidden, parts=parts, pieces=pieces))
+    own = column(ctx.quantiser, shard, columns, ctx.hidden, normed=ctx.fuses_norms)
+    result.append(MatMul("qkv", x, columns, ctx.hidden, parts=parts, pieces=pieces, quantised=own))
     if spec.qkv_bias:
         # Added in the product's epilogue; its gradient is a sum over rows in a kernel of its own.
         result.append(Elementwise("qkv_bias", 0.0, 1.0 * columns * x * e, forward_launches=0))
@@ -134,10 +136,17 @@ def ops(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         gated = heads * hd * x * e
         # Forward reads the gate and the output; backward reads both and the gradient, writes two.
         result.append(Elementwise("output_gate", 3.0 * gated, 5.0 * gated))
-    result.append(MatMul("proj", x, ctx.hidden, heads * hd))
+    result.append(output_projection(ctx, shard, heads * hd))
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard, bias=spec.out_bias))
     return tuple(result)
+
+
+def output_projection(ctx: BlockContext, shard: Shard, width: Int64) -> MatMul:
+    """Back from ``width`` columns of this rank's heads."""
+    original = "attn_proj" in ctx.original_inputs
+    own = row(ctx.quantiser, shard, ctx.hidden, width, original=original)
+    return MatMul("proj", shard.tokens, ctx.hidden, width, quantised=own)
 
 
 def _joined_heads(spec: AttentionSpec) -> int:

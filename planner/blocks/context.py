@@ -10,6 +10,7 @@ import numpy as np
 
 from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, Op, SavedTensor
+from planner.blocks.quantised import Quantiser
 
 Item = TypeVar("Item", bound=Op | SavedTensor)
 
@@ -109,8 +110,21 @@ class BlockContext:
     """Whether attention and feed-forward keep what sequence parallelism gathers for them."""
     gathers_heads: bool = False
     """Whether tp above the KV heads divides their weights too and gathers what they make."""
+    quantiser: Quantiser | None = None
+    """How operands of low-precision products are quantised; None: in full precision's products, or
+    each operand whole, by a kernel of its own."""
     whole_embedding_in_context: bool = False
     """Whether every tp rank has the embedding whole under context parallelism."""
+
+    @property
+    def pipelines_products(self) -> bool:
+        """Whether a stack that pipelines gathers and scatters with products does so with these."""
+        return self.quantiser is None or self.quantiser.pipelined
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether a norm with one product behind it belongs to that product's layer."""
+        return "norm_linear" in self.fused
 
     def vocabulary_shard(self, shard: Shard) -> Shard:
         """The shard as embedding and head see it."""
@@ -145,7 +159,7 @@ def within(module: str, items: Iterable[Item]) -> tuple[Item, ...]:
 
 def enter_tensor_parallel(
     name: str, ctx: BlockContext, shard: Shard, *, pipelined: bool = True, products: int = 1,
-    kept: bool = False,
+    kept: bool = False, quantised: bool = True,
 ) -> tuple[Collective, ...]:  # fmt: skip
     """Collectives at the input of column-parallel ``products`` of one input.
 
@@ -155,16 +169,20 @@ def enter_tensor_parallel(
     the weight gradient, behind the data gradient), and reduces behind the weight gradient
     (Korthikanti et al., arXiv 2205.05198, section 4.2.2). DTensor keeps the gathered input and
     hides nothing. ``pipelined``: whether a stack that pipelines does so with this product;
-    ``kept``: whether the gathered input is kept, unless ``sp_gather`` is run again.
+    ``kept``: whether the gathered input is kept, unless ``sp_gather`` is run again; ``quantised``:
+    whether the products are, and so what is gathered, where the stack quantises it before.
     """
     size = ctx.gathered_bytes(shard)
-    product = f"{name}:fprop" if pipelined else None
+    quantiser = ctx.quantiser if quantised else None
+    gathered = size if quantiser is None else quantiser.gathered_bytes(size)
+    product = f"{name}:fprop" if pipelined and ctx.pipelines_products else None
     sp = shard.sequence_parallel
     behind = None if ctx.dtensor else f"{name}:wgrad"
     return (
+        *(() if quantiser is None else quantiser.agreed(name, shard, backward=False)),
         Collective(
-            f"{name}.gather", "tp", "all_gather", size,
-            None if ctx.dtensor or kept else "all_gather", 0 if ctx.dtensor or kept else size,
+            f"{name}.gather", "tp", "all_gather", gathered,
+            None if ctx.dtensor or kept else "all_gather", 0 if ctx.dtensor or kept else gathered,
             backward_hidden=f"{name}:dgrad", active=sp, forward_product=product,
             modules=("sp_gather",) if kept else (),
         ),
@@ -182,11 +200,14 @@ def enter_tensor_parallel(
 def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[Collective, ...]:
     """Collectives at the output of a row-parallel product: the adjoint of the above."""
     size = ctx.gathered_bytes(shard)
-    sp = shard.sequence_parallel
+    sp, quantiser = shard.sequence_parallel, ctx.quantiser
+    gathered = size if quantiser is None else quantiser.gathered_bytes(size, gradient=True)
     return (
+        *(() if quantiser is None else quantiser.agreed(name, shard, backward=True)),
         Collective(
-            f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", size, active=sp,
-            forward_product=f"{name}:fprop", backward_product=f"{name}:dgrad",
+            f"{name}.scatter", "tp", "reduce_scatter", size, "all_gather", gathered, active=sp,
+            forward_product=f"{name}:fprop" if ctx.pipelines_products else None,
+            backward_product=f"{name}:dgrad" if ctx.pipelines_products else None,
         ),
         Collective(f"{name}.reduce", "tp", "all_reduce", size, None, 0, active=~sp),
     )  # fmt: skip
@@ -194,9 +215,11 @@ def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[C
 
 def norm(
     name: str, ctx: BlockContext, shard: Shard, modules: tuple[str, ...] = (), *,
-    shares_input: bool = False,
+    shares_input: bool = False, quantised: bool = False,
 ) -> Elementwise:  # fmt: skip
     """A norm over the residual stream: read and write forward; read two, write one backward.
+
+    ``quantised``: whether a low-precision product has the norm for its own.
 
     ``shares_input``: its input goes on as the residual, so the backward sums two gradients.
     Autograd does that in a kernel of its own (PyTorch, torch/csrc/autograd/input_buffer.cpp): two
@@ -207,8 +230,10 @@ def norm(
     if shares_input:
         summed = 1.0 if "gradient_sums" in ctx.fused else 3.0
     backward = (3.0 + summed + 2.0 * again) * size
+    saved = ctx.quantiser.norm_saves if quantised and ctx.quantiser is not None else 0.0
+    forward = (2.0 - saved / ctx.element_bytes) * size
     return Elementwise(
-        name, 2.0 * size, backward, backward_launches=1 + again, modules=modules, again=again
+        name, forward, backward, backward_launches=1 + again, modules=modules, again=again
     )
 
 

@@ -61,7 +61,7 @@ def head_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         return (final, product, *loss)
     return (
         final,
-        *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False),
+        *enter_tensor_parallel("lm_head", ctx, shard, pipelined=False, quantised=False),
         product,
         *loss,
         Collective("cross_entropy.reduce", "tp", "all_reduce", scalar, None, 0, forward_count=3),

@@ -18,6 +18,7 @@ from planner.blocks.context import (
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.quantised import column, row
 from planner.blocks.recurrence import chunks, convolution, exchange, gated_norm, local
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import GatedDeltaNetSpec
@@ -84,14 +85,26 @@ def ops(spec: GatedDeltaNetSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, .
     repeated = 2.0 * x * e * (spec.value_heads // tp) * spec.key_dim
     return (
         *enter_tensor_parallel("delta_in", ctx, shard),
-        MatMul("delta_in", x, projected, ctx.hidden),
+        MatMul(
+            "delta_in",
+            x,
+            projected,
+            ctx.hidden,
+            quantised=column(ctx.quantiser, shard, projected, ctx.hidden, normed=ctx.fuses_norms),
+        ),
         into,
         convolution("delta_conv", _convolved(spec) // tp, ctx, shard),
         Elementwise("delta_qk_norm", 2.0 * repeated, 3.0 * repeated, 2, 2),
         *recurrence(spec, ctx, shard),
         gated_norm("delta_norm", values, ctx, shard),
         back,
-        MatMul("delta_out", x, ctx.hidden, values),
+        MatMul(
+            "delta_out",
+            x,
+            ctx.hidden,
+            values,
+            quantised=row(ctx.quantiser, shard, ctx.hidden, values),
+        ),
         *leave_tensor_parallel("delta_out", ctx, shard),
         residual_add("delta_residual", ctx, shard),
     )

@@ -22,6 +22,7 @@ from planner.blocks.attention import (
     gathered_context,
     last_queries,
     output_copy,
+    output_projection,
     packed,
     unfused_core,
 )
@@ -33,6 +34,7 @@ from planner.blocks.context import (
     residual_add,
     within,
 )
+from planner.blocks.quantised import column, plain
 from planner.blocks.ring import ring_passes
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import LatentAttentionSpec
@@ -107,7 +109,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     kv_down = _down("kv_down", up, spec.qk_rope_head_dim, ctx, shard)
     queries: tuple[Op, ...] = (
         *(() if ctx.dtensor else enter_tensor_parallel("q_up", latent_context(spec, ctx), shard)),
-        MatMul("q_up", x, heads * qk, spec.q_lora_rank or ctx.hidden),
+        _up("q_up", ctx, shard, heads * qk, spec.q_lora_rank or ctx.hidden),
     )
     q_up = within("mla_up_proj", queries)
     norm = Elementwise("latent_norm", 2.0 * latent_bytes, 3.0 * latent_bytes, 2, 2)
@@ -115,8 +117,13 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
     result += [norm, *q_up, *kv_down] if ctx.dtensor else [*kv_down, norm, *q_up]
     rotated = 2.0 * heads * qk * x * e
     up_project: tuple[Op, ...] = (
-        MatMul(
-            "kv_up", x, heads * (spec.qk_nope_head_dim + v), up, pieces=(spec.qk_nope_head_dim, v)
+        _up(
+            "kv_up",
+            ctx,
+            shard,
+            heads * (spec.qk_nope_head_dim + v),
+            up,
+            pieces=(spec.qk_nope_head_dim, v),
         ),
         Elementwise("rope_concat", 2.0 * rotated, 2.0 * rotated, 3, 3),
     )
@@ -143,7 +150,7 @@ def ops(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tuple[Op,
             )
         )
     result += ring_passes(heads * qk * x * e, heads * v * x * e, kv_bytes, heads * x, ctx, shard)
-    result.append(MatMul("proj", x, ctx.hidden, heads * v))
+    result.append(output_projection(ctx, shard, heads * v))
     result += leave_tensor_parallel("proj", ctx, shard)
     result.append(residual_add("attention_residual", ctx, shard))
     return tuple(result)
@@ -161,16 +168,30 @@ def _down(name: str, latent: int, rotated: int, ctx: BlockContext, shard: Shard)
     """
     width = latent + rotated
     if not ctx.splits_latent_down:
-        return (MatMul(name, _down_rows(ctx, shard), width, ctx.hidden),)
+        rows = _down_rows(ctx, shard)
+        own = plain(ctx.quantiser, rows, width, ctx.hidden)
+        return (MatMul(name, rows, width, ctx.hidden, quantised=own),)
+    columns = -(-np.int64(width) // shard.tp)
     size = shard.tokens * ctx.element_bytes
     sp = shard.sequence_parallel
     return (
         *enter_tensor_parallel(name, ctx, shard, pipelined=False),
-        MatMul(name, shard.tokens, -(-np.int64(width) // shard.tp), ctx.hidden),
+        MatMul(
+            name, shard.tokens, columns, ctx.hidden,
+            quantised=column(ctx.quantiser, shard, columns, ctx.hidden, normed=False),
+        ),
         Collective(f"{name}.columns", "tp", "all_gather", size * width, "all_gather",
                    size * latent, active=sp),
         Collective(f"{name}.all_columns", "tp", "all_gather", size * width, None, 0, active=~sp),
     )  # fmt: skip
+
+
+def _up(
+    name: str, ctx: BlockContext, shard: Shard, n: Int64, k: int, *, pieces: tuple[int, ...] = (1,)
+) -> MatMul:
+    """From a latent to this rank's heads, behind a norm of its own."""
+    own = column(ctx.quantiser, shard, n, k, normed=ctx.fuses_norms)
+    return MatMul(name, shard.tokens, n, k, pieces=pieces, quantised=own)
 
 
 def _down_rows(ctx: BlockContext, shard: Shard) -> Int64:

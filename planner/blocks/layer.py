@@ -37,8 +37,16 @@ def layer_ops(block: BlockSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ..
     result: list[Op] = []
     for index, part in enumerate(parts(block)):
         if not (_one_norm(block) and index):
+            modules, own = _norm_modules(part, ctx), not isinstance(part, UNFUSED_NORMS)
             result.append(
-                norm(f"norm{index}", ctx, shard, _norm_modules(part, ctx), shares_input=True)
+                norm(
+                    f"norm{index}",
+                    ctx,
+                    shard,
+                    modules,
+                    shares_input=True,
+                    quantised=own and ctx.fuses_norms,
+                )
             )
         result += kind_of(part).ops(part, ctx, shard)
     for index in range(len(parts(block)), block.norms):

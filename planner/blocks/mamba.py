@@ -16,6 +16,7 @@ from planner.blocks.context import (
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.quantised import column, row
 from planner.blocks.recurrence import convolution, exchange
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import MambaSpec
@@ -84,7 +85,13 @@ def ops(spec: MambaSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     pairs = 1.0 * inner * spec.state * x
     result: list[Op] = [
         *enter_tensor_parallel("mamba_in", ctx, shard),
-        MatMul("mamba_in", x, 2 * inner, ctx.hidden),
+        MatMul(
+            "mamba_in",
+            x,
+            2 * inner,
+            ctx.hidden,
+            quantised=column(ctx.quantiser, shard, 2 * inner, ctx.hidden, normed=ctx.fuses_norms),
+        ),
         into,
         convolution("mamba_conv", inner, ctx, shard),
         MatMul("mamba_select", x, selected, inner),
@@ -101,7 +108,10 @@ def ops(spec: MambaSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
             forward_flops=FORWARD_FLOPS * pairs, backward_flops=BACKWARD_FLOPS * pairs,
         ),
         back,
-        MatMul("mamba_out", x, ctx.hidden, inner),
+        MatMul(
+            "mamba_out", x, ctx.hidden, inner,
+            quantised=row(ctx.quantiser, shard, ctx.hidden, inner),
+        ),
         *leave_tensor_parallel("mamba_out", ctx, shard),
         residual_add("mamba_residual", ctx, shard),
     ]  # fmt: skip

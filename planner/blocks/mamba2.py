@@ -17,6 +17,7 @@ from planner.blocks.context import (
     leave_tensor_parallel,
     residual_add,
 )
+from planner.blocks.quantised import column, row
 from planner.blocks.recurrence import chunks, convolution, exchange, gated_norm, local
 from planner.blocks.tensors import linear, norm
 from planner.models.spec import Mamba2Spec
@@ -84,7 +85,13 @@ def ops(spec: Mamba2Spec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     into, back = exchange(projected, inner, ctx, shard)
     return (
         *enter_tensor_parallel("mamba_in", ctx, shard),
-        MatMul("mamba_in", x, projected, ctx.hidden),
+        MatMul(
+            "mamba_in",
+            x,
+            projected,
+            ctx.hidden,
+            quantised=column(ctx.quantiser, shard, projected, ctx.hidden, normed=ctx.fuses_norms),
+        ),
         into,
         convolution("mamba_conv", _convolved(spec) // tp, ctx, shard),
         # Time steps: softplus and the running sum of the decay, 16 bits in and fp32 out.
@@ -92,7 +99,13 @@ def ops(spec: Mamba2Spec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *scan(spec, shard, q),
         gated_norm("mamba_norm", inner, ctx, shard),
         back,
-        MatMul("mamba_out", x, ctx.hidden, inner),
+        MatMul(
+            "mamba_out",
+            x,
+            ctx.hidden,
+            inner,
+            quantised=row(ctx.quantiser, shard, ctx.hidden, inner),
+        ),
         *leave_tensor_parallel("mamba_out", ctx, shard),
         residual_add("mamba_residual", ctx, shard),
     )

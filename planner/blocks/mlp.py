@@ -12,6 +12,7 @@ from planner.blocks.context import (
     residual_add,
     within,
 )
+from planner.blocks.quantised import column, row
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward
 from planner.models.spec import MlpSpec
@@ -71,19 +72,23 @@ def products(
     """The two products with their collectives; also the shared experts of a mixture."""
     x, width = shard.tokens, intermediate // shard.tp
     parts = (1, 1) if gated and "gate_up" in ctx.separate else (1,)
+    inner, normed = (2 if gated else 1) * width, ctx.fuses_norms and not prefix
     return (
         *enter_tensor_parallel(
             f"{prefix}fc1", ctx, shard, products=len(parts),
             kept=ctx.keeps_gathered and not prefix,
         ),
         MatMul(
-            f"{prefix}fc1", x, (2 if gated else 1) * width, ctx.hidden,
-            parts=parts, pieces=(1, 1) if gated else (1,),
+            f"{prefix}fc1", x, inner, ctx.hidden, parts=parts, pieces=(1, 1) if gated else (1,),
+            quantised=column(ctx.quantiser, shard, inner, ctx.hidden, normed=normed),
         ),
         *within(
             "mlp_act", (activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),)
         ),
-        MatMul(f"{prefix}fc2", x, ctx.hidden, width),
+        MatMul(
+            f"{prefix}fc2", x, ctx.hidden, width,
+            quantised=row(ctx.quantiser, shard, ctx.hidden, width),
+        ),
         *leave_tensor_parallel(f"{prefix}fc2", ctx, shard),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
 from planner.blocks import folded_experts, mlp, routing
 from planner.blocks.context import BlockContext, product_input_bytes, residual_add, within
+from planner.blocks.quantised import plain
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward, linear
 from planner.models.spec import MoeSpec
@@ -212,10 +213,11 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
         *inward,
         *arrived,
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h, pieces=(1,) * read,
-                      room=room),
+                      room=room, quantised=plain(ctx.quantiser, hot, fc1, h, local)),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
-        GroupedMatMul("expert_fc2", local, hot / local, h, width, room=room),
+        GroupedMatMul("expert_fc2", local, hot / local, h, width, room=room,
+                      quantised=plain(ctx.quantiser, hot, h, width, local)),
         *leaving,
         *outward,
         *after,

@@ -15,7 +15,14 @@ from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Attention, Collective, Elementwise, MatMul, Op, SavedTensor
 from planner.blocks import latent_attention
 from planner.blocks import splits as split
-from planner.blocks.attention import CORE, core_saved, last_queries, packed, unfused_core
+from planner.blocks.attention import (
+    CORE,
+    core_saved,
+    last_queries,
+    output_projection,
+    packed,
+    unfused_core,
+)
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -97,7 +104,7 @@ def ops(spec: SparseLatentAttentionSpec, ctx: BlockContext, shard: Shard) -> tup
         *_indexer(spec, ctx, shard, heads),
         *_core(spec, ctx, shard, heads),
         MatMul("value_up", x, mla.v_head_dim, latent, heads),
-        MatMul("proj", x, ctx.hidden, heads * mla.v_head_dim),
+        output_projection(ctx, shard, heads * mla.v_head_dim),
         *leave_tensor_parallel("proj", ctx, shard),
         residual_add("attention_residual", ctx, shard),
     )
