@@ -216,6 +216,8 @@ def _check_recompute(layout: Layout, request: Request) -> Iterator[str]:
         allowed &= {"none", "full"}
     if layout.tp == 1 or layout.sequence_parallel:
         allowed = {mode for mode in allowed if not mode.startswith("partitioned")}
+    elif request.stack.recompute_layer_count and "partitioned" in allowed:
+        allowed |= {"partitioned/none"}
     if layout.pp > 1:
         allowed -= {mode for mode in allowed if mode.startswith("offload:")}
     if not modes <= allowed:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from cost_models.layout import RecomputeMode
 from cost_models.leaf import Recompute
-from cost_models.recompute import MIXED, is_counted, parts_of
+from cost_models.recompute import MIXED, group_of, in_parts, is_counted, parts_of
+from hardware_profiles.schema import StackSpec
 from planner.errors import InputError
 from planner.plan import RecomputeLayers, Stage
 from planner.recompute import named_policy
@@ -17,7 +18,8 @@ def asked_recompute(name: str, layers: int | None, request: Request) -> Recomput
     """What ``recompute`` and ``recompute_layers`` of a layout mean for every virtual stage.
 
     ``A/B`` is A in so many first layers and B in the rest, where the stack mixes modes; a mode of
-    modules with a number of layers is then that mode there and none in the rest.
+    modules with a number of layers is then that mode there and none in the rest, and so are inputs
+    in parts where full recomputation has a number.
     """
     stack, count = request.stack, request.model.layer_count if layers is None else layers
     front, mixed, rest = name.partition(MIXED)
@@ -40,7 +42,9 @@ def asked_recompute(name: str, layers: int | None, request: Request) -> Recomput
         return "full" if whole else f"{first.name}{MIXED}{second.name}", count
     if first.name == "full":
         return "full", count
-    if stack.recompute_mixed and layers is not None and first.modules:
+    if layers is not None and (
+        (stack.recompute_mixed and first.modules) or _parts_of_some(first.name, stack)
+    ):
         return f"{first.name}{MIXED}none", count
     return first.name, 0
 
@@ -84,7 +88,8 @@ def recompute_of(stage: Stage, request: Request) -> Recompute:
     front, *rest = totals
     if front == "full" and not rest:
         return "full", _number(totals["full"], sizes)
-    if not request.stack.recompute_mixed or (not rest and totals[front] >= sum(sizes)):
+    everywhere = not rest and totals[front] >= sum(sizes)
+    if everywhere or not (request.stack.recompute_mixed or _parts_of_some(front, request.stack)):
         return front, 0
     if len(rest) > 1 or (rest and sum(totals.values()) != sum(sizes)):
         raise InputError(
@@ -93,6 +98,13 @@ def recompute_of(stage: Stage, request: Request) -> Recompute:
             hint="one mode in its first layers, and one other or none in all the rest",
         )
     return f"{front}{MIXED}{rest[0] if rest else 'none'}", _number(totals[front], sizes)
+
+
+def _parts_of_some(mode: RecomputeMode, stack: StackSpec) -> bool:
+    """Whether a mode keeps inputs in parts and may do so in some layers of a virtual stage, as full
+    recomputation may (Megatron-Core's ``block``): priced where a layout says it, and not searched,
+    since one layer more in whole inputs takes next to no longer."""
+    return stack.recompute_layer_count and in_parts(mode) and group_of(mode) == 1
 
 
 def _number(total: int, sizes: Sequence[int]) -> int:

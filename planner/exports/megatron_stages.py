@@ -69,23 +69,22 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     held = [[_size(chunk) for chunk in stage.chunks] for stage in layout.stages]
     whole = counts == [sum(sizes) for sizes in held]
     mode = next(iter(modes))
-    if in_parts(mode):
-        return [*_full("uniform", group_of(mode)), ("--distribute-saved-activations",)], []
+    parts = [("--distribute-saved-activations",)] if in_parts(mode) else []
     if mode.startswith(f"{OFFLOAD}:"):
         return [("--cpu-offloading-num-layers", mode.partition(":")[2])], []
     if group_of(mode) > 1:
-        return _full("uniform", group_of(mode)), []
-    if mode != "full":
+        return [*_full("uniform", group_of(mode)), *parts], []
+    if mode != "full" and not parts:
         if not whole:
             return [], ["selective recompute of some layers"]
         modules = ("core_attn",) if mode == "selective" else tuple(mode.split("+"))
         return [("--recompute-granularity", "selective"), ("--recompute-modules", *modules)], []
     if whole:
-        return _full("uniform", 1), []
+        return [*_full("uniform", 1), *parts], []
     deepest = max(size for sizes in held for size in sizes)
     for per_chunk in range(1, deepest + 1):
         if counts == [sum(min(per_chunk, size) for size in sizes) for sizes in held]:
-            return _full("block", per_chunk), []
+            return [*_full("block", per_chunk), *parts], []
     return [], [f"recompute that differs between stages ({_runs(counts)} layers per stage)"]
 
 

@@ -280,6 +280,25 @@ def test_whole_layers_in_parts_and_in_groups_have_flags(
     assert expected | {("--recompute-method", "uniform")} <= set(flags)
 
 
+def test_parts_of_some_layers_have_flags() -> None:
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "recompute": tuple(
+                    r.model_copy(update={"mode": "partitioned"}) for r in stage.recompute
+                )
+            }
+        )
+        for stage in chunks_with_recompute([[4, 4]], [3, 3])
+    )
+    flags, problems = recompute_flags(
+        sample.dense_plan().layout.model_copy(update={"stages": stages})
+    )
+    assert problems == []
+    assert {("--recompute-method", "block"), ("--recompute-num-layers", "3")} <= set(flags)
+    assert ("--distribute-saved-activations",) in flags
+
+
 def test_layers_on_the_host_have_a_flag() -> None:
     (stage,) = chunks_with_recompute([[8]], [8])
     part = stage.recompute[0].model_copy(update={"mode": "offload:5"})

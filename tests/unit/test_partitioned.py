@@ -11,6 +11,8 @@ from planner.pipeline import evaluate, plan, read_request
 from planner.request import Request
 from planner.studies.communication import communication
 from planner.studies.verify import verify
+from tests.oracle.brute_prices import Prices
+from tests.oracle.brute_sums import sum_chunk
 
 LAYERS, WIDTH, LENGTH = 96, 12_288, 2048
 INPUT = LENGTH * WIDTH * 2
@@ -126,3 +128,59 @@ def test_a_job_that_asks_for_groups_of_parts_verifies() -> None:
         "partitioned:3"
     }
     assert verify(found) == []
+
+
+@pytest.mark.parametrize(
+    ("stack", "extra"),
+    [("megatron-lm-2021", {}), ("megatron-core", {"sequence_parallel": False}),
+     ("megatron-lm-2022", {"sequence_parallel": False})],
+)  # fmt: skip
+def test_some_layers_of_a_stage_keep_parts(stack: str, extra: dict[str, object]) -> None:
+    """Of twelve layers the first five run again from a part of their inputs, the rest keep all:
+    what lies between none and all twelve, layer by layer, in bytes, time and gathers."""
+    asked = request(stack, precision="bf16") if stack == "megatron-core" else request(stack)
+    shapes = [
+        layout("none", **extra),
+        layout("partitioned", recompute_layers=5, **extra),
+        layout("partitioned", **extra),
+    ]
+    found = [evaluate(asked, shape) for shape in shapes]
+    kept, time, gathers = [], [], []
+    for each in found:
+        terms = {t.name: t.bytes or 0 for t in each.prediction.stages[3].memory}
+        kept.append(terms["activations"] + terms.get("split_blocks", 0))
+        time.append(each.priced.ranks[3].chunks[0].backward_ns)
+        calls = communication(asked, each).stages[3]
+        again = [c for c in calls if (c.phase, c.kind) == ("recompute", "all_gather")]
+        gathers.append(sum(call.count for call in again))
+    assert kept[0] - kept[1] == pytest.approx((kept[0] - kept[2]) * 5 / 12, rel=1e-9)
+    assert time[1] - time[0] == pytest.approx((time[2] - time[0]) * 5 / 12, rel=1e-9)
+    assert gathers == [0, 5 * 8, 12 * 8]
+    stages = found[1].layout.stages
+    assert {(p.mode, p.layers) for s in stages for p in s.recompute} == {("partitioned", 5)}
+    again = evaluate(asked, found[1].layout.model_dump(exclude_none=True))
+    assert again.prediction == found[1].prediction
+
+
+def test_brute_force_sums_parts_of_some_layers_alike() -> None:
+    """Whole stages of five layers in parts and seven that run nothing again, summed by hand."""
+    priced = evaluate(request(), layout("partitioned", recompute_layers=5)).priced
+    tables, leaf = priced.tables, priced.leaf
+    prices = Prices(
+        layers=tuple(leaf.kinds[kind] for kind in leaf.sequence), embedding=leaf.embedding,
+        head=leaf.head, hop=leaf.hop_ns, bucket=leaf.bucket_ns, tied_sync=leaf.tied_sync_ns,
+        sync=leaf.sync_ns, fixed=leaf.fixed_bytes, receive=0, output=0,
+        capacity=leaf.capacity_bytes, policies=tables.policies, late=(), waiting=(),
+        put_off=(0, 0, 0), blocks_stay=leaf.idle_forward, ends=None,
+    )  # fmt: skip
+    for rank in range(1, 7):
+        chunk = priced.ranks[rank].chunks[0]
+        own = sum_chunk(
+            prices, False, False, True, 12 * rank, 12, ("partitioned/none", 5), halves=False
+        )
+        assert own.activation == chunk.activation_bytes
+        assert own.working == chunk.working_bytes
+        assert own.draining == chunk.draining_bytes
+        sent = priced.leaf.sends
+        on, back = (sent[12][0], sent[12][1]) if sent else (0, 0)
+        assert (own.forward + on, own.backward + back) == (chunk.forward_ns, chunk.backward_ns)
