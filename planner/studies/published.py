@@ -11,6 +11,7 @@ from typing import Any
 
 from cost_models.leaf import Completion
 from hardware_profiles.loader import load_stack
+from hardware_profiles.stack_words import PARTITIONED
 from planner.hosting import cannot_offload
 from planner.layouts import completion_of
 from planner.layouts import layout_of as rebuilt
@@ -351,7 +352,7 @@ def stages_of(reading: Reading, layout: Layout, request: Request) -> Layout:
 
 def _recompute(reading: Reading, request: Request, stages: int) -> dict[str, Any]:
     text = reading.text("recompute")
-    if text in ("none", "selective", "full"):
+    if text in ("none", "selective", "full", PARTITIONED):
         return {"recompute": text}
     if text == "half":
         per_stage = -(-request.model.layer_count // stages)

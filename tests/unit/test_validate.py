@@ -161,6 +161,16 @@ def test_modules_that_megatron_bridge_runs_again_are_those_of_its_recipe(
     assert modes == ({recompute} if recompute else set())
 
 
+def test_old_runs_of_zero_3_keep_their_inputs_in_parts() -> None:
+    row = RUN | {"framework": "Megatron+DeepSpeed ZeRO-3 (old branch)", "year": "2021",
+                 "precision": "fp16", "pp": "1", "sp": "0", "zero_stage": "3",
+                 "recompute": "full", "gated_mlp": "0"}  # fmt: skip
+    for tp, mode in (("1", "full"), ("2", "partitioned")):
+        dp = str(16 // int(tp))
+        layout = prepare(read_runs(text_of(row | {"tp": tp, "dp": dp}))[0]).layout
+        assert {group.mode for stage in layout.stages for group in stage.recompute} == {mode}
+
+
 def test_mixtures_of_automodel_are_in_16_bits() -> None:
     row = {"framework": "NeMo AutoModel (FSDP2)", "pp": "1", "tp": "1", "dp": "16", "vpp": ""}
     mixture = {"experts": "8", "experts_active": "2", "ep": "8", "recompute": ""}
