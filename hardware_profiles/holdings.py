@@ -209,6 +209,8 @@ class MuonSpec(Profile):
     the update sent back in the same way."""
     exchange_bytes: Literal[2, 4] = 2
     """Per element on the way."""
+    precisions: tuple[Precision, ...] = ()
+    """Precisions in which it orthogonalises at all; empty: all of the stack's."""
     experts: bool = True
     """Whether it orthogonalises experts; else they are AdamW's."""
     tensor_parallel: bool = True

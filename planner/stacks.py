@@ -107,6 +107,12 @@ def _faults(request: Request) -> Iterator[InputError]:
     if job.optimizer not in stack.optimizers:
         known = ", ".join(stack.optimizers)
         yield InputError(f"{name} has no optimizer {job.optimizer} (it has {known})")
+    able = stack.muon.precisions
+    if job.optimizer == "muon" and able and job.precision not in able:
+        yield InputError(
+            f"{name} runs muon in {', '.join(able)}; in {job.precision} nothing orthogonalises",
+            hint=f"--precision {able[0]}",
+        )
     if job.precision not in stack.precisions:
         known = ", ".join(stack.precisions)
         only = stack.precisions[0] if len(stack.precisions) == 1 else None

@@ -206,6 +206,8 @@ def runs(request: Request, x: Layout) -> bool:
     # Without ZeRO nobody reads what is asked of the hosts.
     asked = request.job.optimizer_offload and stack.offload is not None
     least = stack.offload.least_zero_stage if asked and stack.offload is not None else 0
+    if request.job.optimizer == "muon":
+        least = max(least, stack.muon.least_zero_stage)
     if x.zero < least and x.dp_replicate * x.dp_shard * x.cp > 1:
         return False
     split = request.model.tensor_split

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hardware_profiles.loader import catalog_names
@@ -21,3 +23,22 @@ def test_the_planner_is_right_with_every_stack(stack: str) -> None:
         compared += check_bounds(seed, stack)
         assert not differences(compare(seed, stack=stack))
     assert compared > 0
+
+
+def test_the_planner_is_right_with_muon_in_a_pipeline_of_deepspeed() -> None:
+    """In fp16, in stage 1, on matrices that no tensor-parallel rank has a part of."""
+    feasible = 0
+    for seed in range(5000, 5012):
+        request = draw(seed, "deepspeed-pipe")
+        changes = {"optimizer": "muon", "precision": "fp16"}
+        request = replace(request, job=request.job.model_copy(update=changes))
+        if request.unsupported is not None:
+            continue
+        each = compare(seed, request=request)
+        assert not differences(each)
+        if each.answer.layout is not None:
+            feasible += 1
+            x = each.answer.layout
+            assert x.tp == 1
+            assert x.zero == 1 or x.dp_replicate * x.dp_shard * x.cp == 1
+    assert feasible

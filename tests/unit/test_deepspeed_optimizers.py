@@ -147,3 +147,22 @@ def test_only_optimizers_of_the_host_run_there() -> None:
     with pytest.raises(InputError, match="has no sgd on the host"):
         evaluate(request(optimizer="sgd", optimizer_offload=True), sharded(2))
     assert memory(evaluate(request(optimizer="lion", optimizer_offload=True), sharded(2)))
+
+
+def test_a_pipeline_orthogonalises_in_fp16_alone() -> None:
+    """engine.py: in bf16 it has BF16_Optimizer, which adds gradients as they are."""
+    job = {"stack": "deepspeed-pipe", "sequence_length": 4096, "global_batch": 64,
+           "optimizer": "muon", "precision": "fp16"}  # fmt: skip
+    asked = read_request("llama-3.1-8b", "dgx-h100:2", None, job)
+    adamw = read_request("llama-3.1-8b", "dgx-h100:2", None, job | {"optimizer": "adamw"})
+    layout = {"pp": 4, "zero_stage": 1}
+    found, plain = (evaluate(each, layout).prediction for each in (asked, adamw))
+    assert found.step_time_s > plain.step_time_s
+    assert found.max_peak_bytes < plain.max_peak_bytes
+    with pytest.raises(InputError, match="that tp does not split"):
+        evaluate(asked, {"tp": 2, "pp": 4, "zero_stage": 1})
+    with pytest.raises(InputError, match="under ZeRO only"):
+        evaluate(asked, {"pp": 4, "zero_stage": 0})
+    with pytest.raises(InputError, match="runs muon in fp16"):
+        read_request("llama-3.1-8b", "dgx-h100:2", None, job | {"precision": "bf16"})
+    assert verify(plan(asked)) == []
