@@ -62,7 +62,7 @@ def export(plan: Plan) -> Launch:
 
     shape, problems, notes = model_flags(model, job, stack, mtp_layers=mtp_layers)
     stages, more = pipeline_flags(layout, mtp_layers=mtp_layers)
-    recompute, other = recompute_flags(layout)
+    recompute, other = recompute_flags(layout, predicts=mtp_layers > 0)
     problems = [*problems, *more, *other, *_layout_problems(layout)]
     if job.precision not in _PRECISION:
         problems.append(f"{job.precision} products")

@@ -54,11 +54,15 @@ def pipeline_layout(stages: tuple[Stage, ...], *, mtp_layers: int) -> str:
     return "".join(parts) + words[-1]
 
 
-def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
+def recompute_flags(layout: Layout, *, predicts: bool = False) -> tuple[list[Flag], list[str]]:
     """Recompute as one granularity and one number of layers for every virtual stage.
 
     Full recompute of ``n`` layers of each chunk is ``--recompute-method block``; of every layer it
     is ``uniform``. Counts that no common ``n`` gives have no flag.
+
+    ``predicts``: whether the model has prediction modules. From 0.14 on ``uniform`` runs these
+    again too, and only one layer at a time (core/transformer/multi_token_prediction.py,
+    _checkpointed_forward); the plan keeps what they hold, as ``block`` does in every version.
     """
     modes = {item.mode for stage in layout.stages for item in stage.recompute}
     if not modes:
@@ -72,6 +76,8 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
     parts = [("--distribute-saved-activations",)] if in_parts(mode) else []
     if mode.startswith(f"{OFFLOAD}:"):
         return [("--cpu-offloading-num-layers", mode.partition(":")[2])], []
+    if group_of(mode) > 1 and predicts:
+        return [], [f"recompute {mode} beside prediction modules"]
     if group_of(mode) > 1:
         return [*_full("uniform", group_of(mode)), *parts], []
     if mode != "full" and not parts:
@@ -79,7 +85,7 @@ def recompute_flags(layout: Layout) -> tuple[list[Flag], list[str]]:
             return [], ["selective recompute of some layers"]
         modules = ("core_attn",) if mode == "selective" else tuple(mode.split("+"))
         return [("--recompute-granularity", "selective"), ("--recompute-modules", *modules)], []
-    if whole:
+    if whole and not predicts:
         return [*_full("uniform", 1), *parts], []
     deepest = max(size for sizes in held for size in sizes)
     for per_chunk in range(1, deepest + 1):

@@ -257,6 +257,41 @@ def test_recompute_counts_become_one_number(sizes, counts, expected) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "more"), [("full", set()), ("partitioned", {("--distribute-saved-activations",)})]
+)
+def test_prediction_modules_are_not_run_again(mode: str, more: set[tuple[str, ...]]) -> None:
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "recompute": tuple(r.model_copy(update={"mode": mode}) for r in stage.recompute)
+            }
+        )
+        for stage in chunks_with_recompute([[4, 4], [4, 2]], [8, 6])
+    )
+    layout = sample.dense_plan().layout.model_copy(update={"stages": stages})
+    flags, problems = recompute_flags(layout, predicts=True)
+    assert problems == []
+    block = {("--recompute-method", "block"), ("--recompute-num-layers", "4")}
+    assert more | block <= set(flags)
+    assert ("--recompute-method", "uniform") in recompute_flags(layout)[0]
+
+
+def test_layers_that_run_again_together_have_no_flag_beside_prediction_modules() -> None:
+    """0.14.0 to 0.16.1, core/transformer/multi_token_prediction.py: an assertion."""
+    stages = tuple(
+        stage.model_copy(
+            update={
+                "recompute": tuple(r.model_copy(update={"mode": "full:2"}) for r in stage.recompute)
+            }
+        )
+        for stage in chunks_with_recompute([[8]], [8])
+    )
+    layout = sample.dense_plan().layout.model_copy(update={"stages": stages})
+    flags, problems = recompute_flags(layout, predicts=True)
+    assert (flags, problems) == ([], ["recompute full:2 beside prediction modules"])
+
+
+@pytest.mark.parametrize(
     ("mode", "expected"),
     [
         ("partitioned", {("--recompute-num-layers", "1"), ("--distribute-saved-activations",)}),
