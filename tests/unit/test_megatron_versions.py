@@ -15,8 +15,10 @@ from cost_models.state import local_tensor
 from hardware_profiles.loader import load_cluster, load_stack
 from hardware_profiles.schema import StackSpec
 from planner.blocks import routing
+from planner.errors import InputError
 from planner.models.reader import read_model
 from planner.models.spec import MoeSpec
+from planner.pipeline import evaluate, read_request
 from planner.recompute import named_policy
 from planner.request import Request
 from planner.specs import JobSpec
@@ -200,3 +202,25 @@ def test_up_projections_that_run_again_keep_the_rotated_part_as_it_came(
     left, _ = activation_bytes(kind, place, policy)
     freed = sum(t.bytes for t in kind.saved(place) if "mla_up_proj" in t.modules)
     assert int((left - everything + freed)[0]) == 2 * TOKENS * held
+
+
+@pytest.mark.parametrize("precision", ["", "-fp8", "-mxfp8"])
+def test_bridge_from_0_4_on_runs_what_megatron_core_0_17_does(precision: str) -> None:
+    """Four KV heads under tp 8, and a list of kinds of context parallelism: a core of 0.14 or 0.15
+    refuses the first, one below 0.17 the second."""
+    job = {"sequence_length": 4096, "global_batch": 64, "precision": "fp8" if precision else "bf16"}
+    wide = {"tp": 8, "sequence_parallel": True, "ep": 8}
+    listed = {"cp": 2}
+    for release, runs in (("", False), ("-0.4", True)):
+        stack = f"megatron-bridge{precision}{release}"
+        asked = read_request("qwen3-235b-a22b", "dgx-b200:8", None, job | {"stack": stack})
+        kinds = job | {"stack": stack, "cp_kinds": ["p2p", "a2a"]}
+        if runs:
+            assert evaluate(asked, wide).layout.tp == 8
+            by_layer = read_request("qwen3-32b", "dgx-b200:8", None, kinds)
+            assert evaluate(by_layer, listed).layout.cp == 2
+            continue
+        with pytest.raises(InputError, match="KV heads do not split over tp"):
+            evaluate(asked, wide)
+        with pytest.raises(InputError):
+            evaluate(read_request("qwen3-32b", "dgx-b200:8", None, kinds), listed)
