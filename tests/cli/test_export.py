@@ -295,6 +295,7 @@ def test_layers_that_run_again_together_have_no_flag_beside_prediction_modules()
     ("mode", "expected"),
     [
         ("partitioned", {("--recompute-num-layers", "1"), ("--distribute-saved-activations",)}),
+        ("partitioned:2", {("--recompute-num-layers", "2"), ("--distribute-saved-activations",)}),
         ("full:3", {("--recompute-num-layers", "3")}),
     ],
 )
