@@ -30,7 +30,7 @@ from cost_models.layout import (
     running_counts,
     stage_of,
 )
-from cost_models.recompute import ModeRows, group_of, is_counted, mode_rows, parts_of
+from cost_models.recompute import ModeRows, counts_of, group_of, mode_rows, parts_of, shares_of
 from cost_models.resharding import beyond_activations
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
@@ -246,15 +246,13 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     Chunks of the same layers in the same place (an end, or between) cost the same, and most chunks
     of a model are alike: results are kept per leaf.
     """
-    mode, limit = recompute
     counts = leaf.counts
-    split = min(last, first + limit) if is_counted(mode) else last
     held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
-    front = tuple([b - a for a, b in zip(counts[first], counts[split], strict=True)])
+    parts = counts_of(recompute, counts, first, last)
     late = leaf.late[last] if leaf.late and leaf.sends_on(stage) else (0, 0)
     sent = sent_ns(leaf, stage, first, last)
-    beyond = beyond_activations(leaf, stage, first, last, mode) if leaf.reshards else 0
-    key = (stage == 0, stage == leaf.stages - 1, mode, held, front, late, sent, beyond)
+    beyond = beyond_activations(leaf, stage, first, last, recompute[0]) if leaf.reshards else 0
+    key = (stage == 0, stage == leaf.stages - 1, recompute[0], held, parts, late, sent, beyond)
     known = leaf.chunk_cache.get(key)
     if known is None:
         known = leaf.chunk_cache[key] = held_costs(leaf, *key)
@@ -272,16 +270,16 @@ def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
 
 def held_costs(
     leaf: Leaf, at_start: bool, at_end: bool, mode: RecomputeMode, held: tuple[int, ...],
-    front: tuple[int, ...], late: tuple[int, int], sends: tuple[int, int], beyond: int = 0,
+    parts: tuple[tuple[int, ...], ...], late: tuple[int, int], sends: tuple[int, int],
+    beyond: int = 0,
 ) -> ChunkCosts:  # fmt: skip
-    """Costs of ``held`` layers per kind, the ``front`` ones in the first mode; ``beyond`` them."""
+    """Costs of ``held`` layers per kind, ``parts`` in each mode but the last; ``beyond`` them."""
     forward, backward = sends
     gradient = update = static = activation = working = draining = made = 0
     step = freed = sent = behind = idle = gathered = 0
     in_front, behind_it = leaf.parts(mode)
-    kept, short, extra = in_front
-    layers = sum(held)
-    for kind, total, changed in zip(leaf.kinds, held, front, strict=True):
+    kept, extra, layers = in_front.kept, in_front.extra, sum(held)
+    for kind, total, changed, *more in zip(leaf.kinds, held, *parts, strict=True):
         if not total:
             continue
         forward += total * kind[Field.FORWARD]
@@ -292,9 +290,11 @@ def held_costs(
         made += total * kind[Field.NEW_GRADIENTS]
         step += total * kind[Field.UPDATE_BYTES]
         gathered += total * kind[Field.GATHERED]
-        for count, (act, work, more) in ((changed, in_front), (total - changed, behind_it)):
+        shares = [(changed, in_front), (total - changed, behind_it)]
+        shares = shares_of(leaf.modes, mode, (changed, *more), total) if more else shares
+        for count, (act, work, added) in shares:
             if count:
-                backward += count * kind[more]
+                backward += count * kind[added]
                 activation += count * kind[act]
                 working = max(working, kind[work])
                 draining = max(draining, kind[act] + kind[work] - kind[Field.NEW_GRADIENTS])
@@ -303,8 +303,8 @@ def held_costs(
                     sent = max(sent, kind[Field.IN_FLIGHT] - kind[act])
                     behind = max(behind, kind[Field.IN_FLIGHT])
     # The last group of layers that run again together keeps as much as a whole one.
-    most = max([row[kept] for row, n in zip(leaf.kinds, front, strict=True) if n], default=0)
-    activation += -sum(front) % group_of(mode) * most
+    most = max([row[kept] for row, n in zip(leaf.kinds, parts[0], strict=True) if n], default=0)
+    activation += -sum(parts[0]) % group_of(mode) * most
     for end, present in ((leaf.embedding, at_start), (leaf.head, at_end)):
         if present:
             forward += end[Field.FORWARD]
@@ -350,7 +350,7 @@ def held_costs(
         working, freed = max((working, freed), (leaf.shared.working_bytes, 0))
     split = None
     if leaf.splits_backward:
-        again = front if mode == "full" and not at_start else (0,) * len(held)
+        again = parts[0] if mode == "full" and not at_start else (0,) * len(held)
         passes = weight_passes_ns(leaf.kinds, again, extra)
         backward += passes
         left = sum([n * k[Field.LEFT_AGAIN] for k, n in zip(leaf.kinds, again, strict=True)])

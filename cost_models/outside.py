@@ -116,6 +116,6 @@ def recomputing(leaf: Leaf, mode: str) -> Leaf:
     alone = replace(leaf, kinds=outside.kinds, outside=None)
     none, counts = (0, 0), outside.counts
     outside = replace(
-        outside, costs=held_costs(alone, False, False, mode, counts, counts, none, none)
+        outside, costs=held_costs(alone, False, False, mode, counts, (counts,), none, none)
     )
     return replace(leaf, outside=outside, sync_ns=leaf.sync_ns + outside.ns)

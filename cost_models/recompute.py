@@ -10,12 +10,14 @@ group of a stage has beyond its layers' parts is added where the stage is known
 (``cost_models.leaf``).
 
 Where a stack can mix two modes in a virtual stage, ``A/B`` stands for A in so many of its first
-layers and B in the rest; ``full`` is ``full/none``.
+layers and B in the rest; ``full`` is ``full/none``. A layout may name more of them, with numbers:
+in ``A/3*B/C`` three layers in mode B follow those in A.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -72,15 +74,59 @@ def write_modes(
 
 MIXED = "/"
 """Between the mode of a virtual stage's first layers and that of the rest."""
+TIMES = "*"
+"""Behind the number of layers of a mode between those two."""
 
 
 @lru_cache(maxsize=4096)
 def parts_of(mode: RecomputeMode) -> tuple[RecomputeMode, RecomputeMode]:
     """Modes of a virtual stage's first layers and of the rest; the same where all are alike."""
+    names = names_of(mode)
+    return names[0], names[-1]
+
+
+@lru_cache(maxsize=4096)
+def names_of(mode: RecomputeMode) -> tuple[RecomputeMode, ...]:
+    """Modes of a virtual stage's layers from the first ones on, two at least."""
     if mode == "full":
         return "full", "none"
-    front, mixed, rest = mode.partition(MIXED)
-    return front, rest if mixed else front
+    front, *more = mode.split(MIXED)
+    return front, *(part.rpartition(TIMES)[2] for part in more or [front])
+
+
+def cuts_of(recompute: tuple[RecomputeMode, int], first: int, last: int) -> tuple[int, ...]:
+    """Where layers ``first .. last - 1`` of a virtual stage go over from each mode to the next."""
+    mode, limit = recompute
+    if not is_counted(mode):
+        return (last,)
+    between = [int(part.partition(TIMES)[0]) for part in mode.split(MIXED)[1:-1]]
+    return tuple(min(last, first + count) for count in accumulate((limit, *between)))
+
+
+def counts_of(
+    recompute: tuple[RecomputeMode, int], counts: tuple[tuple[int, ...], ...], first: int, last: int
+) -> tuple[tuple[int, ...], ...]:
+    """Of layers ``first .. last - 1``, how many of each kind are in each mode but the last; of
+    ``counts[i][kind]`` among the first ``i``."""
+    mode, limit = recompute
+    found, start = [], counts[first]
+    if TIMES not in mode:
+        end = counts[min(last, first + limit) if is_counted(mode) else last]
+        return (tuple([b - a for a, b in zip(start, end, strict=True)]),)
+    for cut in cuts_of(recompute, first, last):
+        end = counts[cut]
+        found.append(tuple([b - a for a, b in zip(start, end, strict=True)]))
+        start = end
+    return tuple(found)
+
+
+def shares_of(
+    rows: dict[RecomputeMode, ModeRows], mode: RecomputeMode, counts: tuple[int, ...], total: int
+) -> list[tuple[int, ModeRows]]:
+    """Layers of one kind in each mode of a virtual stage, with the rows of that mode; ``counts`` of
+    all modes but the last, which the rest of ``total`` have."""
+    named = [rows[name] for name in names_of(mode)]
+    return list(zip((*counts, total - sum(counts)), named, strict=True))
 
 
 def is_counted(mode: RecomputeMode) -> bool:

@@ -29,7 +29,7 @@ StackRule = Literal[
     "no_expert_parallelism", "no_experts",
     "no_experts_with_tp", "no_pipeline", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
     "no_zero_3_with_split_backward",
-    "no_zero_3_with_context", "dense_zero_2_in_pipelines",
+    "no_zero_3_with_context", "zero_2_needs_expert_parallelism",
     "zero_0_is_replicate_only", "zero_1_shards_over_all", "no_sequence_parallelism_with_context",
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
     "shards_fill_nodes", "experts_follow_tp", "experts_over_ep_or_tp",

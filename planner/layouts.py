@@ -274,7 +274,8 @@ def _default_zero(request: Request, degree: Mapping[str, int]) -> int:
     if degree["dp_shard"] * degree["cp"] == 1 and 0 in request.zero_stages and not wraps:
         return 0
     sharded = [stage for stage in request.zero_stages if stage > 0]
-    if degree["pp"] == 1 and 3 in sharded:
+    returns = "zero_2_needs_expert_parallelism" in request.stack.rules and degree["ep"] == 1
+    if (degree["pp"] == 1 or returns) and 3 in sharded:
         return 3
     return min(sharded) if sharded else 0
 

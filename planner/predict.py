@@ -20,7 +20,7 @@ from cost_models.leaf import (
 )
 from cost_models.outside import recomputing
 from cost_models.peaks import host_bytes
-from cost_models.recompute import parts_of
+from cost_models.recompute import names_of
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
 from hardware_profiles.stack_words import OFFLOAD
@@ -67,7 +67,7 @@ def with_policies(request: Request, completion: Completion) -> WorkloadGraph:
     """The workload with the policies of ``completion`` priced beside those of the search."""
     workload = request.workload
     known = {"none", *(policy.name for policy in workload.policies)}
-    named = [mode for whole, _ in completion.recompute for mode in parts_of(whole)]
+    named = [mode for whole, _ in completion.recompute for mode in names_of(whole)]
     more = dict.fromkeys(mode for mode in named if mode not in known)
     policies = tuple(named_policy(name, request.stack) for name in more)
     return replace(workload, policies=(*workload.policies, *policies)) if policies else workload

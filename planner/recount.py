@@ -261,8 +261,7 @@ def impossible_layout(
         return "the optimizer's state is split over all of dp"
     if zero == 2 and mesh.pp > 1 and "no_zero_2_with_pipeline" in stack.rules:
         return "no sharded gradients under a pipeline"
-    whole = "dense_zero_2_in_pipelines" in stack.rules and mesh.ep == 1
-    if zero == 2 and mesh.pp == 1 and whole:
+    if zero == 2 and mesh.ep == 1 and "zero_2_needs_expert_parallelism" in stack.rules:
         return "layers give their weights back after each forward"
     if zero == 2 and mesh.pp == 1 and "zero_2_needs_pipeline" in stack.rules:
         return "weights stay gathered for the microbatches of a pipeline"

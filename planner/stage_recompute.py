@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 from cost_models.layout import RecomputeMode
 from cost_models.leaf import Recompute
-from cost_models.recompute import MIXED, group_of, in_parts, is_counted, parts_of
+from cost_models.recompute import MIXED, TIMES, cuts_of, group_of, in_parts, names_of
 from hardware_profiles.schema import StackSpec
 from planner.errors import InputError
 from planner.plan import RecomputeLayers, Stage
@@ -17,29 +18,27 @@ from planner.request import Request
 def asked_recompute(name: str, layers: int | None, request: Request) -> Recompute:
     """What ``recompute`` and ``recompute_layers`` of a layout mean for every virtual stage.
 
-    ``A/B`` is A in so many first layers and B in the rest, where the stack mixes modes; a mode of
-    modules with a number of layers is then that mode there and none in the rest, and so are inputs
-    in parts where full recomputation has a number.
+    ``A/B`` is A in so many first layers and B in the rest, where the stack mixes modes, ``A/3*B/C``
+    has three layers in B between them; a mode of modules with a number of layers is then that mode
+    there and none in the rest, and so are inputs in parts where full recomputation has a number.
     """
     stack, count = request.stack, request.model.layer_count if layers is None else layers
-    front, mixed, rest = name.partition(MIXED)
+    front, *more = name.split(MIXED)
     first = named_policy(front, stack)
-    if mixed:
-        second = named_policy(rest, stack)
+    if more:
+        asked = [_times(part, name) for part in more[:-1]]
+        names = [first.name, *(named_policy(part, stack).name for _, part in asked)]
+        names.append(named_policy(more[-1], stack).name)
         if not stack.recompute_mixed:
             raise InputError(
                 f"recompute is {name!r}; {stack.name} runs all layers of a stage again in one way",
-                hint=f"{first.name} or {second.name}",
+                hint=" or ".join(names),
             )
-        named = second.keeps is None and (first.keeps is None or first.name == "full")
-        if not named or not (first.name == "full" or first.modules > second.modules):
-            raise InputError(
-                f"recompute is {name!r}: the first layers run again all that the rest run again, "
-                "and more",
-                hint=f"{second.name}{MIXED}{first.name}, or either alone",
-            )
-        whole = (first.name, second.name) == ("full", "none")
-        return "full" if whole else f"{first.name}{MIXED}{second.name}", count
+        _require_less_and_less(names, request)
+        if names == ["full", "none"]:
+            return "full", count
+        between = [f"{n}{TIMES}{part}" for (n, _), part in zip(asked, names[1:-1], strict=True)]
+        return MIXED.join([first.name, *between, names[-1]]), count
     if first.name == "full":
         return "full", count
     if layers is not None and (
@@ -49,13 +48,25 @@ def asked_recompute(name: str, layers: int | None, request: Request) -> Recomput
     return first.name, 0
 
 
+def _times(part: str, name: str) -> tuple[int, str]:
+    """The number and the mode of layers between the first and the last ones."""
+    number, times, mode = part.partition(TIMES)
+    if not times or not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise InputError(
+            f"recompute is {name!r}: modes between the first and the last need a number of layers",
+            hint=f"2{TIMES}{part}",
+        )
+    return int(number), mode
+
+
 def modes_of(recompute: Recompute, first: int, last: int) -> Iterator[tuple[int, RecomputeMode]]:
     """Layers ``first .. last - 1`` of a virtual stage with the mode of each."""
-    mode, limit = recompute
-    front, rest = parts_of(mode)
-    upto = min(last, first + limit) if is_counted(mode) else last
-    for place in range(first, last):
-        yield place, front if place < upto else rest
+    cuts = (*cuts_of(recompute, first, last), last)
+    start = first
+    for mode, cut in zip(names_of(recompute[0]), cuts, strict=True):
+        for place in range(start, cut):
+            yield place, mode
+        start = cut
 
 
 def stated(
@@ -69,8 +80,11 @@ def stated(
             if mode != "none":
                 key = kinds[place], mode
                 counts[key] = counts.get(key, 0) + 1
-    behind = {parts_of(mode)[1] for (mode, _), _, _ in chunks if is_counted(mode)}
-    ordered = sorted(counts.items(), key=lambda item: item[0][1] in behind)
+    order: dict[RecomputeMode, int] = {}
+    for (mode, _), _, _ in chunks:
+        for place, name in enumerate(names_of(mode)):
+            order[name] = max(order.get(name, 0), place if mode != name else 0)
+    ordered = sorted(counts.items(), key=lambda item: order[item[0][1]])
     return tuple(
         RecomputeLayers(kind=kind, mode=mode, layers=count) for (kind, mode), count in ordered
     )
@@ -91,13 +105,26 @@ def recompute_of(stage: Stage, request: Request) -> Recompute:
     everywhere = not rest and totals[front] >= sum(sizes)
     if everywhere or not (request.stack.recompute_mixed or _parts_of_some(front, request.stack)):
         return front, 0
-    if len(rest) > 1 or (rest and sum(totals.values()) != sum(sizes)):
-        raise InputError(
-            f"a stage of {sum(sizes)} layers recomputes {', '.join(totals)} in "
-            f"{', '.join(map(str, totals.values()))} of them",
-            hint="one mode in its first layers, and one other or none in all the rest",
-        )
-    return f"{front}{MIXED}{rest[0] if rest else 'none'}", _number(totals[front], sizes)
+    _require_less_and_less(list(totals), request)
+    ends = [_number(total, sizes) for total in accumulate(totals.values())]
+    between = [f"{ends[n] - ends[n - 1]}{TIMES}{name}" for n, name in enumerate(rest, 1)]
+    if between and ends[-1] == max(sizes):
+        last = rest[-1]
+        return MIXED.join([front, *between[:-1], last]), ends[0]
+    return MIXED.join([front, *between, "none"]), ends[0]
+
+
+def _require_less_and_less(names: list[RecomputeMode], request: Request) -> None:
+    """Raise :class:`InputError` where some mode does not run again all that the one behind it in a
+    stage does, and more."""
+    for name, behind in pairwise(named_policy(name, request.stack) for name in names):
+        able = behind.keeps is None and (name.keeps is None or name.name == "full")
+        if not able or not (name.name == "full" or name.modules > behind.modules):
+            raise InputError(
+                f"a stage recomputes {', '.join(names)}: layers run again all that those behind "
+                "them run again, and more",
+                hint=f"{behind.name}{MIXED}{name.name}, or either alone",
+            )
 
 
 def _parts_of_some(mode: RecomputeMode, stack: StackSpec) -> bool:

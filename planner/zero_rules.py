@@ -51,11 +51,11 @@ def zero_rules(request: Request) -> Iterator[LayoutRule]:
                 (x.zero_stage == 3) & (m.pp > 1) & np.isin(x.schedule, codes_of(SPLIT_BACKWARD))
             ),
         )
-    if "dense_zero_2_in_pipelines" in stack.rules:
+    if "zero_2_needs_expert_parallelism" in stack.rules:
         yield (
             f"{label}: layers whose experts no rank shares out give their weights back after each "
             "forward",
-            lambda m, x: (x.zero_stage == 2) & (m.pp == 1) & (m.ep == 1),
+            lambda m, x: (x.zero_stage == 2) & (m.ep == 1),
         )
     if "no_zero_3_with_context" in stack.rules:
         yield (

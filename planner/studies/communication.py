@@ -11,12 +11,13 @@ from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
 from cost_models.outside import outside_configs
-from cost_models.recompute import group_of, is_counted, parts_of
+from cost_models.recompute import group_of
 from cost_models.step import Field
 from cost_models.traffic import Calls, Pass
 from cost_models.transfers import scattered
 from planner.given_outside import outside_recompute
 from planner.pipeline import EvaluatedLayout, Request
+from planner.stage_recompute import modes_of
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,9 @@ class _Counter:
         leaf, stages = self.priced.leaf, self.priced.leaf.stages
         for j in leaf.held(rank):
             first, last = completion.bounds[j], completion.bounds[j + 1]
-            mode, limit = completion.recompute[j]
-            upto = min(last, first + limit) if is_counted(mode) else last
-            front, rest = parts_of(mode)
-            for index in range(first, last):
+            for index, mode_here in modes_of(completion.recompute[j], first, last):
                 passes = leaf.kinds[leaf.sequence[index]][Field.WEIGHT_PASSES]
                 again = 1 + passes * (leaf.splits_backward and j > 0)
-                mode_here = front if index < upto else rest
                 starts = (index - first) % group_of(mode_here) == 0
                 yield workload.kinds[workload.layers[index]], mode_here, again, starts
             if j == 0 or leaf.shared is not None:

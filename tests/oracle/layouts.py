@@ -351,7 +351,7 @@ def runs(request: Request, x: Layout) -> bool:
     spread = x.dp_shard * x.cp
     if x.zero == 3 and keeps not in (None, "any") and spread > keeps and spread % keeps:
         return False
-    if "dense_zero_2_in_pipelines" in rules and x.zero == 2 and x.pp * x.ep == 1:
+    if "zero_2_needs_expert_parallelism" in rules and x.zero == 2 and x.ep == 1:
         return False
     if x.zero == 3 and x.cp > 1 and "no_zero_3_with_context" in rules:
         return False

@@ -73,3 +73,30 @@ def test_the_search_finds_the_best_mixture() -> None:
         assert not differences(each)
         mixed += any("/" in mode for mode, _ in each.answer.options)
     assert mixed >= 4
+
+
+def test_three_modes_of_a_stage_are_sums_over_its_layers() -> None:
+    """In ``full/2*selective/none`` the layers behind the first are counted one by one here."""
+    for seed in range(40):
+        rng = Random(seed)
+        layers = rng.randint(3, 8)
+        leaf = draw_leaf(
+            rng, schedule="1f1b", pp=1, vpp=1, microbatches=rng.randint(1, 4), layers=layers
+        )
+        front, between = rng.randint(1, layers - 2), rng.randint(1, layers)
+        option = (f"full/{between}*selective/none", front)
+        (rank,) = stage_costs(leaf, Completion((0, layers), (option,)))
+        (plain,) = stage_costs(leaf, Completion((0, layers), (("none", 0),)))
+        again = activation = 0
+        for place, kind in enumerate(leaf.sequence):
+            mode = "full" if place < front else "selective" if place < front + between else "none"
+            rows = leaf.modes[mode]
+            again += leaf.kinds[kind][rows.extra] - leaf.kinds[kind][leaf.modes["none"].extra]
+            kept = leaf.kinds[kind][leaf.modes["none"].kept]
+            activation += kept - leaf.kinds[kind][rows.kept]
+        (one,), (other,) = rank.chunks, plain.chunks
+        assert one.backward_ns - other.backward_ns == again, seed
+        assert other.activation_bytes - one.activation_bytes == activation, seed
+        if front + between >= layers:
+            two = stage_costs(leaf, Completion((0, layers), (("full/selective", front),)))
+            assert two == (rank,)

@@ -192,7 +192,7 @@ def test_two_modes_of_a_stage_are_stated_and_read_again() -> None:
 
 @pytest.mark.parametrize("mode", ["selective/full", "sp_gather/layernorm"])
 def test_modes_that_do_not_mix_are_refused(mode: str) -> None:
-    with pytest.raises(InputError, match="the first layers run again all that the rest"):
+    with pytest.raises(InputError, match="run again all that those behind them"):
         evaluate(request(), {"recompute": mode})
     other = {"stack": "megatron-core", "sequence_length": 4096, "global_batch": 16}
     with pytest.raises(InputError, match="all layers of a stage again in one way"):
@@ -207,3 +207,27 @@ def test_a_mixture_is_found_where_memory_is_short_and_holds_against_the_recheck(
     modes = [[part.mode for part in stage.recompute] for stage in found.layout.stages]
     assert max(len(own) for own in modes) == 2
     assert verify(found) == []
+
+
+def test_a_layout_names_three_kinds_of_recomputation_in_a_stage() -> None:
+    """LayerSetting counts the first layers of each pattern: of 8 layers 2 run again whole, 3 with
+    their activation and norms, 3 with their activation. A third mode lies between two."""
+    job = {"stack": "mindformers", "sequence_length": 4096, "global_batch": 64}
+    asked = read_request("llama-3.1-8b", "atlas-910b:2", None, job)
+    more, less = "layernorm+mlp_act+sp_gather", "selective"
+    runs = {
+        name: evaluate(asked, {"tp": 4, "pp": 4, "recompute": name, "recompute_layers": 2})
+        for name in (f"full/{more}", f"full/3*{more}/{less}", f"full/{less}")
+    }
+    first, third, second = runs.values()
+    assert first.prediction.step_time_s > third.prediction.step_time_s
+    assert third.prediction.step_time_s > second.prediction.step_time_s
+    assert first.prediction.max_peak_bytes < third.prediction.max_peak_bytes
+    assert third.prediction.max_peak_bytes < second.prediction.max_peak_bytes
+    stated = [(part.mode, part.layers) for part in third.layout.stages[0].recompute]
+    assert stated == [("full", 2), (more, 3), (less, 3)]
+    again = evaluate(asked, third.layout.model_dump(mode="json"))
+    assert again.prediction == third.prediction
+    for wrong in (f"full/{more}/{less}", f"full/3*{less}/{more}"):
+        with pytest.raises(InputError):
+            evaluate(asked, {"tp": 4, "pp": 4, "recompute": wrong, "recompute_layers": 2})

@@ -277,7 +277,7 @@ def test_a_stack_names_what_exists(name: str) -> None:
         "pipeline_needs_multiple_of_pp",
         "zero_0_is_replicate_only", "no_zero_2_with_pipeline", "no_zero_3_with_pipeline",
         "no_zero_3_with_context", "no_zero_3_with_split_backward",
-        "dense_zero_2_in_pipelines",
+        "zero_2_needs_expert_parallelism",
         "needs_block_scaled_products", "shards_fill_nodes", "zero_1_shards_over_all",
         "no_accumulation_in_fp8", "muon_takes_whole_query_groups",
         "zero_2_needs_pipeline", "no_accumulation", "hybrid_shards_are_nodes",

@@ -114,7 +114,7 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "no_prediction_in_chunks",
         "no_zero_2_with_pipeline",
         "no_zero_3_with_context",
-        "dense_zero_2_in_pipelines",
+        "zero_2_needs_expert_parallelism",
         "no_zero_3_with_pipeline",
         "no_zero_3_with_split_backward",
         "shards_fill_nodes",
