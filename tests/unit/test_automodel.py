@@ -74,10 +74,18 @@ def test_muon_takes_whole_matrices_only() -> None:
     assert verify(best) == []
 
 
-def test_dense_layers_give_their_weights_back_without_a_pipeline() -> None:
+@pytest.mark.parametrize("pp", [1, 4])
+def test_dense_layers_give_their_weights_back_after_each_forward(pp: int) -> None:
     with pytest.raises(InputError, match="give their weights back after each forward"):
-        evaluate(request(), {"dp_shard": 16, "zero_stage": 2})
-    assert evaluate(request(), {"dp_shard": 4, "pp": 4, "zero_stage": 2}).layout.zero_stage == 2
+        evaluate(request(), {"dp_shard": 16 // pp, "pp": pp, "zero_stage": 2})
+    assert evaluate(request(), {"dp_shard": 16 // pp, "pp": pp}).layout.zero_stage == 3
+    if pp > 1:
+        # No weight gets a gradient there (torch's stage_backward_input).
+        with pytest.raises(InputError, match="two halves"):
+            evaluate(request(), {"dp_shard": 4, "pp": 4, "vpp": 2, "schedule": "zbv"})
+
+
+def test_mixtures_under_ep_may_keep_theirs() -> None:
     assert evaluate(request(MIXTURE), {"dp_shard": 16, "ep": 8, "zero_stage": 2})
     assert verify(plan(request())) == []
 
@@ -159,7 +167,7 @@ def test_the_router_s_product_stays_where_a_job_asks_for_it() -> None:
     assert seconds[0] < seconds[1] < 1.01 * seconds[0]
 
 
-@pytest.mark.parametrize(("layout", "stage"), [({"tp": 8}, 3), ({"tp": 4, "pp": 2}, 2)])
+@pytest.mark.parametrize(("layout", "stage"), [({"tp": 8}, 3), ({"tp": 4, "pp": 2}, 3)])
 def test_weights_that_no_rank_shares_are_sharded_over_one(
     layout: dict[str, int], stage: int
 ) -> None:
