@@ -114,7 +114,6 @@ def cases_of(study: Study, layout: Layout) -> list[dict[str, Any]]:
     modes = {part.mode for stage in layout.stages for part in stage.recompute}
     if len(modes) > 1:
         raise UnsupportedError(f"torchtitan recomputes all layers alike, not {sorted(modes)}")
-    whole = layout.zero_stage == 3
     return [
         {
             "model": model_of(request.model, request.sequence),
@@ -126,7 +125,7 @@ def cases_of(study: Study, layout: Layout) -> list[dict[str, Any]]:
             "sequence": request.sequence,
             "microbatches": microbatches,
             "recompute": modes.pop() if modes else "none",
-            "reshard": "default" if whole or layout.pp > 1 else "never",
+            "reshard": _resharding(layout),
             "loss": "plain" if request.job.loss == "whole" else request.job.loss,
             "optimizer": "foreach",
             **({"dtype": "bfloat16"} if request.machine.rules.weight_bytes == 2 else {}),
@@ -134,6 +133,13 @@ def cases_of(study: Study, layout: Layout) -> list[dict[str, Any]]:
         for rank, modes in [(rank, set(modes)) for rank in range(layout.pp)]
         if study.ranks is None or rank in study.ranks
     ]
+
+
+def _resharding(layout: Layout) -> str:
+    """``fsdp_reshard_after_forward``, whose default keeps weights under a pipeline."""
+    if layout.pp > 1:
+        return "always" if layout.zero_stage == 3 else "default"
+    return "default" if layout.zero_stage == 3 else "never"
 
 
 def model_of(model: ModelSpec, sequence: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _lasting(trace: Mapping[str, Any], stage: StagePrediction) -> int:
         table = model["vocab"] // layout["tp"] * model["dim"]
         again = table if layout["tp"] > 1 else 0
         unit = table + model["dim"]
-    stays = case["reshard"] == "never" or layout["pp"] > 1
+    stays = case["reshard"] == "never" or (layout["pp"] > 1 and case["reshard"] != "always")
     return 2 * ((stage.parameters if stays else unit) + again)
 
 
