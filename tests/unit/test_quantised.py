@@ -78,7 +78,7 @@ WIDE = {
         "fc2": (3 * X * INNER / TP, 3 * R * H),
     },
     # Blocks: 33 bytes of 32 elements by rows and by columns, at once.
-    ("megatron-bridge-fp8", "dgx-b200", "fp8"): {
+    ("megatron-bridge-mxfp8", "dgx-b200", "fp8"): {
         "qkv": (4.0625 * R * H, 4.0625 * X * QKV / TP),
         "proj": (3.03125 * X * HEADS / TP, 4.0625 * R * H + 3.03125 * X * HEADS / TP),
         "fc1": (4.0625 * R * H, 4.0625 * X * 2 * INNER / TP),
@@ -118,7 +118,7 @@ def test_what_is_not_gathered_is_transposed_where_it_is_quantised(tp: int, sp: b
         ("megatron-core", "dgx-h100", "fp8", 1 / 2, 1 / 2),
         ("megatron-bridge-fp8", "dgx-h100", "fp8", 1 / 2, 1 / 2),
         # Both products of the backward read the gradient, by rows and by columns.
-        ("megatron-bridge-fp8", "dgx-b200", "fp8", 33 / 64, 33 / 32),
+        ("megatron-bridge-mxfp8", "dgx-b200", "fp8", 33 / 64, 33 / 32),
         ("megatron-bridge-fp8", "dgx-b200", "nvfp4", 9 / 32, 9 / 16),
         # torchtitan's DTensor gathers 16 bits unless a stack says so.
         ("torchtitan", "dgx-h100", "fp8", 1, 1),
@@ -146,7 +146,7 @@ def test_bytes_gathered(
     [
         ("megatron-core", "dgx-h100", "fp8", False),
         ("megatron-bridge-fp8", "dgx-h100", "fp8", True),
-        ("megatron-bridge-fp8", "dgx-b200", "fp8", False),
+        ("megatron-bridge-mxfp8", "dgx-b200", "fp8", False),
         ("megatron-bridge-fp8", "dgx-b200", "nvfp4", True),
         ("megatron-bridge-fp8", "dgx-h100", "bf16", False),
     ],
