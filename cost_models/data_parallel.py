@@ -86,7 +86,7 @@ def price_kind(
     behind = backward if kind.backward else forward
     rules, stack = machine.rules, machine.stack
     held = layer_state(kind, shard, data, machine, vocab_divisor=vocab_divisor, drop_tied=drop_tied)
-    names = ("reduce", "replicas", "gather", "again", "updated")
+    names = ("reduce", "replicas", "gather", "again", "updated", "fetched")
     seconds = dict.fromkeys(names, np.zeros(len(shard.tp)))
     narrower, alone = np.zeros_like(shard.tp), np.zeros_like(shard.tp)
     for elements, mesh, experts in (
@@ -163,6 +163,8 @@ def price_kind(
     rows[Field.PARAMETER] = to_ns(np.where(data.zero_stage == 0, 0.0, parameter))
     state_meshes = [state_mesh(m, data.zero_stage, rules) for m in (attention_mesh, expert_mesh)]
     update = _optimizer_seconds(dense, local.expert, *state_meshes, data=data, machine=machine)
+    # What some tensors have more comes and leaves with the rest of their state.
+    update = update + held.streamed_extra * 2.0 / machine.cluster.groups[0].node.host_link.si
     if rules.optimizer.orthogonalises:
         update = update + orthogonalise.step_seconds(kind, shard, data, machine, vocab_divisor)
     rows[Field.OPTIMIZER] = to_ns(update)
@@ -188,10 +190,11 @@ def price_kind(
     rows[Field.BUFFER_BYTES] = kind.buffer_bytes(shard)
     if stack.splits_blocks and not machine.offload.checkpoints:
         split_by_checkpoints(rows, kind, shard, policies)
-    move_outputs(rows, kind, shard, policies, machine.cluster.groups[0].node.host_link.si)
+    coming = np.where(again & each, to_ns(seconds["fetched"]), 0)
+    host_link = machine.cluster.groups[0].node.host_link.si
+    move_outputs(rows, kind, shard, policies, host_link, coming)
     if machine.offload.checkpoints and stack.offload is not None:
-        link = machine.cluster.groups[0].node.host_link.si
-        move_checkpoints(rows, policies, link, waits=stack.offload.checkpoints_wait)
+        move_checkpoints(rows, policies, host_link, waits=stack.offload.checkpoints_wait)
     move_inputs(rows, kind, shard, policies, machine)
     if stack.pipeline_buffers:
         unsharded.add_output(
@@ -277,8 +280,9 @@ def _data_parallel_times(
 ) -> dict[str, Real]:  # fmt: skip
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
     microbatch alone sums them over replicas) and to gather the weights for the forward
-    (``gather``) and the backward (``again``), in so many collectives; once per step, from groups
-    that have updated parts of the same shards (``updated``)."""
+    (``gather``) and the backward (``again``), in so many collectives, of both what they take from
+    the host (``fetched``); once per step, from groups that have updated parts of the same shards
+    (``updated``)."""
     wire = Wire(
         machine.stack.layers, machine.fabric.devices_per_node, whole_sums=machine.sums_whole
     )
@@ -301,11 +305,12 @@ def _data_parallel_times(
     seconds = {name: _seconds(part, len(elements), machine) for name, part in parts.items()}
     seconds.setdefault("again", seconds["gather"])
     host = machine.stack.offload
+    seconds["fetched"] = np.zeros(len(elements))
     if machine.offload.parameters and host is not None:
         shard, node = elements / mesh.ways, machine.cluster.groups[0].node
         each = host.fetch_bytes or machine.rules.gather_bytes
         fetch = offload.fetch_seconds(shard * float(each), node, host)
-        seconds |= {name: seconds[name] + fetch for name in ("gather", "again")}
+        seconds |= {name: seconds[name] + fetch for name in ("gather", "again", "fetched")}
         seconds["reduce"] = seconds["reduce"] + shard * host.reduced_bytes / node.host_link.si
     return seconds
 

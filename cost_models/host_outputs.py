@@ -2,7 +2,8 @@
 
 What ``RecomputePolicy.offloads`` names leaves over the device's link beside the rest of the layer's
 forward and comes back beside the backward of the layer before. What of the way is longer than the
-layer's own pass is waited for, and one layer's outputs are on their way
+layer's own pass is waited for, where weights come over the same link beside the backward of what
+both take, and one layer's outputs are on their way
 (``jax.checkpoint_policies.save_and_offload_only_these_names``). Where copies are the compute
 stream's own (``torch.autograd.graph.save_on_cpu``) both passes wait for all of the way. A host
 holds those of one microbatch, and under a pipeline those of all: what sends them there (MaxText)
@@ -27,9 +28,10 @@ from hardware_profiles.stack_words import LayerOffload
 
 def move_outputs(
     rows: Int64, kind: LayerKind, shard: Shard, policies: tuple[RecomputePolicy, ...],
-    bytes_per_s: float,
+    bytes_per_s: float, fetched_ns: Int64,
 ) -> None:  # fmt: skip
-    """Add to a layer's backward what both passes wait for their transfers."""
+    """Add to a layer's backward what both passes wait for their transfers; ``fetched_ns``: what
+    weights that come from the host beside the backward take."""
     places = mode_rows(tuple(policy.name for policy in policies))
     activations = Activations(kind, shard)
     for policy in policies:
@@ -37,9 +39,11 @@ def move_outputs(
             size = activations.listed(policy, policy.offloads)
             extra = places[policy.name].extra
             way = np.ceil(size / bytes_per_s * 1e9).astype(np.int64)
+            beside = np.zeros_like(way), fetched_ns
             passes = rows[Field.FORWARD], rows[Field.BACKWARD] + rows[extra]
             rows[extra] += sum(
-                way if policy.in_turn else np.maximum(way - each, 0) for each in passes
+                way if policy.in_turn else np.maximum(way + other - each, 0)
+                for other, each in zip(beside, passes, strict=True)
             )
 
 

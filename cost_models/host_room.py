@@ -1,25 +1,28 @@
 """What waits in the memory of a node's hosts (or on their drives), and whether it has room there.
 
 Every device of a pipeline rank sends the same: its share of the state of the rank's layers, the
-inputs of modules of the microbatches in flight, the layer inputs of full recomputation. Ranks lie
+inputs of modules of the microbatches in flight, the layer inputs of full recomputation, the outputs
+of layers that a mode sends there (``cost_models.host_outputs``). Ranks lie
 on the nodes in order, tensor parallelism first and the pipeline last, so a node's devices are of
 one pipeline rank, of several, or of the end of one and the start of the next; the fullest counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
-from cost_models.layout import RecomputePolicy
+from cost_models.layout import RecomputeMode, RecomputePolicy
+from cost_models.memory import Activations
 from cost_models.offload import Offload
 from cost_models.optimizers import OPTIMIZERS
-from cost_models.state import ceil_div, local_parameters
+from cost_models.state import ceil_div, is_expert, local_parameters, local_tensor
+from cost_models.state_rules import StateRules
 
 if TYPE_CHECKING:
     from cost_models.configs import Configs
@@ -41,13 +44,31 @@ class HostRoom:
     rank_devices: int
     """Devices of a pipeline rank; neighbours."""
     node_devices: int
+    outputs: Mapping[RecomputeMode, tuple[int, ...]] = field(default_factory=dict)
+    """Per mode that sends outputs there, those of a layer of each kind and of all microbatches that
+    wait: one, or all under a pipeline, which runs all forwards first."""
 
-    def of_layers(self, held: tuple[int, ...], *, at_start: bool, at_end: bool) -> tuple[int, int]:
-        """State of ``held`` layers per kind, and of the ends, on a device's host, and inputs of one
-        microbatch."""
+    def of_layers(
+        self, held: Sequence[int], mode: RecomputeMode, *, at_start: bool, at_end: bool
+    ) -> tuple[int, int]:
+        """State and outputs of ``held`` layers per kind, with the ends of the model where they are,
+        and modules' inputs of one microbatch."""
         state = sum([n * size for n, size in zip(held, self.kinds, strict=False)])
         state += self.embedding * at_start + self.head * at_end
+        state += sum([n * size for n, size in zip(held, self.of_mode(mode), strict=False)])
         return state, sum([n * size for n, size in zip(held, self.inputs, strict=False)])
+
+    def of_mode(self, mode: RecomputeMode) -> tuple[int, ...]:
+        """Outputs that a layer of each kind sends there in a mode."""
+        return self.outputs.get(mode, (0,) * len(self.kinds))
+
+    def outside(self, pp: int) -> HostRoom:
+        """The same for layers outside the pipeline: each of ``pp`` ranks has its share of the
+        batch."""
+        shares = {
+            mode: tuple(-(-size // pp) for size in sizes) for mode, sizes in self.outputs.items()
+        }
+        return replace(self, outputs=shares)
 
     def most_on_node(self, rank: int) -> int:
         """Most devices of a pipeline rank that share a node."""
@@ -88,6 +109,7 @@ class HostTables:
     room: Int64
     rank_devices: Int64
     node_devices: int
+    outputs: Mapping[RecomputeMode, tuple[Int64, ...]] = field(default_factory=dict)
 
     def of(self, index: int, *, shared_ends: bool) -> HostRoom:
         """That of configuration ``index``; ``shared_ends``: every pipeline rank holds its part of
@@ -101,6 +123,10 @@ class HostTables:
             int(self.room[index]) - everywhere,
             int(self.rank_devices[index]),
             self.node_devices,
+            {
+                mode: tuple(int(table[index]) for table in tables)
+                for mode, tables in self.outputs.items()
+            },
         )
 
 
@@ -124,7 +150,8 @@ def host_tables(
     def state(kind: LayerKind) -> Int64:
         trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
         there = ceil_div(trained * (optimizer * share), np.array(1000))
-        return there + (trained + frozen) * weights
+        more = extra_bytes(kind, shard, configs, machine.rules, workload.vocab_divisor)
+        return there + (trained + frozen) * weights + more
 
     return HostTables(
         kinds=tuple(state(kind) for kind in kinds),
@@ -140,7 +167,25 @@ def host_tables(
         room=np.full_like(shard.tp, int(capacity.si)),
         rank_devices=configs.world // configs.pp,
         node_devices=node.devices_per_node,
+        outputs=_outputs(workload, shard, configs),
     )
+
+
+def _outputs(
+    workload: WorkloadGraph, shard: Shard, configs: Configs
+) -> dict[RecomputeMode, tuple[Int64, ...]]:
+    """What :class:`HostRoom` calls outputs, of every configuration."""
+    sending = [policy for policy in workload.policies if policy.offloads]
+    if not sending or workload.global_batch is None:
+        return {}
+    waiting = np.where(configs.pp > 1, configs.microbatches(workload.global_batch), 1)
+    activations = [
+        Activations(workload.kinds[name], shard) for name in dict.fromkeys(workload.layers)
+    ]
+    return {
+        policy.name: tuple(each.listed(policy, policy.offloads) * waiting for each in activations)
+        for policy in sending
+    }
 
 
 def shard_elements(
@@ -154,6 +199,27 @@ def shard_elements(
     expert = np.where(split, np.maximum(ranks * configs.tp // (configs.ep * configs.etp), 1), 1)
     trained = ceil_div(local.dense, dense) + ceil_div(local.expert, expert)
     return trained, ceil_div(local.frozen_dense, dense) + ceil_div(local.frozen_expert, expert)
+
+
+def extra_bytes(
+    kind: LayerKind, shard: Shard, configs: Configs, rules: StateRules, vocab_divisor: int
+) -> Int64:
+    """Bytes of one device's shard that some of a layer's tensors have more than others, where they
+    leave the device (Muon: second moments of what is no hidden matrix)."""
+    found = np.zeros_like(shard.tp)
+    rule = rules.optimizer.extra_bytes
+    if rule is None or not rules.streams_extra:
+        return found
+    ranks = configs.dp_shard * configs.cp
+    experts = np.maximum(ranks * configs.tp // (configs.ep * configs.etp), 1)
+    for mesh, expert in ((ranks, False), (experts, True)):
+        more = np.zeros_like(shard.tp)
+        for weight in kind.weights:
+            if is_expert(weight) == expert and not weight.frozen:
+                each = rule(weight, local_tensor(weight, shard, vocab_divisor))
+                more = more + np.where((configs.pp == 1) & weight.copy, 0, each)
+        found = found + ceil_div(more, np.where(configs.zero_stage > 0, mesh, 1))
+    return found
 
 
 def leaving(machine: Machine) -> dict[str, int]:

@@ -359,7 +359,7 @@ def held_costs(
             backward, leaf.kinds, held, again=again, again_ns=passes,
             head=leaf.head if at_end else None, at_start=at_start,
         )  # fmt: skip
-    on_host = (leaf.hosts or NOWHERE).of_layers(held, at_start=at_start, at_end=at_end)
+    on_host = (leaf.hosts or NOWHERE).of_layers(held, mode, at_start=at_start, at_end=at_end)
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,
         step, *late, split, *on_host, gathered,

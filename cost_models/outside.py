@@ -113,7 +113,8 @@ def recomputing(leaf: Leaf, mode: str) -> Leaf:
     outside = leaf.outside
     if outside is None:
         return leaf
-    alone = replace(leaf, kinds=outside.kinds, outside=None)
+    hosts = None if leaf.hosts is None else leaf.hosts.outside(leaf.pp)
+    alone = replace(leaf, kinds=outside.kinds, outside=None, hosts=hosts)
     none, counts = (0, 0), outside.counts
     outside = replace(
         outside, costs=held_costs(alone, False, False, mode, counts, (counts,), none, none)

@@ -140,8 +140,8 @@ def hosts_hold(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> bool:
 
 
 def host_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
-    """Most bytes that one device of ``rank`` has on its host: state, and the modules' inputs of the
-    microbatches in flight."""
+    """Most bytes that one device of ``rank`` has on its host: state and outputs of its layers and
+    those outside the pipeline, and the modules' inputs of the microbatches in flight."""
     waiting = 0
     if any(chunk.host_inputs for chunk in chunks):
         waiting = max(
@@ -151,4 +151,5 @@ def host_bytes(leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]) -> int:
                 leaf.order,
             )
         )  # fmt: skip
-    return sum([chunk.host_bytes for chunk in chunks]) + waiting
+    outside = 0 if leaf.outside is None else leaf.outside.in_mode.host_bytes
+    return sum([chunk.host_bytes for chunk in chunks]) + waiting + outside

@@ -123,6 +123,8 @@ class StateBytes:
     """Flat buffers of the optimizer step."""
     streamed: Int64
     """What is on the device for the update only."""
+    streamed_extra: Int64
+    """Of it, what some tensors have more than others (``StateRules.streams_extra``)."""
     gathered: Int64
     """Unsharded copies of a sharded layer while it is in use."""
     unsharded: Int64
@@ -214,6 +216,7 @@ def state_bytes(
         flat = rules.optimizer.flat_bytes * (rules.layout in ("flat", "per_parameter"))
         own = finer * flat if flat else ceil_div(extra, state_ways.ways)
         extra = np.where(stage >= 1, own, extra)
+    coming, staying = (extra, zero) if rules.streams_extra else (zero, extra)
     return StateBytes(
         weights=np.where(apart, finer, whole) * rules.weight_bytes
         + np.where(copies, split * rules.gather_bytes, 0)
@@ -224,9 +227,10 @@ def state_bytes(
         + np.where((stage == 1) | sharding.pipelined, whole, 0) * rules.waiting_gradient_bytes,
         optimizer=shards * rules.optimizer_bytes
         + ceil_div(shards * rules.split_bytes_per_1000, np.array(1000))
-        + extra,
+        + staying,
         step=shards * (rules.step_bytes + np.where(stage < 3, rules.norm_bytes, 0)),
-        streamed=shards * rules.streamed_bytes,
+        streamed=shards * rules.streamed_bytes + coming,
+        streamed_extra=coming,
         gathered=np.where(
             in_use, (whole + again) * rules.gather_bytes - narrower + frozen.whole, 0
         ),

@@ -51,6 +51,8 @@ class StateRules:
     gradients in fp32."""
     streamed_bytes: int = 0
     """Of what comes from the host for the update, sharded as the state is."""
+    streams_extra: bool = False
+    """Whether what ``optimizer.extra_bytes`` says is on the host too."""
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
     gathered_bytes_per_64: int = 0
@@ -103,11 +105,12 @@ def state_rules(
     held = spec.held_gradient_bytes.get(precision, reduced if master else 4)
     step, norm = spec.step_bytes.get(precision, 0), spec.norm_bytes.get(precision, 0)
     whole = spec.whole_gradient_bytes.get(precision, held if master else reduced)
-    kept, streamed = held, 0
+    kept, streamed, streams_extra = held, 0, False
     left = 0
     waiting, beside = 0, spec.backward_gradient_bytes.get(precision, 0)
     if offload.optimizer and host is not None:
         streamed = host.streamed_bytes(state, weight if offload.parameters else 0)
+        streams_extra = host.updates_on == "device" and rule.extra_bytes is not None
         if host.optimizer_bytes is not None:
             each = host.optimizer_bytes - OPTIMIZERS["adamw"].moment_bytes + rule.moment_bytes
             left = each * (1000 - offload.optimizer_per_1000)
@@ -136,6 +139,7 @@ def state_rules(
         norm_bytes=norm,
         split_bytes_per_1000=left,
         streamed_bytes=streamed,
+        streams_extra=streams_extra,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,

@@ -6,7 +6,7 @@ from cost_models import offload
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import shard_of
 from cost_models.graph import LayerKind
-from cost_models.host_room import shard_elements
+from cost_models.host_room import extra_bytes, shard_elements
 from cost_models.recompute import group_of, in_parts, keeps_inputs
 from planner.priced import Priced
 from planner.request import Request
@@ -26,6 +26,7 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     leaves = machine.offload.optimizer or machine.offload.parameters
     share = offload.crossing_share(machine.offload.optimizer_per_1000)
     crossing = round(trained * each_update * share) if leaves else 0
+    crossing += 2 * _extra(priced, rank, request) if leaves else 0
     each_pass = 0
     if machine.offload.parameters:
         fetched = (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
@@ -58,6 +59,16 @@ def _elements(priced: Priced, rank: int) -> tuple[int, int]:
 
     held = [of(kind) for stage in priced.leaf.held(rank) for kind in priced.modules(stage)]
     return sum(trained for trained, _ in held), sum(frozen for _, frozen in held)
+
+
+def _extra(priced: Priced, rank: int, request: Request) -> int:
+    """State of a device's shard that some tensors have more than others, where it leaves."""
+    workload, configs = priced.tables.workload, priced.tables.configs
+    shard, rules = shard_of(workload, configs), request.machine.rules
+    held = [kind for stage in priced.leaf.held(rank) for kind in priced.modules(stage)]
+    return sum(
+        int(extra_bytes(kind, shard, configs, rules, workload.vocab_divisor)[0]) for kind in held
+    )
 
 
 def _input_bytes(priced: Priced, rank: int, request: Request) -> int:

@@ -15,7 +15,7 @@ from planner.given_outside import outside_recompute
 from planner.hosting import host_capacity
 from planner.layouts import configs_of
 from planner.plan import Layout
-from planner.recompute import NOT_BOTH, named_policy
+from planner.recompute import named_policy
 from planner.request import Request
 
 
@@ -26,8 +26,6 @@ def check_hosted_outputs(request: Request, layout: Layout) -> None:
         policy = named_policy(mode, request.stack)
         if not policy.sends:
             continue
-        if layout.optimizer_offload or layout.parameter_offload:
-            raise InputError(f"layout: recompute {mode} sends outputs to the hosts, {NOT_BOTH}")
         if without_room(request.workload, shard, waiting, request.machine, (policy,))[0, 0]:
             several = f" of all {layout.num_microbatches} microbatches" if layout.pp > 1 else ""
             spec = request.stack.layer_offload

@@ -7,7 +7,6 @@ from collections import Counter
 from cost_models.host_room import bytes_there, fills_drives, leaving
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
-from planner.recompute import NOT_BOTH, named_policy
 from planner.request import Request
 
 
@@ -107,8 +106,10 @@ def cannot_offload(request: Request) -> str | None:
     if job.parameter_offload and spec.parameter_bytes is None:
         return f"{request.stack.name} {request.stack.version} keeps weights on the device"
     asked = job.constraints.recompute
-    if request.machine.offload.state and asked and named_policy(asked, request.stack).sends:
-        return f"recompute {asked} sends outputs to the hosts, {NOT_BOTH}"
+    if request.machine.offload.state and asked:
+        policy = named_policy(asked, request.stack)
+        if policy.sends and not shares_hosts(request.stack):
+            return f"recompute {asked} sends outputs to the hosts, {NOT_BOTH}"
     updates = job.optimizer_offload and spec.updates_on == "host"
     if node.host_memory is None or (updates and node.host_memory_bandwidth is None):
         key = "host_memory" if node.host_memory is None else "host_memory_bandwidth"

@@ -370,7 +370,7 @@ class _Table:
             at_the_end = made + np.maximum(last, step)
         possible = (at_the_end <= free).all(axis=1)
         if leaf.hosts is not None:
-            possible &= self._hosted(held, leaf.hosts)
+            possible &= self._hosted(held, leaf.hosts, option)
         return _Room(leaf, alive, free - short_lived, possible)
 
     def _beyond(self, rows: Ints, mode: str, held: Ints, kept: Ints) -> Ints:
@@ -381,9 +381,9 @@ class _Table:
         beyond[:, -1] += self.leaf.head[Field.GATHERED]
         return beyond
 
-    def _hosted(self, held: Ints, hosts: HostRoom) -> NDArray[np.bool_]:
-        """Whether each rank's state, by itself, has room on the hosts."""
-        state = held @ np.array(hosts.kinds)
+    def _hosted(self, held: Ints, hosts: HostRoom, option: Recompute) -> NDArray[np.bool_]:
+        """Whether each rank's state and outputs, by themselves, have room on the hosts."""
+        state = held @ (np.array(hosts.kinds) + np.array(hosts.of_mode(option[0])))
         state[:, 0] += hosts.embedding
         state[:, -1] += hosts.head
         devices = np.array([hosts.most_on_node(rank) for rank in range(self.leaf.pp)])

@@ -379,7 +379,8 @@ def _fastest_fitting(
 ) -> list[tuple[Recompute, ...]]:
     """Of groups without numbers of layers, those for which some partition fits.
     Where there is but one partition, less those of one option than which another that fits repeats
-    no more in any kind of layer, and less in some: the step takes no longer with the other.
+    no more in any kind of layer, and less in some, and sends no more to hosts that hold state: the
+    step takes no longer with the other.
     """
     leaf = rows.leaf
     if (leaf.uneven and leaf.pp > 1) or any(len(g) > 1 or g[0] is BEST for g in groups):
@@ -387,11 +388,13 @@ def _fastest_fitting(
     extras = {
         group: tuple(kind[leaf.modes[group[0][0]].extra] for kind in leaf.kinds) for group in groups
     }
+    sent = {g: leaf.hosts.of_mode(g[0][0]) if leaf.hosts else () for g in groups}
     fitting: list[tuple[Recompute, ...]] = []
     for group in sorted(groups, key=lambda group: sum(extras[group])):
         slower = (
             extras[group] != extras[other]
             and all(a >= b for a, b in zip(extras[group], extras[other], strict=True))
+            and all(a >= b for a, b in zip(sent[group], sent[other], strict=True))
             for other in fitting
         )
         if not any(slower) and reaches(rows, group):

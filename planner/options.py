@@ -26,7 +26,8 @@ def runnable(
 def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ...]:
     """``options`` less those of whole stages than which another costs no more of anything.
 
-    In every kind of layer the other keeps no more, works with no more and repeats no more. A step's
+    In every kind of layer the other keeps no more, works with no more and repeats no more, and
+    sends no more to hosts that hold state. A step's
     time and a rank's peak grow with each of these, so a completion with the first is never better
     than the same one with the other. Of equals the first stays; numbers of whole layers all do.
     What runs several layers again together keeps more where a stage is no multiple of them: it
@@ -37,6 +38,9 @@ def undominated(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, 
         return options
     fields = [leaf.modes[mode] for mode, _ in whole]
     costs = np.array([[kind[row] for kind in leaf.kinds for row in rows] for rows in fields])
+    if leaf.hosts is not None:
+        sent = np.array([leaf.hosts.of_mode(mode) for mode, _ in whole])
+        costs = np.concatenate([costs, sent], axis=1)
     alone = np.array([group_of(mode) == 1 for mode, _ in whole])
     dropped: set[Recompute] = set()
     for index, option in enumerate(whole):

@@ -156,8 +156,9 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
     layout, request = priced.layout, request.offloading(priced.layout)
     spec, node = request.stack.offload, request.cluster.groups[0].node
     outputs, sent = hosted_bytes(request, layout)
-    if outputs:
-        crossed, devices = 2 * sent * layout.num_microbatches, node.devices_per_node
+    crossed = 2 * sent * layout.num_microbatches
+    if outputs and not request.machine.offload.anything:
+        devices = node.devices_per_node
         return HostPrediction(
             bytes_per_node=outputs * devices,
             capacity_bytes_per_node=host_capacity(request),
@@ -166,7 +167,8 @@ def _host(priced: Priced, request: Request) -> HostPrediction | None:
         )
     if spec is None or not request.machine.offload.anything:
         return None
-    hosts, crossing = priced.leaf.hosts, [link_bytes(priced, r, request) for r in range(layout.pp)]
+    hosts = priced.leaf.hosts
+    crossing = [link_bytes(priced, r, request) + crossed for r in range(layout.pp)]
     capacity = host_capacity(request)
     if hosts is None or capacity is None:
         return None

@@ -52,7 +52,7 @@ class Ranges:
         most = self._most_alive(rank, self._bytes(option)) if at_end else self._between(option)
         allowed: Table = (most >= self._live(rank)) & (self.layers >= least)
         if leaf.hosts is not None:
-            allowed &= self._hosted(rank, leaf.hosts)
+            allowed &= self._hosted(rank, leaf.hosts, option[0])
         if not leaf.uneven:
             return allowed & self.even(rank)
         return allowed
@@ -135,7 +135,8 @@ class Ranges:
     def _fits(self, rank: int, needed: tuple[Ints, ...]) -> Table:
         found: Table = self._most_alive(rank, needed) >= self._live(rank)
         hosts = self.leaf.hosts
-        return found if hosts is None else found & self._hosted(rank, hosts)
+        # Numbers of layers go with modes that send no outputs there.
+        return found if hosts is None else found & self._hosted(rank, hosts, "full")
 
     def repeated(self, mode: RecomputeMode, count: Ints | int) -> Ints:
         """Time in ns that recomputation adds to a microbatch's backward of each range."""
@@ -148,10 +149,11 @@ class Ranges:
         leaf = self.leaf
         return live_peaks(leaf.schedule, leaf.pp, leaf.vpp, leaf.microbatches, rank)[0][0]
 
-    def _hosted(self, rank: int, hosts: HostRoom) -> Table:
+    def _hosted(self, rank: int, hosts: HostRoom, mode: RecomputeMode) -> Table:
         """Whether what ``rank`` alone sends to a node with each range has room there."""
         ends = hosts.embedding * (rank == 0) + hosts.head * (rank == self.leaf.pp - 1)
         each = np.array(hosts.kinds) + self._live(rank) * np.array(hosts.inputs)
+        each += np.array(hosts.of_mode(mode))
         holds: Table = (self.held @ each + ends) * hosts.most_on_node(rank) <= hosts.room
         return holds
 

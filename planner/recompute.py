@@ -31,7 +31,14 @@ MOST_TOGETHER = 1024
 
 
 NOT_BOTH = "and the room that they leave to optimizer state is not priced"
-"""Why a mode that sends outputs to the hosts does not run beside an offloaded optimizer."""
+"""Why a mode that sends outputs to the hosts does not run beside an offloaded optimizer, but where
+:func:`shares_hosts`."""
+
+
+def shares_hosts(stack: StackSpec) -> bool:
+    """Whether what modes send to the hosts may be there beside optimizer state: where the device
+    updates, so that the two never cross the link at once (``cost_models.host_room``)."""
+    return stack.offload is not None and stack.offload.updates_on == "device"
 
 
 FIRST_LAYERS = f"recompute {OFFLOAD}:N is of fewer layers than the model has, without a pipeline"
@@ -211,7 +218,8 @@ def searched_policies(
     found: dict[object, RecomputePolicy] = {}
     for name in _names(stack, kinds, layers):
         policy = named_policy(name, stack)
-        if policy.sends and (job.optimizer_offload or job.parameter_offload):
+        state_leaves = job.optimizer_offload or job.parameter_offload
+        if policy.sends and state_leaves and not shares_hosts(stack):
             continue
         if policy.tiled and not policy.tiled & present:
             continue

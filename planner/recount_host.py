@@ -9,7 +9,7 @@ import numpy as np
 
 from cost_models.configs import shard_of
 from cost_models.cp_kinds import cp_kind_code
-from cost_models.graph import Shard
+from cost_models.graph import LayerKind, Shard
 from cost_models.layer_offload import leaves
 from cost_models.layout import RecomputePolicy
 from cost_models.named_outputs import LAYER_INPUT, SAVED, pieces, unneeded
@@ -87,19 +87,7 @@ def outputs_held(layout: Layout, request: Request) -> int:
             policy = named_policy(mode, request.stack)
             if not policy.offloads:
                 continue
-            kind = request.workload.kinds[name]
-            ops = kind.ops(shard)
-            ends = unneeded(ops) if policy.needed_only else frozenset()
-            layer = 0.0
-            for op in ops:
-                if op.name not in ends:
-                    layer += _written(op, ops, policy, shard, kind.element_bytes)
-            if SAVED in policy.offloads:
-                held = sum(np.ravel(tensor.bytes)[0] for tensor in kind.saved(shard))
-                layer = float(held + sum(w.elements for w in kind.weights) * kind.element_bytes)
-            if LAYER_INPUT in policy.offloads:
-                layer += float(np.broadcast_to(kind.boundary_bytes(shard), (1,))[0])
-            whole += layers * math.ceil(layer)
+            whole += layers * outputs_of_layer(request.workload.kinds[name], shard, policy)
     alive = layout.num_microbatches if layout.pp > 1 else 1
     return whole * alive // layout.pp * request.cluster.groups[0].node.devices_per_node
 
@@ -117,6 +105,22 @@ def _first_layers(layout: Layout, shard: Shard, request: Request) -> int:
             if leaves(tensor, spec):
                 total += int(np.broadcast_to(tensor.bytes, (1,))[0])
     return total
+
+
+def outputs_of_layer(kind: LayerKind, shard: Shard, policy: RecomputePolicy) -> int:
+    """Bytes of one layer and microbatch that a policy sends there."""
+    ops = kind.ops(shard)
+    ends = unneeded(ops) if policy.needed_only else frozenset()
+    layer = 0.0
+    for op in ops:
+        if op.name not in ends:
+            layer += _written(op, ops, policy, shard, kind.element_bytes)
+    if SAVED in policy.offloads:
+        held = sum(np.ravel(tensor.bytes)[0] for tensor in kind.saved(shard))
+        layer = float(held + sum(w.elements for w in kind.weights) * kind.element_bytes)
+    if LAYER_INPUT in policy.offloads:
+        layer += float(np.broadcast_to(kind.boundary_bytes(shard), (1,))[0])
+    return math.ceil(layer)
 
 
 def _written(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cost_models.graph import LayerKind, Shard
+from cost_models.graph import Int64, LayerKind, Shard, Weight
 from cost_models.host_room import bytes_there
 from cost_models.leaf import Leaf
+from cost_models.optimizers import LocalTensor
 from cost_models.schedule import live_peaks
 from cost_models.state import is_expert, local_tensor
 from planner.hosting import host_capacity
-from planner.recount_host import layer_input_held, shard_of_mesh
+from planner.recount_host import layer_input_held, outputs_of_layer, shard_of_mesh
 from planner.request import Request
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class Nodes:
         self._most: dict[int, int] = {}
         self.per_rank = mesh.dp * mesh.cp * mesh.tp
         self.per_node = request.cluster.groups[0].node.devices_per_node
-        shard = shard_of_mesh(mesh, request)
+        shard = self.shard = shard_of_mesh(mesh, request)
+        self.request, self._listed = request, dict[tuple[str, str], int]()
+        self.waiting = leaf.microbatches if mesh.pp > 1 else 1
         divisor = workload.vocab_divisor
         shares = (
             ways * mesh.cp if zero else 1,
@@ -50,7 +53,9 @@ class Nodes:
         each = bytes_there(request.machine)
 
         def state(kind: LayerKind) -> int:
-            return _state(kind, shard, divisor, shares, (*each, share), alone=mesh.pp == 1)
+            alone, rules = mesh.pp == 1, request.machine.rules
+            more = rules.optimizer.extra_bytes if rules.streams_extra else None
+            return _state(kind, shard, divisor, shares, (*each, share), more, alone=alone)
 
         ends = state(workload.embedding), state(workload.head)
         spread = sum(ends) if leaf.shared is not None else 0
@@ -58,19 +63,27 @@ class Nodes:
         kinds = {name: state(workload.kinds[name]) for name in set(workload.layers)}
         own = layer_input_held(mesh, request)
         moved = {name: own + _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
-        names = list(dict.fromkeys(workload.layers))
+        names = self.names = list(dict.fromkeys(workload.layers))
         self.states = [kinds[names[kind]] for kind in leaf.sequence]
         self.inputs = [moved[names[kind]] for kind in leaf.sequence]
         self.everywhere = spread
 
-    def sent(self, rank: int, ranges: Ranges, size: int = 0) -> int:
-        """Bytes that one device of ``rank`` has on its host at most; ``size`` is that of rounds."""
+    def sent(self, rank: int, ranges: Ranges, size: int = 0, mode: str = "none") -> int:
+        """Bytes that one device of ``rank`` has on its host at most; ``size`` is that of rounds,
+        ``mode`` how the layers are recomputed."""
         if not self.anything:
             return 0
         leaf = self.leaf
         state = sum(sum(self.states[first:last]) for first, last in ranges)
         last_rank = 0 if leaf.schedule in ON_A_V else leaf.pp - 1
         state += self.ends[0] * (rank == 0) + self.ends[1] * (rank == last_rank)
+        held = [n for first, last in ranges for n in range(first, last)]
+        state += sum(self._outputs(n, mode) for n in held) * self.waiting
+        if leaf.outside is not None:
+            number, layers = leaf.outside.layers, len(leaf.sequence)
+            apart = range(number) if leaf.outside.ahead else range(layers - number, layers)
+            state += sum(self.states[n] for n in apart)
+            state += sum(-(-self._outputs(n, mode) * self.waiting // leaf.pp) for n in apart)
         each = [sum(self.inputs[first:last]) for first, last in ranges]
         if not any(each):
             return state
@@ -81,7 +94,18 @@ class Nodes:
             sum(count * inputs for count, inputs in zip(peak, each, strict=False)) for peak in peaks
         )
 
-    def of_bounds(self, bounds: Sequence[int], size: int = 0) -> list[int]:
+    def _outputs(self, layer: int, mode: str) -> int:
+        """Bytes of one microbatch that a layer's outputs take there."""
+        name = self.names[self.leaf.sequence[layer]]
+        if (name, mode) not in self._listed:
+            workload = self.request.workload
+            sending = [p for p in workload.policies if p.name == mode and p.offloads]
+            self._listed[name, mode] = sum(
+                outputs_of_layer(workload.kinds[name], self.shard, policy) for policy in sending
+            )
+        return self._listed[name, mode]
+
+    def of_bounds(self, bounds: Sequence[int], size: int = 0, mode: str = "none") -> list[int]:
         """Bytes of one device of each rank where virtual stages end at ``bounds``."""
         leaf, found = self.leaf, []
         for rank in range(leaf.pp):
@@ -89,7 +113,7 @@ class Nodes:
             if leaf.schedule in ON_A_V:
                 stages = [rank, 2 * leaf.pp - 1 - rank]
             ranges = [(bounds[stage], bounds[stage + 1]) for stage in stages]
-            found.append(self.sent(rank, ranges, size))
+            found.append(self.sent(rank, ranges, size, mode))
         return found
 
     def hold(self, sizes: Sequence[int]) -> bool:
@@ -124,19 +148,24 @@ class Nodes:
 
 def _state(
     kind: LayerKind, shard: Shard, divisor: int, shares: tuple[int, int],
-    each: tuple[int, int, int], *, alone: bool,
+    each: tuple[int, int, int], more: Callable[[Weight, LocalTensor], Int64] | None, *,
+    alone: bool,
 ) -> int:  # fmt: skip
     """Bytes of one device's shard: ``shares`` of dense weights and experts, ``each`` parameter's
-    optimizer state and weight, and of 1,000 parameters those whose state is there; ``alone``:
-    embedding and head are on one rank, so tied ones once."""
+    optimizer state and weight, and of 1,000 parameters those whose state is there; ``more`` of some
+    weights; ``alone``: embedding and head are on one rank, so tied ones once."""
     optimizer, weight_bytes, per_1000 = each
+    extra = [0, 0]
     elements = {(frozen, expert): 0 for frozen in (False, True) for expert in (False, True)}
     for weight in kind.weights:
         if weight.copy and alone:
             continue
-        local = int(np.ravel(local_tensor(weight, shard, divisor).total)[0])
-        elements[weight.frozen, is_expert(weight)] += local
-    total = trained = 0
+        tensor = local_tensor(weight, shard, divisor)
+        elements[weight.frozen, is_expert(weight)] += int(np.ravel(tensor.total)[0])
+        if more is not None and not weight.frozen:
+            extra[is_expert(weight)] += int(np.ravel(more(weight, tensor))[0])
+    total = sum(-(-extra[expert] // shares[expert]) for expert in (False, True))
+    trained = 0
     for (frozen, expert), count in elements.items():
         held = -(-count // shares[expert])
         total += held * weight_bytes

@@ -214,12 +214,14 @@ def _better_completion(
     return None
 
 
-def _fits(leaf: Leaf, ranks: tuple[RankCosts, ...], nodes: Nodes, bounds: Sequence[int]) -> bool:
+def _fits(
+    leaf: Leaf, ranks: tuple[RankCosts, ...], nodes: Nodes, bounds: Sequence[int], mode: str
+) -> bool:
     """Whether every device has room, and every node for what its devices send there."""
     for rank, costs in enumerate(ranks):
         if peak_bytes(leaf, rank, costs.chunks) > leaf.capacity_bytes:
             return False
-    return nodes.hold(nodes.of_bounds(bounds, leaf.round_size))
+    return nodes.hold(nodes.of_bounds(bounds, leaf.round_size, mode))
 
 
 def _better_with_outside(
@@ -230,7 +232,7 @@ def _better_with_outside(
         variant = recomputing(leaf, option[0])
         bounds = outside_bounds(leaf)
         ranks = stage_costs(variant, Completion(bounds, (option,) * leaf.stages))
-        if surrogate_ns(variant, ranks) < least and _fits(variant, ranks, nodes, bounds):
+        if surrogate_ns(variant, ranks) < least and _fits(variant, ranks, nodes, bounds, option[0]):
             total = simulate_step(variant, ranks).total_ns
             if total < least:
                 return f"with {option} takes {total / 1e9:.6g} s"
@@ -255,7 +257,7 @@ def _better_interleaved(
                     break
                 continue
             for variant in variants:
-                if not _fits(variant, ranks, nodes, bounds):
+                if not _fits(variant, ranks, nodes, bounds, option[0]):
                     continue
                 total = simulate_step(variant, ranks).total_ns
                 if total < least:
@@ -320,7 +322,8 @@ class _Chain:
                 extended = extend_label(leaf, label, rank, costs)
                 if least_objective_ns(leaf, extended, rank, self.work[first]) >= self.least:
                     continue
-                there = (self.nodes.sent(rank, [(first, last)], leaf.round_size), *sent)
+                more = self.nodes.sent(rank, [(first, last)], leaf.round_size, option[0])
+                there = (more, *sent)
                 found = self._descend(rank - 1, first, extended, (costs, *chosen), there)
                 if found is not None:
                     return found
@@ -375,7 +378,7 @@ class _Chain:
         if known is None:
             chunk = chunk_costs(self.leaf, rank, first, last, option)
             holds = peak_bytes(self.leaf, rank, (chunk,)) <= self.leaf.capacity_bytes
-            sent = self.nodes.sent(rank, [(first, last)], self.leaf.round_size)
+            sent = self.nodes.sent(rank, [(first, last)], self.leaf.round_size, option[0])
             holds = holds and self.nodes.hold_alone(rank, sent)
             known = self._stages[key] = rank_costs(self.leaf, (chunk,)), holds
         return known

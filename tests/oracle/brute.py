@@ -125,6 +125,8 @@ class BruteForce:
         sizes = [len(inside) // (x.pp * x.vpp)] * (x.pp * x.vpp)
         options = (option,) * x.pp
         self.answer.completions += 1
+        if not hosts_hold(self.request, x, sizes, options, m):
+            return
         apart = apart_of(prices, before, behind, option[0])
         chunks = chunks_of(prices, x, m, sizes, options, inside.start)
         for rank in range(x.pp):
@@ -163,7 +165,7 @@ class BruteForce:
         options: tuple[Option, ...], best: int | None, size: int,
     ) -> int | None:  # fmt: skip
         """The step's time where it fits and is below ``best``."""
-        if not hosts_hold(self.request, x, sizes):
+        if not hosts_hold(self.request, x, sizes, options, m):
             return None
         chunks = chunks_of(prices, x, m, sizes, options)
         for rank in range(x.pp):

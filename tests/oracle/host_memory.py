@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cost_models.graph import LayerKind, Weight
+import numpy as np
+
+from cost_models.cp_kinds import cp_kind_code
+from cost_models.graph import LayerKind, Shard, Weight
+from planner.recompute import named_policy
+from planner.recount_host import outputs_of_layer
 from planner.request import Request
-from tests.oracle.layouts import Layout
+from tests.oracle.layouts import Layout, Option, parts
 from tests.oracle.timeline import held as chunks_of_rank
 from tests.oracle.timeline import homes, live_vectors
 
+MOMENTS = {"adamw": 8, "sgd": 4, "muon": 4}
+"""Bytes per parameter that the device updates and the host keeps; Muon's of hidden matrices."""
 
-def hosts_hold(request: Request, x: Layout, sizes: Sequence[int]) -> bool:
-    """Whether every node has room for what its devices send there, where virtual stages have
-    ``sizes`` layers: the optimizer's state, and the inputs of layers."""
+
+def hosts_hold(
+    request: Request, x: Layout, sizes: Sequence[int], options: Sequence[Option], m: int
+) -> bool:
+    """Whether every node has room for what its devices send there of ``m`` microbatches, where
+    virtual stages have ``sizes`` layers and ranks recompute as ``options`` say: the optimizer's
+    state, outputs and inputs of layers."""
     job, memory = request.job, request.cluster.groups[0].node.host_memory
     if memory is None or not (job.optimizer_offload or job.activation_offload):
         return True
     if job.activation_offload and least_on_node(request, x) > memory.si:
         return False
-    return all(total <= memory.si for total in bytes_on_nodes(request, x, sizes))
+    return all(total <= memory.si for total in bytes_on_nodes(request, x, sizes, options, m))
 
 
 def least_on_node(request: Request, x: Layout) -> float:
@@ -52,18 +63,28 @@ def layer_input(request: Request, x: Layout) -> int:
     return -(-size // x.tp) if parts else size
 
 
-def bytes_on_nodes(request: Request, x: Layout, sizes: Sequence[int]) -> list[int]:
+def bytes_on_nodes(
+    request: Request, x: Layout, sizes: Sequence[int], options: Sequence[Option], m: int
+) -> list[int]:
     """Bytes on each node; devices fill nodes in order, the ranks of a pipeline one after the
-    other."""
+    other. Layers outside the pipeline are on all ranks, each with its share of the batch."""
     work = request.workload
+    ahead, inside, behind = parts(request, x.outside) if x.outside else (range(0),) * 3
+    mode, alive = options[0][0], m if x.pp > 1 else 1
     held = [0] * x.pp
-    first = 0
+    for layer in (*ahead, *behind):
+        kind = work.kinds[work.layers[layer]]
+        share = -(-alive * _outputs(request, x, kind, mode) // x.pp)
+        held = [size + _state(request, x, kind) + share for size in held]
+    first = inside.start
     home = homes(x.schedule, x.pp, x.vpp)
     microbatches = request.global_batch // (x.dp_replicate * x.dp_shard * x.microbatch)
     layers = [[0] * x.vpp for _ in range(x.pp)]
     for stage, size in enumerate(sizes):
         for name in work.layers[first : first + size]:
-            held[home[stage]] += _state(request, x, work.kinds[name])
+            kind, mode = work.kinds[name], options[home[stage]][0]
+            held[home[stage]] += _state(request, x, kind)
+            held[home[stage]] += alive * _outputs(request, x, kind, mode)
         layers[home[stage]][chunks_of_rank(x.schedule, x.pp, x.vpp, home[stage]).index(stage)] = (
             size
         )
@@ -89,7 +110,7 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
     embedding."""
     if not request.job.optimizer_offload:
         return 0
-    dense = expert = 0
+    dense = expert = others = 0
     for weight in kind.weights:
         if weight.copy and x.pp == 1:
             continue
@@ -97,14 +118,34 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
             expert += _on_device(request, x, weight)
         else:
             dense += _on_device(request, x, weight)
+            ends = weight.name.startswith(("embedding", "head"))
+            if request.job.optimizer == "muon" and (weight.cols == 1 or ends):
+                others += 4 * _on_device(request, x, weight)
     if x.zero:
+        others = -(-others // (x.dp_shard * x.cp))
         dense = -(-dense // (x.dp_shard * x.cp))
         expert = -(-expert // max(x.dp_shard * x.cp * x.tp // (x.ep * x.etp), 1))
     offload = request.stack.offload
     assert offload is not None
+    if offload.updates_on == "device":
+        return (dense + expert) * MOMENTS[request.job.optimizer] + others
     assert offload.optimizer_bytes is not None
     share = round(1000 * request.job.optimizer_offload_share)
     return -(-(dense + expert) * offload.optimizer_bytes * share // 1000)
+
+
+def _outputs(request: Request, x: Layout, kind: LayerKind, mode: str) -> int:
+    """Bytes of one microbatch that a layer's mode sends to the host."""
+    if not any(p.name == mode and p.offloads for p in request.workload.policies):
+        return 0
+    kinds = {name: np.array([getattr(x, name)]) for name in ("microbatch", "tp", "cp", "ep", "etp")}
+    shard = Shard(
+        sequence=request.sequence,
+        cp_kind=np.array([cp_kind_code(x.cp_kind, x.cp_inner)]),
+        sequence_parallel=np.array([x.sp]),
+        **kinds,
+    )
+    return outputs_of_layer(kind, shard, named_policy(mode, request.stack))
 
 
 def _on_device(request: Request, x: Layout, weight: Weight) -> int:

@@ -43,7 +43,9 @@ def offloaded(seed: int) -> Request | None:
     x = rng.choice([x for x in layouts if x.pp > 1] or layouts)
     layers, uneven = request.model.layer_count, request.stack.uneven_stages
     sizes = rng.choice(list(partitions(layers, x.schedule, x.pp, x.vpp, uneven, False)))
-    needed = max(*bytes_on_nodes(request, x, sizes), least_on_node(request, x))
+    m = request.global_batch // (x.dp * x.microbatch)
+    sent = bytes_on_nodes(request, x, sizes, [("full", 0)] * x.pp, m)
+    needed = max(*sent, least_on_node(request, x))
     room = int(needed * rng.choice((1, 1, 0.98, 1.3)))
     return replace(request, cluster=with_memory(request.cluster, room))
 

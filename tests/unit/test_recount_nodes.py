@@ -24,6 +24,10 @@ CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("megatron-core-offload", "llama-3.1-8b", {}, {"pp": 4, "zero_stage": 1}),
     ("megatron-core-offload", "llama-3.1-8b", {}, {"pp": 4, "vpp": 2, "schedule": "interleaved"}),
     ("deepspeed-hf", "llama-3.1-8b", OPTIMIZER | {"parameter_offload": True}, {"zero_stage": 3}),
+    ("maxtext-gpu", "mixtral-8x7b", OPTIMIZER, {"pp": 2, "recompute": "minimal_offloaded"}),
+    ("maxtext-gpu", "mixtral-8x7b", OPTIMIZER | {"optimizer": "muon"}, {"pp": 2, "ep": 2}),
+    ("maxtext-gpu", "llama-3.1-8b", OPTIMIZER, {"pp": 2, "recompute": "custom:layer_input@host",
+                                                "layers_outside": 2}),
 )  # fmt: skip
 
 
@@ -45,7 +49,9 @@ def test_the_recheck_counts_what_the_search_counts(
     assert leaf.hosts is not None
     nodes = Nodes(request, Mesh.of(layout), layout.dp_shard, layout.zero_stage, leaf)
     shared = [host_bytes(leaf, rank, costs.chunks) for rank, costs in enumerate(priced.ranks)]
-    assert nodes.of_bounds(priced.completion.bounds, leaf.round_size) == shared
+    modes = [part.mode for stage in layout.stages for part in stage.recompute]
+    mode = modes[0] if modes else "none"
+    assert nodes.of_bounds(priced.completion.bounds, leaf.round_size, mode) == shared
     assert all(shared)
     assert nodes.room is not None
     fullest = leaf.hosts.fullest(shared) + nodes.room - leaf.hosts.room
