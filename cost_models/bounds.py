@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, V_SHAPED, codes_of
+from cost_models.layout import ONE_CHUNK_AT_ONCE, OVER_PIPELINE, SPLIT_BACKWARD, V_SHAPED, codes_of
 
 Real: TypeAlias = NDArray[np.float64]
 Int64: TypeAlias = NDArray[np.int64]
@@ -194,7 +194,7 @@ def step_bound(schedule: Int64, shape: Shape, totals: Totals) -> Real:
     """Lower bound on the step by schedule code (``cost_models.layout.SCHEDULES``)."""
     totals = occupied(shape, totals, turns=np.isin(schedule, codes_of(V_SHAPED)))
     pipeline = np.select(
-        [schedule == code for code in codes_of(("gpipe", "1f1b"))]
+        [np.isin(schedule, codes_of(names)) for names in (ONE_CHUNK_AT_ONCE, ("1f1b",))]
         + [
             np.isin(schedule, codes_of(names))
             for names in ((*SPLIT_BACKWARD, *V_SHAPED), OVER_PIPELINE)

@@ -25,12 +25,18 @@ NAMED: tuple[NamedSchedule, ...] = get_args(NamedSchedule)
 GIVEN: tuple[GivenSchedule, ...] = get_args(GivenSchedule)
 SCHEDULES: tuple[Schedule, ...] = (*NAMED, *GIVEN)
 CHUNKED: tuple[Schedule, ...] = (
-    "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+    "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev",
+    "looped_bfs_delayed",
 )  # fmt: skip
 """Schedules whose ranks hold several virtual stages."""
 LISTED: tuple[Schedule, ...] = (*CHUNKED, *GIVEN)
 """Schedules whose partitions are few and listed (``cost_models.partitions``)."""
-ALL_AT_ONCE: tuple[Schedule, ...] = ("gpipe", "looped_bfs")
+DELAYED: tuple[Schedule, ...] = ("gpipe_delayed", "looped_bfs_delayed")
+"""Those of loops whose transfers take an iteration: what a stage makes is on its way beside its
+next pass and used behind that (MaxText, ``pipeline_delay_activation_forwarding``)."""
+ONE_CHUNK_AT_ONCE: tuple[Schedule, ...] = ("gpipe", "gpipe_delayed")
+LOOPED: tuple[Schedule, ...] = ("looped_bfs", "looped_bfs_delayed")
+ALL_AT_ONCE: tuple[Schedule, ...] = (*ONE_CHUNK_AT_ONCE, *LOOPED)
 """Schedules with all forwards before the first backward."""
 IN_ROUNDS: tuple[Schedule, ...] = ("interleaved", "interleaved_zero_bubble")
 """The ones that take the microbatches in rounds (``cost_models.orders``)."""

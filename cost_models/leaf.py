@@ -22,6 +22,7 @@ from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
 from cost_models.host_room import NOWHERE, HostRoom
 from cost_models.layout import (
+    DELAYED,
     SPLIT_BACKWARD,
     V_SHAPED,
     RecomputeMode,
@@ -359,6 +360,9 @@ def held_costs(
             backward, leaf.kinds, held, again=again, again_ns=passes,
             head=leaf.head if at_end else None, at_start=at_start,
         )  # fmt: skip
+    if leaf.schedule in DELAYED and not at_end:
+        # What a stage sends on, and what comes back to it, is on its way for one of its passes.
+        late = max(forward - leaf.hop_ns, 0), max(backward - leaf.hop_ns, 0)
     on_host = (leaf.hosts or NOWHERE).of_layers(held, mode, at_start=at_start, at_end=at_end)
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,

@@ -10,7 +10,7 @@ import numpy as np
 from cost_models import given_order
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
-from cost_models.layout import ALL_AT_ONCE, SPLIT_BACKWARD, V_SHAPED, Schedule, codes_of
+from cost_models.layout import ALL_AT_ONCE, LOOPED, SPLIT_BACKWARD, V_SHAPED, Schedule, codes_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pipelines:
         fewer = np.where(self.runs(SPLIT_BACKWARD), 1, 2)
         each_round = m // np.maximum(m // pp, 1)
         begun = fewer * (pp - 1) + (vpp - 1) * each_round + 1
-        on_v, at_once = self.runs(V_SHAPED), self.runs(("looped_bfs",))
+        on_v, at_once = self.runs(V_SHAPED), self.runs(LOOPED)
         begun = np.where(on_v, np.where(m >= 2 * pp - 1, 2 * pp, m), begun)
         return np.where(at_once, m * vpp, begun), np.where(on_v | at_once, 0, fewer)
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.given_order import GivenOrder
-from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, SPLIT_BACKWARD, Schedule
+from cost_models.layout import ALL_AT_ONCE, IN_ROUNDS, LOOPED, SPLIT_BACKWARD, Schedule
 from cost_models.passes import Pass as Pass
 from cost_models.rounds import usual_round
 
@@ -104,7 +104,7 @@ def _streams(schedule: Schedule, vpp: int, microbatches: int, size: int) -> tupl
     last = microbatches % size or size
     chunk, offset = np.divmod(place, np.where(rounds == (microbatches - 1) // size, last, size))
     forwards = np.column_stack([chunk, rounds * size + offset])
-    if schedule == "looped_bfs":
+    if schedule in LOOPED:
         return forwards, forwards[::-1]
     return forwards, np.column_stack([vpp - 1 - chunk, forwards[:, 1]])
 

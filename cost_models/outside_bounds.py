@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cost_models.bounds import SAFETY
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
-from cost_models.layout import codes_of
+from cost_models.layout import ONE_CHUNK_AT_ONCE, codes_of
 from cost_models.outside import leading
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
@@ -92,7 +92,7 @@ class _Stages:
         self.m = layouts.microbatches.astype(np.float64)
         self.held = (len(names) - layouts.outside) // self.pp
         """Layers of a rank."""
-        gpipe = np.isin(layouts.schedule, codes_of(("gpipe",)))
+        gpipe = np.isin(layouts.schedule, codes_of(ONE_CHUNK_AT_ONCE))
         self.plain_ns = self._plain_ns(layouts, gpipe)
         self.passes = self.held * np.where(gpipe, self.m + self.pp - 1, self.m)
         """By how many times what a layer of the pipeline repeats the step is longer, at least."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models import vocabulary_timeline
-from cost_models.layout import place_of
+from cost_models.layout import DELAYED, place_of
 from cost_models.leaf import Leaf, RankCosts
 from cost_models.schedule import Durations, Timeline, simulate
 
@@ -30,7 +30,7 @@ def simulate_step(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> StepTime:
     places = [place_of(leaf.schedule, leaf.pp, j) for j in range(leaf.stages)]
     chunks = [ranks[rank].chunks[chunk] for rank, chunk in places]
     hop: int | list[tuple[int, int]] = leaf.hop_ns
-    if leaf.late:
+    if leaf.late or leaf.schedule in DELAYED:
         hop = [(leaf.hop_ns + c.late_on_ns, leaf.hop_ns + c.late_back_ns) for c in chunks]
     halves = [chunk.split for chunk in chunks if chunk.split]
     times = Durations(

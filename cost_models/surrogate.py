@@ -40,6 +40,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cost_models.layout import ONE_CHUNK_AT_ONCE
 from cost_models.leaf import Leaf, RankCosts, Recompute
 from cost_models.step import Field
 
@@ -113,12 +114,12 @@ def extend_label(leaf: Leaf, label: Label, rank: int, costs: RankCosts) -> Label
         if rank == 0:
             again = waits.in_trips_ns(1 + loops, k) + (waits.in_trips_ns(2, m - 1) if tail else 0)
             nested = max(nested, (1 + loops) * trip + again + tail)
-    elif leaf.schedule == "gpipe":
+    elif leaf.schedule in ONE_CHUNK_AT_ONCE:
         nested = max(nested, trip + (m - 1) * widest)
         tail = 0
     return Label(
         work=work,
-        widest=widest if leaf.schedule == "gpipe" else 0,
+        widest=widest if leaf.schedule in ONE_CHUNK_AT_ONCE else 0,
         nested=nested,
         ends=max(ends, nested + behind + costs.gradient_ns),
         update=max(label.update, costs.update_ns),
@@ -167,7 +168,7 @@ def least_objective_ns(leaf: Leaf, label: Label, rank: int, work_left: int) -> i
         again = leaf.deferral.in_trips_ns(1 + loops, leaf.pp)
         trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
         bound = max(bound, (1 + loops) * trip + again + label.tail)
-    elif leaf.schedule == "gpipe":
+    elif leaf.schedule in ONE_CHUNK_AT_ONCE:
         widest = max(label.widest, -(-work_left // rank) if rank else 0)
         trip = total + 2 * (leaf.pp - 1) * leaf.hop_ns
         bound = max(bound, trip + (leaf.microbatches - 1) * widest)

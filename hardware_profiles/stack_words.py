@@ -20,7 +20,7 @@ EXCHANGE_LIBRARIES = ("deepep", "hybridep")
 
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev",
-    "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced",
+    "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced", "gpipe_delayed", "looped_bfs_delayed",
 ]  # fmt: skip
 """Orders of work of a pipeline that have a name; see ``cost_models.orders``."""
 StackRule = Literal[

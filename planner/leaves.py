@@ -14,7 +14,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from cost_models.layout import LISTED
+from cost_models.layout import LISTED, ONE_CHUNK_AT_ONCE
 from cost_models.leaf import Completion, Leaf, Recompute, stage_costs
 from cost_models.peaks import hosts_hold, peaks
 from cost_models.recompute import MIXED, group_of
@@ -353,7 +353,7 @@ class _TimeAlone:
             most = min(layers, cutoff_ns // max(1, m * self.cheapest))
             work += added[layers * count // max(1, count, most)]
             tallest += added[min(count, self.tall)]
-        if self.leaf.schedule == "gpipe":
+        if self.leaf.schedule in ONE_CHUNK_AT_ONCE:
             return max(m * work // pp, work + (m - 1) * tallest)
         if self.leaf.shared is not None:
             return m * max(work // pp, tallest)
@@ -378,16 +378,13 @@ def _fastest_fitting(
     rows: Rows, groups: list[tuple[Recompute, ...]]
 ) -> list[tuple[Recompute, ...]]:
     """Of groups without numbers of layers, those for which some partition fits.
-    Where there is but one partition, less those of one option than which another that fits repeats
-    no more in any kind of layer, and less in some, and sends no more to hosts that hold state: the
-    step takes no longer with the other.
+    Where there is but one partition, less those of one option than which another that fits sends no
+    more to hosts with state and repeats no more in any kind of layer, less in some: it is faster.
     """
     leaf = rows.leaf
     if (leaf.uneven and leaf.pp > 1) or any(len(g) > 1 or g[0] is BEST for g in groups):
         return [group for group in groups if reaches(rows, group)]
-    extras = {
-        group: tuple(kind[leaf.modes[group[0][0]].extra] for kind in leaf.kinds) for group in groups
-    }
+    extras = {g: tuple(kind[leaf.modes[g[0][0]].extra] for kind in leaf.kinds) for g in groups}
     sent = {g: leaf.hosts.of_mode(g[0][0]) if leaf.hosts else () for g in groups}
     fitting: list[tuple[Recompute, ...]] = []
     for group in sorted(groups, key=lambda group: sum(extras[group])):

@@ -45,7 +45,7 @@ class Mesh:
 SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
 """Schedules that split the backward: whole layers run again or nothing does."""
 DIVIDED = ("1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")  # parts of both ends on all ranks
-ONE_STAGE = ("gpipe", "1f1b", *DIVIDED)
+ONE_STAGE = ("gpipe", "gpipe_delayed", "1f1b", *DIVIDED)
 CODES: dict[str, int] = {name: code for code, name in enumerate(SCHEDULES)}
 ON_A_V = ("zbv", "dualpipev", "given_v", "given_v_split")
 HALVES = ("interleaved_zero_bubble", "zbv", "dualpipev", "given_split", "given_v_split")
@@ -214,6 +214,8 @@ def impossible_layout(
         return "a pipeline needs a multiple of pp microbatches"
     if schedule == "dualpipev" and m < stages:
         return "DualPipeV needs at least 2 x pp microbatches"
+    if schedule.endswith("_delayed") and m < 2 * mesh.pp:
+        return "delayed transfers need at least 2 x pp microbatches"
     if request.workload.expert_count and (shard * mesh.cp * mesh.tp) % (mesh.ep * mesh.etp):
         return "ep x etp does not divide dp_shard x cp x tp"
     job = request.job

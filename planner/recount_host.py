@@ -52,7 +52,8 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) ->
             if tensor.input_of in modules:
                 layer_bytes += int(np.broadcast_to(tensor.bytes, (1,))[0])
     layer_bytes += len(workload.layers) * layer_input_held(mesh, request)
-    alive = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}.get(schedule)
+    known = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}
+    alive = known.get(schedule.removesuffix("_delayed"))
     if alive is None:
         alive = min(m * vpp, 2 * mesh.pp - 1 + (vpp - 1) * size)
     held = -(-layer_bytes * alive // (mesh.pp * vpp))

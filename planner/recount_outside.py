@@ -11,7 +11,7 @@ def left_outside(schedule: str, stages: int, request: Request) -> list[int]:
     equally many."""
     kinds = request.workload.layers
     turns = [n for n in range(1, len(kinds)) if kinds[n] != kinds[n - 1]]
-    piped = schedule in ("gpipe", "looped_bfs") and stages > 1
+    piped = schedule.removesuffix("_delayed") in ("gpipe", "looped_bfs") and stages > 1
     if not request.stack.outside_layers or not piped or len(turns) > 1:
         return [0]
     first = turns[0] if turns else 0

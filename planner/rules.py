@@ -14,6 +14,7 @@ from cost_models.cp_kinds import TWO_LEVELS, cp_kind_code, exchange_ways, is_kin
 from cost_models.graph import Bools, Int64, Shard
 from cost_models.layout import (
     ALL_AT_ONCE,
+    DELAYED,
     IN_ROUNDS,
     LISTED,
     V_SHAPED,
@@ -245,10 +246,12 @@ def _microbatch_rules(request: Request) -> Iterator[LayoutRule]:
             "of several microbatches",
             lambda m, x: (x.zero_stage < 2) & (m.dp * m.cp > 1) & (count(m) > 1),
         )
-    if "dualpipev" in stack.schedules:
+    doubled = [name for name in ("dualpipev", *DELAYED) if name in stack.schedules]
+    if doubled:
         yield (
-            "DualPipeV needs at least 2 x pp microbatches",
-            lambda m, x: np.isin(x.schedule, codes_of(("dualpipev",))) & (count(m) < 2 * m.pp),
+            ("DualPipeV needs" if "dualpipev" in doubled else "delayed transfers need")
+            + " at least 2 x pp microbatches",
+            lambda m, x: np.isin(x.schedule, codes_of(doubled)) & (count(m) < 2 * m.pp),
         )
 
 

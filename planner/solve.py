@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from cost_models.layout import DELAYED, ONE_CHUNK_AT_ONCE
 from cost_models.leaf import Completion, Leaf, RankCosts, Recompute
 from planner.program import ProgramSolution, Rows, reaches
 
@@ -50,13 +51,14 @@ class _Chain:
 
         total = 0
         latest = max((sum(cut) for cut in self.leaf.late), default=0)
+        delayed = self.leaf.schedule in DELAYED
         for option in self.options:
             for stage in {0, self.leaf.stages - 1}:
                 chunk = chunk_costs(self.leaf, stage, first, last, option)
                 total = max(
                     total,
                     chunk.forward_ns + chunk.backward_ns + chunk.gradient_ns + chunk.update_ns
-                    + 2 * self.leaf.pp * (self.leaf.hop_ns + latest),
+                    + 2 * self.leaf.pp * (self.leaf.hop_ns + latest + delayed * chunk.late_ns),
                 )  # fmt: skip
         return 2 * total + rank
 
@@ -167,7 +169,7 @@ def solve_cp_sat(
     chain.boundaries()
     chain.rows()
     chain.nesting()
-    if leaf.schedule == "gpipe":
+    if leaf.schedule in ONE_CHUNK_AT_ONCE:
         chain.flow_shop()
     else:
         chain.round_trips()

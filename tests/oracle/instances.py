@@ -13,7 +13,7 @@ from math import ceil
 from random import Random
 from typing import Any
 
-from cost_models.layout import NAMED, OVER_PIPELINE
+from cost_models.layout import DELAYED, NAMED, OVER_PIPELINE
 from hardware_profiles.loader import load_node, load_stack
 from hardware_profiles.schema import (
     ClusterSpec,
@@ -203,7 +203,7 @@ def draw_stack(rng: Random, moe: bool, name: str | None = None) -> StackSpec:
         changes["layers"] = stack.layers.model_copy(update=moved)
     if own.random() < 0.5:
         known = changes.get("schedules", stack.schedules)
-        others = (name for name in NAMED if name not in (*known, *OVER_PIPELINE))
+        others = (name for name in NAMED if name not in (*known, *OVER_PIPELINE, *DELAYED))
         more = [name for name in others if own.random() < 0.5]
         changes["schedules"] = (*known, *more)
     if own.random() < 0.3:

@@ -9,7 +9,7 @@ from planner.models.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from planner.request import Request
 from tests.oracle.timeline import GIVEN, given_rows, splits, turns
 
-ONE_STAGE = ("gpipe", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
+ONE_STAGE = ("gpipe", "gpipe_delayed", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
 """Schedules with one virtual stage per rank."""
 FORBIDDEN = {"zero_stage": 0, "layers_outside": 0}
 CP_KINDS = ("p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather")
@@ -166,7 +166,9 @@ def _schedules(request: Request, pp: int) -> Iterator[tuple[str, int, int]]:
 def may_be_outside(request: Request, schedule: str, out: int) -> bool:
     """Whether the stack leaves so many layers out of the pipeline, apart from how many it holds."""
     before, inside, behind = parts(request, out)
-    if not request.stack.outside_layers or schedule not in ("gpipe", "looped_bfs"):
+    if not request.stack.outside_layers or schedule not in (
+        "gpipe", "looped_bfs", "gpipe_delayed", "looped_bfs_delayed"
+    ):  # fmt: skip
         return out == 0
     kinds = [run.block for run in request.model.layers]
     if len(kinds) > 2:
@@ -280,7 +282,7 @@ def runs(request: Request, x: Layout) -> bool:
     rules = set(stack.rules)
     if "pipeline_needs_multiple_of_pp" in rules and m % x.pp:
         return False
-    if x.schedule == "dualpipev" and m < 2 * x.pp:
+    if x.schedule in ("dualpipev", "gpipe_delayed", "looped_bfs_delayed") and m < 2 * x.pp:
         return False
     if x.schedule.startswith(GIVEN) and 1 + max(i for *_, i in given_rows(x.schedule)[0]) != m:
         return False

@@ -77,7 +77,7 @@ def rank_actions(
         return [(WORKS[work], own[chunk], i) for work, chunk, i in order]
     forwards: list[Action] = []
     backwards: list[Action] = []
-    if schedule == "looped_bfs":
+    if schedule.startswith("looped_bfs"):
         forwards = [("F", chunk * pp + rank, i) for chunk in range(vpp) for i in range(m)]
         return forwards + [("B", stage, i) for _, stage, i in reversed(forwards)]
     if "interleaved" in schedule:
@@ -94,7 +94,7 @@ def rank_actions(
     else:
         forwards = [("F", rank, i) for i in range(m)]
         backwards = [("B", rank, i) for i in range(m)]
-        ahead = m if schedule == "gpipe" else pp - 1 - rank
+        ahead = m if schedule.startswith("gpipe") else pp - 1 - rank
     waiting_f, waiting_b = deque(forwards), deque(backwards)
     actions = [waiting_f.popleft() for _ in range(min(ahead, len(forwards)))]
     while waiting_f:
@@ -256,6 +256,9 @@ def finish_times(
     lag = [0] * len(durations)
     for stage in range(len(durations) // 4):
         on, back = (hop, hop) if isinstance(hop, int) else hop[stage]
+        if schedule.endswith("_delayed"):
+            # On the way for one pass of the stage that sends on, or to which a gradient comes back.
+            on, back = max(on, durations[4 * stage]), max(back, durations[4 * stage + 1])
         lag[4 * stage + 1] = lag[4 * stage + 2] = back
         if 4 * stage + 4 < len(lag):
             lag[4 * stage + 4] = on
