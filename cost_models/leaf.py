@@ -22,7 +22,6 @@ from cost_models.deferral import NOTHING, Deferral
 from cost_models.given_order import GivenOrder
 from cost_models.host_room import NOWHERE, HostRoom
 from cost_models.layout import (
-    DELAYED,
     SPLIT_BACKWARD,
     V_SHAPED,
     RecomputeMode,
@@ -33,6 +32,7 @@ from cost_models.layout import (
 )
 from cost_models.recompute import ModeRows, counts_of, group_of, mode_rows, parts_of, shares_of
 from cost_models.resharding import beyond_activations
+from cost_models.schedule import beside_passes
 from cost_models.split_backward import SplitBackward, split_backward, weight_passes_ns
 from cost_models.step import Field
 from cost_models.vocabulary import SharedEnds
@@ -254,10 +254,9 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     sent = sent_ns(leaf, stage, first, last)
     beyond = beyond_activations(leaf, stage, first, last, recompute[0]) if leaf.reshards else 0
     key = (stage == 0, stage == leaf.stages - 1, recompute[0], held, parts, late, sent, beyond)
-    known = leaf.chunk_cache.get(key)
-    if known is None:
-        known = leaf.chunk_cache[key] = held_costs(leaf, *key)
-    return known
+    if key not in leaf.chunk_cache:
+        leaf.chunk_cache[key] = held_costs(leaf, *key)
+    return leaf.chunk_cache[key]
 
 
 def sent_ns(leaf: Leaf, stage: int, first: int, last: int) -> tuple[int, int]:
@@ -339,8 +338,7 @@ def held_costs(
         # does not keep was in blocks that the loss's larger tensors do not fit into.
         left = leaf.deferral.left_bytes(leaf.microbatches)
         loss, freed = leaf.head[Field.WORK_NONE], leaf.head[Field.ACT_NONE] - left
-        draining += left
-        loss += idle if leaf.idle_forward else 0
+        draining, loss = draining + left, loss + (idle if leaf.idle_forward else 0)
         working, freed = max((loss, 0), (working - freed, freed))
     if at_start:
         # Nothing of the microbatch is left when the embedding's backward runs.
@@ -360,9 +358,8 @@ def held_costs(
             backward, leaf.kinds, held, again=again, again_ns=passes,
             head=leaf.head if at_end else None, at_start=at_start,
         )  # fmt: skip
-    if leaf.schedule in DELAYED and not at_end:
-        # What a stage sends on, and what comes back to it, is on its way for one of its passes.
-        late = max(forward - leaf.hop_ns, 0), max(backward - leaf.hop_ns, 0)
+    if not at_end:
+        forward, backward, late = beside_passes(leaf.schedule, forward, backward, leaf.hop_ns, late)
     on_host = (leaf.hosts or NOWHERE).of_layers(held, mode, at_start=at_start, at_end=at_end)
     return ChunkCosts(
         forward, backward, gradient, update, static, made, activation, working, freed, draining,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cost_models.given_order import GivenOrder
 from cost_models.layout import (
     ALL_AT_ONCE,
+    DELAYED,
     OVER_PIPELINE,
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -130,6 +131,18 @@ class Durations:
     inputs: Sequence[int] = ()
     """Gradients of inputs alone, for the schedules that split the backward; likewise weights."""
     weights: Sequence[int] = ()
+
+
+def beside_passes(
+    schedule: Schedule, forward: int, backward: int, hop: int, late: tuple[int, int]
+) -> tuple[int, int, tuple[int, int]]:
+    """Passes of a stage, and what its output and the gradient that comes back to it take beyond
+    ``hop``: in a delayed loop each is on its way for one of its passes, which is over when the
+    transfer is."""
+    if schedule not in DELAYED:
+        return forward, backward, late
+    forward, backward = max(forward, hop), max(backward, hop)
+    return forward, backward, (forward - hop, backward - hop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ Command: TypeAlias = Callable[..., None]
 
 SCHEDULE_HELP = (
     "gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble, zbv, dualpipev, 1f1b_vocab_1, "
-    "1f1b_vocab_2 or 1f1b_interlaced."
+    "1f1b_vocab_2, 1f1b_interlaced, gpipe_delayed or looped_bfs_delayed."
 )
 DEGREES = (
     "tp", "cp", "pp", "vpp", "dp_replicate", "dp_shard", "ep", "etp", "microbatch_size",

@@ -252,6 +252,12 @@ def finish_times(
     comes back. ``put_off``: in so many microbatches the last stage's backward is shorter by so
     much, and its rank, the last, ends later by all of it.
     """
+    if schedule.endswith("_delayed"):
+        # A pass is over when the transfer beside it is.
+        passes = range(len(durations) - 4)
+        least = [(hop, hop)] * len(durations) if isinstance(hop, int) else hop
+        longer = [max(durations[p], least[p // 4][p % 4] if p % 4 < 2 else 0) for p in passes]
+        durations = [*longer, *durations[-4:]]
     plan = graph(schedule, pp, vpp, m, size)
     lag = [0] * len(durations)
     for stage in range(len(durations) // 4):
