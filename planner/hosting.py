@@ -7,6 +7,7 @@ from collections import Counter
 from cost_models.host_room import bytes_there, fills_drives, leaving
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
+from planner.recompute import NOT_BOTH, named_policy, shares_hosts
 from planner.request import Request
 
 
