@@ -247,9 +247,8 @@ def chunk_costs(leaf: Leaf, stage: int, first: int, last: int, recompute: Recomp
     Chunks of the same layers in the same place (an end, or between) cost the same, and most chunks
     of a model are alike: results are kept per leaf.
     """
-    counts = leaf.counts
-    held = tuple([b - a for a, b in zip(counts[first], counts[last], strict=True)])
-    parts = counts_of(recompute, counts, first, last)
+    held = tuple([b - a for a, b in zip(leaf.counts[first], leaf.counts[last], strict=True)])
+    parts = counts_of(recompute, leaf.counts, first, last)
     late = leaf.late[last] if leaf.late and leaf.sends_on(stage) else (0, 0)
     sent = sent_ns(leaf, stage, first, last)
     beyond = beyond_activations(leaf, stage, first, last, recompute[0]) if leaf.reshards else 0
