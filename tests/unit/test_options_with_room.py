@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost_models.layout import SCHEDULES
+from cost_models.layout import ALL_AT_ONCE, SCHEDULES
 from cost_models.leaf import Completion, stage_costs
 from cost_models.peaks import peaks
 from planner.interleaved import even_partitions
@@ -34,7 +34,7 @@ def test_what_is_ruled_out_fits_in_no_partition(capacity_gb: int) -> None:
     dropped = 0
     inside = np.flatnonzero(layouts.outside == 0)
     for index in inside[:: max(1, len(inside) // 12)].tolist():
-        assert SCHEDULES[int(layouts.schedule[index])] in ("1f1b", "gpipe", "looped_bfs")
+        assert SCHEDULES[int(layouts.schedule[index])] in ("1f1b", *ALL_AT_ONCE)
         leaf = priced.leaf(index)
         tight = replace(leaf, capacity_bytes=capacity_gb * 10**9)
         kept = set(with_room(tight, options))
