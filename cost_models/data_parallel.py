@@ -348,11 +348,11 @@ def _optimizer_seconds(
             elements.astype(np.float64), machine.rules.streamed_bytes, node
         )
     elif machine.offload.optimizer and host is not None:
-        moments = round(rule.step_bytes / 8)
+        moved_there = offload.moved_bytes(rule, host)
         weights = machine.rules.gather_bytes if machine.offload.parameters else 0
         per_1000, count = machine.offload.optimizer_per_1000, elements.astype(np.float64)
         there = offload.update_seconds(
-            count, moments, node, host, weight_bytes=weights, per_1000=per_1000
+            count, moved_there, node, host, weight_bytes=weights, per_1000=per_1000
         )
         here = per_element * (1 - per_1000 / 1000) * count
         return np.maximum(there, compute.memory_bound_time_s(machine.device, here) * (here > 0))

@@ -9,6 +9,7 @@ one pipeline rank, of several, or of the end of one and the start of the next; t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 
 from cost_models.activation_offload import moved_bytes
 from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
+from cost_models.host_loops import loop_of, working_bytes
 from cost_models.layout import RecomputeMode, RecomputePolicy
 from cost_models.memory import Activations
 from cost_models.offload import Offload
@@ -146,12 +148,14 @@ def host_tables(
     optimizer, weights = bytes_there(machine)
 
     share = machine.offload.optimizer_per_1000
+    each, group = _loop_bytes(workload, machine, shard, configs)
 
     def state(kind: LayerKind) -> Int64:
         trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
-        there = ceil_div(trained * (optimizer * share), np.array(1000))
+        there = ceil_div(trained * (optimizer * share), np.array(1000)) + trained * each
         more = extra_bytes(kind, shard, configs, machine.rules, workload.vocab_divisor)
-        return there + (trained + frozen) * weights + more
+        found: Int64 = there + (trained + frozen) * weights + more
+        return found
 
     return HostTables(
         kinds=tuple(state(kind) for kind in kinds),
@@ -164,11 +168,27 @@ def host_tables(
             )
             for kind in kinds
         ),
-        room=np.full_like(shard.tp, int(capacity.si)),
+        room=np.full_like(shard.tp, int(capacity.si)) - group * node.devices_per_node,
         rank_devices=configs.world // configs.pp,
         node_devices=node.devices_per_node,
         outputs=_outputs(workload, shard, configs),
     )
+
+
+def _loop_bytes(
+    workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs
+) -> tuple[Int64, Int64]:
+    """Host bytes of what loops there make: per trained element of a shard, and of a device."""
+    name, spec = machine.rules.optimizer.name, machine.stack.offload
+    if not machine.offload.optimizer or loop_of(name, spec) is None:
+        return np.zeros_like(shard.tp), np.zeros_like(shard.tp)
+    counts = Counter(workload.layers)
+    held = [(workload.kinds[kind], count) for kind, count in counts.items()]
+    elements = np.zeros_like(shard.tp)
+    for kind, count in (*held, (workload.embedding, 1), (workload.head, 1)):
+        trained, _ = shard_elements(kind, shard, configs, workload.vocab_divisor)
+        elements = elements + count * trained
+    return working_bytes(name, spec, elements, configs.zero_stage)
 
 
 def _outputs(

@@ -2,9 +2,11 @@
 
 The host's Adam reads and writes the fp32 master weight and moments and reads the gradient: 28 bytes
 per parameter with AdamW, at the host memory bandwidth that the devices of a node share
-(ZeRO-Offload, arXiv 2101.06840, section 5.1). Gradients leave and weights come back over each
-device's own link, in 16 bits each or as the stack says, beside the arithmetic: the slower of the
-two counts. Weights that live on the host come over the link before each gather.
+(ZeRO-Offload, arXiv 2101.06840, section 5.1); optimizers of PyTorch's take more passes
+(``cost_models.host_loops``), assumed to reach the same share of that bandwidth. Gradients leave and
+weights come back over each device's own link, in 16 bits each or as the stack says, beside the
+arithmetic: the slower of the two counts. Weights that live on the host come over the link before
+each gather.
 
 Where the device updates (MaxText: ``jax.device_put`` of the state between host and device around
 ``apply_gradients``) the state crosses the link twice in turn with the update.
@@ -31,6 +33,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.host_loops import loop_of
+from cost_models.optimizers import OptimizerRule
 from hardware_profiles.holdings import DrivesSpec, OffloadSpec
 from hardware_profiles.schema import NodeSpec
 
@@ -63,11 +67,12 @@ class Offload:
 
 
 def update_seconds(
-    elements: Real, moments: int, node: NodeSpec, spec: OffloadSpec, *, weight_bytes: int = 0,
-    per_1000: int = 1000,
+    elements: Real, moved_bytes: float, node: NodeSpec, spec: OffloadSpec, *,
+    weight_bytes: int = 0, per_1000: int = 1000,
 ) -> Real:  # fmt: skip
     """The optimizer step of ``per_1000`` of 1,000 of ``elements`` parameters of each device on the
-    host; ``weight_bytes`` each go back to where weights live.
+    host, which moves ``moved_bytes`` of its memory for each; ``weight_bytes`` each go back to where
+    weights live.
 
     Nothing on a node whose host memory (or drives) has no stated bandwidth: rules refuse every
     layout there.
@@ -75,7 +80,7 @@ def update_seconds(
     if node.host_memory_bandwidth is None or spec.adam_efficiency is None:
         return np.zeros_like(elements)
     rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
-    arithmetic = elements * (per_1000 / 1000 * (8.0 + 8.0 * moments + 4.0)) / rate
+    arithmetic = elements * (per_1000 / 1000 * moved_bytes) / rate
     link: Real = elements * (spec.link_bytes * crossing_share(per_1000)) / node.host_link.si
     result: Real = np.maximum(arithmetic, link)
     if spec.drives is None:
@@ -83,6 +88,13 @@ def update_seconds(
     return _swapped(
         result, elements * float(node.devices_per_node), node, spec.drives, weight_bytes
     )
+
+
+def moved_bytes(rule: OptimizerRule, spec: OffloadSpec) -> float:
+    """Bytes per parameter through the host's memory in a step there: master weight and moments
+    read and written and the gradient read, or as many passes as loops take."""
+    loop = loop_of(rule.name, spec)
+    return 12.0 + rule.step_bytes if loop is None else float(loop.moved_bytes)
 
 
 def crossing_share(per_1000: int) -> float:

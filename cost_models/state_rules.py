@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from cost_models.graph import Int64
+from cost_models.host_loops import loop_of
 from cost_models.offload import Offload
 from cost_models.optimizers import OPTIMIZERS, OptimizerRule, rule_of
 from hardware_profiles.holdings import MuonSpec, OffloadSpec, Precision, StateSpec
@@ -97,6 +98,10 @@ def state_rules(
     """The rules for one stack and job; see ``cost_models.state``."""
     rule = rule_of(optimizer, muon.momentum_bytes.get(precision, 4), experts=muon.experts)
     mixed = precision != "fp32"
+    if offload.optimizer and loop_of(optimizer, host) is not None:
+        # The host's flat shards have no rows: what else an element keeps is a moment there.
+        kept_whole = rule.moment_bytes + rule.flat_bytes
+        rule = replace(rule, moment_bytes=kept_whole, extra_bytes=None, flat_bytes=0)
     master = mixed and master_weights
     weight, gathered, state = 2 if master else 4, 2 if mixed else 4, rule.moment_bytes
     state += spec.master_bytes if master else 0

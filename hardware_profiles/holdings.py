@@ -125,6 +125,10 @@ class DrivesSpec(Profile):
     """Host bytes per device for weights on their way, where they are on the drives too."""
 
 
+LoopName = Literal["sgd", "rmsprop", "adamax", "adadelta", "adafactor"]
+"""Entries of ``cost_models.host_loops``."""
+
+
 class OffloadSpec(Profile):
     """What a stack can keep on the host, and how fast it works there."""
 
@@ -159,8 +163,13 @@ class OffloadSpec(Profile):
     takes_experts: bool | Literal["without_ep"] = True
     """Whether it is there for mixtures of experts too, or only where ep is 1."""
     optimizers: tuple[OptimizerName, ...] = ()
-    """Optimizers that ``optimizer_bytes`` and the step on the host are for; empty: all of the
-    stack's."""
+    """Optimizers that update on the host in one pass; empty: all of the stack's."""
+    loops: tuple[LoopName, ...] = ()
+    """Those that run there as PyTorch's loops instead (``cost_models.host_loops``)."""
+    loop_elements: Annotated[int, Field(ge=1)] = 1
+    """Most parameters of a rank that these update at once in ZeRO stage 3."""
+    lacks: dict[OptimizerName, str] = Field(default_factory=dict)
+    """Why others of the stack's do not run there."""
     checkpoints: bool = False
     """Whether the host can hold the layer inputs that full recomputation keeps."""
     checkpoints_wait: bool = False
@@ -186,6 +195,8 @@ class OffloadSpec(Profile):
             raise ValueError("offload: the host updates, so give optimizer_bytes, adam_efficiency")
         if self.updates_on == "device" and (self.drives is not None or self.gradients):
             raise ValueError("offload: drives and gradients belong to updates_on: host")
+        if self.loops and (self.updates_on == "device" or self.drives is not None):
+            raise ValueError("offload.loops: optimizers that update in the host's memory")
         return self
 
     @model_validator(mode="after")

@@ -96,8 +96,11 @@ def cannot_offload(request: Request) -> str | None:
             f"{request.stack.name} {request.stack.version} offloads optimizer state with the "
             "weights only (parameter_offload)"
         )
-    if job.optimizer_offload and spec.optimizers and job.optimizer not in spec.optimizers:
-        return f"{request.stack.name} {request.stack.version} has no {job.optimizer} on the host"
+    able = (*spec.optimizers, *spec.loops)
+    if job.optimizer_offload and spec.optimizers and job.optimizer not in able:
+        why = f": {spec.lacks[job.optimizer]}" if job.optimizer in spec.lacks else ""
+        label = f"{request.stack.name} {request.stack.version}"
+        return f"{label} has no {job.optimizer} on the host{why}"
     shared = request.machine.offload.optimizer_per_1000 < 1000
     if shared and (spec.share_zero_stage is None or job.optimizer != "adamw"):
         label = f"{request.stack.name} {request.stack.version}"

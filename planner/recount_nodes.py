@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cost_models.graph import Int64, LayerKind, Shard, Weight
+from cost_models.host_loops import HOST_LOOPS, HostLoop
 from cost_models.host_room import bytes_there
 from cost_models.leaf import Leaf
 from cost_models.optimizers import LocalTensor
@@ -55,12 +56,19 @@ class Nodes:
         def state(kind: LayerKind) -> int:
             alone, rules = mesh.pp == 1, request.machine.rules
             more = rules.optimizer.extra_bytes if rules.streams_extra else None
-            return _state(kind, shard, divisor, shares, (*each, share), more, alone=alone)
+            found = _state(kind, shard, divisor, shares, (*each, share), more, alone=alone)
+            loop = _loop(request) if zero < 3 else None
+            if loop is not None:
+                made = (loop.working_bytes, 0, 1000)
+                found += _state(kind, shard, divisor, shares, made, None, alone=alone)
+            return found
 
         ends = state(workload.embedding), state(workload.head)
         spread = sum(ends) if leaf.shared is not None else 0
         self.ends = (0, 0) if leaf.shared is not None else ends
         kinds = {name: state(workload.kinds[name]) for name in set(workload.layers)}
+        grouped = _group_bytes(request, shard, shares) if zero == 3 else 0
+        self.room = None if self.room is None else self.room - grouped * self.per_node
         own = layer_input_held(mesh, request)
         moved = {name: own + _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
         names = self.names = list(dict.fromkeys(workload.layers))
@@ -144,6 +152,27 @@ class Nodes:
                 first, last = rank * self.per_rank, (rank + 1) * self.per_rank
                 total += sizes[rank] * (min(end, last) - max(start, first))
             yield total
+
+
+def _loop(request: Request) -> HostLoop | None:
+    """The loop in which the hosts update, if they do."""
+    spec, job = request.stack.offload, request.job
+    if spec is None or not job.optimizer_offload or job.optimizer not in spec.loops:
+        return None
+    return HOST_LOOPS[job.optimizer]
+
+
+def _group_bytes(request: Request, shard: Shard, shares: tuple[int, int]) -> int:
+    """Bytes of one device of the tensors that a loop makes of a group of its parameters."""
+    workload, loop, spec = request.workload, _loop(request), request.stack.offload
+    if loop is None or spec is None:
+        return 0
+    names = [workload.kinds[name] for name in workload.layers]
+    elements = sum(
+        _state(kind, shard, workload.vocab_divisor, shares, (1, 0, 1000), None, alone=True)
+        for kind in (*names, workload.embedding, workload.head)
+    )
+    return loop.working_bytes * min(elements, spec.loop_elements)
 
 
 def _state(

@@ -18,6 +18,10 @@ from tests.oracle.timeline import homes, live_vectors
 MOMENTS = {"adamw": 8, "sgd": 4, "muon": 4}
 """Bytes per parameter that the device updates and the host keeps; Muon's of hidden matrices."""
 
+LOOPS = {"sgd": (4, 0), "rmsprop": (4, 4), "adamax": (8, 4), "adadelta": (8, 8),
+         "adafactor": (4, 8)}  # fmt: skip
+"""Bytes per parameter of moments, and of new tensors, of optimizers that PyTorch runs there."""
+
 
 def hosts_hold(
     request: Request, x: Layout, sizes: Sequence[int], options: Sequence[Option], m: int
@@ -102,7 +106,20 @@ def bytes_on_nodes(
     nodes = [0] * request.cluster.nodes
     for device in range(request.devices):
         nodes[device // per_node] += held[device // (request.devices // x.pp)]
+    if x.zero == 3 and request.job.optimizer_offload and request.job.optimizer in LOOPS:
+        nodes = [size + per_node * _group(request, x) for size in nodes]
     return nodes
+
+
+def _group(request: Request, x: Layout) -> int:
+    """Bytes of one device of what a loop makes of a group of its parameters in stage 3."""
+    work, offload = request.workload, request.stack.offload
+    assert offload is not None
+    moments, made = LOOPS[request.job.optimizer]
+    kinds = [work.embedding, work.head, *(work.kinds[name] for name in work.layers)]
+    # A loop of stage 3 has its state alone.
+    elements = sum(_state(request, x, kind) for kind in kinds) // (8 + moments)
+    return made * min(elements, offload.loop_elements)
 
 
 def _state(request: Request, x: Layout, kind: LayerKind) -> int:
@@ -130,6 +147,10 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
     if offload.updates_on == "device":
         return (dense + expert) * MOMENTS[request.job.optimizer] + others
     assert offload.optimizer_bytes is not None
+    if request.job.optimizer in LOOPS:
+        # Master weight, gradient and moments; below stage 3 what the loop makes of the whole shard.
+        moments, made = LOOPS[request.job.optimizer]
+        return (dense + expert) * (8 + moments + (made if x.zero < 3 else 0))
     share = round(1000 * request.job.optimizer_offload_share)
     return -(-(dense + expert) * offload.optimizer_bytes * share // 1000)
 

@@ -14,7 +14,7 @@ from planner.refute import better_layout
 from planner.request import Request
 from tests.oracle.brute import BruteForce, brute_force
 from tests.oracle.compare import compare, differences
-from tests.oracle.host_memory import bytes_on_nodes
+from tests.oracle.host_memory import LOOPS, bytes_on_nodes
 from tests.oracle.instances import draw, number
 from tests.oracle.layouts import every_layout, partitions, recompute_choices
 
@@ -33,12 +33,14 @@ def with_memory(cluster: ClusterSpec, size: int) -> ClusterSpec:
     return cluster.model_copy(update={"groups": (group.model_copy(update={"node": node}),)})
 
 
-def offloaded(seed: int, stack: str = STACK, share: float = 1.0) -> Request | None:
+def offloaded(
+    seed: int, stack: str = STACK, share: float = 1.0, loop: str | None = None
+) -> Request | None:
     """The instance of ``seed`` with a share of its optimizer on the hosts, whose memory is what
-    some completion needs or a little less; None where it has no layout."""
+    some completion needs or a little less; None where it has no layout. ``loop``: the optimizer."""
     request, rng = draw(seed, stack), Random(f"host {seed}")
     optimizer = "muon" if stack == "maxtext-gpu" and seed % 3 == 0 else "adamw"
-    changes = {"optimizer_offload": True, "optimizer": optimizer, "precision": "bf16",
+    changes = {"optimizer_offload": True, "optimizer": loop or optimizer, "precision": "bf16",
                "optimizer_offload_share": share}  # fmt: skip
     request = replace(request, job=request.job.model_copy(update=changes))
     if stack == "maxtext-gpu":
@@ -155,3 +157,33 @@ def test_planner_equals_brute_force_with_a_share_of_the_optimizer_on_the_hosts()
         count["not as without"] += brute_force(replace(request, job=job)).time != time
     assert count["feasible"], count
     assert count["not as without"], count
+
+
+def test_planner_equals_brute_force_with_loops_on_the_hosts() -> None:
+    """Optimizers that PyTorch runs there; groups of parameters so small that stage 3 has room where
+    stages 1 and 2, which update a shard at once, do not."""
+    count: Counter[str] = Counter()
+    for seed in range(INSTANCES // 2):
+        loop = Random(f"loop {seed}").choice(sorted(LOOPS))
+        request = offloaded(seed, "deepspeed-hf", loop=loop)
+        if request is None:
+            continue
+        offload = request.stack.offload
+        assert offload is not None
+        elements = Random(f"group {seed}").choice((1000, offload.loop_elements))
+        offload = offload.model_copy(update={"loop_elements": elements})
+        request = replace(request, stack=request.stack.model_copy(update={"offload": offload}))
+        each = compare(seed, request=request)
+        assert not differences(each), seed
+        time = each.answer.time
+        if time is not None:
+            assert better_layout(request, time) is None, seed
+            assert better_layout(request, time + 1) is not None, seed
+        count["all"] += 1
+        count["feasible"] += time is not None
+        count[loop] += time is not None
+        roomy = replace(request, cluster=with_memory(request.cluster, 10**15))
+        count["bound by hosts"] += brute_force(roomy).time != time
+    assert count["feasible"], count
+    assert count["bound by hosts"], count
+    assert sum(count[loop] > 0 for loop in LOOPS) > 1, count

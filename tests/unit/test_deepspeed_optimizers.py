@@ -144,8 +144,11 @@ def test_tensor_parallel_ranks_offload_too() -> None:
 
 
 def test_only_optimizers_of_the_host_run_there() -> None:
-    with pytest.raises(InputError, match="has no sgd on the host"):
-        evaluate(request(optimizer="sgd", optimizer_offload=True), sharded(2))
+    with pytest.raises(InputError, match="no adam8bit on the host: bitsandbytes"):
+        evaluate(request(optimizer="adam8bit", optimizer_offload=True), sharded(2))
+    for stack, layout in (("deepspeed-hf", sharded(2)), ("deepspeed-autotp", sharded(2))):
+        with pytest.raises(InputError, match="no muon on the host: DeepSpeed"):
+            evaluate(request(stack, optimizer="muon", optimizer_offload=True), layout)
     assert memory(evaluate(request(optimizer="lion", optimizer_offload=True), sharded(2)))
 
 
