@@ -26,8 +26,9 @@ from cost_models.distinct import (
 from cost_models.fragments import add_lookups
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64, LayerKind, Shard, WorkloadGraph
-from cost_models.host_outputs import Waiting, refuse_without_room
+from cost_models.host_outputs import Sent, Waiting, refuse_without_room, sent_by
 from cost_models.host_room import HostTables, host_tables
+from cost_models.idle_passes import bubble_passes
 from cost_models.layer_offload import send_layers
 from cost_models.layer_times import to_ns
 from cost_models.layout import RecomputeMode, RecomputePolicy, Schedule
@@ -138,6 +139,8 @@ class PricedConfigs:
     """Layers whose weights are gathered before the one that runs."""
     hosts: HostTables | None = None
     """What the devices send to their hosts; None: nothing."""
+    sent: Sent | None = None
+    """Outputs that idle passes send there too; None: nothing."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -168,6 +171,11 @@ class PricedConfigs:
                 self.vocabulary, index, schedule, pp, microbatches, embedding, head
             )
             embedding, head = (0,) * len(embedding), (0,) * len(head)
+        idle = bubble_passes(schedule, pp) if self.machine.stack.idle_passes_stay else 0
+        hosts = None if self.hosts is None else self.hosts.of(index, shared_ends=bool(shared))
+        if hosts is not None and idle:
+            real = microbatches * vpp
+            hosts = replace(hosts, passes=(real + idle, real))
         leaf = Leaf(
             schedule=schedule,
             pp=pp,
@@ -197,12 +205,13 @@ class PricedConfigs:
             idle_forward=self.machine.stack.idle_forward
             and self.workload.head.whole_logits
             and shared is None,
-            hosts=None if self.hosts is None else self.hosts.of(index, shared_ends=bool(shared)),
+            hosts=hosts,
+            idle_passes=idle,
         )
-        if not outside:
-            return leaf
-        rows = tuple(tuple(table[:, index].tolist()) for table in self.outside)
-        return replace(leaf, outside=outside_of(leaf, rows, outside))
+        if outside:
+            rows = tuple(tuple(table[:, index].tolist()) for table in self.outside)
+            leaf = replace(leaf, outside=outside_of(leaf, rows, outside))
+        return self.sent.refuse(leaf, index) if self.sent is not None and idle else leaf
 
 
 def _row(column: Int64, schedule: Schedule) -> Row:
@@ -317,6 +326,7 @@ def price_configs(
         outside=outside,
         hosts=host_tables(workload, machine, shard, configs),
         ahead=gathered_ahead(configs.dp_shard * configs.cp, machine),
+        sent=sent_by(workload, shard, machine),
     )  # fmt: skip
 
 

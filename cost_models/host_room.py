@@ -49,6 +49,9 @@ class HostRoom:
     outputs: Mapping[RecomputeMode, tuple[int, ...]] = field(default_factory=dict)
     """Per mode that sends outputs there, those of a layer of each kind and of all microbatches that
     wait: one, or all under a pipeline, which runs all forwards first."""
+    passes: tuple[int, int] = (1, 1)
+    """By how much more is there than of the microbatches: passes of a rank whose outputs wait over
+    those of microbatches (``cost_models.idle_passes``), spread over its layers."""
 
     def of_layers(
         self, held: Sequence[int], mode: RecomputeMode, *, at_start: bool, at_end: bool
@@ -62,7 +65,9 @@ class HostRoom:
 
     def of_mode(self, mode: RecomputeMode) -> tuple[int, ...]:
         """Outputs that a layer of each kind sends there in a mode."""
-        return self.outputs.get(mode, (0,) * len(self.kinds))
+        sizes = self.outputs.get(mode, (0,) * len(self.kinds))
+        run, real = self.passes
+        return sizes if run == real else tuple([-(-size * run // real) for size in sizes])
 
     def outside(self, pp: int) -> HostRoom:
         """The same for layers outside the pipeline: each of ``pp`` ranks has its share of the
@@ -70,7 +75,7 @@ class HostRoom:
         shares = {
             mode: tuple(-(-size // pp) for size in sizes) for mode, sizes in self.outputs.items()
         }
-        return replace(self, outputs=shares)
+        return replace(self, outputs=shares, passes=(1, 1))
 
     def most_on_node(self, rank: int) -> int:
         """Most devices of a pipeline rank that share a node."""

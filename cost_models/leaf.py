@@ -102,6 +102,8 @@ class Leaf:
     """Weight gradients of the output layer that wait for the pipeline to drain."""
     hosts: HostRoom | None = None
     """What the devices send to their hosts; None: nothing."""
+    idle_passes: int = 0
+    """Passes of the bubble whose activations stay (``cost_models.idle_passes``)."""
 
     @cached_property
     def reshards(self) -> bool:
@@ -122,9 +124,8 @@ class Leaf:
 
     def kept_output_bytes(self, rank: int) -> int:
         """Outputs of earlier microbatches that a rank keeps until the step ends."""
-        if not self.output_bytes or self.stages - 1 not in self.held(rank):
-            return 0
-        return self.output_bytes * (self.microbatches - 1)
+        last = self.stages - 1 in self.held(rank)
+        return self.output_bytes * (self.microbatches - 1) if last else 0
 
     def step_buffer_bytes(self, rank: int) -> int:
         """Bytes of a rank that stay for a step, whatever layers it holds."""
@@ -145,8 +146,8 @@ class Leaf:
         """What a virtual stage has of embedding and head."""
         if self.shared is not None:
             return self.shared.embedding, self.shared.head
-        first, last = stage == 0, stage == self.stages - 1
-        return self.embedding if first else None, self.head if last else None
+        last = stage == self.stages - 1
+        return self.embedding if stage == 0 else None, self.head if last else None
 
     @property
     def stages(self) -> int:
@@ -223,9 +224,8 @@ class ChunkCosts:
     step_bytes: int
     """Short-lived bytes of the optimizer step."""
     late_on_ns: int = 0
-    """Transfer of the output to the next virtual stage, beyond the least hop."""
     late_back_ns: int = 0
-    """Transfer of that output's gradient back, beyond the least hop."""
+    """Transfers of the output on and of its gradient back, beyond the least hop."""
     split: SplitBackward | None = None
     """Where the schedule splits the backward."""
     host_bytes: int = 0

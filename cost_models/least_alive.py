@@ -10,6 +10,7 @@ import numpy as np
 from cost_models import given_order
 from cost_models.given_order import GivenOrder
 from cost_models.graph import Bools, Int64
+from cost_models.idle_passes import bubbles
 from cost_models.layout import ALL_AT_ONCE, LOOPED, SPLIT_BACKWARD, V_SHAPED, Schedule, codes_of
 
 
@@ -24,11 +25,18 @@ class Pipelines:
     """As code."""
     order: GivenOrder | None
     """What all of them run, where the user gave it."""
+    bubbles: bool = False
+    """Whether passes of the bubble keep as much (``cost_models.idle_passes``)."""
 
     def runs(self, names: tuple[Schedule, ...]) -> Bools:
         """Which layouts have one of these schedules."""
         result: Bools = np.isin(self.schedule, codes_of(names))
         return result
+
+    @cached_property
+    def idle(self) -> Int64:
+        """Passes of the bubble that keep something."""
+        return bubbles(self.schedule, self.pp) * self.bubbles
 
     @cached_property
     def in_flight(self) -> tuple[Int64, Int64]:
@@ -54,7 +62,8 @@ def alive_on_every_chunk(runs: Pipelines, rank: int) -> Int64:
     alive = np.where(several, np.minimum(ahead, runs.pp), behind)
     alive = np.where(runs.runs(V_SHAPED), 1, alive)
     m = runs.microbatches
-    alive = np.where(runs.runs(ALL_AT_ONCE), m, np.minimum(alive, m))
+    once = m + np.where(several, 0, runs.idle)
+    alive = np.where(runs.runs(ALL_AT_ONCE), once, np.minimum(alive, m))
     return np.maximum(alive, 1)
 
 
@@ -69,5 +78,6 @@ def alive_on_full_chunks(runs: Pipelines, has: slice, rank: int, lighter: Int64)
     begun, fewer = runs.in_flight
     m, vpp = runs.microbatches[has], runs.vpp[has]
     alive = np.minimum(begun[has] - rank * fewer[has], m * vpp)
-    least: Int64 = np.maximum(alive - lighter * m, 0)
+    # Of loops the first rank idles on its last chunk, the last one on its first.
+    least: Int64 = np.maximum(alive - lighter * m, 0) + runs.idle[has]
     return least

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cost_models.bounds import SAFETY
 from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
+from cost_models.idle_passes import bubbles
 from cost_models.layout import ONE_CHUNK_AT_ONCE, codes_of
 from cost_models.outside import leading
 from cost_models.recompute import mode_rows
@@ -90,6 +91,9 @@ class _Stages:
         ]
         self.pp, self.vpp = tables.configs.pp[self.config], layouts.vpp
         self.m = layouts.microbatches.astype(np.float64)
+        stay = tables.machine.stack.idle_passes_stay
+        self.idle = bubbles(layouts.schedule, self.pp) * stay / self.vpp
+        """Passes of the bubble that stay, in microbatches of a whole rank."""
         self.held = (len(names) - layouts.outside) // self.pp
         """Layers of a rank."""
         gpipe = np.isin(layouts.schedule, codes_of(ONE_CHUNK_AT_ONCE))
@@ -180,6 +184,7 @@ class _Stages:
             (self.tables.head, np.maximum(short - freed, loss), loss),
         ):
             alive = self.m[some] * (layers + end[Field.ACT_NONE][config])
+            alive = alive + self.idle[some] * layers
             gradients = own + end[new][config]
             if self.ahead:
                 moments = alive + gradients + most + kept, gradients + made + kept + working

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from cost_models.idle_passes import idle_bytes
 from cost_models.layout import place_of
 from cost_models.leaf import ChunkCosts, Leaf, RankCosts
 from cost_models.resharding import held_at_peaks
@@ -92,7 +93,8 @@ def live_activations(
     leaf: Leaf, rank: int, chunks: tuple[ChunkCosts, ...]
 ) -> tuple[int, tuple[int, ...]]:
     """Most activation bytes alive at once, with what a split backward holds beside them or other
-    chunks of gathered weights, and the microbatches per chunk that they belong to."""
+    chunks of gathered weights and what idle passes keep, and the microbatches per chunk that
+    they belong to."""
     peaks = held_at_peaks(leaf, rank)
     sizes = [chunk.activation_bytes for chunk in chunks]
     halves = [chunk.split for chunk in chunks if chunk.split]
@@ -103,7 +105,7 @@ def live_activations(
     size, peak = max(
         (sum([n * size for n, size in zip(peak, sizes, strict=True)]), peak) for peak in peaks
     )
-    return size, peak[: leaf.vpp]
+    return size + idle_bytes(leaf, rank, chunks), peak[: leaf.vpp]
 
 
 def peaks(leaf: Leaf, ranks: tuple[RankCosts, ...]) -> tuple[int, ...]:

@@ -326,8 +326,9 @@ class Relaxation:
 
     def _pipelines(self, index: Int64) -> Pipelines:
         return Pipelines(
-            self.pp[index], self.vpp[index], self.m[index], self.schedule[index], self.order
-        )
+            self.pp[index], self.vpp[index], self.m[index], self.schedule[index], self.order,
+            self.tables.machine.stack.idle_passes_stay,
+        )  # fmt: skip
 
     def _chunked(self, index: Int64, option: CheckedRows) -> Bools:
         """Whether every rank has room for its full chunks of the least demanding layers.

@@ -262,6 +262,9 @@ class StackSpec(Profile):
     stream_pools: bool = False
     """Whether gathered weights and reduced gradients are allocated on streams of their own: the
     allocator keeps free blocks per stream, so what they leave serves nothing else."""
+    idle_passes_stay: bool = False
+    """Whether a pipeline is one differentiated loop, which keeps as much of the passes that ranks
+    run on padding, in the bubble, as of others (``cost_models.idle_passes``)."""
     idle_forward: bool = False
     """Whether what the last layers' forward worked with and did not keep lies idle under the loss,
     whose tensors are larger than those blocks: the caching allocator splits blocks, it joins none

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from cost_models.configs import shard_of
 from cost_models.graph import Shard
 from cost_models.host_outputs import Waiting, host_bytes, without_room
+from cost_models.idle_passes import bubble_passes
 from cost_models.layer_offload import hosted_bytes as layer_bytes
 from cost_models.memory import Activations
 from hardware_profiles.units import format_bytes
@@ -21,15 +24,19 @@ from planner.request import Request
 
 def check_hosted_outputs(request: Request, layout: Layout) -> None:
     """Raise :class:`InputError` where the hosts cannot take what the layout's modes send."""
-    shard, waiting = shard_of(request.workload, configs_of(layout)), _waiting(layout)
+    shard, waiting = shard_of(request.workload, configs_of(layout)), _waiting(request, layout)
+    outside = Counter[str]()
+    for (kind, _), count in outside_recompute(layout, request).items():
+        outside[kind] += count
     for mode in sorted({part.mode for stage in layout.stages for part in stage.recompute}):
         policy = named_policy(mode, request.stack)
         if not policy.sends:
             continue
-        if without_room(request.workload, shard, waiting, request.machine, (policy,))[0, 0]:
+        machine, workload = request.machine, request.workload
+        if without_room(workload, shard, waiting, machine, (policy,), outside)[0, 0]:
             several = f" of all {layout.num_microbatches} microbatches" if layout.pp > 1 else ""
             spec = request.stack.layer_offload
-            each = host_bytes(request.workload, shard, waiting, (policy,), spec)[0, 0]
+            each = host_bytes(workload, shard, waiting, (policy,), spec, outside)[0, 0]
             capacity = host_capacity(request)
             node = request.cluster.groups[0].node
             room = (
@@ -56,12 +63,14 @@ def hosted_bytes(request: Request, layout: Layout) -> tuple[int, int]:
         for part in stage.recompute
     )
     # A rank's share of the batch takes as much room outside the pipeline as inside.
-    whole += sum(
+    outside = sum(
         count * _listed(request, kind, mode, shard)
         for (kind, mode), count in outside_recompute(layout, request).items()
         if mode != "none"
     )
-    return int(_waiting(layout).on_one_device(np.array([whole]))[0]), -(-whole // layout.pp)
+    whole += outside
+    held = _waiting(request, layout).on_one_device(np.array([whole]), outside)
+    return int(held[0]), -(-whole // layout.pp)
 
 
 def _first_layers(request: Request, layout: Layout, shard: Shard) -> int:
@@ -81,5 +90,6 @@ def _listed(request: Request, kind: str, mode: str, shard: Shard) -> int:
     return int(Activations(request.workload.kinds[kind], shard).listed(policy, policy.offloads)[0])
 
 
-def _waiting(layout: Layout) -> Waiting:
-    return Waiting(np.array([layout.pp]), np.array([layout.num_microbatches]))
+def _waiting(request: Request, layout: Layout) -> Waiting:
+    idle = bubble_passes(layout.schedule, layout.pp) if request.stack.idle_passes_stay else 0
+    return Waiting(np.array([layout.pp]), np.array([layout.num_microbatches]), layout.vpp, idle)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.host_room import HostRoom
+from cost_models.idle_passes import idle_bytes_by_rank
 from cost_models.layout import V_SHAPED
 from cost_models.leaf import Completion, Leaf, Recompute
 from cost_models.partitions import interleaved_bounds
@@ -328,6 +329,7 @@ class _Table:
         working, draining = working + sent, draining + behind + gathered
         if leaf.reshards:
             working += self._beyond(rows, option[0], held, activation)
+        padding = idle_bytes_by_rank(leaf, self._by_rank(activation))
         activation[:, 0] += leaf.embedding[Field.ACT_NONE]
         activation[:, -1] += leaf.head[Field.ACT_NONE]
         start = leaf.embedding[Field.WORK_NONE] + gathered[:, 0] - leaf.embedding[Field.GATHERED]
@@ -371,7 +373,7 @@ class _Table:
         possible = (at_the_end <= free).all(axis=1)
         if leaf.hosts is not None:
             possible &= self._hosted(held, leaf.hosts, option)
-        return _Room(leaf, alive, free - short_lived, possible)
+        return _Room(leaf, alive, free - short_lived - padding, possible)
 
     def _beyond(self, rows: Ints, mode: str, held: Ints, kept: Ints) -> Ints:
         """Gathered weights beyond activations ``kept``, of each partition and virtual stage."""
@@ -388,12 +390,10 @@ class _Table:
         state[:, -1] += hosts.head
         devices = np.array([hosts.most_on_node(rank) for rank in range(self.leaf.pp)])
         on_node = self._by_rank(state).sum(axis=1) * devices
-        holds: NDArray[np.bool_] = on_node.max(axis=1) <= hosts.room
-        return holds
+        return np.asarray(on_node.max(axis=1) <= hosts.room)
 
     def _largest(self, counts: Ints, *fields: int, less: int | None = None) -> Ints:
         values = self.kinds[:, list(fields)].sum(axis=1)
-        if less is not None:
-            values = values - self.kinds[:, less]
+        values = values if less is None else values - self.kinds[:, less]
         result: Ints = np.where(counts > 0, values, 0).max(axis=2, initial=0)
         return result

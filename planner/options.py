@@ -69,6 +69,9 @@ def with_room(leaf: Leaf, options: tuple[Recompute, ...]) -> tuple[Recompute, ..
         for name in ("kept", "working")
     )
     alive = leaf.microbatches if leaf.schedule in ALL_AT_ONCE else 1
+    if leaf.outside is None and (leaf.vpp == 1 or (not leaf.uneven and len(kinds) == 1)):
+        # Of several chunks, alike, these keep as many passes of the whole rank.
+        alive += leaf.idle_passes // leaf.vpp
     need = sum(
         count * (kind[Field.STATIC] + alive * each)
         for count, kind, each in zip(layers, kinds, kept, strict=True)

@@ -170,6 +170,7 @@ class Ranges:
         beyond = at_start if rank == 0 else beyond
         gathered = self.sums[3] if leaf.reshards else np.zeros_like(self.layers)
         static, made, step = self.sums[:3]
+        bubble = leaf.idle_passes * activation
         for end, present in ((leaf.embedding, rank == 0), (leaf.head, rank == leaf.pp - 1)):
             if present:
                 static = static + end[Field.STATIC]
@@ -203,7 +204,7 @@ class Ranges:
             free, after = free - made, step
         else:
             after = made + np.maximum(draining, step)
-        room = free - working
+        room = free - working - bubble
         any_number: Ints = np.where(room >= 0, leaf.microbatches, -1)
         most = np.where(activation > 0, room // np.maximum(activation, 1), any_number)
         return np.where(after <= free, most, -1)

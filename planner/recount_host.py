@@ -74,9 +74,9 @@ def layer_input_held(mesh: Mesh, request: Request) -> int:
 def outputs_held(layout: Layout, request: Request) -> int:
     """Bytes on a node of the outputs that the layout's modes send there: what the layers' products
     write, of all microbatches under a pipeline, each stage's share of the layers taken as any
-    other's."""
+    other's; and of passes on padding, where these keep theirs."""
     shard = shard_of(request.workload, configs_of(layout))
-    whole = _first_layers(layout, shard, request)
+    whole, apart = _first_layers(layout, shard, request), 0
     for stage in layout.stages:
         parts = [(part.kind, part.mode, part.layers) for part in stage.recompute]
         if stage is layout.stages[0] and parts:
@@ -84,13 +84,26 @@ def outputs_held(layout: Layout, request: Request) -> int:
             held = {n for s in layout.stages for c in s.chunks for n in range(*c.layers)}
             left = set(range(len(request.workload.layers))) - held
             parts += [(request.workload.layers[n], parts[0][1], 1) for n in left]
-        for name, mode, layers in parts:
+        else:
+            left = set()
+        for place, (name, mode, layers) in enumerate(parts):
             policy = named_policy(mode, request.stack)
             if not policy.offloads:
                 continue
-            whole += layers * outputs_of_layer(request.workload.kinds[name], shard, policy)
-    alive = layout.num_microbatches if layout.pp > 1 else 1
-    return whole * alive // layout.pp * request.cluster.groups[0].node.devices_per_node
+            each = layers * outputs_of_layer(request.workload.kinds[name], shard, policy)
+            whole += each
+            apart += each * (place >= len(parts) - len(left))
+    alive = layout.vpp * (layout.num_microbatches if layout.pp > 1 else 1)
+    total = whole * alive + (whole - apart) * padding_of(layout.schedule, layout.pp, request)
+    stages = layout.pp * layout.vpp
+    return total // stages * request.cluster.groups[0].node.devices_per_node
+
+
+def padding_of(schedule: str, pp: int, request: Request) -> int:
+    """Passes on padding whose outputs are kept as any others."""
+    if not request.stack.idle_passes_stay or not schedule.startswith(("gpipe", "looped_bfs")):
+        return 0
+    return 2 * pp - 2 if schedule.endswith("_delayed") else pp - 1
 
 
 def _first_layers(layout: Layout, shard: Shard, request: Request) -> int:

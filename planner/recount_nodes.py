@@ -15,7 +15,7 @@ from cost_models.optimizers import LocalTensor
 from cost_models.schedule import live_peaks
 from cost_models.state import is_expert, local_tensor
 from planner.hosting import host_capacity
-from planner.recount_host import layer_input_held, outputs_of_layer, shard_of_mesh
+from planner.recount_host import layer_input_held, outputs_of_layer, padding_of, shard_of_mesh
 from planner.request import Request
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Nodes:
         shard = self.shard = shard_of_mesh(mesh, request)
         self.request, self._listed = request, dict[tuple[str, str], int]()
         self.waiting = leaf.microbatches if mesh.pp > 1 else 1
+        self.passes = self.waiting * leaf.vpp + padding_of(leaf.schedule, mesh.pp, request)
         divisor = workload.vocab_divisor
         shares = (
             ways * mesh.cp if zero else 1,
@@ -86,7 +87,7 @@ class Nodes:
         last_rank = 0 if leaf.schedule in ON_A_V else leaf.pp - 1
         state += self.ends[0] * (rank == 0) + self.ends[1] * (rank == last_rank)
         held = [n for first, last in ranges for n in range(first, last)]
-        state += sum(self._outputs(n, mode) for n in held) * self.waiting
+        state += sum(-(-self._outputs(n, mode) * self.passes // leaf.vpp) for n in held)
         if leaf.outside is not None:
             number, layers = leaf.outside.layers, len(leaf.sequence)
             apart = range(number) if leaf.outside.ahead else range(layers - number, layers)

@@ -57,6 +57,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
         chunks = stage_costs(leaf, priced.completion)[rank].chunks
     moment = max(moments(leaf, rank, chunks), key=lambda each: each.total)
     in_flight = "+".join(str(n) for n in live)
+    pads = f", beside {leaf.idle_passes} idle passes" if leaf.idle_passes else ""
     activations, working = moment.activations, moment.working
     reserve = {name: int(values[0]) for name, values in priced.tables.reserve.terms.items()}
     apart = sums[Field.STATIC] + sums[Field.NEW_GRADIENTS] - left - lookup
@@ -91,7 +92,7 @@ def stage_prediction(priced: Priced, rank: int, costs: RankCosts) -> StagePredic
     terms = [
         *(Term(name=name, bytes=size) for name, size in held.items()),
         Term(name="activations", bytes=activations,
-             detail=f"{in_flight} microbatches in flight; the peak is at the {moment.name}"),
+             detail=f"{in_flight} microbatches in flight; the peak is at the {moment.name}{pads}"),
         Term(name="working", bytes=working,
              detail="short-lived buffers, gathered weights, unreduced gradients"),
         Term(name="optimizer_update", bytes=moment.step,

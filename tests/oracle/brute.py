@@ -24,7 +24,7 @@ from tests.oracle.brute_sums import (
     step_time,
     work_per_rank,
 )
-from tests.oracle.host_memory import hosts_hold
+from tests.oracle.host_memory import hosts_hold, padding_has_room
 from tests.oracle.layouts import (
     Layout,
     Option,
@@ -134,7 +134,8 @@ class BruteForce:
             if rank_peak(prices, x, m, rank, own, apart=apart) > prices.capacity:
                 return
         time = step_time(prices, x, m, chunks, sizes) + apart.time
-        if self.answer.time is None or time < self.answer.time:
+        better = self.answer.time is None or time < self.answer.time
+        if better and padding_has_room(self.request, x, option[0], m):
             self.answer.time, self.answer.layout = time, x
             self.answer.sizes, self.answer.options = tuple(sizes), options
             self.answer.round_size = 0
@@ -175,7 +176,8 @@ class BruteForce:
             if rank_peak(prices, x, m, rank, own, size) > prices.capacity:
                 return None
         time = step_time(prices, x, m, chunks, sizes, size)
-        return time if best is None or time < best else None
+        better = best is None or time < best
+        return time if better and padding_has_room(self.request, x, options[0][0], m) else None
 
 
 def brute_force(request: Request) -> Answer:

@@ -74,13 +74,16 @@ class Prices:
     """As ``layers``, run by all stages at once, on a share of the batch each."""
     ahead: int = 0
     """Layers gathered before the one whose backward runs, where weights stay gathered behind it."""
+    stay: bool = False
+    """Whether passes on padding keep what others do."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
         """Everything that defines the problem."""
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
-                self.waiting, self.put_off, self.blocks_stay, self.ends, self.shares)  # fmt: skip
+                self.waiting, self.put_off, self.blocks_stay, self.ends, self.shares,
+                self.stay)  # fmt: skip
 
 
 def _configs(layouts: Sequence[Layout]) -> Configs:
@@ -151,6 +154,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         blocks_stay=request.stack.idle_forward
         and not (request.job.loss == "chunked" and request.stack.loss_chunks > 1),
         ends=ends_of(tables, index),
+        stay=request.stack.idle_passes_stay,
         ahead=request.stack.prefetched_units if spread > 1 else 0,
     )
 

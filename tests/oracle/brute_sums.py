@@ -19,6 +19,7 @@ from tests.oracle.timeline import (
     homes,
     most_live_bytes,
     most_with_weights,
+    padded,
     splits,
 )
 from tests.oracle.vocabulary import Ends, finish, most_live
@@ -268,6 +269,12 @@ def rank_peak(
     if any(c.gathered for c in own):
         weights = [c.gathered for c in own]
         live = most_with_weights(x.schedule, x.pp, x.vpp, m, rank, sizes, weights, size)
+    if prices.stay:
+        stages = held(x.schedule, x.pp, x.vpp, rank)
+        for j, n, chunk in zip(stages, padded(x.schedule, x.pp, x.vpp, m, rank), own, strict=True):
+            ends = prices.embedding[Field.ACT_NONE] * (j == 0)
+            ends += prices.head[Field.ACT_NONE] * (j == x.pp * x.vpp - 1)
+            live += n * (chunk.activation - ends)
     static, made = prices.fixed + sum(c.static for c in own), sum(c.made for c in own)
     home = homes(x.schedule, x.pp, x.vpp)
     for j in held(x.schedule, x.pp, x.vpp, rank):

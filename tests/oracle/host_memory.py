@@ -13,7 +13,7 @@ from planner.recount_host import outputs_of_layer
 from planner.request import Request
 from tests.oracle.layouts import Layout, Option, parts
 from tests.oracle.timeline import held as chunks_of_rank
-from tests.oracle.timeline import homes, live_vectors
+from tests.oracle.timeline import homes, live_vectors, padded
 
 MOMENTS = {"adamw": 8, "sgd": 4, "muon": 4}
 """Bytes per parameter that the device updates and the host keeps; Muon's of hidden matrices."""
@@ -35,6 +35,27 @@ def hosts_hold(
     if job.activation_offload and least_on_node(request, x) > memory.si:
         return False
     return all(total <= memory.si for total in bytes_on_nodes(request, x, sizes, options, m))
+
+
+def padding_has_room(request: Request, x: Layout, mode: str, m: int) -> bool:
+    """Whether a device's share of its node's memory takes outputs of passes on padding too."""
+    if not request.stack.idle_passes_stay or x.pp == 1:
+        return True
+    node = request.cluster.groups[0].node
+    room = 0 if node.host_memory is None else int(node.host_memory.si) // node.devices_per_node
+    return with_padding(request, x, mode, m) <= room
+
+
+def with_padding(request: Request, x: Layout, mode: str, m: int) -> int:
+    """Bytes that one device sends of outputs, its stage's share of the layers taken as any other's:
+    of the microbatches and, but for layers outside the pipeline, of passes on padding."""
+    idle = sum(padded(x.schedule, x.pp, x.vpp, m, 0))
+    _, inside, _ = parts(request, x.outside) if x.outside else (0, range(1 << 30), 0)
+    total = 0
+    for layer, name in enumerate(request.workload.layers):
+        each = _outputs(request, x, request.workload.kinds[name], mode)
+        total += each * (m * x.vpp + idle * (layer in inside))
+    return -(-total // (x.pp * x.vpp))
 
 
 def least_on_node(request: Request, x: Layout) -> float:
@@ -88,7 +109,11 @@ def bytes_on_nodes(
         for name in work.layers[first : first + size]:
             kind, mode = work.kinds[name], options[home[stage]][0]
             held[home[stage]] += _state(request, x, kind)
-            held[home[stage]] += alive * _outputs(request, x, kind, mode)
+            outputs = _outputs(request, x, kind, mode)
+            idle = 0
+            if request.stack.idle_passes_stay and x.pp > 1:
+                idle = sum(padded(x.schedule, x.pp, x.vpp, m, 0))
+            held[home[stage]] += -(-outputs * (alive * x.vpp + idle) // x.vpp)
         layers[home[stage]][chunks_of_rank(x.schedule, x.pp, x.vpp, home[stage]).index(stage)] = (
             size
         )

@@ -147,6 +147,21 @@ def most_live_bytes(
     )
 
 
+def padded(schedule: str, pp: int, vpp: int, m: int, rank: int) -> list[int]:
+    """Iterations of a loop over all microbatches and repeats in which ``rank`` has none of them, by
+    the chunk that it runs: its first before it begins, then its last."""
+    found = [0] * vpp
+    if schedule.startswith(("gpipe", "looped_bfs")):
+        behind = 2 if schedule.endswith("delayed") else 1
+        for iteration in range(m * vpp + behind * (pp - 1)):
+            own = iteration - behind * rank
+            if own < 0:
+                found[0] += 1
+            elif own >= m * vpp:
+                found[-1] += 1
+    return found
+
+
 def most_with_weights(
     schedule: Schedule, pp: int, vpp: int, m: int, rank: int, sizes: Sequence[int],
     weights: Sequence[int], size: int = 0,

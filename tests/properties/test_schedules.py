@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cost_models.layout import (
     CHUNKED,
+    DELAYED,
     IN_ROUNDS,
     NAMED,
     OVER_PIPELINE,
@@ -28,7 +29,13 @@ from cost_models.orders import rank_order
 from cost_models.partitions import interleaved_bounds
 from cost_models.peaks import peak_bytes
 from cost_models.rounds import round_sizes
-from cost_models.schedule import Durations, live_at_first_backward, live_peaks, simulate
+from cost_models.schedule import (
+    Durations,
+    beside_passes,
+    live_at_first_backward,
+    live_peaks,
+    simulate,
+)
 from cost_models.step_time import simulate_step
 from cost_models.surrogate import surrogate_ns
 from tests.oracle.layouts import partitions
@@ -86,14 +93,26 @@ def test_simulation_is_the_longest_path(shape: Shape, seed: int) -> None:
     if rng.random() < 0.5:
         hop = [(rng.randint(0, 30), rng.randint(0, 30)) for _ in range(pp * vpp)]
     inputs, weights = ([rng.randint(0, 50) for _ in range(pp * vpp)] for _ in range(2))
+    if schedule in DELAYED and not isinstance(hop, int):
+        hop = [(on, on) for on, _ in hop]
     each = zip(forward, backward, inputs, weights, strict=True)
     durations = [time for times in each for time in times]
+    lags = hop
+    if schedule in DELAYED:
+        each_hop = [hop] * (pp * vpp) if isinstance(hop, int) else [on for on, _ in hop]
+        lags = []
+        for stage, own in enumerate(each_hop):
+            here = forward[stage], backward[stage]
+            longer = beside_passes(schedule, *here, own, (0, 0))
+            lags.append((own + longer[2][0], own + longer[2][1]))
+            if stage < pp * vpp - 1:
+                forward[stage], backward[stage] = longer[:2]
     times = Durations(forward, backward, inputs, weights)
-    timeline = simulate(schedule, pp, vpp, m, times, hop, size)
+    timeline = simulate(schedule, pp, vpp, m, times, lags, size)
     assert list(timeline.finish_ns) == finish_times(schedule, pp, vpp, m, durations, hop, size)
     for rank in range(pp):
         assert timeline.busy_ns[rank] == sum(
-            durations[4 * stage + WORKS.index(work)]
+            (forward, backward, inputs, weights)[WORKS.index(work)][stage]
             for work, stage, _ in rank_actions(schedule, pp, vpp, m, rank, size)
         )
         assert timeline.busy_ns[rank] <= timeline.finish_ns[rank]

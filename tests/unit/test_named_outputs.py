@@ -298,12 +298,13 @@ def test_hosts_that_cannot_take_the_outputs_are_named() -> None:
 
 
 def test_a_pipelines_hosts_hold_the_outputs_of_all_microbatches() -> None:
-    """Half of 32 layers' queries, keys and values of 8 microbatches, for each of 8 devices."""
+    """Half of 32 layers' queries, keys and values of 8 microbatches and one pass on padding, for
+    each of 8 devices."""
     found = offloaded("qkv_proj_offloaded", pp=2, dp_shard=4, schedule="gpipe", zero_stage=3)
     assert found.layout.num_microbatches == 8
     host = found.prediction.host
     assert host is not None
-    assert host.bytes_per_node == 8 * 16 * 8 * 1024 * 48 * 128 * 2
+    assert host.bytes_per_node == 8 * 16 * (8 + 1) * 1024 * 48 * 128 * 2
     assert host.link_bytes_per_step == 2 * 16 * 8 * 1024 * 48 * 128 * 2
 
 
