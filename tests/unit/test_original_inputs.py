@@ -24,7 +24,7 @@ def kept(stack: str, precision: str, kind: str = "moe", sp: int = 1) -> dict[str
         sequence_parallel=np.array([sp > 1]), cp_kind=0 * ONE,
     )  # fmt: skip
     layer = request.workload.kinds[kind]
-    return {tensor.name: int(tensor.bytes[0]) for tensor in layer.saved(shard)}
+    return {tensor.name: int(np.ravel(tensor.bytes)[0]) for tensor in layer.saved(shard)}
 
 
 @pytest.mark.parametrize(
