@@ -65,7 +65,7 @@ def tables_of(leaf: Leaf) -> PricedConfigs:
             layers=tuple(names[i] for i in leaf.sequence),
             policies=tuple(RecomputePolicy(name) for name in leaf.policies),
         ),
-        machine=SimpleNamespace(),  # type: ignore[arg-type]
+        machine=SimpleNamespace(stack=SimpleNamespace(idle_passes_stay=False)),  # type: ignore[arg-type]
         configs=_OneConfig(one(leaf.pp)),  # type: ignore[arg-type]
         kind_names=names,
         kinds=tuple(column(row) for row in leaf.kinds),
