@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_cases import run_cases
+from megatron_cases import dense_config, run_cases
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,6 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def build(case: dict[str, Any]) -> Any:
     """The model chunk of one rank, on the current device."""
-    import torch
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -76,26 +75,7 @@ def build(case: dict[str, Any]) -> Any:
             "expert_model_parallel_size": case.get("ep", 1),
             "expert_tensor_parallel_size": 1,
         }
-    config = TransformerConfig(
-        num_layers=case["layers"],
-        hidden_size=case["hidden"],
-        num_attention_heads=case["heads"],
-        num_query_groups=case["kv"],
-        ffn_hidden_size=case["ffn"],
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        tensor_model_parallel_size=case["tp"],
-        pipeline_model_parallel_size=case["pp"],
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        bf16=True,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        bias_dropout_fusion=False,
-        attention_softmax_in_fp32=True,
-        **experts,
-    )
+    config = TransformerConfig(**dense_config(case), **experts)
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(

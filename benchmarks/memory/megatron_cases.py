@@ -26,3 +26,29 @@ def run_cases(measure: Callable[[dict[str, Any]], Mapping[str, Any]]) -> int:
         results.append(json.loads(done.stdout.strip().splitlines()[-1]))
     print(json.dumps(results, indent=1))
     return 0
+
+
+def dense_config(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``TransformerConfig`` for a dense Llama in bf16 of ``case``'s sizes and degrees,
+    whose weights are laid out and not filled."""
+    import torch
+
+    return {
+        "num_layers": case["layers"],
+        "hidden_size": case["hidden"],
+        "num_attention_heads": case["heads"],
+        "num_query_groups": case["kv"],
+        "ffn_hidden_size": case["ffn"],
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        "tensor_model_parallel_size": case["tp"],
+        "pipeline_model_parallel_size": case["pp"],
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "bf16": True,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "bias_dropout_fusion": False,
+        "attention_softmax_in_fp32": True,
+    }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_cases import run_cases
+from megatron_cases import dense_config, run_cases
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,6 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def build(case: dict[str, Any]) -> Any:
     """The model chunk of one rank, on the current device."""
-    import torch
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -81,26 +80,7 @@ def build(case: dict[str, Any]) -> Any:
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=case["layers"],
-        hidden_size=case["hidden"],
-        num_attention_heads=case["heads"],
-        num_query_groups=case["kv"],
-        ffn_hidden_size=case["ffn"],
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        tensor_model_parallel_size=case["tp"],
-        pipeline_model_parallel_size=case["pp"],
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        bf16=True,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        bias_dropout_fusion=False,
-        attention_softmax_in_fp32=True,
-        mtp_num_layers=case["mtp"] or None,
-    )
+    config = TransformerConfig(**dense_config(case), mtp_num_layers=case["mtp"] or None)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     modules = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     return GPTModel(

@@ -324,11 +324,15 @@ def test_drives_that_no_job_uses_are_said() -> None:
 def test_catalog_shows_what_a_stack_says_in_sentences_apart() -> None:
     out = planner("catalog", "stack", "mindformers", "--format", "table").out
     table, notes = out.split("\nNotes\n")
-    table, beyond = table.split("\nIt also has, outside the space\n")
-    assert " - fine_grain_interleave: " in beyond
+    table, others = table.split("\nOther jobs and kernels of it, which no stack here describes\n")
+    assert " - fine_grain_interleave: " in others
+    assert "not_described" not in table
     assert notes.count("\n - ") >= 2
-    assert "not_priced" not in table
     assert "notes" not in table
+    table = planner("catalog", "stack", "maxtext-tpu", "--format", "table").out
+    table, beyond = table.split("\nIt also has, outside the space\n")
+    assert "tensor_transpose" in beyond
+    assert "not_priced" not in table
 
 
 def test_state_that_a_plan_offloads_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cost_models.layout import NAMED, OVER_PIPELINE, V_SHAPED, Schedule, stage_of
+from cost_models.layout import DELAYED, NAMED, OVER_PIPELINE, V_SHAPED, Schedule, stage_of
 from cost_models.leaf import Completion, stage_costs
 from cost_models.orders import rank_order
 from cost_models.peaks import peaks
@@ -55,8 +55,11 @@ def test_pytorchs_files_cost_what_its_schedules_do(name: str, recompute: str) ->
     ]
 
 
-@pytest.mark.parametrize("schedule", [name for name in NAMED if name not in OVER_PIPELINE])
+@pytest.mark.parametrize(
+    "schedule", [name for name in NAMED if name not in (*OVER_PIPELINE, *DELAYED)]
+)
 def test_any_named_schedule_written_out_costs_the_same(schedule: Schedule) -> None:
+    """But those whose transfers run beside a pass: an order has no word for that."""
     rng = Random(f"written out {schedule}")
     compared = 0
     for _ in range(60):
