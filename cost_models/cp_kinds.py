@@ -30,8 +30,9 @@ def cp_kind_of(code: int) -> tuple[CpKind, int]:
 
 def is_kind(codes: NDArray[np.int64], *kinds: CpKind) -> NDArray[np.bool_]:
     """Where a code is of one of ``kinds``."""
-    wanted = [CP_KINDS.index(kind) for kind in kinds]
-    result: NDArray[np.bool_] = np.isin(codes % len(CP_KINDS), wanted)
+    result: NDArray[np.bool_] = np.array([kind in kinds for kind in CP_KINDS])[
+        codes % len(CP_KINDS)
+    ]
     return result
 
 

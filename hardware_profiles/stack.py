@@ -91,7 +91,8 @@ class StackSpec(Profile):
     save_lists: SaveLists | None = None
     """Lists of outputs that are kept while the rest of a layer runs again."""
     recompute_needed_only: bool = False
-    """Whether what no gradient needs is left out of what runs again: a compiler drops it."""
+    """Whether what no gradient needs is left out of what runs again: a compiler drops it, or
+    PyTorch's checkpoint, from 2.1 and without reentrant autograd, stops before it."""
     recompute_groups: Annotated[int, Field(ge=1)] = 1
     """Most layers that the search runs again together from one kept input (``full:N``); a job may
     name more. 1: the stack runs each layer again by itself, or the next field."""

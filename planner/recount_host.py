@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,10 +48,10 @@ def inputs_held(mesh: Mesh, run: tuple[str, int, int, int], request: Request) ->
     shard = shard_of_mesh(mesh, request)
     workload, modules = request.workload, request.machine.offload.inputs
     layer_bytes = 0
-    for name in workload.layers:
+    for name, layers in Counter(workload.layers).items():
         for tensor in workload.kinds[name].saved(shard):
             if tensor.input_of in modules:
-                layer_bytes += int(np.broadcast_to(tensor.bytes, (1,))[0])
+                layer_bytes += layers * int(np.broadcast_to(tensor.bytes, (1,))[0])
     layer_bytes += len(workload.layers) * layer_input_held(mesh, request)
     known = {"gpipe": m, "looped_bfs": m * vpp, "1f1b": min(m, mesh.pp)}
     alive = known.get(schedule.removesuffix("_delayed"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -10,6 +9,7 @@ from random import Random
 from planner.hosting import cannot_offload
 from planner.refute import better_layout
 from planner.request import Request
+from tests.oracle.amount import of
 from tests.oracle.brute import brute_force
 from tests.oracle.compare import compare, differences
 from tests.oracle.host_memory import bytes_on_nodes, least_on_node
@@ -17,7 +17,7 @@ from tests.oracle.instances import draw
 from tests.oracle.layouts import every_layout, partitions
 from tests.oracle.test_offload import with_memory
 
-INSTANCES = min(int(os.environ.get("PLANNER_ORACLE_INSTANCES", "1000")), 40)
+INSTANCES = of(40, 20)
 STACKS = ("megatron-deepspeed", "deepspeed-pipe")
 MODES = (None, None, "full", "full:2", "partitioned", "partitioned:2", "partitioned:3")
 

@@ -39,12 +39,12 @@ def only_full_fits(seed: int) -> Request | None:
 
 
 ENOUGH = 1
-"""Instances whose optimum runs whole layers again."""
+"""Instances whose optimum runs whole layers again; none of those before seed 60 does."""
 
 
 def test_whole_layers_run_again_where_nothing_else_fits() -> None:
     found = 0
-    for seed in range(120):
+    for seed in range(60, 180):
         request = only_full_fits(seed)
         if request is None:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from planner import certify
 from planner.pipeline import plan, read_request
 from planner.plan import Plan, digest
 from planner.studies.verify import verify
+from tests.oracle.amount import of
 
 REQUESTS = {
     "dense": ("gpt2-xl", "dgx-a100:1", {"sequence_length": 1024, "global_batch": 64}),
@@ -79,10 +81,9 @@ def test_the_unchanged_plan_holds(document: dict[str, Any]) -> None:
 
 
 def test_any_changed_number_of_the_answer_is_rejected(document: dict[str, Any]) -> None:
+    answer = [found for found in numbers(document) if found[0][0] != "inputs"]
     accepted = []
-    for path, value in numbers(document):
-        if path[0] == "inputs":
-            continue
+    for path, value in Random("changed").sample(answer, of(len(answer))):
         if not is_rejected(changed(document, path, other(value))):
             accepted.append(path)
     assert accepted == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -12,13 +11,14 @@ from planner.hosting import cannot_offload
 from planner.recompute import named_policy
 from planner.refute import better_layout
 from planner.request import Request
+from tests.oracle.amount import of
 from tests.oracle.brute import BruteForce, brute_force
 from tests.oracle.compare import compare, differences
 from tests.oracle.host_memory import LOOPS, bytes_on_nodes
 from tests.oracle.instances import draw, number
 from tests.oracle.layouts import every_layout, partitions, recompute_choices
 
-INSTANCES = min(int(os.environ.get("PLANNER_ORACLE_INSTANCES", "1000")), 100)
+INSTANCES = of(100, 40)
 STACK = "megatron-core"
 NAMED_LISTS = ("qkv_proj_offloaded", "minimal_offloaded")
 

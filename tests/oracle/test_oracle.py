@@ -1,20 +1,24 @@
 """The planner, run to gap 0, equals brute force on random tiny instances.
 
-``PLANNER_ORACLE_INSTANCES`` sets how many (default 1000); the long run takes thousands. The counts
+The long run takes thousands, in as many processes as ``PLANNER_ORACLE_PROCESSES`` says. The counts
 per dimension are printed, and the shares that make the comparison worth something are asserted.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from tests.oracle.amount import INSTANCES
 from tests.oracle.compare import compare, cover, differences
 
-INSTANCES = int(os.environ.get("PLANNER_ORACLE_INSTANCES", "1000"))
+PROCESSES = int(os.environ.get("PLANNER_ORACLE_PROCESSES", "1"))
+PARTS = 8 * PROCESSES
 WANTED = (
     "optimum: tp > 1", "optimum: cp > 1", "optimum: pp > 1", "optimum: vpp > 1", "optimum: ep > 1",
     "optimum: etp > 1", "optimum: sp > 0", "optimum: dp > 1",
@@ -32,16 +36,28 @@ WANTED = (
 """What at least one instance must have."""
 
 
+def several(seeds: range) -> tuple[Counter[str], list[str]]:
+    """The instances of ``seeds``: the counts and the differences."""
+    count: Counter[str] = Counter()
+    problems: list[str] = []
+    for seed in seeds:
+        each = compare(seed)
+        cover(each, count)
+        problems += differences(each)
+    return count, problems
+
+
 @pytest.fixture(scope="module")
 def run() -> tuple[Counter[str], list[str]]:
     """All instances, once: the counts and the differences."""
     count: Counter[str] = Counter()
     problems: list[str] = []
     start = time.monotonic()
-    for seed in range(INSTANCES):
-        each = compare(seed)
-        cover(each, count)
-        problems += differences(each)
+    parts = [range(first, INSTANCES, PARTS) for first in range(PARTS)]
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        for counted, found in map(several, parts) if PROCESSES == 1 else pool.map(several, parts):
+            count += counted
+            problems += found
     elapsed = time.monotonic() - start
     print(f"\n{INSTANCES} instances, {INSTANCES / elapsed:.1f} per second")
     for name, number in sorted(count.items()):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 from random import Random
 
 from planner.refute import better_layout
 from planner.request import Request
+from tests.oracle.amount import of
 from tests.oracle.brute import BruteForce, brute_force
 from tests.oracle.brute_sums import chunks_of, rank_peak
 from tests.oracle.compare import compare, differences
@@ -16,7 +16,7 @@ from tests.oracle.instances import draw
 from tests.oracle.layouts import every_layout, partitions
 from tests.oracle.timeline import held
 
-INSTANCES = min(int(os.environ.get("PLANNER_ORACLE_INSTANCES", "1000")), 90)
+INSTANCES = of(90, 30)
 
 
 def resharded(seed: int) -> Request | None:

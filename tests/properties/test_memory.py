@@ -20,6 +20,7 @@ from planner.plan import StagePrediction
 from planner.recompute import named_policy
 from planner.request import Request
 from planner.specs import JobSpec
+from tests.oracle.amount import of
 
 MODELS = {name: read_model(name) for name in ("llama-3.2-1b", "mixtral-8x7b", "deepseek-v2-lite")}
 STACKS = ("megatron-core", "torchtitan", "torchtitan-decomposed")
@@ -49,7 +50,7 @@ places = st.tuples(
 )  # fmt: skip
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=of(60, 20))
 @given(places, st.sampled_from(("samples", "sequence", "layers")))
 def test_more_work_takes_more_memory(place: tuple[str, str, int, str, int], more: str) -> None:
     name, stack, tp, recompute, sequence = place
@@ -62,7 +63,7 @@ def test_more_work_takes_more_memory(place: tuple[str, str, int, str, int], more
     assert large.peak_bytes >= small.peak_bytes
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=of(60, 20))
 @given(
     st.sampled_from(("gpt3-350m", "gpt3-6.7b", "gpt3-13b")), st.sampled_from((1, 2)),
     st.integers(2, 24), st.integers(1, 8), st.integers(0, 8), st.integers(1, 2),
@@ -83,7 +84,7 @@ def test_inputs_in_blocks_of_scores_grow_with_the_work(
     assert large.peak_bytes >= small.peak_bytes
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=of(60, 20))
 @given(places, st.data())
 def test_recomputation_never_keeps_more(
     place: tuple[str, str, int, str, int], data: st.DataObject
@@ -197,7 +198,7 @@ def fullest_state(model: ModelSpec, stack: str, layout: dict[str, int | str], no
     )
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=of(40, 15))
 @given(
     st.sampled_from(sorted(MODELS)), st.sampled_from(("megatron-core", "torchtitan")),
     st.sampled_from((1, 2)), st.sampled_from((1, 2)), st.sampled_from((1, 2)),

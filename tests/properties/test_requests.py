@@ -15,11 +15,15 @@ from planner.plan import Plan, to_json
 from planner.request import Request
 from planner.search import Search
 from planner.specs import DEGREES, ConstraintSpec
+from tests.oracle.amount import of
 from tests.oracle.instances import draw, draw_constraints, scaled_link
 
 SEEDS = st.integers(0, 100_000)
 FEW = settings(
-    deadline=None, derandomize=True, max_examples=30, phases=(Phase.explicit, Phase.generate)
+    deadline=None,
+    derandomize=True,
+    max_examples=of(30, 12),
+    phases=(Phase.explicit, Phase.generate),
 )
 """Seeds do not shrink to anything simpler, so no time is spent on that."""
 

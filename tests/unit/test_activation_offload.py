@@ -95,7 +95,8 @@ def test_what_is_run_again_is_not_sent() -> None:
 
 def test_a_plan_verifies() -> None:
     job = {"stack": "megatron-core-offload", "sequence_length": TOKENS, "global_batch": 8}
-    found = plan(read_request("llama-3.1-8b", "dgx-h100:1", None, job))
+    limits = {"fix": {"tp": 1, "pp": 1}}
+    found = plan(read_request("llama-3.1-8b", "dgx-h100:1", None, {**job, "constraints": limits}))
     assert found.prediction.host is not None
     assert verify(found) == []
 
