@@ -123,7 +123,12 @@ def price_kind(
     contention, orthogonal_s = stack.overlap_contention.si, np.zeros(len(shard.tp))
     if machine.sums_whole:
         orthogonal_s = orthogonalise.microbatch_seconds(kind, shard, data, machine, vocab_divisor)
-    in_backward = np.where(fsdp, reduce_s, 0.0) + np.where(again & each, seconds["again"], 0.0)
+    matrices = orthogonalise.held_elements(kind, shard, data, machine, vocab_divisor)
+    blocks = matrices > 0
+    orthogonal_s = orthogonal_s + orthogonalise.momentum_seconds(matrices, machine)
+    orthogonal_s = orthogonal_s + np.where(fsdp & blocks, reduce_s, 0.0)
+    hidden_s = np.where(fsdp & ~blocks, reduce_s, 0.0)
+    in_backward = hidden_s + np.where(again & each, seconds["again"], 0.0)
     per_microbatch = {
         "forward": to_ns(
             np.where(each, expose(gather_s, forward, contention), 0.0) + copies["forward"]
@@ -162,7 +167,9 @@ def price_kind(
     rows[Field.GRADIENT] = to_ns(gradient + late_sums)
     rows[Field.PARAMETER] = to_ns(np.where(data.zero_stage == 0, 0.0, parameter))
     state_meshes = [state_mesh(m, data.zero_stage, rules) for m in (attention_mesh, expert_mesh)]
-    update = _optimizer_seconds(dense, local.expert, *state_meshes, data=data, machine=machine)
+    update = _optimizer_seconds(
+        dense, local.expert, *state_meshes, data=data, machine=machine, matrices=matrices
+    )
     # What some tensors have more comes and leaves with the rest of their state.
     update = update + held.streamed_extra * 2.0 / machine.cluster.groups[0].node.host_link.si
     if rules.optimizer.orthogonalises:
@@ -330,7 +337,7 @@ def _seconds(found: Iterable[DataCall], size: int, machine: Machine) -> Real:
 
 def _optimizer_seconds(
     dense: Int64, expert: Int64, attention_mesh: Mesh, expert_mesh: Mesh, *, data: DataParallel,
-    machine: Machine,
+    machine: Machine, matrices: Real,
 ) -> Real:  # fmt: skip
     """Optimizer step, memory bound: gradient norm and read, the stack's other passes over the
     gradient, state read and written, weight out."""
@@ -348,11 +355,10 @@ def _optimizer_seconds(
             elements.astype(np.float64), machine.rules.streamed_bytes, node
         )
     elif machine.offload.optimizer and host is not None:
-        moved_there = offload.moved_bytes(rule, host)
         weights = machine.rules.gather_bytes if machine.offload.parameters else 0
         per_1000, count = machine.offload.optimizer_per_1000, elements.astype(np.float64)
         there = offload.update_seconds(
-            count, moved_there, node, host, weight_bytes=weights, per_1000=per_1000
+            count, rule, node, host, weight_bytes=weights, per_1000=per_1000, matrices=matrices
         )
         here = per_element * (1 - per_1000 / 1000) * count
         return np.maximum(there, compute.memory_bound_time_s(machine.device, here) * (here > 0))

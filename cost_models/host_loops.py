@@ -29,11 +29,19 @@ class HostLoop:
     working_bytes: int
     """Of new tensors, as many as exist at once."""
     source: str
+    matrix_passes: tuple[int, ...] | None = None
+    """In place of ``passes``, without new tensors, of matrices that Muon orthogonalises: their
+    update comes as the gradient. None: it is not Muon."""
 
     @property
     def moved_bytes(self) -> int:
         """Read and written in a step."""
         return sum(self.passes)
+
+    @property
+    def spared_bytes(self) -> int:
+        """By how much less of a matrix."""
+        return 0 if self.matrix_passes is None else self.moved_bytes - sum(self.matrix_passes)
 
 
 HOST_LOOPS = {
@@ -61,6 +69,14 @@ HOST_LOOPS = {
         (4, 8, 8, 8, 12, 8, 12, 4, 8, 8, 8, 12), 8,
         "transformers 4.57.1, transformers/optimization.py, Adafactor.step, not factored",
     ),
+    "muon": HostLoop(
+        # buf1.lerp_(grad); grad.square(), buf2.lerp_; both / (1 - beta ** step); sqrt, + eps, their
+        # quotient; p.mul_, .add_(update)
+        (12, 8, 12, 8, 8, 8, 8, 12, 8, 12), 16,
+        "DeepSpeed 0.19.3, runtime/zero/muon: MuonWithAuxAdam.step and adam_update",
+        # p.mul_, .add_(grad)
+        matrix_passes=(8, 12),
+    ),
 }  # fmt: skip
 """By the name that a job uses."""
 
@@ -74,10 +90,11 @@ def working_bytes(
     optimizer: str, spec: OffloadSpec | None, elements: Int64, zero_stage: Int64
 ) -> tuple[Int64, Int64]:
     """Host bytes of new tensors: per element of a shard that is updated at once, as below ZeRO
-    stage 3, and of a device with a shard of ``elements`` that goes group by group, as in it."""
+    stage 3, and of a device with a shard of ``elements`` that goes group by group, as in it, where
+    Muon runs on one rank too."""
     loop = loop_of(optimizer, spec)
     if loop is None or spec is None:
         return np.zeros_like(zero_stage), np.zeros_like(zero_stage)
-    groups = zero_stage == 3
+    groups = (zero_stage == 3) | (loop.matrix_passes is not None)
     group = np.minimum(elements, spec.loop_elements) * loop.working_bytes
     return np.where(groups, 0, loop.working_bytes), np.where(groups, group, 0)

@@ -158,7 +158,9 @@ def host_tables(
     def state(kind: LayerKind) -> Int64:
         trained, frozen = shard_elements(kind, shard, configs, workload.vocab_divisor)
         there = ceil_div(trained * (optimizer * share), np.array(1000)) + trained * each
-        more = extra_bytes(kind, shard, configs, machine.rules, workload.vocab_divisor)
+        more = np.zeros_like(shard.tp)
+        if holds_extra(machine):
+            more = extra_bytes(kind, shard, configs, machine.rules, workload.vocab_divisor)
         found: Int64 = there + (trained + frozen) * weights + more
         return found
 
@@ -183,16 +185,19 @@ def host_tables(
 def _loop_bytes(
     workload: WorkloadGraph, machine: Machine, shard: Shard, configs: Configs
 ) -> tuple[Int64, Int64]:
-    """Host bytes of what loops there make: per trained element of a shard, and of a device."""
+    """Bytes of what loops on the host make where its memory holds all that leaves the devices: per
+    trained element of a shard, and of a device. Beside drives they are among the buffers."""
     name, spec = machine.rules.optimizer.name, machine.stack.offload
-    if not machine.offload.optimizer or loop_of(name, spec) is None:
+    here = machine.offload.optimizer and not fills_drives(machine)
+    if not here or loop_of(name, spec) is None:
         return np.zeros_like(shard.tp), np.zeros_like(shard.tp)
     counts = Counter(workload.layers)
     held = [(workload.kinds[kind], count) for kind, count in counts.items()]
     elements = np.zeros_like(shard.tp)
     for kind, count in (*held, (workload.embedding, 1), (workload.head, 1)):
         trained, _ = shard_elements(kind, shard, configs, workload.vocab_divisor)
-        elements = elements + count * trained
+        matrices = matrix_elements(kind, shard, configs, machine.rules, workload.vocab_divisor)
+        elements = elements + count * (trained - matrices)
     return working_bytes(name, spec, elements, configs.zero_stage)
 
 
@@ -230,10 +235,11 @@ def extra_bytes(
     kind: LayerKind, shard: Shard, configs: Configs, rules: StateRules, vocab_divisor: int
 ) -> Int64:
     """Bytes of one device's shard that some of a layer's tensors have more than others, where they
-    leave the device (Muon: second moments of what is no hidden matrix)."""
+    leave the device (Muon: second moments of what is no hidden matrix, and first ones where those
+    of matrices take less)."""
     found = np.zeros_like(shard.tp)
     rule = rules.optimizer.extra_bytes
-    if rule is None or not rules.streams_extra:
+    if rule is None or not (rules.streams_extra or rules.hosts_extra):
         return found
     ranks = configs.dp_shard * configs.cp
     experts = np.maximum(ranks * configs.tp // (configs.ep * configs.etp), 1)
@@ -244,6 +250,29 @@ def extra_bytes(
                 each = rule(weight, local_tensor(weight, shard, vocab_divisor))
                 more = more + np.where((configs.pp == 1) & weight.copy, 0, each)
         found = found + ceil_div(more, np.where(configs.zero_stage > 0, mesh, 1))
+    return found
+
+
+def matrix_elements(
+    kind: LayerKind, shard: Shard, configs: Configs, rules: StateRules, vocab_divisor: int
+) -> Int64:
+    """Elements of one device's shard of a layer's matrices that Muon orthogonalises, if the job's
+    optimizer is that."""
+    found = np.zeros_like(shard.tp)
+    if not rules.optimizer.orthogonalises:
+        return found
+    ranks = configs.dp_shard * configs.cp
+    experts = np.maximum(ranks * configs.tp // (configs.ep * configs.etp), 1)
+    for mesh, expert in ((ranks, False), (experts, True)):
+        tensors = [
+            local_tensor(weight, shard, vocab_divisor).total
+            for weight in kind.weights
+            if is_expert(weight) == expert
+            and not weight.frozen
+            and rules.optimizer.matrices(weight)
+        ]
+        held = np.sum(tensors, axis=0) if tensors else np.zeros_like(shard.tp)
+        found = found + held // np.where(configs.zero_stage > 0, mesh, 1)
     return found
 
 
@@ -269,6 +298,15 @@ def fills_drives(machine: Machine) -> bool:
     if spec is None or spec.drives is None:
         return False
     return not leaving(machine).keys().isdisjoint(spec.drives.holds)
+
+
+def holds_extra(machine: Machine) -> bool:
+    """Whether what :func:`extra_bytes` counts is where :func:`bytes_there` is: not in the memory
+    beside drives that hold weights alone."""
+    spec = machine.stack.offload
+    if spec is None or spec.drives is None or not fills_drives(machine):
+        return True
+    return "optimizer" in spec.drives.holds
 
 
 def bytes_there(machine: Machine) -> tuple[int, int]:

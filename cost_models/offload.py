@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.host_loops import loop_of
-from cost_models.optimizers import OptimizerRule
+from cost_models.optimizers import OPTIMIZERS, OptimizerRule
 from hardware_profiles.holdings import DrivesSpec, OffloadSpec
 from hardware_profiles.schema import NodeSpec
 
@@ -67,27 +67,35 @@ class Offload:
 
 
 def update_seconds(
-    elements: Real, moved_bytes: float, node: NodeSpec, spec: OffloadSpec, *,
-    weight_bytes: int = 0, per_1000: int = 1000,
+    elements: Real, rule: OptimizerRule, node: NodeSpec, spec: OffloadSpec, *,
+    weight_bytes: int = 0, per_1000: int = 1000, matrices: Real | float = 0.0,
 ) -> Real:  # fmt: skip
     """The optimizer step of ``per_1000`` of 1,000 of ``elements`` parameters of each device on the
-    host, which moves ``moved_bytes`` of its memory for each; ``weight_bytes`` each go back to where
-    weights live.
+    host, ``matrices`` of them in matrices that were orthogonalised before; ``weight_bytes`` each go
+    back to where weights live.
 
     Nothing on a node whose host memory (or drives) has no stated bandwidth: rules refuse every
     layout there.
     """
-    if node.host_memory_bandwidth is None or spec.adam_efficiency is None:
+    rate = update_rate(node, spec)
+    if rate is None:
         return np.zeros_like(elements)
-    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
-    arithmetic = elements * (per_1000 / 1000 * moved_bytes) / rate
+    loop = loop_of(rule.name, spec)
+    spared = matrices * float(0 if loop is None else loop.spared_bytes)
+    arithmetic = (elements * (per_1000 / 1000 * moved_bytes(rule, spec)) - spared) / rate
     link: Real = elements * (spec.link_bytes * crossing_share(per_1000)) / node.host_link.si
     result: Real = np.maximum(arithmetic, link)
     if spec.drives is None:
         return result
-    return _swapped(
-        result, elements * float(node.devices_per_node), node, spec.drives, weight_bytes
-    )
+    together = elements * float(node.devices_per_node)
+    return _swapped(result, together, rule, node, spec.drives, weight_bytes)
+
+
+def update_rate(node: NodeSpec, spec: OffloadSpec) -> float | None:
+    """Bytes per second of the host's memory that what it does for one device moves, if known."""
+    if node.host_memory_bandwidth is None or spec.adam_efficiency is None:
+        return None
+    return node.host_memory_bandwidth.si * spec.adam_efficiency.si / node.devices_per_node
 
 
 def moved_bytes(rule: OptimizerRule, spec: OffloadSpec) -> float:
@@ -104,10 +112,11 @@ def crossing_share(per_1000: int) -> float:
 
 
 def _swapped(
-    update: Real, elements: Real, node: NodeSpec, drives: DrivesSpec, weight_bytes: int
-) -> Real:
+    update: Real, elements: Real, rule: OptimizerRule, node: NodeSpec, drives: DrivesSpec,
+    weight_bytes: int,
+) -> Real:  # fmt: skip
     """Seconds of an ``update``, with what it waits for of the drives, which swap the state of
-    ``elements`` parameters."""
+    ``elements`` parameters: less of it where an optimizer keeps less than AdamW."""
     reads, writes = node.drives_read_bandwidth, node.drives_write_bandwidth
     if reads is None or writes is None:
         return update
@@ -115,8 +124,9 @@ def _swapped(
     if "optimizer" not in drives.holds:
         return update + elements * alone / writes.si
     alone += drives.gradient_bytes
-    read = elements * drives.read_bytes / reads.si
-    write = elements * (drives.write_bytes - drives.gradient_bytes) / writes.si
+    fewer = OPTIMIZERS["adamw"].moment_bytes - rule.moment_bytes
+    read = elements * (drives.read_bytes - fewer) / reads.si
+    write = elements * (drives.write_bytes - fewer - drives.gradient_bytes) / writes.si
     hidden = "reads" in drives.overlaps, "writes" in drives.overlaps
     beside = read * hidden[0] + write * hidden[1]
     cycle = read * (not hidden[0]) + write * (not hidden[1]) + np.maximum(update, beside)

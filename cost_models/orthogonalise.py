@@ -12,6 +12,11 @@ stage 3 iterates whenever a bucket of gradients has been summed, so with every m
 gather the momentum of the bucket's matrices, take one matrix each, round by round, and send updates
 and momentum to all. A round lasts as long as its largest matrix, and its gathers have a tensor of
 every rank, one without a matrix sends an empty one of the same size.
+
+Momentum on the host (``offload_optimizer``) comes for that and goes back each time, each rank's
+part: cloned and put together there, then copied to the device, in 16 bits both ways. The host waits
+for these copies, which wait for the reduction, and queues no kernel meanwhile: the backward hides
+nothing of it. The memory is not pinned; copies are taken to reach the link's bandwidth.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from numpy.typing import NDArray
 from cost_models import compute, interconnect
 from cost_models.data_traffic import DataCall, DataParallel, Mesh, meshes, state_mesh
 from cost_models.graph import Bools, Int64, LayerKind, Shard, Weight
+from cost_models.offload import update_rate
 from cost_models.optimizers import LocalTensor, newton_schulz_flops
 from cost_models.repeat import Real
 from cost_models.state import is_expert, local_tensor
@@ -31,8 +37,9 @@ from cost_models.step import Machine
 
 
 def iterates_each(zero_stage: Int64, machine: Machine) -> Bools:
-    """Whether matrices are orthogonalised with every reduction, not once per step."""
-    each: Bools = (zero_stage == 3) & machine.sums_whole
+    """Whether matrices are orthogonalised with every reduction, not once per step: one rank whose
+    momentum is on the host runs as stage 3 too."""
+    each: Bools = ((zero_stage == 3) & machine.sums_whole) | machine.momentum_on_host
     return each
 
 
@@ -138,6 +145,34 @@ def microbatch_seconds(
         in_turn = part.rounds(machine.stack.state.reduction_elements) * part.largest_flops(machine)
         total += _seconds(np.minimum(part.flops(machine), in_turn), machine)
     return np.where(each, total, 0.0)
+
+
+def held_elements(
+    kind: LayerKind, shard: Shard, data: DataParallel, machine: Machine, vocab_divisor: int
+) -> Real:
+    """Elements of a layer's matrices whose momentum one device's host has."""
+    total = np.zeros(len(shard.tp))
+    if machine.momentum_on_host:
+        for part in _matrices(kind, shard, data, machine, vocab_divisor):
+            total += part.elements / np.where(data.zero_stage >= 1, part.mesh.ways, 1)
+    return total
+
+
+def momentum_bytes(machine: Machine) -> int:
+    """Bytes of a matrix's element that cross the link with each reduction, there and back."""
+    return 2 * machine.rules.optimizer.moment_bytes if machine.momentum_on_host else 0
+
+
+def momentum_seconds(elements: Real, machine: Machine) -> Real:
+    """The way of the momentum of so many elements of a device with each reduction: two copies on
+    the host, then over the link and back."""
+    spec, node = machine.stack.offload, machine.cluster.groups[0].node
+    rate = None if spec is None else update_rate(node, spec)
+    if rate is None:
+        return np.zeros_like(elements)
+    crossing = elements * float(momentum_bytes(machine))
+    result: Real = crossing / node.host_link.si + 2.0 * crossing / rate
+    return result
 
 
 def exchanges(

@@ -217,6 +217,7 @@ def state_bytes(
         own = finer * flat if flat else ceil_div(extra, state_ways.ways)
         extra = np.where(stage >= 1, own, extra)
     coming, staying = (extra, zero) if rules.streams_extra else (zero, extra)
+    staying = zero if rules.hosts_extra else staying
     return StateBytes(
         weights=np.where(apart, finer, whole) * rules.weight_bytes
         + np.where(copies, split * rules.gather_bytes, 0)

@@ -53,7 +53,9 @@ class StateRules:
     streamed_bytes: int = 0
     """Of what comes from the host for the update, sharded as the state is."""
     streams_extra: bool = False
-    """Whether what ``optimizer.extra_bytes`` says is on the host too."""
+    """Whether what ``optimizer.extra_bytes`` says comes from the host too."""
+    hosts_extra: bool = False
+    """Whether it is on the host for good, which updates it."""
     quantised_bytes_per_64: int = 0
     """Of the low-precision copies of 64 elements of a linear layer's weight."""
     gathered_bytes_per_64: int = 0
@@ -98,7 +100,8 @@ def state_rules(
     """The rules for one stack and job; see ``cost_models.state``."""
     rule = rule_of(optimizer, muon.momentum_bytes.get(precision, 4), experts=muon.experts)
     mixed = precision != "fp32"
-    if offload.optimizer and loop_of(optimizer, host) is not None:
+    there = loop_of(optimizer, host) if offload.optimizer else None
+    if there is not None and there.matrix_passes is None:
         # The host's flat shards have no rows: what else an element keeps is a moment there.
         kept_whole = rule.moment_bytes + rule.flat_bytes
         rule = replace(rule, moment_bytes=kept_whole, extra_bytes=None, flat_bytes=0)
@@ -145,6 +148,7 @@ def state_rules(
         split_bytes_per_1000=left,
         streamed_bytes=streamed,
         streams_extra=streams_extra,
+        hosts_extra=there is not None and rule.extra_bytes is not None,
         quantised_bytes_per_64=spec.quantised_bytes_per_64.get(precision, 0),
         gathered_bytes_per_64=spec.gathered_bytes_per_64.get(precision, 0),
         dummy_wgrad=spec.dummy_wgrad,

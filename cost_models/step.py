@@ -150,6 +150,11 @@ class Machine:
         return self.stack.muon.each_reduction and self.rules.optimizer.orthogonalises
 
     @property
+    def momentum_on_host(self) -> bool:
+        """Whether momentum comes from the host for the iterations that follow each reduction."""
+        return self.rules.hosts_extra and self.rules.optimizer.orthogonalises
+
+    @property
     def reshard_group(self) -> int | None:
         """Ranks from which the backward gathers weights in stage 3 in every layout; None: all that
         share them, or as the layout says."""

@@ -107,9 +107,10 @@ class DrivesSpec(Profile):
     holds: tuple[Literal["optimizer", "parameters"], ...] = ("optimizer", "parameters")
     """Of what a job offloads, what goes on to the drives; the host's memory holds the rest."""
     read_bytes: Annotated[int, Field(ge=1)]
-    """Bytes per parameter of a shard that the optimizer step reads."""
+    """Bytes per parameter of a shard that the optimizer step reads: fp32 master weight, AdamW's
+    moments, gradient; less if an optimizer's moments are fewer."""
     write_bytes: Annotated[int, Field(ge=1)]
-    """Bytes per parameter of a shard that a step writes: gradients, then weights and moments."""
+    """The same of what a step writes: gradients, then weights and moments."""
     gradient_bytes: Annotated[int, Field(ge=0)] = 0
     """Of ``write_bytes``, gradients, which are written before the update."""
     overlaps: tuple[Literal["reads", "writes"], ...] = ()
@@ -125,7 +126,7 @@ class DrivesSpec(Profile):
     """Host bytes per device for weights on their way, where they are on the drives too."""
 
 
-LoopName = Literal["sgd", "rmsprop", "adamax", "adadelta", "adafactor"]
+LoopName = Literal["sgd", "rmsprop", "adamax", "adadelta", "adafactor", "muon"]
 """Entries of ``cost_models.host_loops``."""
 
 
@@ -140,6 +141,9 @@ class OffloadSpec(Profile):
     an optimizer's moments are fewer. None, where the device updates: what the optimizer keeps."""
     least_zero_stage: Literal[0, 1, 2] = 0
     """ZeRO stage from which several ranks offload: below it, only a rank that shares nothing."""
+    muon_zero_stage: Literal[3] | None = None
+    """That of Muon, where it is a later one: it iterates with each reduction there, on one rank
+    too."""
     share_zero_stage: Literal[3] | None = None
     """ZeRO stage from which a share of the optimizer state may stay on the device, which updates
     it; None: all of it leaves, or none."""
@@ -195,8 +199,8 @@ class OffloadSpec(Profile):
             raise ValueError("offload: the host updates, so give optimizer_bytes, adam_efficiency")
         if self.updates_on == "device" and (self.drives is not None or self.gradients):
             raise ValueError("offload: drives and gradients belong to updates_on: host")
-        if self.loops and (self.updates_on == "device" or self.drives is not None):
-            raise ValueError("offload.loops: optimizers that update in the host's memory")
+        if self.loops and self.updates_on == "device":
+            raise ValueError("offload.loops: optimizers that the host updates")
         return self
 
     @model_validator(mode="after")

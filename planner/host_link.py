@@ -6,7 +6,8 @@ from cost_models import offload
 from cost_models.activation_offload import moved_bytes
 from cost_models.configs import shard_of
 from cost_models.graph import LayerKind
-from cost_models.host_room import extra_bytes, shard_elements
+from cost_models.host_room import extra_bytes, matrix_elements, shard_elements
+from cost_models.orthogonalise import momentum_bytes
 from cost_models.recompute import group_of, in_parts, keeps_inputs
 from planner.priced import Priced
 from planner.request import Request
@@ -16,8 +17,9 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     """Of a device of pipeline rank ``rank``, both directions.
 
     Gradients leave and weights come back once a step, or gradients leave with each reduction, or
-    state comes and leaves; weights that live on the host come for each forward and each backward;
-    layer inputs and modules' inputs leave and come with each microbatch.
+    state comes and leaves; Muon's momentum comes and leaves with each reduction; weights that live
+    on the host come for each forward and each backward; layer inputs and modules' inputs leave and
+    come with each microbatch.
     """
     spec, layout, machine = request.stack.offload, priced.layout, request.machine
     assert spec is not None
@@ -26,7 +28,8 @@ def link_bytes(priced: Priced, rank: int, request: Request) -> int:
     leaves = machine.offload.optimizer or machine.offload.parameters
     share = offload.crossing_share(machine.offload.optimizer_per_1000)
     crossing = round(trained * each_update * share) if leaves else 0
-    crossing += 2 * _extra(priced, rank, request) if leaves else 0
+    crossing += 2 * _extra(priced, rank, request) if machine.rules.streams_extra else 0
+    crossing += _momentum(priced, rank, request) * layout.num_microbatches
     each_pass = 0
     if machine.offload.parameters:
         fetched = (trained + frozen) * (spec.fetch_bytes or machine.rules.gather_bytes)
@@ -68,6 +71,20 @@ def _extra(priced: Priced, rank: int, request: Request) -> int:
     held = [kind for stage in priced.leaf.held(rank) for kind in priced.modules(stage)]
     return sum(
         int(extra_bytes(kind, shard, configs, rules, workload.vocab_divisor)[0]) for kind in held
+    )
+
+
+def _momentum(priced: Priced, rank: int, request: Request) -> int:
+    """Bytes that come and leave with each reduction for Muon's iterations."""
+    each = momentum_bytes(request.machine)
+    if not each:
+        return 0
+    workload, configs, rules = priced.tables.workload, priced.tables.configs, request.machine.rules
+    shard = shard_of(workload, configs)
+    held = [kind for stage in priced.leaf.held(rank) for kind in priced.modules(stage)]
+    return each * sum(
+        int(matrix_elements(kind, shard, configs, rules, workload.vocab_divisor)[0])
+        for kind in held
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from cost_models.host_loops import loop_of
 from cost_models.host_room import bytes_there, fills_drives, leaving
+from cost_models.optimizers import OPTIMIZERS
 from hardware_profiles.holdings import DrivesSpec
 from hardware_profiles.units import format_bytes
 from planner.recompute import NOT_BOTH, named_policy, shares_hosts
@@ -33,12 +35,17 @@ def _beside_drives(request: Request) -> int:
     drives, parts = on_drives(request), leaving(request.machine)
     stays = {} if drives is None else {k: v for k, v in parts.items() if k not in drives.holds}
     trained = _parameters(request, trained=True) * stays.get("optimizer", 0)
+    if "optimizer" in stays and request.machine.momentum_on_host:
+        # Muon's two moments of what is no hidden matrix.
+        more = OPTIMIZERS["adamw"].moment_bytes - request.machine.rules.optimizer.moment_bytes
+        trained += more * _parameters(request, trained=True, matrices=False)
     return trained + _parameters(request) * stays.get("parameters", 0)
 
 
-def _parameters(request: Request, *, trained: bool = False) -> int:
-    """Of the whole model, or those that are trained; what embedding and head share counts once."""
-    workload = request.workload
+def _parameters(request: Request, *, trained: bool = False, matrices: bool = True) -> int:
+    """Of the whole model, or those that are trained, or are in no matrix that Muon takes; what
+    embedding and head share counts once."""
+    workload, is_matrix = request.workload, request.machine.rules.optimizer.matrices
     held = [(workload.embedding, 1), (workload.head, 1)]
     # By kind, not by layer: the recheck asks for every layout.
     held += [(workload.kinds[name], count) for name, count in Counter(workload.layers).items()]
@@ -46,7 +53,9 @@ def _parameters(request: Request, *, trained: bool = False) -> int:
         weight.elements * count
         for kind, count in held
         for weight in kind.weights
-        if not weight.copy and not (trained and weight.frozen)
+        if not weight.copy
+        and not (trained and weight.frozen)
+        and (matrices or not is_matrix(weight))
     )
 
 
@@ -64,8 +73,9 @@ def host_capacity(request: Request) -> int | None:
 
 
 def buffer_bytes_per_node(request: Request) -> int:
-    """Bytes of host memory of each node for what is on its way to the drives and back, and for what
-    stays there beside them, were all state split over all devices."""
+    """Bytes of host memory of each node for what is on its way to the drives and back, for what an
+    update there makes, and for what stays there beside the drives, were all state split over all
+    devices."""
     drives = on_drives(request)
     if drives is None:
         return 0
@@ -76,6 +86,13 @@ def buffer_bytes_per_node(request: Request) -> int:
         each += min(drives.buffer_elements, working) * drives.buffer_bytes
     if "parameters" in parts:
         each += drives.parameter_buffer_bytes
+    spec = request.stack.offload
+    loop = loop_of(request.job.optimizer, spec)
+    if request.job.optimizer_offload and loop is not None and spec is not None:
+        if loop.matrix_passes is not None:
+            others = _parameters(request, trained=True, matrices=False)
+            working = -(-others // request.devices // drives.groups)
+        each += min(spec.loop_elements, working) * loop.working_bytes
     return each * devices + -(-_beside_drives(request) // request.cluster.nodes)
 
 
@@ -96,7 +113,9 @@ def cannot_offload(request: Request) -> str | None:
             f"{request.stack.name} {request.stack.version} offloads optimizer state with the "
             "weights only (parameter_offload)"
         )
-    able = (*spec.optimizers, *spec.loops)
+    able = {*spec.optimizers, *spec.loops}
+    if request.least_zero_stage > max(request.zero_stages):
+        able.discard("muon")
     if job.optimizer_offload and spec.optimizers and job.optimizer not in able:
         why = f": {spec.lacks[job.optimizer]}" if job.optimizer in spec.lacks else ""
         label = f"{request.stack.name} {request.stack.version}"

@@ -9,12 +9,12 @@ import numpy as np
 
 from cost_models.graph import Int64, LayerKind, Shard, Weight
 from cost_models.host_loops import HOST_LOOPS, HostLoop
-from cost_models.host_room import bytes_there
+from cost_models.host_room import bytes_there, holds_extra
 from cost_models.leaf import Leaf
 from cost_models.optimizers import LocalTensor
 from cost_models.schedule import live_peaks
 from cost_models.state import is_expert, local_tensor
-from planner.hosting import host_capacity
+from planner.hosting import host_capacity, on_drives
 from planner.recount_host import layer_input_held, outputs_of_layer, padding_of, shard_of_mesh
 from planner.request import Request
 
@@ -56,10 +56,12 @@ class Nodes:
 
         def state(kind: LayerKind) -> int:
             alone, rules = mesh.pp == 1, request.machine.rules
-            more = rules.optimizer.extra_bytes if rules.streams_extra else None
+            there = rules.streams_extra or rules.hosts_extra
+            there = there and holds_extra(request.machine)
+            more = rules.optimizer.extra_bytes if there else None
             found = _state(kind, shard, divisor, shares, (*each, share), more, alone=alone)
             loop = _loop(request) if zero < 3 else None
-            if loop is not None:
+            if loop is not None and loop.matrix_passes is None:
                 made = (loop.working_bytes, 0, 1000)
                 found += _state(kind, shard, divisor, shares, made, None, alone=alone)
             return found
@@ -68,7 +70,8 @@ class Nodes:
         spread = sum(ends) if leaf.shared is not None else 0
         self.ends = (0, 0) if leaf.shared is not None else ends
         kinds = {name: state(workload.kinds[name]) for name in set(workload.layers)}
-        grouped = _group_bytes(request, shard, shares) if zero == 3 else 0
+        groups = zero == 3 or job.optimizer == "muon"
+        grouped = _group_bytes(request, shard, shares) if groups else 0
         self.room = None if self.room is None else self.room - grouped * self.per_node
         own = layer_input_held(mesh, request)
         moved = {name: own + _inputs(workload.kinds[name], shard, offload.inputs) for name in kinds}
@@ -156,9 +159,12 @@ class Nodes:
 
 
 def _loop(request: Request) -> HostLoop | None:
-    """The loop in which the hosts update, if they do."""
+    """The loop in which the hosts update, if they do and no drives hold anything: beside drives
+    what it makes is among the buffers."""
     spec, job = request.stack.offload, request.job
     if spec is None or not job.optimizer_offload or job.optimizer not in spec.loops:
+        return None
+    if on_drives(request) is not None:
         return None
     return HOST_LOOPS[job.optimizer]
 
@@ -173,6 +179,15 @@ def _group_bytes(request: Request, shard: Shard, shares: tuple[int, int]) -> int
         _state(kind, shard, workload.vocab_divisor, shares, (1, 0, 1000), None, alone=True)
         for kind in (*names, workload.embedding, workload.head)
     )
+    if loop.matrix_passes is not None:
+        is_matrix = request.machine.rules.optimizer.matrices
+        for kind in (*names, workload.embedding, workload.head):
+            held = [0, 0]
+            for weight in kind.weights:
+                if is_matrix(weight) and not weight.frozen:
+                    size = local_tensor(weight, shard, workload.vocab_divisor).total
+                    held[is_expert(weight)] += int(np.ravel(size)[0])
+            elements -= sum(count // ways for count, ways in zip(held, shares, strict=True))
     return loop.working_bytes * min(elements, spec.loop_elements)
 
 

@@ -123,8 +123,10 @@ class Request:
         """ZeRO stage below which several ranks cannot run the job's optimizer, where it asks."""
         stack, job = self.stack, self.job
         muon = stack.muon.least_zero_stage if job.optimizer == "muon" else 0
-        host = stack.offload.least_zero_stage if job.optimizer_offload and stack.offload else 0
-        return max(muon, host)
+        there = stack.offload if job.optimizer_offload else None
+        host = 0 if there is None else there.least_zero_stage
+        both = 0 if there is None or job.optimizer != "muon" else there.muon_zero_stage or 0
+        return max(muon, host, both)
 
     def reshard_options(self, zero_stage: int, ways: int) -> tuple[int, ...]:
         """How many ranks of the ``ways`` that share the weights may keep a copy of them for the

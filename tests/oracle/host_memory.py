@@ -15,8 +15,8 @@ from tests.oracle.layouts import Layout, Option, parts
 from tests.oracle.timeline import held as chunks_of_rank
 from tests.oracle.timeline import homes, live_vectors, padded
 
-MOMENTS = {"adamw": 8, "sgd": 4, "muon": 4}
-"""Bytes per parameter that the device updates and the host keeps; Muon's of hidden matrices."""
+MOMENTS = {"adamw": 8, "sgd": 4, "muon": 4, "lion": 4, "adagrad": 4}
+"""Bytes per parameter of moments that a host keeps; Muon's of hidden matrices."""
 
 LOOPS = {"sgd": (4, 0), "rmsprop": (4, 4), "adamax": (8, 4), "adadelta": (8, 8),
          "adafactor": (4, 8)}  # fmt: skip
@@ -29,12 +29,20 @@ def hosts_hold(
     """Whether every node has room for what its devices send there of ``m`` microbatches, where
     virtual stages have ``sizes`` layers and ranks recompute as ``options`` say: the optimizer's
     state, outputs and inputs of layers."""
-    job, memory = request.job, request.cluster.groups[0].node.host_memory
+    job, node = request.job, request.cluster.groups[0].node
+    memory = node.drives if swaps(request) else node.host_memory
     if memory is None or not (job.optimizer_offload or job.activation_offload):
         return True
     if job.activation_offload and least_on_node(request, x) > memory.si:
         return False
     return all(total <= memory.si for total in bytes_on_nodes(request, x, sizes, options, m))
+
+
+def swaps(request: Request) -> bool:
+    """Whether the optimizer's state goes on to drives."""
+    offload = request.stack.offload
+    drives = None if offload is None else offload.drives
+    return request.job.optimizer_offload and drives is not None and "optimizer" in drives.holds
 
 
 def padding_has_room(request: Request, x: Layout, mode: str, m: int) -> bool:
@@ -131,8 +139,11 @@ def bytes_on_nodes(
     nodes = [0] * request.cluster.nodes
     for device in range(request.devices):
         nodes[device // per_node] += held[device // (request.devices // x.pp)]
-    if x.zero == 3 and request.job.optimizer_offload and request.job.optimizer in LOOPS:
+    loop = request.job.optimizer_offload and request.job.optimizer in LOOPS
+    if x.zero == 3 and loop and not swaps(request):
         nodes = [size + per_node * _group(request, x) for size in nodes]
+    if _muon_there(request):
+        nodes = [size + per_node * _muon_group(request, x) for size in nodes]
     return nodes
 
 
@@ -145,6 +156,46 @@ def _group(request: Request, x: Layout) -> int:
     # A loop of stage 3 has its state alone.
     elements = sum(_state(request, x, kind) for kind in kinds) // (8 + moments)
     return made * min(elements, offload.loop_elements)
+
+
+def _muon_there(request: Request) -> bool:
+    """Whether the host updates what Muon has orthogonalised on the device."""
+    offload, job = request.stack.offload, request.job
+    there = offload is not None and offload.updates_on == "host"
+    return there and job.optimizer_offload and job.optimizer == "muon"
+
+
+def _muon_group(request: Request, x: Layout) -> int:
+    """Bytes of one device of what Adam's update makes, of four new tensors in fp32, of a group of
+    those parameters that are in no hidden matrix."""
+    work, offload = request.workload, request.stack.offload
+    assert offload is not None
+    total = 0
+    for kind in (work.embedding, work.head, *(work.kinds[name] for name in work.layers)):
+        for expert in (False, True):
+            held = [
+                (weight, _on_device(request, x, weight))
+                for weight in kind.weights
+                if weight.sharding.startswith("expert") == expert
+                and not (weight.copy and x.pp == 1)
+            ]
+            ways = _ways(x, expert)
+            taken = sum(size for weight, size in held if not _is_other(weight))
+            total += -(-sum(size for _, size in held) // ways) - taken // ways
+    return 16 * min(total, offload.loop_elements)
+
+
+def _is_other(weight: Weight) -> bool:
+    """Whether Adam updates it beside Muon."""
+    return weight.cols == 1 or weight.name.startswith(("embedding", "head"))
+
+
+def _ways(x: Layout, expert: bool) -> int:
+    """Ranks that share a device's dense weights, or its experts."""
+    if not x.zero:
+        return 1
+    ranks = x.dp_shard * x.cp
+    return max(ranks * x.tp // (x.ep * x.etp), 1) if expert else ranks
 
 
 def _state(request: Request, x: Layout, kind: LayerKind) -> int:
@@ -174,10 +225,22 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
     assert offload.optimizer_bytes is not None
     if request.job.optimizer in LOOPS:
         # Master weight, gradient and moments; below stage 3 what the loop makes of the whole shard.
+        # Beside drives that is in memory.
         moments, made = LOOPS[request.job.optimizer]
-        return (dense + expert) * (8 + moments + (made if x.zero < 3 else 0))
+        whole = x.zero < 3 and not swaps(request)
+        return (dense + expert) * (8 + moments + (made if whole else 0))
+    if _muon_there(request):
+        # Weight, gradient and momentum, in 16 bits; two moments in fp32 of what Adam updates.
+        momentum = 4 if request.job.precision == "fp32" else 2
+        more = sum(
+            (8 - momentum) * _on_device(request, x, weight)
+            for weight in kind.weights
+            if _is_other(weight) and not (weight.copy and x.pp == 1)
+        )
+        return (dense + expert) * (8 + momentum) + -(-more // _ways(x, expert=False))
     share = round(1000 * request.job.optimizer_offload_share)
-    return -(-(dense + expert) * offload.optimizer_bytes * share // 1000)
+    each = offload.optimizer_bytes - MOMENTS["adamw"] + MOMENTS[request.job.optimizer]
+    return -(-(dense + expert) * each * share // 1000)
 
 
 def _outputs(request: Request, x: Layout, kind: LayerKind, mode: str) -> int:

@@ -210,6 +210,9 @@ def runs(request: Request, x: Layout) -> bool:
     least = stack.offload.least_zero_stage if asked and stack.offload is not None else 0
     if request.job.optimizer == "muon":
         least = max(least, stack.muon.least_zero_stage)
+        if asked and stack.offload is not None and stack.offload.muon_zero_stage:
+            # What is offloaded is orthogonalised in stage 3 alone.
+            least = 3
     if x.zero < least and x.dp_replicate * x.dp_shard * x.cp > 1:
         return False
     split = request.model.tensor_split

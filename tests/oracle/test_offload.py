@@ -24,9 +24,11 @@ NAMED_LISTS = ("qkv_proj_offloaded", "minimal_offloaded")
 
 
 def with_memory(cluster: ClusterSpec, size: int) -> ClusterSpec:
-    """The cluster with ``size`` bytes of host memory in a node."""
+    """The cluster with ``size`` bytes of host memory in a node, and as many on its drives."""
     (group,) = cluster.groups
-    changes = {"host_memory": number(float(size), "B")}
+    changes = dict.fromkeys(("host_memory", "drives"), number(float(size), "B"))
+    for bandwidth in ("drives_read_bandwidth", "drives_write_bandwidth"):
+        changes[bandwidth] = number(2e10, "B/s")
     if group.node.host_memory_bandwidth is None:
         changes["host_memory_bandwidth"] = number(3e11, "B/s")
     node = group.node.model_copy(update=changes)
@@ -187,3 +189,66 @@ def test_planner_equals_brute_force_with_loops_on_the_hosts() -> None:
     assert count["feasible"], count
     assert count["bound by hosts"], count
     assert sum(count[loop] > 0 for loop in LOOPS) > 1, count
+
+
+def test_planner_equals_brute_force_with_optimizers_on_the_drives() -> None:
+    """State by the moments that an optimizer keeps, on drives that are as large as some completion
+    needs or a little less; the memory beside them has room for all that passes through."""
+    count: Counter[str] = Counter()
+    for seed in range(7018, 7026):
+        optimizer = Random(f"drives {seed}").choice(("lion", "adagrad", *sorted(LOOPS)))
+        request = offloaded(seed, "deepspeed-nvme", loop=optimizer)
+        if request is None:
+            continue
+        (group,) = request.cluster.groups
+        node = group.node.model_copy(update={"host_memory": number(1e15, "B")})
+        cluster = request.cluster.model_copy(
+            update={"groups": (group.model_copy(update={"node": node}),)}
+        )
+        request = replace(request, cluster=cluster)
+        each = compare(seed, request=request)
+        assert not differences(each), seed
+        time = each.answer.time
+        if time is not None:
+            assert better_layout(request, time) is None, seed
+            assert better_layout(request, time + 1) is not None, seed
+        count["all"] += 1
+        count[optimizer] += time is not None
+        roomy = replace(request, cluster=with_memory(request.cluster, 10**15))
+        free = brute_force(roomy).time
+        count["fits the devices"] += free is not None
+        count["bound by drives"] += free != time
+    assert count["fits the devices"] > 3, count
+    assert count["bound by drives"], count
+    assert sum(count[name] > 0 for name in ("lion", "adagrad", *LOOPS)) > 1, count
+
+
+def test_planner_equals_brute_force_with_muon_on_the_hosts() -> None:
+    """Two bytes of momentum of matrices, two moments of all else; only stage 3 iterates, or one
+    rank; groups so small that what an update makes of them is little, or as large as they come."""
+    count: Counter[str] = Counter()
+    for seed in (8004, 8018, 8025, 8027, 8048):
+        request = offloaded(seed, "deepspeed-hf", loop="muon")
+        if request is None:
+            continue
+        offload = request.stack.offload
+        assert offload is not None
+        elements = Random(f"group {seed}").choice((1000, offload.loop_elements))
+        offload = offload.model_copy(update={"loop_elements": elements})
+        request = replace(request, stack=request.stack.model_copy(update={"offload": offload}))
+        each = compare(seed, request=request)
+        assert not differences(each), seed
+        time, x = each.answer.time, each.answer.layout
+        if time is not None:
+            assert x is not None
+            assert x.zero == 3 or x.dp_shard * x.dp_replicate * x.cp == 1
+            assert better_layout(request, time) is None, seed
+            assert better_layout(request, time + 1) is not None, seed
+        count["all"] += 1
+        count["feasible"] += time is not None
+        count["several ranks"] += x is not None and x.dp_shard > 1
+        roomy = replace(request, cluster=with_memory(request.cluster, 10**15))
+        count["bound by hosts"] += brute_force(roomy).time != time
+    assert count["several ranks"] > 1, count
+    assert count["feasible"] > count["several ranks"], count
+    assert count["bound by hosts"], count

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cost_models.compute import roofline_time_s
 from cost_models.interconnect import collective_time_s
 from cost_models.optimizers import LocalTensor, newton_schulz_flops
 from planner.errors import InputError
@@ -146,9 +149,10 @@ def test_tensor_parallel_ranks_offload_too() -> None:
 def test_only_optimizers_of_the_host_run_there() -> None:
     with pytest.raises(InputError, match="no adam8bit on the host: bitsandbytes"):
         evaluate(request(optimizer="adam8bit", optimizer_offload=True), sharded(2))
-    for stack, layout in (("deepspeed-hf", sharded(2)), ("deepspeed-autotp", sharded(2))):
-        with pytest.raises(InputError, match="no muon on the host: DeepSpeed"):
-            evaluate(request(stack, optimizer="muon", optimizer_offload=True), layout)
+    with pytest.raises(InputError, match="no muon on the host: DeepSpeed"):
+        evaluate(request("deepspeed-autotp", optimizer="muon", optimizer_offload=True), sharded(2))
+    with pytest.raises(InputError, match="runs muon on the host from ZeRO stage 3 on"):
+        evaluate(request(optimizer="muon", optimizer_offload=True), sharded(2))
     assert memory(evaluate(request(optimizer="lion", optimizer_offload=True), sharded(2)))
 
 
@@ -169,3 +173,100 @@ def test_a_pipeline_orthogonalises_in_fp16_alone() -> None:
     with pytest.raises(InputError, match="runs muon in fp16"):
         read_request("llama-3.1-8b", "dgx-h100:2", None, job | {"precision": "bf16"})
     assert verify(plan(asked)) == []
+
+
+def test_hosts_keep_two_bytes_of_momentum_and_what_adam_needs() -> None:
+    """Weight, gradient and momentum of matrices, 10 bytes; 16 of all else, and 16 of new tensors of
+    a group of that in its update. Momentum crosses the link twice with each microbatch."""
+    layout = sharded(3, microbatch_size=1)
+    found, adamw = (
+        evaluate(request(optimizer=name, optimizer_offload=True), layout)
+        for name in ("muon", "adamw")
+    )
+    host, others = found.prediction.host, ENDS + VECTORS
+    assert host is not None
+    assert adamw.prediction.host is not None
+    assert host.place == "memory"
+    assert host.bytes_per_node == pytest.approx((10 * MATRICES + (16 + 16) * others) / 2, rel=1e-4)
+    more = host.link_bytes_per_step - adamw.prediction.host.link_bytes_per_step
+    assert more == pytest.approx(4 * 4 * MATRICES / RANKS, rel=1e-6)
+    assert memory(found)["optimizer"] == memory(found)["gradients"] == 0
+    assert memory(found) == memory(adamw)
+
+
+def test_the_host_updates_matrices_in_two_passes_and_all_else_in_ten() -> None:
+    """20 and 96 bytes of its memory, AdamW's one pass 28; and with each microbatch 8 bytes of it
+    and 4 over the link for the momentum, and what the device does, none of it hidden."""
+    node = request().cluster.groups[0].node
+    spec = request().stack.offload
+    assert spec is not None
+    assert spec.adam_efficiency is not None
+    assert node.host_memory_bandwidth is not None
+    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / 8
+
+    def seconds(name: str, batch: int, there: bool) -> float:
+        asked = request(optimizer=name, optimizer_offload=there, global_batch=batch * RANKS)
+        return evaluate(asked, sharded(3, microbatch_size=1)).prediction.step_time_s
+
+    one, two = (seconds("muon", n, there=True) - seconds("adamw", n, there=True) for n in (1, 2))
+    update = (20 - 28) * MATRICES / RANKS / rate + (96 - 28) * (ENDS + VECTORS) / RANKS / rate
+    assert one - (two - one) == pytest.approx(update, rel=1e-3)
+    device = seconds("muon", 2, there=False) - seconds("muon", 1, there=False)
+    device -= seconds("adamw", 2, there=False) - seconds("adamw", 1, there=False)
+    momentum = MATRICES / RANKS * (8 / rate + 4 / node.host_link.si)
+    assert two - one > device + momentum
+
+
+def test_plans_with_muon_on_the_hosts_verify() -> None:
+    for stack in ("deepspeed-hf", "deepspeed-nvme-parameters"):
+        best = plan(request(stack, optimizer="muon", optimizer_offload=True))
+        assert best.layout.zero_stage == 3
+        assert verify(best) == []
+    with pytest.raises(
+        InputError, match=r"no muon on the host: DeepSpeed 0\.19\.3: stage3\.py calls"
+    ):
+        evaluate(
+            request("deepspeed-nvme-pipelined", optimizer="muon", optimizer_offload=True),
+            sharded(3),
+        )
+    both = request(
+        "deepspeed-nvme-parameters", optimizer="muon", optimizer_offload=True,
+        parameter_offload=True,
+    )  # fmt: skip
+    beside = evaluate(both, sharded(3)).prediction.host
+    assert beside is not None
+    assert beside.bytes_per_node == pytest.approx(2 * (MATRICES + ENDS + VECTORS) / 2, rel=1e-4)
+    kept = (10 * MATRICES + (16 + 16) * (ENDS + VECTORS)) / 2 + 8 * 3e9
+    assert beside.buffer_bytes_per_node == pytest.approx(kept, rel=1e-4)
+
+
+def test_one_rank_iterates_with_each_microbatch_too() -> None:
+    """It runs as stage 3: all iterations, and the way of the momentum, with each microbatch."""
+    asked = request(model="gpt2-medium", optimizer_offload=True, sequence_length=1024)
+    (group,) = asked.cluster.groups
+    node = group.node.model_copy(update={"devices_per_node": 1, "nics": 1})
+    alone = group.model_copy(update={"node": node, "count": 1})
+    asked = replace(asked, cluster=asked.cluster.model_copy(update={"groups": (alone,)}))
+
+    def seconds(optimizer: str, batch: int) -> float:
+        job = asked.job.model_copy(update={"optimizer": optimizer, "global_batch": batch})
+        found = evaluate(replace(asked, job=job), {"microbatch_size": 1})
+        return found.prediction.step_time_s
+
+    each = [seconds("muon", n) - seconds("adamw", n) for n in (1, 2)]
+    spec, one = asked.stack.offload, np.array([1])
+    assert spec is not None
+    assert spec.adam_efficiency is not None
+    assert node.host_memory_bandwidth is not None
+    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si
+    weights = [
+        (weight, LocalTensor(weight.elements // weight.count * one, weight.rows * one,
+                             weight.count * one))
+        for weight in asked.workload.kinds[asked.workload.layers[0]].weights
+    ]  # fmt: skip
+    layers = len(asked.workload.layers)
+    matrices = layers * sum(int(t.total[0]) for w, t in weights if w.cols > 1)
+    flops = newton_schulz_flops(weights, gram=True) * layers
+    iterations = float(roofline_time_s(node.device, "bf16", flops, np.zeros(1))[0])
+    momentum = matrices * (8 / rate + 4 / node.host_link.si)
+    assert each[1] - each[0] == pytest.approx(iterations + momentum, rel=1e-2)
