@@ -9,7 +9,6 @@ from random import Random
 from planner.hosting import cannot_offload
 from planner.refute import better_layout
 from planner.request import Request
-from tests.oracle.amount import of
 from tests.oracle.brute import brute_force
 from tests.oracle.compare import compare, differences
 from tests.oracle.host_memory import bytes_on_nodes, least_on_node
@@ -17,7 +16,7 @@ from tests.oracle.instances import draw
 from tests.oracle.layouts import every_layout, partitions
 from tests.oracle.test_offload import with_memory
 
-INSTANCES = of(40, 20)
+INSTANCES = 40
 STACKS = ("megatron-deepspeed", "deepspeed-pipe")
 MODES = (None, None, "full", "full:2", "partitioned", "partitioned:2", "partitioned:3")
 

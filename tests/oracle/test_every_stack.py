@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 
 import pytest
 
@@ -15,17 +14,21 @@ from tests.oracle.test_bounds import check_bounds
 
 SEEDS = range(5000, 5020)
 ENOUGH = of(6, 2)
-"""Instances of each stack: those of :data:`SEEDS` that its kernels have figures for."""
+"""Instances of each stack: the first of :data:`SEEDS` that it has kernels for, and some layout."""
 
 
 @pytest.mark.parametrize("stack", catalog_names("stack"))
 def test_the_planner_is_right_with_every_stack(stack: str) -> None:
-    supported = (seed for seed in SEEDS if draw(seed, stack).unsupported is None)
-    compared = 0
-    for seed in islice(supported, ENOUGH):
+    tried = compared = 0
+    for seed in SEEDS:
+        if draw(seed, stack).unsupported is not None:
+            continue  # no figures of the stack's attention kernel on this device
         compared += check_bounds(seed, stack)
         assert not differences(compare(seed, stack=stack))
-    assert compared > 0
+        tried += 1
+        if tried >= ENOUGH and compared > 0:
+            return
+    raise AssertionError(f"{compared} bounds in {tried} instances")
 
 
 def test_the_planner_is_right_with_muon_in_a_pipeline_of_deepspeed() -> None:

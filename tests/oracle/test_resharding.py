@@ -8,7 +8,6 @@ from random import Random
 
 from planner.refute import better_layout
 from planner.request import Request
-from tests.oracle.amount import of
 from tests.oracle.brute import BruteForce, brute_force
 from tests.oracle.brute_sums import chunks_of, rank_peak
 from tests.oracle.compare import compare, differences
@@ -16,7 +15,7 @@ from tests.oracle.instances import draw
 from tests.oracle.layouts import every_layout, partitions
 from tests.oracle.timeline import held
 
-INSTANCES = of(90, 30)
+INSTANCES = 90
 
 
 def resharded(seed: int) -> Request | None:
