@@ -1,0 +1,174 @@
+"""What a pipeline of MaxText keeps of a layer with a remat policy, and without any.
+
+    pip install jax==0.10.2 flax chex omegaconf packaging         # Python 3.12
+    pip install --no-deps maxtext==0.1.0 aqtp qwix
+    python benchmarks/memory/maxtext_pipeline.py                  # bytes, seconds a case
+    python benchmarks/memory/maxtext_pipeline.py v5e:2x2          # and compiled; pip install libtpu
+
+in an environment of its own, without a device. MaxText's own decoder is differentiated with one
+layer on each of four stages; what the scan over iterations hands from forward to backward is
+counted, bytes of one iteration on one stage: ``none`` with set_remat_policy_on_pipeline_iterations
+and set_remat_policy_on_layers_per_stage off, other policies as they are by default. ``repeats`` 2
+shows what an iteration keeps besides where its weights depend on it: their casts.
+
+With a topology XLA compiles Llama's layer for it, ahead of time (attention is splash there, else
+``dot_product``, whose scores are left out of what is printed): temporaries of a device, and the
+FLOPs and bytes that the compiler counts, loops' bodies once. What only reads data or reports is
+not imported: empty modules stand for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+from typing import Any
+from unittest.mock import MagicMock
+
+STAGES, TOKENS = 4, 521
+"""Tokens of a sample: a prime, which tells them and their copies from widths of weights."""
+CASES: dict[str, dict[str, Any]] = {
+    "llama3.1-8b": {},
+    "qwen3-8b": {},
+    "gemma2-9b": {},
+    "gemma3-12b": {},
+    "gpt3-175b": {},
+    "mixtral-8x7b": {"megablox": False, "sparse_matmul": True},
+    "qwen3-30b-a3b": {"megablox": False, "sparse_matmul": True},
+    "deepseek2-16b": {"megablox": False, "sparse_matmul": True},
+}
+FIXED = {
+    "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
+    "dataset_type": "synthetic", "skip_jax_distributed_system": True, "log_config": False,
+    "override_model_config": True, "ici_pipeline_parallelism": STAGES,
+    "num_layers_per_pipeline_stage": 1, "num_pipeline_microbatches": STAGES,
+    "per_device_batch_size": 1, "max_target_length": TOKENS, "vocab_size": 1024,
+}  # fmt: skip
+
+
+def differentiated(options: dict[str, Any], devices: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """MaxText's mesh, the gradient of a loss over its model, and shapes of what that takes."""
+    import jax
+    import jax.numpy as jnp
+    import MaxText
+    from flax import linen as nn
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from MaxText import maxtext_utils, pyconfig
+    from MaxText.layers import models
+
+    base = os.path.join(os.path.dirname(MaxText.__file__), "configs", "base.yml")
+    config = pyconfig.initialize(["", base, *(f"{k}={v}" for k, v in options.items())])
+    mesh = Mesh(maxtext_utils.create_device_mesh(config, devices), config.mesh_axes)
+    model = models.transformer_as_linen(config, mesh, quant=None, model_mode="train")
+    shape = (config.micro_batch_size_to_train_on, config.max_target_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def start(key: Any) -> Any:
+        ids = jnp.zeros(shape, jnp.int32)
+        keys = {"params": key, "dropout": key, "aqt": key}
+        return model.init(keys, ids, ids, ids, enable_dropout=False)
+
+    with mesh, nn.partitioning.axis_rules(config.logical_axis_rules):
+        weights = nn.unbox(jax.eval_shape(start, jax.random.PRNGKey(0)))
+
+    def placed(path: Any, weight: Any) -> Any:
+        front = (None,) * (config.num_pipeline_repeats > 1)
+        piped = "pipeline_module" in jax.tree_util.keystr(path)
+        spec = PartitionSpec(*front, "stage") if piped else PartitionSpec()
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(weights: Any, ids: Any) -> Any:
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        out = model.apply(
+            weights, ids, places, jnp.ones_like(ids), enable_dropout=False,
+            rngs={"dropout": jax.random.PRNGKey(0), "params": jax.random.PRNGKey(1)},
+            mutable=["intermediates"],
+        )  # fmt: skip
+        return jnp.sum(jnp.square(out[0].astype(jnp.float32)))
+
+    def run(what: Any) -> Any:
+        with mesh, nn.partitioning.axis_rules(config.logical_axis_rules):
+            return what()
+
+    weights = jax.tree_util.tree_map_with_path(placed, weights)
+    return run, jax.grad(loss), (weights, tokens)
+
+
+def handed_on(jaxpr: Any, iterations: int) -> list[Any]:
+    """What each iteration of the first loop of so many hands to the backward."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == iterations:
+            return [v.aval for v in equation.outvars[equation.params["num_carry"] :]]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                found = handed_on(inner, iterations) if hasattr(inner, "eqns") else []
+                if found:
+                    return found
+    return []
+
+
+def counted(name: str, policy: str, repeats: int, topology: str) -> dict[str, Any]:
+    """One case."""
+    import jax
+    from jax.experimental import topologies
+
+    options = {**FIXED, "model_name": name, **CASES[name], "num_pipeline_repeats": repeats}
+    # DeepSeek's first layers are dense and stay outside.
+    options["base_num_decoder_layers"] = STAGES * repeats + name.startswith("deepseek")
+    options["attention"] = "flash" if topology else "dot_product"
+    options["hardware"] = "tpu" if topology else "cpu"
+    options["set_remat_policy_on_pipeline_iterations"] = policy != "none"
+    options["remat_policy"] = "full" if policy == "none" else policy
+    devices = None
+    if topology:
+        options["max_target_length"] = 2048
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    with contextlib.redirect_stdout(io.StringIO()):
+        run, gradient, shapes = differentiated(options, devices)
+        traced = run(lambda: jax.make_jaxpr(gradient)(*shapes))
+    length = options["max_target_length"]
+    kept = handed_on(traced.jaxpr, STAGES * repeats + STAGES - 1)
+    tokens, other = 0, 0
+    for each in kept:
+        dims, size = each.shape[2:], math.prod(each.shape[2:]) * each.dtype.itemsize
+        rows = sum(d % length == 0 for d in dims) if not topology else 1
+        tokens += size * (rows == 1)
+        other += size * (rows == 0)
+    result = {
+        "model": name, "policy": policy, "repeats": repeats, "tensors": len(kept),
+        "bytes_per_token": tokens / length, "other_bytes": other,
+    }  # fmt: skip
+    if topology:
+        compiled = run(lambda: jax.jit(gradient).lower(*shapes).compile())
+        costs = compiled.cost_analysis()
+        result["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
+        result |= {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
+    return result
+
+
+def main() -> None:
+    """Every case, a line each."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={STAGES}"
+    for name in (
+        "grain", "grain.python", "tensorflow", "tensorboardX", "jaxtyping", "google.cloud", "PIL",
+    ):  # fmt: skip
+        module = MagicMock()
+        module.__path__, module.__spec__ = [], None
+        sys.modules[name] = module
+    topology = sys.argv[1] if len(sys.argv) > 1 else ""
+    named = "minimal_with_context" if topology else "minimal"
+    for name in ["llama3.1-8b"] if topology else CASES:
+        cases = [("none", 1), (named, 1), ("full", 1)]
+        if not topology:
+            cases.append(("none", 2))
+        for policy, repeats in cases:
+            print(json.dumps(counted(name, policy, repeats, topology)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
