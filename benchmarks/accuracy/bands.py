@@ -1,10 +1,10 @@
 """Error bands from left-out residuals, for classes of runs from wide to narrow.
 
 A class is a prefix of ``planner.accuracy.path_of``: device family, precision, kind of model, stack,
-size. Its band is the narrowest that holds a share of the residuals, so large that all bands together
-hold 80 % of all runs; few runs are mixed with the wider class's band. Families weigh the same in all but the narrowest class. The band of first encounters,
-for devices and stacks without runs, is that of families judged on a device or a stack that no
-other family has.
+size. Its band is the narrowest that holds a share of the residuals, so large that all bands
+together hold 80 % of all runs; few runs are mixed with the wider class's band. Families weigh the
+same in all but the narrowest class. The band of first encounters, for devices and stacks without
+runs, is that of families judged on a device or a stack that no other family has.
 """
 
 from __future__ import annotations
