@@ -46,7 +46,7 @@ def piped(seed: int, stack: str) -> Request | None:
     job = request.job.model_copy(update={"constraints": limits, "global_batch": batch})
     request = replace(request, job=job)
     layouts = list(every_layout(request))
-    if not any(x.outside for x in layouts) or len(layouts) > 400:
+    if not any(x.outside for x in layouts) or len(layouts) > 80:
         return None
     return replace(request, capacity_bytes=capacity_of(request, layouts, rng))
 
