@@ -138,14 +138,8 @@ def _of_first_layers(name: str, stack: StackSpec) -> RecomputePolicy:
 def _selective(stack: StackSpec) -> RecomputePolicy:
     spec = stack.selective_recompute
     keeps = None if spec.keeps is None else frozenset(spec.keeps)
-    lists = keeps is not None
-    return RecomputePolicy(
-        "selective",
-        frozenset(spec.modules),
-        keeps,
-        to_the_end=lists and _to_the_end(stack),
-        needed_only=lists and stack.recompute_needed_only,
-    )
+    to_the_end = keeps is not None and _to_the_end(stack)
+    return RecomputePolicy("selective", frozenset(spec.modules), keeps, to_the_end)
 
 
 def _keeping(name: str, outputs: Iterable[str], stack: StackSpec) -> RecomputePolicy:
