@@ -117,8 +117,8 @@ def _left_out_tables(rows: Sequence[judgement.Row]) -> list[str]:
 def _bands(rows: Sequence[judgement.Row]) -> list[str]:
     found = judgement.bands(rows)
     return [
-        "A prediction's band is that of its class (`planner/accuracy_bands.yaml`); together they hold "
-        "80 %.",
+        "A prediction's band is that of its class (`planner/accuracy_bands.yaml`); together they "
+        "hold 80 %.",
         "",
         f"- coverage on left-out runs {percent(found['coverage'])}; of a family's runs by bands "
         f"made without it, {percent(found['nested'])} (mean over families "
