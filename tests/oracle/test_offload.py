@@ -161,6 +161,15 @@ def test_planner_equals_brute_force_with_a_share_of_the_optimizer_on_the_hosts()
     assert count["not as without"], count
 
 
+def in_groups(request: Request, seed: int) -> Request:
+    """Loops on the hosts over groups of few parameters, or as many as the stack has."""
+    offload = request.stack.offload
+    assert offload is not None
+    elements = Random(f"group {seed}").choice((1000, offload.loop_elements))
+    offload = offload.model_copy(update={"loop_elements": elements})
+    return replace(request, stack=request.stack.model_copy(update={"offload": offload}))
+
+
 def test_planner_equals_brute_force_with_loops_on_the_hosts() -> None:
     """Optimizers that PyTorch runs there; groups of parameters so small that stage 3 has room where
     stages 1 and 2, which update a shard at once, do not."""
@@ -170,11 +179,7 @@ def test_planner_equals_brute_force_with_loops_on_the_hosts() -> None:
         request = offloaded(seed, "deepspeed-hf", loop=loop)
         if request is None:
             continue
-        offload = request.stack.offload
-        assert offload is not None
-        elements = Random(f"group {seed}").choice((1000, offload.loop_elements))
-        offload = offload.model_copy(update={"loop_elements": elements})
-        request = replace(request, stack=request.stack.model_copy(update={"offload": offload}))
+        request = in_groups(request, seed)
         each = compare(seed, request=request)
         assert not differences(each), seed
         time = each.answer.time
@@ -231,11 +236,7 @@ def test_planner_equals_brute_force_with_muon_on_the_hosts() -> None:
         request = offloaded(seed, "deepspeed-hf", loop="muon")
         if request is None:
             continue
-        offload = request.stack.offload
-        assert offload is not None
-        elements = Random(f"group {seed}").choice((1000, offload.loop_elements))
-        offload = offload.model_copy(update={"loop_elements": elements})
-        request = replace(request, stack=request.stack.model_copy(update={"offload": offload}))
+        request = in_groups(request, seed)
         each = compare(seed, request=request)
         assert not differences(each), seed
         time, x = each.answer.time, each.answer.layout
