@@ -125,7 +125,8 @@ def price_kind(
         orthogonal_s = orthogonalise.microbatch_seconds(kind, shard, data, machine, vocab_divisor)
     matrices = orthogonalise.held_elements(kind, shard, data, machine, vocab_divisor)
     blocks = matrices > 0
-    orthogonal_s = orthogonal_s + orthogonalise.momentum_seconds(matrices, machine)
+    held_by = np.where(data.zero_stage >= 1, ways, 1)
+    orthogonal_s = orthogonal_s + orthogonalise.momentum_seconds(matrices, held_by, machine)
     orthogonal_s = orthogonal_s + np.where(fsdp & blocks, reduce_s, 0.0)
     hidden_s = np.where(fsdp & ~blocks, reduce_s, 0.0)
     in_backward = hidden_s + np.where(again & each, seconds["again"], 0.0)
@@ -174,6 +175,7 @@ def price_kind(
     update = update + held.streamed_extra * 2.0 / machine.cluster.groups[0].node.host_link.si
     if rules.optimizer.orthogonalises:
         update = update + orthogonalise.step_seconds(kind, shard, data, machine, vocab_divisor)
+        update = update + orthogonalise.gradients_again_seconds(matrices, held_by, machine)
     rows[Field.OPTIMIZER] = to_ns(update)
     buffers = buffers + kind.buffer_bytes(shard)
     rows[Field.STATIC] = held.weights + held.gradients + held.optimizer + buffers + lasting

@@ -54,6 +54,9 @@ class Offload:
     optimizer_per_1000: int = 1000
     """Of 1,000 elements, those whose optimizer state the host holds and updates; the device has the
     rest (Twin-Flow)."""
+    swapped: tuple[int, int] = (0, 0)
+    """Elements of the whole model that are trained, and those that Muon takes, where drives swap
+    groups of them with each reduction (``cost_models.orthogonalise``)."""
 
     @property
     def state(self) -> bool:
@@ -88,7 +91,12 @@ def update_seconds(
     if spec.drives is None:
         return result
     together = elements * float(node.devices_per_node)
-    return _swapped(result, together, rule, node, spec.drives, weight_bytes)
+    more = 0.0 * elements
+    if rule.orthogonalises:
+        # Two moments of what is no hidden matrix.
+        others = together - matrices * float(node.devices_per_node)
+        more = others * float(OPTIMIZERS["adamw"].moment_bytes - rule.moment_bytes)
+    return _swapped(result, together, rule, node, spec.drives, weight_bytes, more)
 
 
 def update_rate(node: NodeSpec, spec: OffloadSpec) -> float | None:
@@ -113,10 +121,11 @@ def crossing_share(per_1000: int) -> float:
 
 def _swapped(
     update: Real, elements: Real, rule: OptimizerRule, node: NodeSpec, drives: DrivesSpec,
-    weight_bytes: int,
+    weight_bytes: int, more: Real,
 ) -> Real:  # fmt: skip
     """Seconds of an ``update``, with what it waits for of the drives, which swap the state of
-    ``elements`` parameters: less of it where an optimizer keeps less than AdamW."""
+    ``elements`` parameters: less of it where an optimizer keeps less than AdamW, and ``more`` bytes
+    of those of which it keeps more."""
     reads, writes = node.drives_read_bandwidth, node.drives_write_bandwidth
     if reads is None or writes is None:
         return update
@@ -125,8 +134,8 @@ def _swapped(
         return update + elements * alone / writes.si
     alone += drives.gradient_bytes
     fewer = OPTIMIZERS["adamw"].moment_bytes - rule.moment_bytes
-    read = elements * (drives.read_bytes - fewer) / reads.si
-    write = elements * (drives.write_bytes - fewer - drives.gradient_bytes) / writes.si
+    read = (elements * (drives.read_bytes - fewer) + more) / reads.si
+    write = (elements * (drives.write_bytes - fewer - drives.gradient_bytes) + more) / writes.si
     hidden = "reads" in drives.overlaps, "writes" in drives.overlaps
     beside = read * hidden[0] + write * hidden[1]
     cycle = read * (not hidden[0]) + write * (not hidden[1]) + np.maximum(update, beside)

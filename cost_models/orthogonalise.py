@@ -17,10 +17,18 @@ Momentum on the host (``offload_optimizer``) comes for that and goes back each t
 part: cloned and put together there, then copied to the device, in 16 bits both ways. The host waits
 for these copies, which wait for the reduction, and queues no kernel meanwhile: the backward hides
 nothing of it. The memory is not pinned; copies are taken to reach the link's bandwidth.
+
+Where it is on NVMe drives, in fp32, each bucket of gradients reads all of every group of a rank's
+parameters (``sub_group_size``) that one of its matrices belongs to, master weights with momentum,
+and writes both back before the next; in the last microbatch it reads the gradients of that group
+that are there already (``swap_tensor/partitioned_optimizer_swapper.py``). It loses those of them
+that were too small to be written, or the ends of parts that are no multiple of what one write
+takes: layouts with such parts do not run (:func:`loses_gradients`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +42,10 @@ from cost_models.optimizers import LocalTensor, newton_schulz_flops
 from cost_models.repeat import Real
 from cost_models.state import is_expert, local_tensor
 from cost_models.step import Machine
+
+_MASTER_BYTES = 4
+_GRADIENT_BYTES = 4
+"""Of an element, in fp32 on the drives (``swap_tensor/optimizer_utils.py``)."""
 
 
 def iterates_each(zero_stage: Int64, machine: Machine) -> Bools:
@@ -159,20 +171,73 @@ def held_elements(
 
 
 def momentum_bytes(machine: Machine) -> int:
-    """Bytes of a matrix's element that cross the link with each reduction, there and back."""
-    return 2 * machine.rules.optimizer.moment_bytes if machine.momentum_on_host else 0
+    """Bytes of a matrix's element that cross the link with each reduction: there in the type that
+    is exchanged, and back in that of the momentum, to which the device converts."""
+    if not machine.momentum_on_host:
+        return 0
+    return _exchanged_bytes(machine) + machine.rules.optimizer.moment_bytes
 
 
-def momentum_seconds(elements: Real, machine: Machine) -> Real:
-    """The way of the momentum of so many elements of a device with each reduction: two copies on
-    the host, then over the link and back."""
+def momentum_seconds(elements: Real, ways: Int64, machine: Machine) -> Real:
+    """The way of the momentum of so many elements of a device, one of ``ways`` that share them,
+    with each reduction: two copies on the host, a third where it converts, then over the link and
+    back; and what the drives read and write for it, one after the other."""
     spec, node = machine.stack.offload, machine.cluster.groups[0].node
     rate = None if spec is None else update_rate(node, spec)
     if rate is None:
         return np.zeros_like(elements)
-    crossing = elements * float(momentum_bytes(machine))
-    result: Real = crossing / node.host_link.si + 2.0 * crossing / rate
+    kept, sent = machine.rules.optimizer.moment_bytes, _exchanged_bytes(machine)
+    copied = 4 * kept + (kept + sent if kept != sent else 0)
+    result: Real = elements * (momentum_bytes(machine) / node.host_link.si + copied / rate)
+    return result + elements * _swaps(ways, machine) * (_MASTER_BYTES + kept) * _drive_s(machine)
+
+
+def gradients_again_seconds(elements: Real, ways: Int64, machine: Machine) -> Real:
+    """What the drives read, once per step, of gradients of so many elements of a device that they
+    have when a bucket has more of their group: on average half of them."""
+    reads = machine.cluster.groups[0].node.drives_read_bandwidth
+    if reads is None:
+        return np.zeros_like(elements)
+    again = np.maximum(_swaps(ways, machine) - 1.0, 0.0) / 2.0
+    devices = machine.cluster.groups[0].node.devices_per_node
+    result: Real = elements * again * (_GRADIENT_BYTES * devices / reads.si)
     return result
+
+
+def loses_gradients(sizes: Iterable[int], ways: int, machine: Machine) -> bool:
+    """Whether drives lose gradients of matrices of ``sizes`` elements that ``ways`` ranks share: of
+    parts that are not written, if a group of them is read again in the same backward."""
+    spec = machine.stack.offload
+    if spec is None or spec.drives is None or _swaps(np.array([ways]), machine)[0] <= 1:
+        return False
+    parts, drives = [-(-size // ways) for size in sizes], spec.drives
+    return any(part < drives.part_elements or part % drives.part_multiple for part in parts)
+
+
+def _swaps(ways: Int64, machine: Machine) -> Real:
+    """How often the drives read and write a group with each microbatch: once with each bucket that
+    has matrices of it. Buckets follow each other through the groups."""
+    spec, (trained, matrices) = machine.stack.offload, machine.offload.swapped
+    if spec is None or spec.drives is None or not matrices:
+        return np.zeros(len(ways))
+    buckets = -(-trained // machine.stack.state.reduction_elements)
+    groups = np.ceil(matrices / ways / spec.drives.buffer_elements)
+    result: Real = (buckets + groups - 1.0) / groups
+    return result
+
+
+def _drive_s(machine: Machine) -> float:
+    """Seconds in which a device's share of the drives reads a byte and writes it."""
+    node = machine.cluster.groups[0].node
+    reads, writes = node.drives_read_bandwidth, node.drives_write_bandwidth
+    if reads is None or writes is None:
+        return 0.0
+    return node.devices_per_node * (1.0 / reads.si + 1.0 / writes.si)
+
+
+def _exchanged_bytes(machine: Machine) -> int:
+    """Per element of momentum that ranks exchange."""
+    return machine.stack.muon.momentum_bytes.get(machine.precision, 4)
 
 
 def exchanges(

@@ -98,7 +98,10 @@ def state_rules(
     muon: MuonSpec = PLAIN_MUON,
 ) -> StateRules:  # fmt: skip
     """The rules for one stack and job; see ``cost_models.state``."""
-    rule = rule_of(optimizer, muon.momentum_bytes.get(precision, 4), experts=muon.experts)
+    momentum = muon.momentum_bytes.get(precision, 4)
+    if offload.optimizer and host is not None and host.drives is not None:
+        momentum = host.drives.momentum_bytes or momentum
+    rule = rule_of(optimizer, momentum, experts=muon.experts)
     mixed = precision != "fp32"
     there = loop_of(optimizer, host) if offload.optimizer else None
     if there is not None and there.matrix_passes is None:

@@ -124,6 +124,13 @@ class DrivesSpec(Profile):
     """Host bytes for each of those."""
     parameter_buffer_bytes: Annotated[int, Field(ge=0)] = 0
     """Host bytes per device for weights on their way, where they are on the drives too."""
+    momentum_bytes: Annotated[int, Field(ge=0)] = 0
+    """Per element of a matrix, of Muon's momentum there. It iterates with each reduction, which
+    reads and writes whole groups."""
+    part_elements: Annotated[int, Field(ge=0)] = 0
+    """A rank's part of a matrix with fewer keeps its gradient in memory, which that loses."""
+    part_multiple: Annotated[int, Field(ge=1)] = 1
+    """Elements of such a part beyond a multiple of this stay in memory too."""
 
 
 LoopName = Literal["sgd", "rmsprop", "adamax", "adadelta", "adafactor", "muon"]

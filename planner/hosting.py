@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from cost_models import orthogonalise
 from cost_models.host_loops import loop_of
 from cost_models.host_room import bytes_there, fills_drives, leaving
 from cost_models.optimizers import OPTIMIZERS
@@ -94,6 +95,21 @@ def buffer_bytes_per_node(request: Request) -> int:
             working = -(-others // request.devices // drives.groups)
         each += min(spec.loop_elements, working) * loop.working_bytes
     return each * devices + -(-_beside_drives(request) // request.cluster.nodes)
+
+
+def loses_gradients(request: Request, ways: int) -> bool:
+    """Whether drives lose gradients of matrices that ``ways`` ranks share, under Muon."""
+    machine, kinds = request.machine, request.workload.kinds.values()
+    if machine.offload.swapped == (0, 0):
+        return False
+    takes = machine.rules.optimizer.matrices
+    sizes = {
+        weight.elements // weight.count
+        for kind in kinds
+        for weight in kind.weights
+        if takes(weight) and not weight.frozen
+    }
+    return orthogonalise.loses_gradients(sizes, ways, machine)
 
 
 def cannot_offload(request: Request) -> str | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from cost_models.graph import Bools
 from cost_models.recompute import in_parts
+from planner.hosting import loses_gradients, on_drives
 from planner.meshes import Meshes
 from planner.recompute import FIRST_LAYERS, WHOLE_INPUTS, first_layers
 from planner.request import Request
@@ -26,6 +29,14 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
         yield f"{label} runs muon on matrices that tp does not split", lambda m: m.tp > 1
     if request.job.optimizer == "muon" and not stack.muon.pipeline:
         yield f"{label} runs muon without a pipeline only", lambda m: m.pp > 1
+    drives = on_drives(request)
+    if request.job.optimizer == "muon" and drives is not None:
+        least, multiple = drives.part_elements, drives.part_multiple
+        yield (
+            f"{label} loses gradients on the drives of matrices whose part on a rank has less than "
+            f"{least:,} elements, or no multiple of {multiple}",
+            lambda m: _loses(request, m),
+        )
     asked = request.job.constraints.recompute or "none"
     sent = first_layers(asked)
     if sent:
@@ -33,3 +44,8 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
         yield FIRST_LAYERS, lambda m: (m.pp > 1) | too_many
     if in_parts(asked):
         yield WHOLE_INPUTS, lambda m: (m.tp == 1) | (m.sp == 1)
+
+
+def _loses(request: Request, m: Meshes) -> Bools:
+    ways, inverse = np.unique(m.dp * m.cp, return_inverse=True)
+    return np.array([loses_gradients(request, int(n)) for n in ways], dtype=np.bool_)[inverse]

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from cost_models.layout import SCHEDULES
 from hardware_profiles.stack_words import AttentionSort
 from planner import recount_degrees as degrees
-from planner.hosting import cannot_offload, host_capacity, least_bytes_per_node, offload_stage
+from planner.hosting import (
+    cannot_offload,
+    host_capacity,
+    least_bytes_per_node,
+    loses_gradients,
+    offload_stage,
+)
 from planner.models.spec import MlpSpec, MoeSpec
 from planner.plan import Layout
 from planner.recount_host import inputs_held
@@ -115,6 +121,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
         return "muon takes whole matrices"
     if request.job.optimizer == "muon" and mesh.pp > 1 and not stack.muon.pipeline:
         return "muon takes all layers"
+    if loses_gradients(request, mesh.dp * mesh.cp):
+        return "the drives lose gradients"
     asked = request.job.constraints.recompute or "none"
     if asked.startswith("partitioned") and (mesh.tp == 1 or mesh.sp):
         return "no rank holds what another holds too"

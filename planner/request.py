@@ -10,6 +10,7 @@ from cost_models.given_order import GivenOrder
 from cost_models.graph import WorkloadGraph
 from cost_models.layout import GIVEN, Schedule
 from cost_models.offload import Offload
+from cost_models.optimizers import rule_of
 from cost_models.recompute import keeps_inputs
 from cost_models.step import Machine
 from hardware_profiles.provenance import Basis, kernel_basis
@@ -76,8 +77,23 @@ class Request:
         held = Offload(
             job.optimizer_offload, job.parameter_offload, job.activation_offload, inputs,
             round(1000 * job.optimizer_offload_share) if job.optimizer_offload else 1000,
+            self._swapped,
         )  # fmt: skip
         return Machine(self.cluster, self.stack, job.precision, job.optimizer, held)
+
+    @property
+    def _swapped(self) -> tuple[int, int]:
+        """Elements of the model that are trained, and those that Muon takes, where drives swap
+        groups of them with each reduction; else none."""
+        spec, stack = self.stack.offload, self.stack
+        muon = self.job.optimizer == "muon" and self.job.optimizer_offload
+        if not muon or spec is None or spec.drives is None or not spec.drives.momentum_bytes:
+            return 0, 0
+        takes = rule_of("muon", experts=stack.muon.experts).matrices
+        workload = self.workload
+        kinds = [workload.embedding, workload.head, *map(workload.kinds.get, workload.layers)]
+        weights = [w for kind in kinds if kind for w in kind.weights if not w.copy | w.frozen]
+        return sum(w.elements for w in weights), sum(w.elements for w in weights if takes(w))
 
     @cached_property
     def order(self) -> GivenOrder | None:
@@ -158,7 +174,7 @@ class Request:
         """The model lowered under the job and the stack."""
         from planner.lowering import lower
 
-        return lower(self.model, self.job, self.stack, self.machine.device)
+        return lower(self.model, self.job, self.stack, self.cluster.groups[0].node.device)
 
     @property
     def unsupported(self) -> str | None:

@@ -142,7 +142,7 @@ def bytes_on_nodes(
     loop = request.job.optimizer_offload and request.job.optimizer in LOOPS
     if x.zero == 3 and loop and not swaps(request):
         nodes = [size + per_node * _group(request, x) for size in nodes]
-    if _muon_there(request):
+    if _muon_there(request) and not swaps(request):
         nodes = [size + per_node * _muon_group(request, x) for size in nodes]
     return nodes
 
@@ -230,8 +230,9 @@ def _state(request: Request, x: Layout, kind: LayerKind) -> int:
         whole = x.zero < 3 and not swaps(request)
         return (dense + expert) * (8 + moments + (made if whole else 0))
     if _muon_there(request):
-        # Weight, gradient and momentum, in 16 bits; two moments in fp32 of what Adam updates.
-        momentum = 4 if request.job.precision == "fp32" else 2
+        # Weight, gradient and momentum, in 16 bits but for drives; two moments in fp32 of what Adam
+        # updates.
+        momentum = 4 if request.job.precision == "fp32" or swaps(request) else 2
         more = sum(
             (8 - momentum) * _on_device(request, x, weight)
             for weight in kind.weights

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 
 from planner.models.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
 from planner.request import Request
+from tests.oracle.swapped import drives_lose_gradients
 from tests.oracle.timeline import GIVEN, given_rows, splits, turns
 
 ONE_STAGE = ("gpipe", "gpipe_delayed", "1f1b", "1f1b_vocab_1", "1f1b_vocab_2", "1f1b_interlaced")
@@ -309,6 +310,8 @@ def runs(request: Request, x: Layout) -> bool:
     if request.job.optimizer == "muon" and (
         (x.tp > 1 and not stack.muon.tensor_parallel) or (x.pp > 1 and not stack.muon.pipeline)
     ):
+        return False
+    if drives_lose_gradients(request, x):
         return False
     if "no_experts" in rules and experts:
         return False

@@ -23,12 +23,13 @@ STACK = "megatron-core"
 NAMED_LISTS = ("qkv_proj_offloaded", "minimal_offloaded")
 
 
-def with_memory(cluster: ClusterSpec, size: int) -> ClusterSpec:
-    """The cluster with ``size`` bytes of host memory in a node, and as many on its drives."""
+def with_memory(cluster: ClusterSpec, size: int, rate: float = 2e10) -> ClusterSpec:
+    """The cluster with ``size`` bytes of host memory in a node, and as many on its drives, which
+    read and write at ``rate``."""
     (group,) = cluster.groups
     changes = dict.fromkeys(("host_memory", "drives"), number(float(size), "B"))
     for bandwidth in ("drives_read_bandwidth", "drives_write_bandwidth"):
-        changes[bandwidth] = number(2e10, "B/s")
+        changes[bandwidth] = number(rate, "B/s")
     if group.node.host_memory_bandwidth is None:
         changes["host_memory_bandwidth"] = number(3e11, "B/s")
     node = group.node.model_copy(update=changes)

@@ -240,6 +240,56 @@ def test_plans_with_muon_on_the_hosts_verify() -> None:
     assert beside.buffer_bytes_per_node == pytest.approx(kept, rel=1e-4)
 
 
+def test_drives_swap_a_group_with_each_bucket() -> None:
+    """17 buckets of 5e8 elements, one group of a rank's matrices: with each the drives of a node
+    read and write its weights and momentum, 16 bytes of each element of its 8 devices; the link
+    carries 2 bytes there and 4 back, the host copies 4 bytes twice and converts once. Gradients of
+    half the group, on average, are read by all buckets but the first of the last microbatch."""
+    asked = {
+        name: request("deepspeed-nvme", optimizer=name, optimizer_offload=True)
+        for name in ("muon", "adamw")
+    }
+    node, spec = asked["muon"].cluster.groups[0].node, asked["muon"].stack.offload
+    assert spec is not None
+    assert spec.adam_efficiency is not None
+    assert node.host_memory_bandwidth is not None
+    assert node.drives_read_bandwidth is not None
+    assert node.drives_write_bandwidth is not None
+    reads, writes = node.drives_read_bandwidth.si, node.drives_write_bandwidth.si
+    rate = node.host_memory_bandwidth.si * spec.adam_efficiency.si / 8
+
+    def seconds(name: str, batch: int, stack: str = "deepspeed-nvme", *, there: bool) -> float:
+        own = request(stack, optimizer=name, optimizer_offload=there, global_batch=batch * RANKS)
+        return evaluate(own, sharded(3, microbatch_size=1)).prediction.step_time_s
+
+    one, two = (seconds("muon", n, there=True) - seconds("adamw", n, there=True) for n in (1, 2))
+    held = MATRICES / RANKS
+    device = seconds("muon", 2, "deepspeed-hf", there=True)
+    device -= seconds("muon", 1, "deepspeed-hf", there=True)
+    device -= seconds("adamw", 2, "deepspeed-hf", there=True)
+    device += seconds("adamw", 1, "deepspeed-hf", there=True)
+    on_host = held * (8 / rate + 4 / node.host_link.si)
+    swaps = 17 * held * 8 * 8 * (1 / reads + 1 / writes)
+    crossing = held * (22 / rate + 6 / node.host_link.si)
+    assert two - one == pytest.approx(device - on_host + crossing + swaps, rel=1e-3)
+    # Once: the update, of 8 bytes less of state, and gradients of half the group 16 times.
+    update = (20 - 28) * held / rate + (96 - 28) * (ENDS + VECTORS) / RANKS / rate
+    fewer = 4 * held * 8 * (1 / reads + 1 / writes)
+    again = 16 / 2 * held * 4 * 8 / reads
+    assert one - (two - one) == pytest.approx(update - fewer + again, rel=1e-2)
+
+
+def test_drives_lose_gradients_of_small_parts() -> None:
+    """A key of 4,096 x 1,024 elements: a part of 1 MiB on 16 ranks, of half on 32."""
+    fits = request("deepspeed-nvme", optimizer="muon", optimizer_offload=True)
+    assert verify(plan(fits)) == []
+    asked = {"stack": "deepspeed-nvme", "sequence_length": 4096, "global_batch": 64,
+             "precision": "bf16", "optimizer": "muon", "optimizer_offload": True}  # fmt: skip
+    many = read_request("llama-3.1-8b", "dgx-h100:4", None, asked)
+    with pytest.raises(InputError, match="loses gradients on the drives"):
+        evaluate(many, {"dp_shard": 32, "zero_stage": 3, "recompute": "full"})
+
+
 def test_one_rank_iterates_with_each_microbatch_too() -> None:
     """It runs as stage 3: all iterations, and the way of the momentum, with each microbatch."""
     asked = request(model="gpt2-medium", optimizer_offload=True, sequence_length=1024)
