@@ -286,6 +286,8 @@ def impossible_layout(
     node = request.cluster.groups[0].node.devices_per_node
     if "shards_fill_nodes" in stack.rules and (ways == node or ways % node or ways < node):
         return f"the weights' {ways} ranks do not fill several nodes"
+    if zero and shard < mesh.dp and not stack.hybrid_sharding:
+        return "the stack splits over all of dp"
     if zero and shard not in (mesh.dp, node) and "hybrid_shards_are_nodes" in stack.rules:
         return "shards of replicas are those of a node"
     if zero and mesh.dp > shard == 1 and "replicas_share_weights" in stack.rules:

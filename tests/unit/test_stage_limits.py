@@ -66,3 +66,16 @@ def test_one_number_of_layers_may_be_more_than_a_stage_has(
     layout = {"pp": 2, "schedule": "1f1b", "stages": stages(sizes, FULL, again)}
     found = evaluate(request, layout)
     assert list(_check_layout(found.layout, request)) == []
+
+
+def test_copies_of_shards_are_refused_where_the_stack_has_none() -> None:
+    request = request_of("deepspeed-hf")
+    for stage in (1, 3):
+        layout = {"dp_replicate": 2, "dp_shard": 4, "zero_stage": stage}
+        with pytest.raises(InputError, match="all 8 data-parallel ranks, not 4 in 2 copies"):
+            evaluate(request, layout)
+        findings = list(_check_layout(complete_layout(layout, request), request))
+        assert findings == ["the stack splits over all of dp"]
+    assert evaluate(request, {"dp_replicate": 8, "dp_shard": 1, "zero_stage": 0})
+    hybrid = {"dp_replicate": 2, "dp_shard": 4, "zero_stage": 3}
+    assert evaluate(request_of("torchtitan"), hybrid)
