@@ -6,7 +6,8 @@ Three mechanisms, each the stack's own (``hardware_profiles.stack.StackSpec``):
   (``accumulation_bytes``; Megatron's fused accumulation needs none);
 * sharded weights are copied from the buffer of their gathering into the layer's tensors
   (``unsharded_copy_bytes["gather"]``), once more where the backward gathers them again;
-* gradients are copied into the buffer of their reduction (``unsharded_copy_bytes["reduce"]``);
+* gradients are copied into the buffer of their reduction (``unsharded_copy_bytes["reduce"]``), or
+  added to one that keeps them whole (``"whole"``);
 * where one rank holds the weights whole, it casts and copies them all the same (``gather_alone``),
   and hands gradients on from buffer to buffer (``reduce_alone``).
 
@@ -69,7 +70,7 @@ def copy_seconds(
     moved = {
         "forward": np.where(sharded, gathered, 0),
         "backward": accumulated
-        + np.where(sharded, reduced, 0)
+        + np.where(sharded, reduced, sizes.get("whole", 0) * elements)
         + np.where((sharded & again) | between, gathered, 0),
     }
     bandwidth = compute.memory_bound_bandwidth_bytes_per_s(machine.device)

@@ -325,13 +325,14 @@ class StackSpec(Profile):
     """Bytes moved per parameter of a device in each step by passes over the whole gradient buffer,
     however the update is split: ``averaged``, where several ranks sum it."""
     unsharded_copy_bytes: dict[
-        Literal["gather", "reduce", "gather_alone", "reduce_alone", "wait"],
+        Literal["gather", "reduce", "gather_alone", "reduce_alone", "wait", "whole"],
         Annotated[int, Field(ge=0)],
     ] = Field(default_factory=dict)
     """Bytes copied per parameter at each gathering and reduction of a microbatch, between the
     collectives' buffers and the tensors that the layer uses; ``*_alone``: the same where a group
     has one rank, if it differs; ``wait``: in each backward, in place of ``reduce``, where gradients
-    wait whole for the last one (``state.reduces_last_backward``)."""
+    wait whole for the last one (``state.reduces_last_backward``); ``whole``: in each backward of
+    layouts that do not reduce in it."""
     gradient_bucket_bytes: Sourced
     """Size of the buckets in which gradients are reduced; the last one is never hidden."""
     state: StateSpec

@@ -51,10 +51,10 @@ def check_layout(request: Request, layout: Layout) -> None:
             f"{request.stack.name} has no ZeRO stage {layout.zero_stage} in "
             f"{request.job.precision}; it has {', '.join(map(str, request.zero_stages))}"
         )
-    ranks = layout.dp_replicate * layout.dp_shard
-    if layout.zero_stage > 0 and 1 < layout.dp_replicate and not request.stack.hybrid_sharding:
+    ranks, zero = layout.dp_replicate * layout.dp_shard, layout.zero_stage
+    if zero > 0 and layout.dp_replicate > 1 and not request.stack.hybrid_sharding:
         raise InputError(
-            f"{request.stack.name} has no hybrid sharding: ZeRO {layout.zero_stage} splits over all "
+            f"{request.stack.name} has no hybrid sharding: ZeRO {zero} splits over all "
             f"{ranks} data-parallel ranks, not {layout.dp_shard} in {layout.dp_replicate} copies",
             hint=f"dp_shard {ranks}, dp_replicate 1",
         )

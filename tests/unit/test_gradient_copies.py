@@ -53,6 +53,9 @@ def copies(
         # 16 bits from buffer to tensor, 16 to 32 bits into the reduction's buffer.
         ("torchtitan", "bf16", [0, 4, 4], [0, 6, 10]),
         ("llm-foundry", "bf16", [0, 0, 0], [0, 8, 8]),
+        # Added to a whole main gradient, in 32 bits or 16, or copied to that of a split unit.
+        ("megatron-fsdp", "bf16", [0, 0, 0], [10, 6, 6]),
+        ("megatron-bridge-fsdp", "fp8", [0, 0, 0], [6, 4, 4]),
     ],
 )
 def test_bytes_per_parameter(

@@ -230,16 +230,21 @@ def test_layers_that_an_even_split_leaves_over_go_where_the_stack_puts_them(
 
 def test_a_vocabulary_cut_to_what_tp_divides_is_not_padded() -> None:
     # One rank computes 50,257 logits, an odd number that tensor cores run at half their rate; two
-    # compute 25,128 each. Other years pad both to multiples of 128.
-    changes = {"framework": "Megatron-DeepSpeed", "vocab": "", "pp": "1", "gated_mlp": "0"}
+    # compute 25,128 each. Other years pad both to multiples of 128, and so do runs on
+    # several nodes.
+    changes = {"framework": "Megatron-DeepSpeed", "vocab": "", "pp": "1", "gated_mlp": "0",
+               "gpus": "8", "nodes": "1"}  # fmt: skip
     alone, split = (
         prepare(read_runs(text_of({**RUN, **changes, "year": "2023", "tp": tp, "dp": dp}))[0])
-        for tp, dp in (("1", "16"), ("2", "8"))
+        for tp, dp in (("1", "8"), ("2", "4"))
     )
     assert [each.request.model.vocab for each in (alone, split)] == [50257, 50256]
     assert alone.request.stack.vocab_divisor == 1
-    padded = prepare(read_runs(text_of({**RUN, **changes, "year": "2022"}))[0])
-    assert padded.request.stack.vocab_divisor == 128
+    nodes = {"gpus": "16", "nodes": "2", "year": "2023", "dp": "16"}
+    for other in ({"year": "2022", "dp": "8"}, nodes):
+        padded = prepare(read_runs(text_of({**RUN, **changes, "tp": "1", **other}))[0])
+        assert padded.request.model.vocab == 50257
+        assert padded.request.stack.vocab_divisor == 128
 
 
 def test_interleaving_a_partial_group_of_microbatches_names_the_numbers() -> None:
