@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models import deferral, interconnect, transfers
+from cost_models import autodiff, deferral, interconnect, transfers
 from cost_models.data_parallel import gathered_ahead, price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.distinct import (
@@ -141,6 +141,8 @@ class PricedConfigs:
     """What the devices send to their hosts; None: nothing."""
     sent: Sent | None = None
     """Outputs that idle passes send there too; None: nothing."""
+    casts: tuple[Int64, ...] = ()
+    """Of each kind's weights, what a pass keeps where nothing runs again (``autodiff``)."""
 
     @property
     def policies(self) -> tuple[RecomputeMode, ...]:
@@ -211,6 +213,7 @@ class PricedConfigs:
         if outside:
             rows = tuple(tuple(table[:, index].tolist()) for table in self.outside)
             leaf = replace(leaf, outside=outside_of(leaf, rows, outside))
+        leaf = autodiff.with_casts(leaf, self.workload, self.casts, index)
         return self.sent.refuse(leaf, index) if self.sent is not None and idle else leaf
 
 
@@ -291,6 +294,7 @@ def price_configs(
     at = take_shard(alike.shards, stages[0])
     add_lookups((*kinds, head), embedding, workload, at, stages[1], machine.rules, of_stages)
     send_layers(kinds, names, workload, shard, configs.pp, machine, capacity)
+    autodiff.refuse_without_pipeline(kinds, workload, configs.pp, capacity)
     outside: tuple[Int64, ...] = ()
     if workload.global_batch is not None:
         if machine.stack.outside_layers:
@@ -327,6 +331,7 @@ def price_configs(
         hosts=host_tables(workload, machine, shard, configs),
         ahead=gathered_ahead(configs.dp_shard * configs.cp, machine),
         sent=sent_by(workload, shard, machine),
+        casts=autodiff.cast_bytes(workload, shard),
     )  # fmt: skip
 
 
@@ -339,7 +344,7 @@ def _price_outside(
     index = np.flatnonzero(configs.pp > 1)
     if len(index):
         shares = outside_configs(configs.take(index), workload.global_batch)
-        found = price_configs(replace(workload, global_batch=None), machine, shares).kinds
+        found = price_configs(autodiff.outside(workload), machine, shares).kinds
         for table, rows in zip(tables, found, strict=True):
             table[:, index] = rows
     return tables

@@ -154,6 +154,9 @@ class LayerKind:
     """Tensors that stay on the device and are no parameters."""
     context: CpKind | None = None
     """Its own kind of context parallelism; None: as the configuration says."""
+    everything: Callable[[Shard], Int64] | None = None
+    """Bytes that autodiff of a compiled program keeps (``cost_models.autodiff``); None where they
+    were not counted."""
     output_bytes: Callable[[Shard], Int64] = no_bytes
     """Logits, which a pipeline's schedule may hold beside their loss."""
 

@@ -137,6 +137,10 @@ class RecomputePolicy:
     """Whether each tensor-parallel rank keeps its part of the layer's input
     (``cost_models.partitioned``)."""
 
+    everything: frozenset[OutputKind] | None = None
+    """Layers of a pipeline without a policy: all that autodiff saves stays and nothing runs again
+    (``cost_models.autodiff``); these outputs alone are kept of layers outside the pipeline."""
+
     @property
     def sends(self) -> bool:
         """Whether anything waits on the host."""

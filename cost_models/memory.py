@@ -93,6 +93,9 @@ class Activations:
         """
         if policy is None:
             return self.everything, self.working
+        if policy.everything is not None:
+            assert self.kind.everything is not None
+            return self.zero + self.kind.everything(self.shard), self.working
         if SAVED in policy.offloads:
             return self.zero, self.working + self._fetched()
         if policy.keeps is not None:

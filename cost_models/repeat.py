@@ -135,6 +135,9 @@ class Repeats:
     """The end of the layer, which no gradient needs, by the names that else spare it."""
     again: Work | None = None
     """What a backward runs once more in layers that do not run again (``Elementwise.again``)."""
+    stored: Work | None = None
+    """Writing and reading what autodiff keeps beside what kernels write (``cost_models.autodiff``).
+    """
 
     def seconds(self, policies: tuple[RecomputePolicy, ...]) -> Real:
         """Device time of what runs again, and what it adds to the wait for the host, or takes off
@@ -171,6 +174,9 @@ class Repeats:
             again = again - work.share(_column(dropped))
         if self.again is not None:
             again = again - self.again.share(lists)
+        if self.stored is not None:
+            stays = _column([policy.everything is not None for policy in policies])
+            again = again + self.stored.share(stays)
         exposed = [p.keeps is not None and "all_to_all" not in p.keeps for p in policies]
         device = again.device - _column(exposed) * self.exchange_hidden
         drains = [self._drains(policy) for policy in policies]
@@ -203,6 +209,7 @@ class Repeats:
             np.broadcast_to(self.exchange_hidden, self.whole.device.shape)[index],
             {kind: work.take(index) for kind, work in self.unneeded.items()},
             None if self.again is None else self.again.take(index),
+            None if self.stored is None else self.stored.take(index),
         )
 
 

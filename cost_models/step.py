@@ -40,6 +40,7 @@ from cost_models.ops import (
 )
 from cost_models.quantise import passes
 from cost_models.repeat import ForwardLog, Real, Repeats, Work, forward_only
+from cost_models.residuals import stored
 from cost_models.state_rules import ON_DEVICE, StateRules, state_rules
 from hardware_profiles.holdings import Precision
 from hardware_profiles.schema import ClusterSpec, DeviceSpec, StackSpec
@@ -232,14 +233,14 @@ class _Accumulator:
 
 def price_layer(kind: LayerKind, shard: Shard, machine: Machine) -> LayerTimes:
     """Times of one layer of ``kind`` for every configuration of ``shard``."""
-    acc = _price_ops(kind.ops(shard), kind.shard(shard), machine)
-    merged = None
+    acc, merged = _price_ops(kind.ops(shard), kind.shard(shard), machine), None
     if acc.exchanges:
         merged = merge_passes(acc.exchanges, acc.terms, machine.stack.overlap_contention.si)
     repeats = Repeats(
         Work(acc.busy["forward"], acc.host["forward"], acc.drains), acc.log.modules,
         acc.log.outputs, Work(acc.busy["backward"], acc.host["backward"]),
         machine.stack.expert_sync.si, unneeded=acc.log.unneeded, again=acc.log.again,
+        stored=stored(kind, shard, machine.device),
     )  # fmt: skip
     wait_for_host(acc.terms["launch"], repeats, drains=acc.drains)
     if not kind.backward:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, get_args
 
 from hardware_profiles.layers_spec import require_shared_vocabulary
-from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, TILED_MLP, RankDimension
+from hardware_profiles.stack_words import (
+    EVERYTHING,
+    OFFLOAD,
+    PARTITIONED,
+    TILED,
+    TILED_MLP,
+    RankDimension,
+)
 
 if TYPE_CHECKING:
     from hardware_profiles.stack import StackSpec
@@ -19,6 +26,8 @@ def require_consistent(stack: StackSpec) -> None:
         parts = set(mode.split("+")) - {*stack.recompute_modules}
         lists = stack.save_lists
         listed = () if lists is None else (*lists.policies, *lists.offloaded, "custom")
+        if lists is not None and lists.outside_pipeline in lists.policies:
+            listed = (*listed, EVERYTHING)
         if parts and mode not in (*_MODES, *listed):
             known = ", ".join(stack.recompute_modules) or "none"
             raise ValueError(

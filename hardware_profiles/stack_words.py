@@ -80,6 +80,9 @@ PARTITIONED = "partitioned"
 ``partitioned:N`` of N layers at a time, where ``full:N`` runs."""
 OFFLOAD = "offload"
 """``offload:N``: activations of a model's first N layers wait on the host, nothing runs again."""
+EVERYTHING = "everything_saveable"
+"""Layers of a pipeline without a policy (``SaveLists.outside_pipeline``): all autodiff saves stays.
+JAX's name of the policy that saves as much."""
 ZeroStages = Annotated[tuple[Literal[0, 1, 2, 3], ...], Field(min_length=1)]
 RankDimension = Literal["tp", "cp", "dp_shard", "dp_replicate", "pp"]
 OutputName = Literal["attention", "qkv", "out_proj", "mlp_in", "mlp_out"]
@@ -132,6 +135,9 @@ class SaveLists(Profile):
     hosted: tuple[OutputName | Literal["layer_input", "mla_q", "mla_kv"], ...] = ()
     """What a list may send to the host, as ``NAME@host``; ``layer_input`` is what a layer starts
     from, which stays on the device else."""
+    outside_pipeline: str | None = None
+    """The mode of ``policies`` that layers outside a pipeline have where its own have none
+    (``everything_saveable``); None: layers of a pipeline always have one."""
     source: str
 
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from cost_models.graph import Bools
 from cost_models.recompute import in_parts
+from hardware_profiles.stack_words import EVERYTHING
 from planner.hosting import loses_gradients, on_drives
 from planner.meshes import Meshes
-from planner.recompute import FIRST_LAYERS, WHOLE_INPUTS, first_layers
+from planner.recompute import FIRST_LAYERS, IN_PIPELINES, WHOLE_INPUTS, first_layers
 from planner.request import Request
 
 
@@ -42,6 +43,8 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
     if sent:
         too_many = sent >= request.model.layer_count
         yield FIRST_LAYERS, lambda m: (m.pp > 1) | too_many
+    if asked == EVERYTHING:
+        yield IN_PIPELINES, lambda m: m.pp == 1
     if in_parts(asked):
         yield WHOLE_INPUTS, lambda m: (m.tp == 1) | (m.sp == 1)
 

@@ -54,12 +54,14 @@ def by_context(
 
 def _within(kind: LayerKind, name: str, context: ContextKind) -> LayerKind:
     """``kind`` whose ops and tensors are those of its own context parallelism."""
+    counted = kind.everything
     own = replace(kind, name=name, context=None if context in TWO_LEVELS else context)
     return replace(
         own,
         ops=lambda shard: kind.ops(own.shard(shard)),
         saved=lambda shard: kind.saved(own.shard(shard)),
         working_bytes=lambda shard: kind.working_bytes(own.shard(shard)),
+        everything=None if counted is None else lambda shard: counted(own.shard(shard)),
     )
 
 

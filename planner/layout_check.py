@@ -8,11 +8,20 @@ from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Int64
 from cost_models.layout import SCHEDULES
 from cost_models.recompute import in_parts
+from hardware_profiles.stack_words import EVERYTHING
 from planner.errors import InputError
 from planner.hosting import overfilled
 from planner.meshes import Layouts, Meshes
 from planner.plan import Layout
-from planner.recompute import FIRST_LAYERS, WHOLE_INPUTS, first_layers, refusal
+from planner.recompute import (
+    FIRST_LAYERS,
+    IN_PIPELINES,
+    UNCOUNTED,
+    WHOLE_INPUTS,
+    first_layers,
+    refusal,
+    uncounted,
+)
 from planner.request import Request
 from planner.rules import layout_rules, mesh_rules
 from planner.stage_limits import require_stages_of_stack
@@ -75,6 +84,8 @@ def check_layout(request: Request, layout: Layout) -> None:
         sent = first_layers(mode)
         if sent and (layout.pp > 1 or sent >= request.model.layer_count):
             raise InputError(f"layout {_brief(layout)}: {FIRST_LAYERS}", hint="recompute none")
+        if mode == EVERYTHING:
+            _require_counted(request, layout)
         if in_parts(mode) and (layout.tp == 1 or layout.sequence_parallel):
             raise InputError(f"layout {_brief(layout)}: {WHOLE_INPUTS}", hint="recompute full")
     for reason, layout_broken in layout_rules(request):
@@ -82,6 +93,14 @@ def check_layout(request: Request, layout: Layout) -> None:
         if not allowed and layout_broken(meshes, layouts).any():
             raise InputError(f"layout {_brief(layout)}: {reason}")
     require_stages_of_stack(layout, request)
+
+
+def _require_counted(request: Request, layout: Layout) -> None:
+    """Layers without a policy: in a pipeline, and of kinds whose residuals are known."""
+    if layout.pp == 1:
+        raise InputError(f"layout {_brief(layout)}: {IN_PIPELINES}", hint="recompute full")
+    if uncounted(EVERYTHING, request.workload.kinds.values()):
+        raise InputError(UNCOUNTED, hint="recompute minimal_with_context")
 
 
 def _brief(layout: Layout) -> str:

@@ -23,7 +23,7 @@ from cost_models.peaks import host_bytes
 from cost_models.recompute import names_of
 from cost_models.step import CATEGORIES, Field, price_layer
 from cost_models.step_time import simulate_step
-from hardware_profiles.stack_words import OFFLOAD
+from hardware_profiles.stack_words import EVERYTHING, OFFLOAD
 from planner.accuracy import RunClass, band
 from planner.errors import InputError, did_you_mean
 from planner.host_link import link_bytes
@@ -290,7 +290,9 @@ def _time_terms(priced: Priced, request: Request) -> tuple[Term, ...]:
     totals["pp_comm"] = sent
     m, busy = leaf.microbatches, step.timeline.busy_ns[rank]
     apart = leaf.outside.ns if leaf.outside is not None else 0
-    again = "host_link" if completion.recompute[0][0].startswith(OFFLOAD) else "recompute"
+    mode = completion.recompute[0][0]
+    again = "host_link" if mode.startswith(OFFLOAD) else "recompute"
+    again = "memory_bound" if mode == EVERYTHING else again
     totals[again] += busy // m - work - sent
     terms = [
         Term(name=name, seconds=ns * m / SECOND, detail=_DETAILS[name])

@@ -18,7 +18,14 @@ from cost_models.layout import FULL, OutputKind, RecomputeMode, RecomputePolicy
 from cost_models.named_outputs import SAVED, expanded
 from cost_models.state import is_expert
 from hardware_profiles.schema import StackSpec
-from hardware_profiles.stack_words import OFFLOAD, PARTITIONED, TILED, TILED_MLP, SaveLists
+from hardware_profiles.stack_words import (
+    EVERYTHING,
+    OFFLOAD,
+    PARTITIONED,
+    TILED,
+    TILED_MLP,
+    SaveLists,
+)
 from planner import save_lists
 from planner.errors import InputError, did_you_mean
 from planner.shards import ONE
@@ -52,6 +59,22 @@ WHOLE_INPUTS = (
 """Why inputs of layers cannot be kept in parts."""
 
 
+IN_PIPELINES = f"recompute {EVERYTHING} is of layers in a pipeline, pp above 1"
+"""Why a mode without a policy cannot run: elsewhere every layer has one."""
+
+
+UNCOUNTED = (
+    f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16 without dropout for layers "
+    "of MaxText's models with SiLU or GELU, latent attention and mixtures among them"
+)
+"""Why it has no price for a model or a job."""
+
+
+def uncounted(name: str, kinds: Iterable[LayerKind]) -> bool:
+    """Whether a mode keeps what no one has counted for some kind of layer."""
+    return name == EVERYTHING and any(kind.everything is None for kind in kinds)
+
+
 def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
     """The policy that ``name`` means on ``stack``; :class:`InputError` where it has none."""
     if name in ("none", "full", "selective"):
@@ -70,6 +93,10 @@ def named_policy(name: str, stack: StackSpec) -> RecomputePolicy:
         return RecomputePolicy(name, frozenset({"mlp"}), tiled=frozenset({"mlp"}))
     if name.startswith(IN_GROUPS) and together and name.partition(":")[0] in stack.recompute:
         return _in_groups(name, stack)
+    if name == EVERYTHING and name in stack.recompute and stack.save_lists is not None:
+        outside = stack.save_lists.policies[stack.save_lists.outside_pipeline or ""]
+        needed = stack.recompute_needed_only
+        return RecomputePolicy(name, everything=expanded(outside), needed_only=needed)
     if stack.save_lists is not None and name in stack.save_lists.policies:
         return _keeping(name, stack.save_lists.policies[name], stack)
     if stack.save_lists is not None and name in stack.save_lists.offloaded:
@@ -207,12 +234,14 @@ def searched_policies(
     asked = job.constraints.recompute
     if not job.allow_recompute or asked == "none":
         return ()
+    kinds = tuple(kinds)
     if asked is not None:
+        if uncounted(asked, kinds):
+            return ()
         try:
             return () if refusal(asked, stack, job) else (named_policy(asked, stack),)
         except InputError:
             return ()
-    kinds = tuple(kinds)
     present = {module for kind in kinds for module in modules_of(kind)} - _refused(stack, job)
     told_apart = frozenset(o for kind in kinds for o in save_lists.outputs_of(kind))
     found: dict[object, RecomputePolicy] = {}
@@ -223,9 +252,14 @@ def searched_policies(
             continue
         if policy.tiled and not policy.tiled & present:
             continue
-        if policy.in_parts and not _holds_alike(stack, kinds):
+        if (policy.in_parts and not _holds_alike(stack, kinds)) or uncounted(name, kinds):
             continue
-        if policy.keeps is None and not policy.sends and not policy.tiled:
+        if (
+            policy.keeps is None
+            and policy.everything is None
+            and not policy.sends
+            and not policy.tiled
+        ):
             modules = policy.modules & present
             if not modules:
                 continue

@@ -18,7 +18,8 @@ from cost_models.graph import (
 )
 from cost_models.ops import Op, SavedTensor
 from hardware_profiles.schema import DeviceSpec, StackSpec
-from planner.blocks import ends, latent_attention, prediction, vision
+from hardware_profiles.stack_words import EVERYTHING
+from planner.blocks import autodiff, ends, latent_attention, prediction, vision
 from planner.blocks.context import STATISTICS, BlockContext
 from planner.blocks.flops import model_flops_per_token
 from planner.blocks.layer import (
@@ -115,6 +116,7 @@ def build_workload(
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
         quantiser=_quantiser(stack, job, device),
+        counts_residuals=EVERYTHING in stack.recompute and job.precision == "bf16",
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -184,6 +186,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
     weights = latent_attention.as_split(block_weights(model, block), ctx)
     if ctx.gathers_heads:
         weights = tuple(replace(weight, kv_heads=0) for weight in weights)
+    kept = autodiff.counted(block, ctx) and ctx.counts_residuals
     return LayerKind(
         name,
         weights,
@@ -193,6 +196,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         lambda shard: layer_working(block, ctx, shard),
         ctx.element_bytes,
         buffer_bytes=lambda shard: layer_buffers(block, ctx, shard),
+        everything=(lambda shard: autodiff.everything(block, ctx, shard)) if kept else None,
     )
 
 

@@ -1,9 +1,10 @@
 """What a pipeline of MaxText keeps of a layer with a remat policy, and without any.
 
     pip install jax==0.10.2 flax chex omegaconf packaging         # Python 3.12
-    pip install --no-deps maxtext==0.1.0 aqtp qwix
+    pip install --no-deps maxtext==0.1.0 aqtp qwix                # or maxtext==0.2.0, and pydantic
     python benchmarks/memory/maxtext_pipeline.py                  # bytes, seconds a case
     python benchmarks/memory/maxtext_pipeline.py v5e:2x2          # and compiled; pip install libtpu
+    python benchmarks/memory/maxtext_pipeline.py stacks           # other layers, compiled
 
 in an environment of its own, without a device. MaxText's own decoder is differentiated with one
 layer on each of four stages; what the scan over iterations hands from forward to backward is
@@ -13,8 +14,10 @@ shows what an iteration keeps besides where its weights depend on it: their cast
 
 With a topology XLA compiles Llama's layer for it, ahead of time (attention is splash there, else
 ``dot_product``, whose scores are left out of what is printed): temporaries of a device, and the
-FLOPs and bytes that the compiler counts, loops' bodies once. What only reads data or reports is
-not imported: empty modules stand for it.
+FLOPs and bytes that the compiler counts, loops' bodies once. ``stacks`` compiles the layers of
+:data:`STACKS` with release 0.2.0, narrow ones, some split over two devices: ``stacked`` is what one
+iteration puts on one device's stacks in the compiled loop, where copies of a tensor are one. What
+only reads data or reports is not imported: empty modules stand for it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from typing import Any
 from unittest.mock import MagicMock
@@ -40,6 +44,30 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"megablox": False, "sparse_matmul": True},
     "deepseek2-16b": {"megablox": False, "sparse_matmul": True},
 }
+NARROW = {
+    "base_emb_dim": 1024, "base_mlp_dim": 2816, "base_num_query_heads": 8, "base_num_kv_heads": 2,
+}  # fmt: skip
+EXPERTS = {**NARROW, "base_moe_mlp_dim": 2816, "megablox": True, "sparse_matmul": True}
+LATENT = {
+    "base_emb_dim": 1024, "num_experts": 16, "first_num_dense_layers": 3, "megablox": True,
+    "base_num_decoder_layers": 7,
+}  # fmt: skip
+TWO = {"per_device_batch_size": 2}
+"""Samples on each device: two devices share those of a microbatch."""
+BOTH = ("none", "minimal_with_context")
+STACKS: list[tuple[str, tuple[str, ...], int, dict[str, Any]]] = [
+    ("llama3.1-8b", BOTH, 1, NARROW),
+    ("llama3.1-8b", ("none",), 1, {**NARROW, "ici_tensor_parallelism": 2}),
+    ("llama3.1-8b", ("none",), 1, {**NARROW, "ici_context_parallelism": 2}),
+    ("llama3.1-8b", ("none",), 2, {**NARROW, **TWO, "ici_fsdp_parallelism": 2}),
+    ("qwen3-8b", BOTH, 1, NARROW),
+    ("mixtral-8x7b", BOTH, 1, EXPERTS),
+    ("mixtral-8x7b", ("none",), 1, {**EXPERTS, **TWO, "ici_expert_parallelism": 2}),
+    ("deepseek3-671b", ("none",), 1, LATENT),
+    ("gemma3-12b", ("none",), 1, NARROW),
+    ("gpt3-6b", ("none",), 1, {}),
+]
+"""Models, policies, repeats and options that are compiled."""
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
     "dataset_type": "synthetic", "skip_jax_distributed_system": True, "log_config": False,
@@ -53,13 +81,19 @@ def differentiated(options: dict[str, Any], devices: Any) -> tuple[Any, Any, tup
     """MaxText's mesh, the gradient of a loss over its model, and shapes of what that takes."""
     import jax
     import jax.numpy as jnp
-    import MaxText
     from flax import linen as nn
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from MaxText import maxtext_utils, pyconfig
-    from MaxText.layers import models
 
-    base = os.path.join(os.path.dirname(MaxText.__file__), "configs", "base.yml")
+    try:  # release 0.2.0
+        from maxtext.configs import pyconfig
+        from maxtext.models import models
+        from maxtext.utils import maxtext_utils
+    except ModuleNotFoundError:
+        from MaxText import maxtext_utils, pyconfig
+        from MaxText.layers import models
+
+    root = os.path.dirname(os.path.abspath(pyconfig.__file__))
+    base = os.path.join(root.removesuffix("configs"), "configs", "base.yml")
     config = pyconfig.initialize(["", base, *(f"{k}={v}" for k, v in options.items())])
     mesh = Mesh(maxtext_utils.create_device_mesh(config, devices), config.mesh_axes)
     model = models.transformer_as_linen(config, mesh, quant=None, model_mode="train")
@@ -111,21 +145,39 @@ def handed_on(jaxpr: Any, iterations: int) -> list[Any]:
     return []
 
 
-def counted(name: str, policy: str, repeats: int, topology: str) -> dict[str, Any]:
-    """One case."""
+def stacked(program: str, iterations: int) -> int:
+    """Bytes that one iteration leaves on one device's stacks: of all loops of a compiled
+    ``program``, the most that has a place for each iteration."""
+    width = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "c64": 8}
+    most = 0
+    for loop in re.finditer(r"= \((.*?)\) while\(", program):
+        total = 0
+        for kind, dims in re.findall(r"(\w+)\[([0-9,]+)\]", loop.group(1)):
+            first, *rest = (int(d) for d in dims.split(","))
+            if first == iterations and kind in width:
+                total += width[kind] * math.prod(rest)
+        most = max(most, total)
+    return most
+
+
+def counted(
+    name: str, policy: str, repeats: int, topology: str, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One case; ``more`` options of its own."""
     import jax
     from jax.experimental import topologies
 
     options = {**FIXED, "model_name": name, **CASES[name], "num_pipeline_repeats": repeats}
     # DeepSeek's first layers are dense and stay outside.
     options["base_num_decoder_layers"] = STAGES * repeats + name.startswith("deepseek")
+    options |= more or {}
     options["attention"] = "flash" if topology else "dot_product"
     options["hardware"] = "tpu" if topology else "cpu"
     options["set_remat_policy_on_pipeline_iterations"] = policy != "none"
     options["remat_policy"] = "full" if policy == "none" else policy
     devices = None
     if topology:
-        options["max_target_length"] = 2048
+        options["max_target_length"] = 2048 if more is None else 1024
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     with contextlib.redirect_stdout(io.StringIO()):
         run, gradient, shapes = differentiated(options, devices)
@@ -147,6 +199,7 @@ def counted(name: str, policy: str, repeats: int, topology: str) -> dict[str, An
         costs = compiled.cost_analysis()
         result["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
         result |= {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
+        result["stacked"] = stacked(compiled.as_text(), STAGES * repeats + STAGES - 1)
     return result
 
 
@@ -154,13 +207,24 @@ def main() -> None:
     """Every case, a line each."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={STAGES}"
+    splash = "tokamax._src.ops.experimental.tpu.splash_attention"
+    nested = splash.split(".")
     for name in (
         "grain", "grain.python", "tensorflow", "tensorboardX", "jaxtyping", "google.cloud", "PIL",
+        "tiktoken", "tiktoken.load", "maxtext.common.checkpointing", "maxtext.layers.engram",
+        "tokamax._src.ops.ragged_dot", f"{splash}.splash_attention_kernel",
+        *(".".join(nested[: n + 1]) for n in range(len(nested))),
     ):  # fmt: skip
         module = MagicMock()
         module.__path__, module.__spec__ = [], None
         sys.modules[name] = module
     topology = sys.argv[1] if len(sys.argv) > 1 else ""
+    if topology == "stacks":
+        for name, policies, repeats, more in STACKS:
+            devices = "v5e:2x4" if any(key.startswith("ici_") for key in more) else "v5e:2x2"
+            for policy in policies:
+                print(json.dumps(counted(name, policy, repeats, devices, more)), flush=True)
+        return
     named = "minimal_with_context" if topology else "minimal"
     for name in ["llama3.1-8b"] if topology else CASES:
         cases = [("none", 1), (named, 1), ("full", 1)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from cost_models import traffic
+from cost_models.autodiff import outside_policy
 from cost_models.configs import data_parallel_of, shard_of, tied_gradient_bytes
 from cost_models.graph import LayerKind
 from cost_models.layout import RecomputeMode
@@ -114,7 +115,7 @@ class _Counter:
                 ),
             ]  # fmt: skip
             if mode != "none":
-                policy = self.policies[mode]
+                policy = outside_policy(self.policies[mode])
                 calls += traffic.recomputed_calls(kind, shard, self.machine, policy)
             for call in calls:
                 yield call.times(count)

@@ -107,6 +107,9 @@ class BruteForce:
             if x.tp == 1 or x.sp:
                 # No rank holds what another holds too: the software refuses to split it.
                 useful = [o for o in useful if not o[0].startswith("partitioned")]
+            if x.pp == 1:
+                # Every layer outside a pipeline has a policy.
+                useful = [o for o in useful if o[0] != "everything_saveable"]
             if len(set(sizes)) == 1:
                 for option in useful:
                     if not option[1] or option[1] >= height:

@@ -76,6 +76,9 @@ class Prices:
     """Layers gathered before the one whose backward runs, where weights stay gathered behind it."""
     stay: bool = False
     """Whether passes on padding keep what others do."""
+    casts: tuple[int, ...] = ()
+    """Per layer, 16-bit weights that a pass keeps on ranks of several virtual stages where all that
+    autodiff saves stays."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
     def key(self) -> tuple[object, ...]:
@@ -83,7 +86,7 @@ class Prices:
         return (self.layers, self.embedding, self.head, self.hop, self.bucket, self.tied_sync,
                 self.sync, self.fixed, self.receive, self.output, self.capacity, self.late,
                 self.waiting, self.put_off, self.blocks_stay, self.ends, self.shares,
-                self.stay)  # fmt: skip
+                self.stay, self.casts)  # fmt: skip
 
 
 def _configs(layouts: Sequence[Layout]) -> Configs:
@@ -156,6 +159,7 @@ def _take(request: Request, tables: PricedConfigs, index: int) -> Prices:
         ends=ends_of(tables, index),
         stay=request.stack.idle_passes_stay,
         ahead=request.stack.prefetched_units if spread > 1 else 0,
+        casts=_casts(request, tables, index),
     )
 
 
@@ -164,3 +168,20 @@ def _put_off(request: Request, tables: PricedConfigs, index: int) -> tuple[int, 
     if not most or found is None or not found.each_ns[index]:
         return 0, 0, 0
     return most, int(found.each_ns[index]), int(found.each_bytes[index])
+
+
+def _casts(request: Request, tables: PricedConfigs, index: int) -> tuple[int, ...]:
+    """By layer, in the arithmetic's bytes: matrices and vectors over what splits them."""
+    x = tables.configs
+    tp, ep, etp = (int(column[index]) for column in (x.tp, x.ep, x.etp))
+    found = {}
+    for name in tables.kind_names:
+        total = 0
+        for weight in request.workload.kinds[name].weights:
+            ways = {"column": tp, "row": tp, "expert_column": ep * etp, "expert_row": ep * etp}
+            split = ways.get(weight.sharding, 1)
+            if weight.kv_heads:
+                split = min(tp, weight.kv_heads)
+            total += 2 * weight.elements // split
+        found[name] = total
+    return tuple(found[name] for name in request.workload.layers)

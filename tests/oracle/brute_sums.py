@@ -37,13 +37,13 @@ def waiting_products(prices: Prices, x: Layout, m: int) -> tuple[int, int, int]:
 
 def sum_chunk(
     prices: Prices, start: bool, end: bool, many: bool, first: int, size: int, option: Option,
-    *, halves: bool, stays: int = 0, alternates: bool = True,
+    *, halves: bool, stays: int = 0, alternates: bool = True, several: bool = False,
 ) -> Chunk:  # fmt: skip
     """A virtual stage of ``size`` layers from ``first`` on; ``start`` and ``end`` of the model,
     ``many`` pipeline ranks, a backward in ``halves``. ``stays``: of what the head kept, what its
     last backward leaves. ``alternates``: backwards follow forwards of their stage in general, and
-    gather the weights that these gave back."""
-    key = (start, end, many, first, size, option, halves, stays, alternates)
+    gather the weights that these gave back. ``several``: its rank has more virtual stages."""
+    key = (start, end, many, first, size, option, halves, stays, alternates, several)
     if key in prices.chunks:
         return prices.chunks[key]
     mode, limit = option
@@ -62,6 +62,8 @@ def sum_chunk(
         if again:
             start_of = len(Field) + 3 * prices.policies.index(here)
             kept, short, more = row[start_of : start_of + 3]
+        if here == "everything_saveable" and several:
+            kept += prices.casts[first + place]
         forward += row[Field.FORWARD]
         backward += row[Field.BACKWARD] + more
         backward += 0 if alternates else row[Field.GATHER_LATE]
@@ -213,6 +215,7 @@ def chunks_of(
             halves=splits(x.schedule),
             alternates=x.schedule == "1f1b",
             stays=operands if end and count == m else 0,
+            several=x.vpp > 1,
         )
         if prices.ends is not None:
             chunk = with_parts(chunk, prices.ends)

@@ -99,13 +99,16 @@ def grouped_attention(
     )
 
 
-def gated_mlp(config: Config, *, bias: bool = False, activation_key: str = "hidden_act") -> MlpSpec:
-    """The three-matrix feed-forward of ``intermediate_size``."""
+def gated_mlp(
+    config: Config, *, bias: bool = False, activation_key: str = "hidden_act",
+    activation: str = "silu",
+) -> MlpSpec:  # fmt: skip
+    """The three-matrix feed-forward of ``intermediate_size``; ``activation`` unless it is named."""
     return MlpSpec(
         intermediate=config.size("intermediate_size"),
         gated=True,
         bias=bias,
-        activation=config.text(activation_key, "silu"),
+        activation=config.text(activation_key, activation),
     )
 
 

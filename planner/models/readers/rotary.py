@@ -102,7 +102,7 @@ def _gemma(config: Config, *, qk_norm: bool, pattern: int, positions: int, caps:
         attention = attention.model_copy(update={"softcap": True})
     window = config.optional_size("sliding_window", 4096)
     sliding = sliding_layers(config, layers, lambda index: (index + 1) % pattern != 0)
-    mlp = gated_mlp(config, activation_key="hidden_activation")
+    mlp = gated_mlp(config, activation_key="hidden_activation", activation="gelu_pytorch_tanh")
     mixers = [_with_window(attention, window if slides else None) for slides in sliding]
     decoder = stack(mixers, [("dense", mlp)] * layers, norms=4)
     model = rotary_model(config, hidden, decoder, positions=positions, tied=True)

@@ -1,0 +1,158 @@
+"""What JAX keeps of MaxText's layers for the backward where no policy says what runs again.
+
+Tensors that the derivatives of a layer's primitives need, in bf16, counted on MaxText 0.1.0 and
+0.2.0 with JAX 0.10.2 (``benchmarks/memory/maxtext_pipeline.py``; ``src/maxtext/layers`` of 0.2.0:
+normalizations.py, attention_op.py, attention_mla.py, embeddings.py, linears.py, moe.py):
+
+- RMS norms: their input and its square's derivative in fp32, the normalised rows, their output for
+  each product that reads it, and two fp32 numbers of a row; GPT-3's layer norm works in 16 bits.
+- Attention: queries, keys and values as the kernel reads them, its output before and behind the
+  transposition, and the softmax's statistics; sines and cosines of each token. Under context
+  parallelism keys and values of all ranks, where they are gathered.
+- Feed-forwards: both products' outputs, the derivative of the activation by parts, and its output.
+- Mixtures: the same of every row that the experts have room for, the rows in the experts' order,
+  their outputs in fp32 where they are weighed, and who goes where.
+
+The compiler makes one of copies that differ by where they were constrained to lie: a normalised
+input that queries and keys name apart (0.2.0) adds nothing to what XLA for TPUs allocates. No
+compiler for GPUs was asked: cuDNN's attention transposes nothing, so a copy of its output may be
+too many there, 3 % at most. Nor were layers that share a stage: they may share sines and cosines.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.graph import Int64, Shard
+from planner.blocks import moe
+from planner.blocks.attention import local_kv_heads
+from planner.blocks.context import BlockContext
+from planner.blocks.registry import parts
+from planner.models.spec import (
+    AttentionSpec,
+    BlockSpec,
+    FeedForward,
+    LatentAttentionSpec,
+    Mixer,
+    MlpSpec,
+    MoeSpec,
+)
+
+_FP32 = 4
+_SILU, _GELU = ("silu",), ("gelu", "gelu_new", "gelu_pytorch_tanh")
+_INNER = {(True, _SILU): 6, (True, _GELU): 8, (False, _GELU): 6}
+"""Tensors as wide as a feed-forward, by whether it is gated and its activation: what the products
+make, what the last one reads, and between them the sigmoid, the two products of its derivative and
+of SiLU's output (``jax.nn.silu``), or what ``jax.nn.gelu`` keeps of its polynomial and tanh."""
+
+
+def counted(block: BlockSpec, ctx: BlockContext) -> bool:
+    """Whether what is kept of such a block is known: bf16, no dropout, fused attention, and parts
+    of which a layer of MaxText was asked."""
+    plain = ctx.element_bytes == 2 and not ctx.dropout and ctx.attention_kernel != "unfused"
+    return plain and not block.parallel and all(_known(part) for part in parts(block))
+
+
+def _known(part: Mixer | FeedForward) -> bool:
+    match part:
+        case AttentionSpec():
+            own = part.alibi or part.sinks or part.output_gate or part.tied_kv
+            return not own and part.chunk is None and part.qk_norm != "full"
+        case LatentAttentionSpec():
+            return True
+        case MlpSpec():
+            return _inner(part.activation, gated=part.gated) > 0
+        case MoeSpec():
+            apart = part.shared_gate or part.expert_bias or part.router_scales
+            plain = part.latent is None and not apart
+            return plain and part.gated and part.activation in _SILU
+        case _:
+            return False
+
+
+def _inner(activation: str, *, gated: bool) -> int:
+    """Tensors of :data:`_INNER`; 0 where they were not counted."""
+    return sum(n for (g, names), n in _INNER.items() if g == gated and activation in names)
+
+
+def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    """Bytes of one microbatch on one device, of a block that was :func:`counted`."""
+    # Tensor parallelism splits the width: each rank has all rows.
+    elements, rows = shard.residual_tokens * ctx.hidden, shard.tokens
+    total = np.zeros_like(shard.tp)
+    for index, part in enumerate(parts(block)):
+        total = total + _norm(elements, rows, ctx, read=True)
+        if index + len(parts(block)) < block.norms:
+            total = total + _norm(elements, rows, ctx, read=False)
+        match part:
+            case AttentionSpec():
+                total = total + _attention(part, ctx, shard)
+            case LatentAttentionSpec():
+                total = total + _latent_attention(part, ctx, shard)
+            case MlpSpec():
+                inner = _inner(part.activation, gated=part.gated)
+                total = total + inner * shard.tokens * (part.intermediate // shard.tp) * 2
+            case MoeSpec():
+                total = total + _mixture(part, ctx, shard)
+    return total
+
+
+def _norm(elements: Int64, rows: Int64, ctx: BlockContext, *, read: bool) -> Int64:
+    """``read``: whether a product keeps the output."""
+    if ctx.norm_statistics == 2:
+        return (3 + read) * 2 * elements + 2 * 2 * rows
+    return (2 * _FP32 + 2 + 2 * read) * elements + 2 * _FP32 * rows
+
+
+def _core(queries: Int64, keys: Int64, output: Int64, heads: Int64, shard: Shard) -> Int64:
+    """The kernel's, where ``queries``, ``keys`` with values and ``output`` are elements of this
+    rank."""
+    return 2 * (queries + keys * shard.cp_gather + 2 * output) + _FP32 * heads * shard.tokens
+
+
+def _attention(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    x, heads = shard.tokens, spec.heads // shard.tp
+    kv = local_kv_heads(spec.kv_heads, shard.tp)
+    queries, keys = heads * spec.head_dim * x, kv * spec.head_dim * x
+    kept = _core(queries, 2 * keys, queries, heads, shard)
+    if ctx.rotary and spec.rotary:
+        # Sines and cosines, which queries and keys share.
+        kept = kept + 2 * 2 * spec.head_dim * x
+    if spec.qk_norm == "per_head":
+        kept = kept + _norm(queries + keys, (heads + kv) * x, ctx, read=False)
+    return kept
+
+
+def _latent_attention(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    x, heads = shard.tokens, spec.heads // shard.tp
+    qk, output = spec.qk_nope_head_dim + spec.qk_rope_head_dim, heads * spec.v_head_dim * x
+    kept = _core(heads * qk * x, heads * qk * x + output, output, heads, shard)
+    rows = shard.residual_tokens
+    for rank in (spec.q_lora_rank, spec.kv_lora_rank):
+        if rank is not None:
+            kept = kept + _norm(rank * rows, rows, ctx, read=True)
+    # Complex factors of halves, of each head's queries and of the keys that all heads share.
+    return kept + 8 * (spec.qk_rope_head_dim // 2) * (heads + 1) * x
+
+
+def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
+    x, width = shard.tokens, spec.intermediate // shard.etp
+    held = moe.held_rows(spec, ctx, shard)
+    weighed = shard.residual_tokens * spec.top_k * ctx.hidden
+    masked = np.zeros_like(held)
+    if ctx.moe_dispatcher == "allgather":
+        # Rows of other ranks' experts are masked ahead of the experts and behind them.
+        weighed = np.where(shard.ep > 1, held // shard.etp * ctx.hidden, weighed)
+        masked = np.where(shard.ep > 1, 2 * held * ctx.hidden, 0)
+    inner = _inner(spec.activation, gated=True)
+    kept = (2 * ctx.hidden + inner * 2 * width) * held + _FP32 * weighed + masked
+    # Of a choice its expert, score and weight, and where its row goes and comes from; of a token
+    # the softmax's maximum and sum, or what sigmoids become.
+    kept = kept + (5 * _FP32 * spec.top_k + 2 * _FP32) * x
+    # Rows that arrive are sorted by expert once more.
+    kept = kept + np.where(shard.ep > 1, 2 * _FP32 * held, 0)
+    if ctx.sigmoid_router:
+        kept = kept + 2 * spec.experts * x
+    if spec.shared_intermediate:
+        kept = kept + inner * x * (spec.shared_intermediate // shard.tp) * 2
+    return kept

@@ -1,0 +1,133 @@
+"""Pipelines whose layers have no recomputation policy: what a pass keeps and takes, and where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cost_models.compute import memory_bound_bandwidth_bytes_per_s
+from cost_models.configs import price_configs
+from cost_models.graph import Shard
+from cost_models.memory import Activations
+from cost_models.recompute import mode_rows
+from hardware_profiles.loader import catalog_names, load_stack
+from hardware_profiles.stack_words import EVERYTHING
+from planner.errors import InfeasibleError, InputError
+from planner.layouts import configs_of
+from planner.pipeline import evaluate, plan, read_request
+from planner.recompute import named_policy
+from planner.request import Request
+from planner.studies.communication import communication
+from planner.studies.verify import verify
+
+
+def request(model: str = "llama-3.1-8b", **job: Any) -> Request:
+    asked = {"stack": "maxtext-gpu", "sequence_length": 2048, "global_batch": 32, **job}
+    return read_request(model, "dgx-h100:1", None, asked)
+
+
+def layout(mode: str = EVERYTHING, **more: Any) -> dict[str, Any]:
+    return {"pp": 4, "schedule": "gpipe", "recompute": mode, **more}
+
+
+def test_nothing_runs_again_and_what_is_kept_is_written_and_read_once() -> None:
+    asked = request(constraints={"recompute": EVERYTHING})
+    priced = price_configs(
+        asked.workload, asked.machine, configs_of(evaluate(asked, layout()).layout)
+    )
+    rows = mode_rows(priced.policies)[EVERYTHING]
+    one = np.ones(1, dtype=np.int64)
+    shard = Shard(2048, one, one, one, one, one, np.zeros(1, dtype=bool), one)
+    (kind,) = asked.workload.kinds.values()
+    assert kind.everything is not None
+    kept = int(kind.everything(shard)[0])
+    beyond = kept - int(Activations(kind, shard).everything[0])
+    rate = memory_bound_bandwidth_bytes_per_s(asked.machine.device)
+    table = priced.kinds[0][:, 0]
+    assert table[rows.kept] == kept
+    assert table[rows.extra] == pytest.approx(2e9 * beyond / rate, abs=1)
+
+
+def kept(request: Request, mode: str = EVERYTHING, **more: Any) -> tuple[int, int]:
+    """Bytes that one layer keeps of a pass in the pipeline, and outside it."""
+    complete = evaluate(request, layout(mode, **more)).layout
+    priced = price_configs(
+        request.workload, request.machine, configs_of(complete), capacity_bytes=10**15
+    )
+    leaf = priced.leaf(
+        0, schedule=complete.schedule, vpp=complete.vpp, microbatches=complete.num_microbatches,
+        uneven=False, outside=complete.layers_outside,
+    )  # fmt: skip
+    row = leaf.modes[mode].kept
+    return leaf.kinds[0][row], leaf.outside.kinds[0][row] if leaf.outside else 0
+
+
+def test_each_pass_keeps_the_weights_in_16_bits_where_a_rank_has_several_stages() -> None:
+    asked = request()
+    (kind,) = asked.workload.kinds.values()
+    once, _ = kept(asked)
+    again, _ = kept(asked, vpp=2, schedule="looped_bfs")
+    assert again - once == 2 * sum(weight.elements for weight in kind.weights)
+    listed = kept(asked, "minimal")
+    assert listed == kept(asked, "minimal", vpp=2, schedule="looped_bfs")
+
+
+def test_layers_outside_have_a_policy() -> None:
+    asked = request()
+    named = load_stack("maxtext-gpu").save_lists
+    assert named is not None
+    assert named.outside_pipeline == "minimal_with_context"
+    _, outside = kept(asked, layers_outside=8)
+    _, listed = kept(asked, named.outside_pipeline, layers_outside=8)
+    assert outside == listed
+
+
+def test_outside_of_a_pipeline_no_layout_fits() -> None:
+    asked = request(constraints={"recompute": EVERYTHING, "fix": {"pp": 2}})
+    found = plan(asked)
+    assert verify(found) == []
+    stages = found.layout.stages
+    assert all(part.mode == EVERYTHING for stage in stages for part in stage.recompute)
+    alone = request(constraints={"recompute": EVERYTHING, "fix": {"pp": 1}})
+    with pytest.raises(InfeasibleError):
+        plan(alone)
+    with pytest.raises(InputError, match="of layers in a pipeline, pp above 1"):
+        evaluate(request(), {"recompute": EVERYTHING})
+
+
+@pytest.mark.parametrize(
+    ("model", "job"),
+    [
+        ("gpt-oss-20b", {}), ("llama-3.1-8b", {"precision": "fp32"}),
+        ("gpt-3-175b", {"dropout": True}),
+    ],
+)  # fmt: skip
+def test_what_was_not_counted_has_no_price(model: str, job: dict[str, Any]) -> None:
+    asked = request(model, **job)
+    assert EVERYTHING not in [policy.name for policy in asked.workload.policies]
+    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16"):
+        evaluate(asked, layout())
+
+
+def test_only_maxtext_s_stacks_have_it() -> None:
+    for name in catalog_names("stack"):
+        stack = load_stack(name)
+        assert (EVERYTHING in stack.recompute) == name.startswith("maxtext")
+        if EVERYTHING not in stack.recompute:
+            with pytest.raises(InputError):
+                named_policy(EVERYTHING, stack)
+
+
+def test_nothing_is_sent_again() -> None:
+    """Where experts are on other ranks, a list of outputs sends the tokens to them once more."""
+
+    def again(mode: str) -> int:
+        asked = request("mixtral-8x7b")
+        result = evaluate(asked, layout(mode, ep=2, pp=4, dp_replicate=1))
+        stages = communication(asked, result).stages
+        return sum(call.count for calls in stages for call in calls if call.phase == "recompute")
+
+    assert again(EVERYTHING) == 0
+    assert again("minimal_with_context") > 0
