@@ -88,7 +88,7 @@ def visible(
         wire.append(np.where(active, time, 0.0))
         hidden, product = side.hidden, side.product
         contention = stack.overlap_contention.si
-        if op.group == "tp" and stack.tensor_parallel_overlap == "none":
+        if op.group.startswith("tp") and stack.tensor_parallel_overlap == "none":
             hidden = None
         hidden = hidden or (_shared_expert(op, back=back) if _hides_shared(op, stack) else None)
         if hidden is not None and hidden in windows.seconds:
@@ -129,6 +129,10 @@ def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
     match op.group:
         case "tp":
             return shard.tp, np.ones_like(shard.tp)
+        case "tp_transposed":
+            return np.full_like(shard.tp, shard.transposed), np.ones_like(shard.tp)
+        case "tp_straight":
+            return shard.straight, np.full_like(shard.tp, shard.transposed)
         case "cp":
             return shard.cp, shard.tp
         case "cp_exchange":
@@ -172,7 +176,7 @@ def _shared_expert(op: Collective, *, back: bool) -> str:
 
 
 def _pipelines(op: Collective, stack: StackSpec) -> bool:
-    return op.group == "tp" and stack.tensor_parallel_overlap == "pipelined"
+    return op.group.startswith("tp") and stack.tensor_parallel_overlap == "pipelined"
 
 
 def _pipelined(time: Real, product: str, parts: Int64, windows: Windows, contention: float) -> Real:

@@ -238,6 +238,7 @@ def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
         sequence_parallel=configs.sequence_parallel,
         cp_kind=configs.cp_kind,
         vocabulary=vocabulary_ranks(workload, configs.tp, configs.pp),
+        transposed=workload.transposed,
     )
 
 

@@ -75,7 +75,7 @@ def _shard_from_keys(workload: WorkloadGraph, keys: list[Int64]) -> Shard:
     return Shard(
         sequence=workload.sequence, microbatch=microbatch, tp=tp, cp=cp, ep=ep, etp=etp,
         sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
-        vocabulary=vocabulary_ranks(workload, tp, stages),
+        vocabulary=vocabulary_ranks(workload, tp, stages), transposed=workload.transposed,
     )  # fmt: skip
 
 
@@ -91,4 +91,5 @@ def take_shard(shard: Shard, index: Int64) -> Shard:
         sequence_parallel=shard.sequence_parallel[index],
         cp_kind=shard.cp_kind[index],
         vocabulary=None if shard.vocabulary is None else shard.vocabulary[index],
+        transposed=shard.transposed,
     )

@@ -82,6 +82,14 @@ class Shard:
     """Codes of ``cost_models.cp_kinds``."""
     vocabulary: Int64 | None = None
     """Ranks that share the rows of the vocabulary, where it is not tp."""
+    transposed: int = 1
+    """Of tp, a factor that splits the residual stream and feed-forwards' matrices along its width;
+    the rest splits what these are wide inside (``planner.blocks.transposed``)."""
+
+    @property
+    def straight(self) -> Int64:
+        """By how much the inner width of a feed-forward is split."""
+        return self.tp // self.transposed
 
     @property
     def vocabulary_ranks(self) -> Int64:
@@ -96,6 +104,8 @@ class Shard:
     @property
     def sp(self) -> Int64:
         """By how much the residual stream is split over tp."""
+        if self.transposed > 1:
+            return np.full_like(self.tp, self.transposed)
         return np.where(self.sequence_parallel, self.tp, 1)
 
     @property
@@ -203,6 +213,8 @@ class WorkloadGraph:
     """Whether the ranks of a pipeline share embedding and head (``cost_models.vocabulary``)."""
     uneven_routing: bool = False
     """Whether expert-parallel ranks get other numbers of rows in each microbatch."""
+    transposed: int = 1
+    """``Shard.transposed`` of every layer."""
     global_batch: int | None = None
     """Samples per step, which under a pipeline decide what waits on the hosts; None: nothing is
     refused for that."""

@@ -31,7 +31,7 @@ NAMED: dict[str, tuple[OutputKind, ...]] = {
     "latent_norm": ("mla_q", "mla_kv"),
     "rope": ("query", "key"), "q_up": ("query",), "kv_up": ("key", "value"),
     "proj": ("out_proj",), "proj.scatter": ("out_proj",), "proj.reduce": ("out_proj",),
-    "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"],
+    "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"], "fc1.sum": PARTS["mlp_in"],
     "shared_fc1": PARTS["mlp_in"], "shared_fc1.gather": PARTS["mlp_in"],
     "expert_fc1": PARTS["mlp_in"],
     "fc2": ("mlp_out",), "fc2.scatter": ("mlp_out",), "fc2.reduce": ("mlp_out",),
@@ -138,7 +138,7 @@ def unneeded(ops: tuple[Op, ...]) -> frozenset[str]:
             break
         if not isinstance(op, Elementwise | Collective | MatMul):
             break
-        if isinstance(op, Collective) and op.group != "tp":
+        if isinstance(op, Collective) and not op.group.startswith("tp"):
             break
         found.add(op.name)
         if isinstance(op, MatMul):

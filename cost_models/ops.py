@@ -25,8 +25,12 @@ from numpy.typing import NDArray
 Ints: TypeAlias = NDArray[np.integer[Any]] | int
 Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
-Group = Literal["tp", "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"]
-"""``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
+Group = Literal[
+    "tp", "tp_transposed", "tp_straight", "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"
+]  # fmt: skip
+"""``tp_transposed`` are those of tp's ranks that split a feed-forward's matrices along the residual
+stream's width, ``tp_straight`` those that split its own (``planner.blocks.transposed``).
+``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
 keys and values round: two levels of groups under ``a2a_p2p``, else one of them is all of cp."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
 

@@ -143,7 +143,8 @@ def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]
             kind, count = "send_recv", count * (ranks - 1)
         each = round(_first(payload))
         phase: Pass = "backward" if back else "forward"
-        group = "cp" if op.group.startswith("cp") and ranks == shard.cp[0] else op.group
+        whole = {"cp": shard.cp[0], "tp": shard.tp[0]}.get(op.group[:2])
+        group = op.group[:2] if ranks == whole else op.group
         yield Calls(op.name, group, ranks, phase, kind, count, count * each)
 
 

@@ -115,6 +115,9 @@ class StackSpec(Profile):
     cp_kinds: tuple[ContextKind, ...]
     cp_kinds_of: dict[AttentionSort, tuple[ContextKind, ...]] = Field(default_factory=dict)
     """Those of ``cp_kinds`` that run some sort of attention or of model, where it is not all."""
+    tensor_transpose: bool = False
+    """Whether a factor of tp may split feed-forwards' matrices along the other dimension, as a job
+    names it (``JobSpec.tensor_transpose``)."""
     cp_kinds_by_layer: bool = False
     """Whether each layer may have a kind of its own, as a job lists them (``JobSpec.cp_kinds``)."""
     balanced_context: bool | Literal["where_it_splits"] = True

@@ -38,6 +38,12 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
             f"{least:,} elements, or no multiple of {multiple}",
             lambda m: _loses(request, m),
         )
+    ways = request.job.tensor_transpose
+    if ways > 1:
+        # Beside the others XLA places calls by the sizes (``planner.blocks.transposed``).
+        yield f"tensor_transpose {ways} does not divide tp", lambda m: m.tp % ways != 0
+        yield "tensor_transpose is priced without a pipeline", lambda m: m.pp > 1
+        yield "tensor_transpose is priced without context parallelism", lambda m: m.cp > 1
     asked = request.job.constraints.recompute or "none"
     sent = first_layers(asked)
     if sent:

@@ -30,6 +30,7 @@ def shard_of_mesh(mesh: Mesh, request: Request) -> Shard:
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(mesh.cp_kind, mesh.cp_inner)]),
         sequence_parallel=np.array([mesh.sp]),
+        transposed=request.job.tensor_transpose,
         **{
             name: np.array([value])
             for name, value in (
@@ -66,7 +67,8 @@ def layer_input_held(mesh: Mesh, request: Request) -> int:
     asks for parts."""
     if not request.job.activation_offload:
         return 0
-    tokens = mesh.mbs * (request.sequence // mesh.cp) // (mesh.tp if mesh.sp else 1)
+    parts = request.job.tensor_transpose if request.job.tensor_transpose > 1 else mesh.tp
+    tokens = mesh.mbs * (request.sequence // mesh.cp) // (parts if mesh.sp else 1)
     size = tokens * request.workload.boundary_bytes_per_token
     asked = (request.job.constraints.recompute or "").startswith("partitioned")
     return -(-size // mesh.tp) if asked else size
@@ -157,4 +159,6 @@ def _written(
     many = (op.m, op.batch) if isinstance(op, MatMul) else (op.rows * op.room, op.groups)
     size = np.asarray(many[0]) * many[1] * op.n * element_bytes
     scattered = isinstance(op, MatMul) and op.name in ("proj", "fc2", "shared_fc2")
+    if op.name == "fc2" and shard.transposed > 1:
+        scattered = False  # the product makes a part of the width
     return float(np.ravel(size * sum(sent) / (shard.sp if scattered else 1))[0])

@@ -298,6 +298,7 @@ def _input_bytes_per_node(request: Request, m: Meshes, x: Layouts, rounds: Int64
     shard = Shard(
         sequence=request.sequence, microbatch=m.microbatch, tp=m.tp, cp=m.cp, ep=m.ep, etp=m.etp,
         sequence_parallel=m.sp.astype(bool), cp_kind=m.cp_kind,
+        transposed=request.job.tensor_transpose,
     )  # fmt: skip
     microbatches = request.global_batch // (m.dp * m.microbatch)
     at_once = np.isin(x.schedule, codes_of(ALL_AT_ONCE))

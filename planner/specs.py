@@ -137,6 +137,9 @@ class JobSpec(Spec):
     cp_kinds: tuple[ContextKind, ...] = ()
     """Kinds of context parallelism of the layers, in order and over again where there are fewer
     than layers; default: one for all of them, which is searched."""
+    tensor_transpose: Positive = 1
+    """Of tp's ranks, a factor that splits feed-forwards' matrices along the other dimension, where
+    the stack can (MaxText's axis of that name); default: none."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

@@ -17,6 +17,7 @@ from planner.models.kinds import Model
 from planner.recompute import refusal
 from planner.request import Request, fill_defaults
 from planner.specs import JobSpec
+from planner.tensor_transpose import transpose_faults
 
 DEFAULTS = (
     "megatron-core", "megatron-bridge", "megatron-core-muon", "megatron-core-precision-aware",
@@ -97,6 +98,7 @@ def _faults(request: Request) -> Iterator[InputError]:
             f"{name} has no virtual stages of any numbers of layers (--virtual-stages free)"
         )
     yield from context_faults(request)
+    yield from transpose_faults(request)
     if job.constraints.recompute is not None:
         try:
             refused = refusal(job.constraints.recompute, stack, job)

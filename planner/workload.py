@@ -147,6 +147,7 @@ def build_workload(
         uneven_routing=ctx.expert_imbalance > 0 and not ctx.expert_room,
         policies=searched_policies(stack, job, kinds.values(), len(layers)),
         global_batch=job.global_batch,
+        transposed=job.tensor_transpose,
         assumptions=_assumptions(model, job, images, ctx),
     )  # fmt: skip
 
@@ -289,6 +290,11 @@ def _assumptions(
         notes += vision.assumptions(model.vision, images)
     if job.cp_kinds:
         notes.append(said(kind for _, kind in contexts_of_layers(job, model)))
+    if job.tensor_transpose > 1:
+        notes.append(
+            f"tensor_transpose {job.tensor_transpose}: that many of tp's ranks split feed-forwards "
+            "along the other dimension, tensor the rest"
+        )
     notes += _data_assumptions(job, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):
         if job.expert_imbalance == 0:

@@ -18,6 +18,8 @@ def zero_rules(request: Request) -> Iterator[LayoutRule]:
     """ZeRO stages and groups of ranks that cannot be combined with other degrees."""
     stack = request.stack
     label = f"{stack.name} {stack.version}"
+    if request.job.tensor_transpose > 1:
+        yield "tensor_transpose is priced without an fsdp axis", lambda _, x: x.zero_stage > 1
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
             f"{label}: replication alone (DDP) does not combine with tp, cp or pp",

@@ -10,6 +10,7 @@ import numpy as np
 
 from cost_models.graph import Int64, Shard
 from cost_models.ops import Collective, Elementwise, Op, SavedTensor
+from planner.blocks import transposed
 from planner.blocks.quantised import Quantiser
 
 Item = TypeVar("Item", bound=Op | SavedTensor)
@@ -178,6 +179,8 @@ def enter_tensor_parallel(
     quantiser = ctx.quantiser if quantised else None
     gathered = size if quantiser is None else quantiser.gathered_bytes(size)
     product = f"{name}:fprop" if pipelined and ctx.pipelines_products else None
+    if shard.transposed > 1:
+        return transposed.enter(name, size, shard, product=product)
     sp = shard.sequence_parallel
     behind = None if ctx.dtensor else f"{name}:wgrad"
     return (
@@ -202,6 +205,8 @@ def enter_tensor_parallel(
 def leave_tensor_parallel(name: str, ctx: BlockContext, shard: Shard) -> tuple[Collective, ...]:
     """Collectives at the output of a row-parallel product: the adjoint of the above."""
     size = ctx.gathered_bytes(shard)
+    if shard.transposed > 1:
+        return transposed.leave(name, size, shard)
     sp, quantiser = shard.sequence_parallel, ctx.quantiser
     gathered = size if quantiser is None else quantiser.gathered_bytes(size, gradient=True)
     return (

@@ -14,6 +14,7 @@ from planner.blocks.context import (
     product_input_bytes,
     vocabulary_rows,
 )
+from planner.blocks.transposed import looked_up
 
 
 def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
@@ -21,6 +22,8 @@ def embedding_ops(ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     full = ctx.gathered_bytes(shard)
     sp = shard.sequence_parallel
     rows = Elementwise("embedding", 2.0 * full, 3.0 * full)
+    if shard.transposed > 1:
+        return (rows, *looked_up(full, shard))
     if ctx.whole_vocabulary:
         return (rows,)
     split = (shard.cp == 1) | (not ctx.whole_embedding_in_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.layer_offload import SWIGLU
 from cost_models.ops import Elementwise, MatMul, Op, SavedTensor
+from planner.blocks import transposed
 from planner.blocks.context import (
     BlockContext,
     enter_tensor_parallel,
@@ -70,26 +71,38 @@ def products(
     prefix: str, intermediate: int, ctx: BlockContext, shard: Shard, *, gated: bool, bias: bool
 ) -> tuple[Op, ...]:
     """The two products with their collectives; also the shared experts of a mixture."""
-    x, width = shard.tokens, intermediate // shard.tp
+    x, width = shard.tokens, intermediate // shard.straight
+    hidden, element = ctx.hidden // shard.transposed, x * width * ctx.element_bytes
     parts = (1, 1) if gated and "gate_up" in ctx.separate else (1,)
     inner, normed = (2 if gated else 1) * width, ctx.fuses_norms and not prefix
+    enter: tuple[Op, ...] = enter_tensor_parallel(
+        f"{prefix}fc1", ctx, shard, products=len(parts), kept=ctx.keeps_gathered and not prefix
+    )
+    leave: tuple[Op, ...] = leave_tensor_parallel(f"{prefix}fc2", ctx, shard)
+    sums: tuple[Op, ...] = ()
+    if shard.transposed > 1:
+        whole = ctx.gathered_bytes(shard)
+        enter = (transposed.reduced_gradient(f"{prefix}fc1", whole, shard),)
+        sums = (transposed.first_sum(f"{prefix}fc1", (2 if gated else 1) * element),)
+        leave = (
+            transposed.last_sum(f"{prefix}fc2", element),
+            transposed.reduced(f"{prefix}fc2", whole, shard),
+        )
     return (
-        *enter_tensor_parallel(
-            f"{prefix}fc1", ctx, shard, products=len(parts),
-            kept=ctx.keeps_gathered and not prefix,
-        ),
+        *enter,
         MatMul(
-            f"{prefix}fc1", x, inner, ctx.hidden, parts=parts, pieces=(1, 1) if gated else (1,),
-            quantised=column(ctx.quantiser, shard, inner, ctx.hidden, normed=normed),
+            f"{prefix}fc1", x, inner, hidden, parts=parts, pieces=(1, 1) if gated else (1,),
+            quantised=column(ctx.quantiser, shard, inner, hidden, normed=normed),
         ),
+        *sums,
         *within(
             "mlp_act", (activation(f"{prefix}activation", ctx, x, width, gated=gated, bias=bias),)
         ),
         MatMul(
-            f"{prefix}fc2", x, ctx.hidden, width,
-            quantised=row(ctx.quantiser, shard, ctx.hidden, width),
+            f"{prefix}fc2", x, hidden, width,
+            quantised=row(ctx.quantiser, shard, hidden, width),
         ),
-        *leave_tensor_parallel(f"{prefix}fc2", ctx, shard),
+        *leave,
     )  # fmt: skip
 
 
@@ -102,7 +115,7 @@ def inner_saved(
     prefix: str, intermediate: int, ctx: BlockContext, shard: Shard, *, gated: bool
 ) -> tuple[SavedTensor, ...]:
     """The first product's output and the activation's output, and what is between them."""
-    element = shard.tokens * (intermediate // shard.tp) * ctx.element_bytes
+    element = shard.tokens * (intermediate // shard.straight) * ctx.element_bytes
     joined = SWIGLU if gated and "swiglu" in ctx.fused else None
     result = [
         SavedTensor(f"{prefix}fc1_output", (2 if gated else 1) * element, input_of=joined),
@@ -115,6 +128,7 @@ def inner_saved(
 
 
 def working(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> Int64:
-    """Gradients of both inner tensors and the gathered input."""
-    element = shard.tokens * (spec.intermediate // shard.tp) * ctx.element_bytes
-    return (3 if spec.gated else 2) * element + ctx.gathered_bytes(shard)
+    """Gradients of both inner tensors and the gathered input, or what stands for that."""
+    element = shard.tokens * (spec.intermediate // shard.straight) * ctx.element_bytes
+    whole = ctx.gathered_bytes(shard) // shard.transposed
+    return (3 if spec.gated else 2) * element + whole

@@ -90,7 +90,8 @@ def layer_input(request: Request, x: Layout) -> int:
     """Bytes of a layer's input that one device may send to its host in each microbatch."""
     if not request.job.activation_offload:
         return 0
-    tokens = x.microbatch * (request.sequence // x.cp) // (x.tp if x.sp else 1)
+    ways = x.tp if request.job.tensor_transpose == 1 else request.job.tensor_transpose
+    tokens = x.microbatch * (request.sequence // x.cp) // (ways if x.sp else 1)
     size = tokens * request.workload.boundary_bytes_per_token
     parts = (request.job.constraints.recompute or "").startswith("partitioned")
     return -(-size // x.tp) if parts else size
@@ -253,6 +254,7 @@ def _outputs(request: Request, x: Layout, kind: LayerKind, mode: str) -> int:
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(x.cp_kind, x.cp_inner)]),
         sequence_parallel=np.array([x.sp]),
+        transposed=request.job.tensor_transpose,
         **kinds,
     )
     return outputs_of_layer(kind, shard, named_policy(mode, request.stack))

@@ -200,6 +200,9 @@ def _orders(request: Request, pp: int) -> Iterator[tuple[str, int]]:
 def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count - x.outside
+    transposed = request.job.tensor_transpose
+    if transposed > 1 and (x.tp % transposed or x.cp > 1 or x.pp > 1 or x.zero > 1):
+        return False
     experts = False
     host = request.cluster.groups[0].node.host_memory
     if stack.offload is not None and stack.offload.inputs and host is None:

@@ -1,0 +1,95 @@
+"""Tensor parallelism of which a part splits feed-forwards along the residual stream's width.
+
+MaxText's mesh axis ``tensor_transpose`` (configs/base.yml, ``logical_axis_rules``): ``embed`` of a
+feed-forward's weights is split over it, ``mlp`` over ``tensor``, heads and vocabulary over both. Of
+t x u ranks, u of them this way, XLA for TPUs (jax 0.10.2, libtpu 0.0.42, MaxText 0.1.0, one program
+without an fsdp axis; ``benchmarks/collectives/maxtext_tensor_transpose.py``) then does this, with T
+tokens, h the stream's width and f the feed-forward's:
+
+* The residual stream, its norms and sums, and what a layer keeps of its input, are T x h / u on
+  each rank, alike on the t ranks.
+* Heads gather T x h over u in front of their projections; behind them the products' T x h are
+  scattered over u, and T x h / u summed over t. The gradients go the same way.
+* The feed-forward gathers nothing: its first products, T x h / u by h / u x f / t, are summed whole
+  over u, all of them in one call, and what follows on them is computed by each of the u ranks; the
+  last one, T x f / t by f / t x h / u, is summed over t. Backward, the gradient of T x f / t is
+  summed over u, that of T x h / u over t.
+* Looked-up rows are summed over u and scattered, or summed whole over all t x u ranks where t > 1;
+  the head gathers and reduces as heads do.
+
+Beside ``fsdp`` or ``context``, which split ``embed`` too, XLA places other calls by the sizes: the
+planner refuses those layouts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cost_models.graph import Int64, Shard
+from cost_models.ops import Collective
+
+
+def enter(name: str, size: Int64, shard: Shard, *, product: str | None) -> tuple[Collective, ...]:
+    """Calls around the input of products that all of tp splits by columns; ``size`` bytes of it,
+    gathered. ``product`` may run in a pipeline with the gather."""
+    return (
+        Collective(
+            f"{name}.gather", "tp_transposed", "all_gather", size, "all_gather", size,
+            backward_hidden=f"{name}:dgrad", forward_product=product,
+        ),
+        Collective(
+            f"{name}.scatter", "tp_transposed", None, 0, "reduce_scatter", size,
+            backward_hidden=f"{name}:wgrad",
+        ),
+        reduced_gradient(name, size, shard),
+    )  # fmt: skip
+
+
+def reduced_gradient(name: str, size: Int64, shard: Shard) -> Collective:
+    """The sum of the input's gradient over the ranks that have other columns of the products."""
+    return Collective(
+        f"{name}.reduce", "tp_straight", None, 0, "all_reduce", size // shard.transposed,
+        backward_hidden=f"{name}:wgrad",
+    )  # fmt: skip
+
+
+def leave(name: str, size: Int64, shard: Shard) -> tuple[Collective, ...]:
+    """Calls behind a product that all of tp splits by rows."""
+    return (
+        Collective(
+            f"{name}.scatter", "tp_transposed", "reduce_scatter", size, "all_gather", size,
+            forward_product=f"{name}:fprop", backward_product=f"{name}:dgrad",
+        ),
+        reduced(name, size, shard),
+    )  # fmt: skip
+
+
+def reduced(name: str, size: Int64, shard: Shard) -> Collective:
+    """The sum of a product's output over the ranks that have other rows of its weight."""
+    each = size // shard.transposed
+    return Collective(f"{name}.reduce", "tp_straight", "all_reduce", each, None, 0)
+
+
+def first_sum(name: str, size: Int64) -> Collective:
+    """The sum of the feed-forward's first products, ``size`` bytes, over parts of the width."""
+    return Collective(f"{name}.sum", "tp_transposed", "all_reduce", size, None, 0)
+
+
+def last_sum(name: str, size: Int64) -> Collective:
+    """The sum of the gradient of the last product's input, ``size`` bytes, over those parts."""
+    return Collective(
+        f"{name}.sum", "tp_transposed", None, 0, "all_reduce", size,
+        backward_hidden=f"{name}:wgrad",
+    )  # fmt: skip
+
+
+def looked_up(size: Int64, shard: Shard) -> tuple[Collective, ...]:
+    """What brings rows of a table that all of tp splits together, ``size`` bytes of them."""
+    apart = np.array(shard.straight == 1)
+    return (
+        Collective(
+            "embedding.scatter", "tp_transposed", "reduce_scatter", size, None, 0, active=apart
+        ),
+        Collective("embedding.reduce", "tp", "all_reduce", size, None, 0, active=~apart),
+        Collective("embedding.gather", "tp_transposed", None, 0, "all_gather", size),
+    )  # fmt: skip

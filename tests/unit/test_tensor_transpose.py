@@ -1,0 +1,101 @@
+"""A factor of tp that splits feed-forwards along the stream's width: sizes and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cost_models.communication import group_of
+from cost_models.graph import LayerKind, Shard
+from cost_models.ops import Collective, MatMul
+from planner.errors import InputError
+from planner.pipeline import evaluate, read_request
+from planner.request import Request
+
+ASKED = {"stack": "maxtext-tpu", "sequence_length": 2048, "global_batch": 16}
+LAYOUT: dict[str, Any] = {"tp": 8, "dp_shard": 2, "zero_stage": 1}
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    return {**ASKED, "tensor_transpose": 2, **changes}
+
+
+def place(tp: int, ways: int) -> Shard:
+    one = np.ones(1, dtype=np.int64)
+    return Shard(2048, one, tp * one, one, one, one, one > 0, 0 * one, transposed=ways)
+
+
+def request_of() -> Request:
+    return read_request("llama-3.1-8b", "tpu-v5p-32:1", None, job())
+
+
+def layer() -> LayerKind:
+    (kind,) = request_of().workload.kinds.values()
+    return kind
+
+
+@pytest.mark.parametrize(("tp", "ways"), [(2, 2), (8, 2), (8, 4), (8, 8)])
+def test_products_keep_their_work_and_change_their_shape(tp: int, ways: int) -> None:
+    ops = {op.name: op for op in layer().ops(place(tp, ways)) if isinstance(op, MatMul)}
+    straight = tp // ways
+    for name, n, k in (
+        ("fc1", 2 * 14336 // straight, 4096 // ways), ("fc2", 4096 // ways, 14336 // straight),
+        ("qkv", 6144 // tp, 4096), ("proj", 4096, 4096 // tp),
+    ):  # fmt: skip
+        assert (int(np.ravel(ops[name].n)[0]), int(np.ravel(ops[name].k)[0])) == (n, k), name
+
+
+def test_groups_lie_inside_each_other() -> None:
+    groups = {
+        op.group: [int(each[0]) for each in group_of(op, place(8, 2))]
+        for op in layer().ops(place(8, 2))
+        if isinstance(op, Collective) and op.group.startswith("tp")
+    }
+    assert groups == {"tp_transposed": [2, 1], "tp_straight": [4, 2]}
+
+
+def test_the_residual_stream_is_split_by_the_factor_alone() -> None:
+    """Each of the other ranks keeps the same of it, where tensor parallelism alone keeps a part."""
+    kind = layer()
+    assert int(kind.boundary_bytes(place(8, 2))[0]) == 2048 * 4096 * 2 // 2
+    assert int(kind.boundary_bytes(place(8, 1))[0]) == 2048 * 4096 * 2 // 8
+
+
+def test_a_layout_is_priced_with_it() -> None:
+    plain = evaluate(read_request("llama-3.1-8b", "tpu-v5p-32:1", None, ASKED), LAYOUT)
+    found = evaluate(request_of(), LAYOUT)
+    assert found.prediction.step_time_s != plain.prediction.step_time_s
+    assert any("tensor_transpose 2" in note for note in found.prediction.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ({"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 1}, "without a pipeline"),
+        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1}, "without context"),
+        ({"tp": 8, "dp_shard": 2, "zero_stage": 3}, "without an fsdp axis"),
+        ({"tp": 1, "dp_shard": 16, "zero_stage": 1}, "does not divide tp"),
+    ],
+)
+def test_layouts_in_which_xla_does_something_else_are_refused(
+    layout: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        evaluate(request_of(), layout)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "reason"),
+    [
+        ("llama-3.1-8b", {"stack": "torchtitan"}, "has no tensor_transpose"),
+        ("mixtral-8x7b", {}, "has other layers"),
+        ("llama-3.1-8b", {"optimizer": "muon"}, "muon"),
+        ("llama-3.1-8b", {"tensor_transpose": 3}, "does not split over tensor_transpose 3"),
+    ],
+)
+def test_what_cannot_have_it_says_so(model: str, changes: dict[str, Any], reason: str) -> None:
+    node = "dgx-h100:2" if changes.get("stack") else "tpu-v5p-32:1"
+    with pytest.raises(InputError, match=reason):
+        evaluate(read_request(model, node, None, job(**changes)), LAYOUT)
