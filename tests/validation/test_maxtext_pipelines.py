@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cost_models.compute import memory_bound_bandwidth_bytes_per_s
+from cost_models.configs import price_configs
 from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import LayerKind, Shard
 from cost_models.memory import Activations, activation_bytes
+from cost_models.recompute import mode_rows
 from hardware_profiles.loader import load_stack
 from hardware_profiles.stack_words import EVERYTHING
-from planner.pipeline import read_request
+from planner.layouts import configs_of
+from planner.pipeline import evaluate, read_request
 from planner.recompute import named_policy
 
 FOUND = json.loads(
@@ -54,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, **NARROW,
     },
     "deepseek3-671b": {"model_type": "deepseek_v3", **LATENT},
-    "gemma3-12b": {"model_type": "gemma3_text", **NARROW},
+    "gemma3-12b": {"model_type": "gemma3_text", **NARROW, "head_dim": 256},
     "gpt3-6b": {
         "model_type": "gpt2", "n_embd": 3072, "n_head": 12, "n_layer": 4, "vocab_size": 1024,
         "n_positions": 2048, "activation_function": "gelu_new", "resid_pdrop": 0.0,
@@ -172,3 +176,23 @@ def test_without_a_policy_no_product_runs_again() -> None:
     heads = NARROW["num_attention_heads"] + NARROW["num_key_value_heads"]
     each = 2 * FOUND["stacked_tokens"] * NARROW["hidden_size"] * NARROW["head_dim"]
     assert again["qwen3-8b"] - again["llama3.1-8b"] == pytest.approx(heads * each, rel=0.05)
+
+
+def test_bytes_that_move_are_priced_as_the_compiler_counts_them() -> None:
+    """What is kept is written and read; a list reads the inputs of what it runs again. Release
+    0.1.0's compiled loop moves more: twice the difference."""
+    none, listed = (FOUND["compiled_0.2.0"][m] for m in ("none", "minimal_with_context"))
+    tokens = FOUND["compiled_tokens"]
+    counted = (none["bytes_accessed"] - listed["bytes_accessed"]) / tokens
+    asked = {
+        "stack": "maxtext-gpu",
+        "sequence_length": tokens,
+        "global_batch": 32,
+    }
+    request = read_request("llama-3.1-8b", "dgx-h100:1", None, asked)
+    layout = evaluate(request, {"pp": 4, "schedule": "gpipe", "recompute": "full"}).layout
+    priced = price_configs(request.workload, request.machine, configs_of(layout))
+    rows, table = mode_rows(priced.policies), priced.kinds[0][:, 0]
+    longer = table[rows[EVERYTHING].extra] - table[rows["minimal_with_context"].extra]
+    rate = memory_bound_bandwidth_bytes_per_s(request.machine.device)
+    assert longer * 1e-9 * rate / tokens == pytest.approx(counted, rel=0.15)
