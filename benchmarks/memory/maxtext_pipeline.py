@@ -212,7 +212,7 @@ def main() -> None:
     for name in (
         "grain", "grain.python", "tensorflow", "tensorboardX", "jaxtyping", "google.cloud", "PIL",
         "tiktoken", "tiktoken.load", "maxtext.common.checkpointing", "maxtext.layers.engram",
-        "tokamax._src.ops.ragged_dot", f"{splash}.splash_attention_kernel",
+        "tokamax._src.ops.ragged_dot", f"{splash}.splash_attention_kernel", "transformers",
         *(".".join(nested[: n + 1]) for n in range(len(nested))),
     ):  # fmt: skip
         module = MagicMock()
