@@ -68,6 +68,7 @@ STACKS: list[tuple[str, tuple[str, ...], int, dict[str, Any]]] = [
     ("gpt3-6b", ("none",), 1, {}),
 ]
 """Models, policies, repeats and options that are compiled."""
+AXES = {"tensor": "tp", "context": "cp", "expert": "ep", "fsdp": "fsdp"}
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
     "dataset_type": "synthetic", "skip_jax_distributed_system": True, "log_config": False,
@@ -194,6 +195,8 @@ def counted(
         "model": name, "policy": policy, "repeats": repeats, "tensors": len(kept),
         "bytes_per_token": tokens / length, "other_bytes": other,
     }  # fmt: skip
+    axes = {axis: f"ici_{name}_parallelism" for name, axis in AXES.items()}
+    result |= {axis: (more or {})[key] for axis, key in axes.items() if key in (more or {})}
     if topology:
         compiled = run(lambda: jax.jit(gradient).lower(*shapes).compile())
         costs = compiled.cost_analysis()
