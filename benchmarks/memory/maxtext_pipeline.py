@@ -168,7 +168,8 @@ def counted(
     import jax
     from jax.experimental import topologies
 
-    options = {**FIXED, "model_name": name, **CASES[name], "num_pipeline_repeats": repeats}
+    options = {**FIXED, "model_name": name, **CASES.get(name, {})}
+    options["num_pipeline_repeats"] = repeats
     # DeepSeek's first layers are dense and stay outside.
     options["base_num_decoder_layers"] = STAGES * repeats + name.startswith("deepseek")
     options |= more or {}
