@@ -39,6 +39,12 @@ def require_consistent(stack: StackSpec) -> None:
         raise ValueError(f"recompute: {OFFLOAD} needs layer_offload")
     if PARTITIONED in stack.recompute and "full" not in stack.recompute:
         raise ValueError(f"recompute: {PARTITIONED} needs full, which it is where tp is 1")
+    drives = None if stack.offload is None else stack.offload.drives
+    if drives is not None and drives.momentum_bytes and not stack.state.reduction_elements:
+        raise ValueError(
+            "offload.drives.momentum_bytes needs state.reduction_elements: buckets of gradients "
+            "swap the groups"
+        )
     one_stage = {"no_tied_embeddings_in_pipeline", "no_pipeline"} & {*stack.rules}
     if stack.layers.tied_ends == "one_unit" and not one_stage:
         raise ValueError(

@@ -35,7 +35,10 @@ def transpose_faults(request: Request) -> Iterator[InputError]:
             hint="leave tensor_transpose out, or mtp: false in the job",
         )
     elif model.hidden % ways:
-        yield InputError(f"the width {model.hidden} does not split over tensor_transpose {ways}")
+        yield InputError(
+            f"the width {model.hidden} does not split over tensor_transpose {ways}",
+            hint="a factor of tp that divides the width, such as 2",
+        )
     elif request.job.optimizer == "muon":
         yield InputError("tensor_transpose is not priced with muon, which takes whole matrices")
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from planner.models.spec import MoeSpec
+from planner.refute import better_layout
 from planner.request import Request
 from planner.search import Search, SearchResult
 from tests.oracle.brute import Answer, BruteForce, brute_force
@@ -55,6 +56,18 @@ def compare(
         error.add_note(f"seed {seed}")
         raise
     return Compared(seed, request, answer, result, search.alive)
+
+
+def agreed(seed: int, request: Request) -> Answer:
+    """Both answers for what was made of the instance, equal: nothing is faster, and the recheck
+    finds what is, where the claim is too slow."""
+    each = compare(seed, request=request)
+    assert not differences(each), seed
+    time = each.answer.time
+    if time is not None:
+        assert better_layout(request, time) is None, seed
+        assert better_layout(request, time + 1) is not None, seed
+    return each.answer
 
 
 def differences(each: Compared) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from cost_models.compute import roofline_time_s
 from cost_models.interconnect import collective_time_s
 from cost_models.optimizers import LocalTensor, newton_schulz_flops
+from hardware_profiles.stack_consistency import require_consistent
 from planner.errors import InputError
 from planner.pipeline import EvaluatedLayout, evaluate, plan, read_request
 from planner.request import Request
@@ -320,3 +321,10 @@ def test_one_rank_iterates_with_each_microbatch_too() -> None:
     iterations = float(roofline_time_s(node.device, "bf16", flops, np.zeros(1))[0])
     momentum = matrices * (8 / rate + 4 / node.host_link.si)
     assert each[1] - each[0] == pytest.approx(iterations + momentum, rel=1e-2)
+
+
+def test_groups_on_drives_need_buckets() -> None:
+    stack = request("deepspeed-nvme").stack
+    state = stack.state.model_copy(update={"reduction_elements": 0})
+    with pytest.raises(ValueError, match=r"momentum_bytes needs state\.reduction_elements"):
+        require_consistent(stack.model_copy(update={"state": state}))
