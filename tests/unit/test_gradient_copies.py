@@ -50,6 +50,9 @@ def copies(
         # Read 16 bits, read and write 32; in fp16 all three in 16 bits.
         ("megatron-deepspeed", "bf16", [0, 0, 0], [10, 10, 10]),
         ("megatron-deepspeed", "fp16", [0, 0, 0], [6, 6, 6]),
+        ("megatron-lm-2022-fp16", "fp16", [0, 0, 0], [6, 6, 6]),
+        ("megatron-lm-2021-fp16", "fp16", [0, 0, 0], [6, 6, 6]),
+        ("megatron-lm-2021", "fp16", [0, 0, 0], [10, 10, 10]),
         # 16 bits from buffer to tensor, 16 to 32 bits into the reduction's buffer.
         ("torchtitan", "bf16", [0, 4, 4], [0, 6, 10]),
         ("llm-foundry", "bf16", [0, 0, 0], [0, 8, 8]),

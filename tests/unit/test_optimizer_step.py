@@ -37,7 +37,8 @@ def moved(stack: str, precision: str) -> float:
     [
         ("megatron-lm-2022", "fp16", 8 + 8 + 4),  # unscaled, clipped, zeroed
         ("megatron-lm-2022", "bf16", 8 + 4),
-        ("megatron-lm-2021", "fp16", 6 + 8 + 8),  # copied, unscaled, clipped
+        ("megatron-lm-2022-fp16", "fp16", 6 + 8 + 8 + 2),  # copied, unscaled, clipped, zeroed
+        ("megatron-lm-2021-fp16", "fp16", 6 + 8 + 8),  # copied, unscaled, clipped
         ("megatron-deepspeed", "fp16", 0),
         ("megatron-core", "bf16", 8 + 4 + 4),  # clipped, zeroed, checked; one rank averages nothing
         ("nemo", "bf16", 8 + 4),  # clipped, zeroed
