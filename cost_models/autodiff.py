@@ -8,7 +8,7 @@ maxtext_pipeline.py``). So nothing runs again, and what is kept beyond the tenso
 and write anyway is written once by the forward and read once by the backward.
 
 Where a rank has several virtual stages, weights depend on the iteration, and each keeps what
-products read of them: their 16-bit copies.
+products read of them: a copy in 16 bits, in fp32 the repeat's own.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ IN_PIPELINES = f"recompute {EVERYTHING} is of layers in a pipeline, pp above 1"
 
 
 UNCOUNTED = (
-    f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16 without dropout for layers "
-    "of MaxText's models with SiLU or GELU, latent attention and mixtures among them"
+    f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16 and fp32 for layers of "
+    "MaxText's models with SiLU or GELU, latent attention and mixtures among them"
 )
 """Why it has no price for a model or a job."""
 

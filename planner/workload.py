@@ -116,7 +116,7 @@ def build_workload(
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
         quantiser=_quantiser(stack, job, device),
-        counts_residuals=EVERYTHING in stack.recompute and job.precision == "bf16",
+        counts_residuals=EVERYTHING in stack.recompute and job.precision in autodiff.COUNTED,
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -187,7 +187,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
     weights = latent_attention.as_split(block_weights(model, block), ctx)
     if ctx.gathers_heads:
         weights = tuple(replace(weight, kv_heads=0) for weight in weights)
-    kept = autodiff.counted(block, ctx) and ctx.counts_residuals
+    kept = autodiff.counted(block) and ctx.counts_residuals
     return LayerKind(
         name,
         weights,

@@ -5,6 +5,8 @@
     python benchmarks/memory/maxtext_pipeline.py                  # bytes, seconds a case
     python benchmarks/memory/maxtext_pipeline.py v5e:2x2          # and compiled; pip install libtpu
     python benchmarks/memory/maxtext_pipeline.py stacks           # other layers, compiled
+    python benchmarks/memory/maxtext_pipeline.py fp32             # in fp32, for GPUs: pip install
+        # --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
 
 in an environment of its own, without a device. MaxText's own decoder is differentiated with one
 layer on each of four stages; what the scan over iterations hands from forward to backward is
@@ -16,8 +18,11 @@ With a topology XLA compiles Llama's layer for it, ahead of time (attention is s
 ``dot_product``, whose scores are left out of what is printed): temporaries of a device, and the
 FLOPs and bytes that the compiler counts, loops' bodies once. ``stacks`` compiles the layers of
 :data:`STACKS` with release 0.2.0, narrow ones, some split over two devices: ``stacked`` is what one
-iteration puts on one device's stacks in the compiled loop, where copies of a tensor are one. What
-only reads data or reports is not imported: empty modules stand for it.
+iteration puts on one device's stacks in the compiled loop, where copies of a tensor are one.
+``fp32`` compiles those of :data:`IN_FP32` for four or eight H100s, ahead of time too, with
+attention as ``dot_product``: kernels of GPUs take 16 bits. Loops over repeats are compiled for
+processors there, as jaxlib 0.10.2 refuses them for GPUs. What only reads data or reports is not
+imported: empty modules stand for it.
 """
 
 from __future__ import annotations
@@ -66,8 +71,39 @@ STACKS: list[tuple[str, tuple[str, ...], int, dict[str, Any]]] = [
     ("deepseek3-671b", ("none",), 1, LATENT),
     ("gemma3-12b", ("none",), 1, NARROW),
     ("gpt3-6b", ("none",), 1, {}),
+    ("llama3.1-8b", ("none",), 1, {**NARROW, "dropout_rate": 0.1}),
+    ("gpt3-6b", ("none",), 1, {"dropout_rate": 0.1}),
 ]
 """Models, policies, repeats and options that are compiled."""
+ROWS = {**EXPERTS, "megablox": False}
+IN_FP32: list[tuple[str, int, dict[str, Any]]] = [
+    ("llama3.1-8b", 1, NARROW),
+    ("llama3.1-8b", 1, {**NARROW, "ici_tensor_parallelism": 2}),
+    ("llama3.1-8b", 1, {**NARROW, "ici_context_parallelism": 2}),
+    ("llama3.1-8b", 2, NARROW),
+    ("qwen3-8b", 1, NARROW),
+    ("mixtral-8x7b", 1, ROWS),
+    ("mixtral-8x7b", 1, {**ROWS, **TWO, "ici_expert_parallelism": 2}),
+    ("deepseek3-671b", 1, {**LATENT, "megablox": False}),
+    ("gemma3-12b", 1, NARROW),
+    ("gpt3-6b", 1, {}),
+    ("gpt3-6b", 1, {"dropout_rate": 0.1}),
+]
+"""The same without a policy; Megablox is for TPUs, ``ragged_dot`` stands for it."""
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA asks of a device that it compiles for."""
 AXES = {"tensor": "tp", "context": "cp", "expert": "ep", "fsdp": "fsdp"}
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
@@ -87,27 +123,30 @@ def differentiated(options: dict[str, Any], devices: Any) -> tuple[Any, Any, tup
 
     try:  # release 0.2.0
         from maxtext.configs import pyconfig
+        from maxtext.layers import quantizations
         from maxtext.models import models
         from maxtext.utils import maxtext_utils
     except ModuleNotFoundError:
         from MaxText import maxtext_utils, pyconfig
-        from MaxText.layers import models
+        from MaxText.layers import models, quantizations
 
     root = os.path.dirname(os.path.abspath(pyconfig.__file__))
     base = os.path.join(root.removesuffix("configs"), "configs", "base.yml")
     config = pyconfig.initialize(["", base, *(f"{k}={v}" for k, v in options.items())])
     mesh = Mesh(maxtext_utils.create_device_mesh(config, devices), config.mesh_axes)
-    model = models.transformer_as_linen(config, mesh, quant=None, model_mode="train")
+    quantised = quantizations.configure_quantization(config)
+    model = models.transformer_as_linen(config, mesh, quant=quantised, model_mode="train")
+    model = quantizations.maybe_quantize_model(model, config)
     shape = (config.micro_batch_size_to_train_on, config.max_target_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def start(key: Any) -> Any:
         ids = jnp.zeros(shape, jnp.int32)
         keys = {"params": key, "dropout": key, "aqt": key}
-        return model.init(keys, ids, ids, ids, enable_dropout=False)
+        return nn.unbox(model.init(keys, ids, ids, ids, enable_dropout=False))
 
     with mesh, nn.partitioning.axis_rules(config.logical_axis_rules):
-        weights = nn.unbox(jax.eval_shape(start, jax.random.PRNGKey(0)))
+        weights = jax.eval_shape(start, jax.random.PRNGKey(0))
 
     def placed(path: Any, weight: Any) -> Any:
         front = (None,) * (config.num_pipeline_repeats > 1)
@@ -115,10 +154,12 @@ def differentiated(options: dict[str, Any], devices: Any) -> tuple[Any, Any, tup
         spec = PartitionSpec(*front, "stage") if piped else PartitionSpec()
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=NamedSharding(mesh, spec))
 
+    drops = config.dropout_rate > 0
+
     def loss(weights: Any, ids: Any) -> Any:
         places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         out = model.apply(
-            weights, ids, places, jnp.ones_like(ids), enable_dropout=False,
+            weights, ids, places, jnp.ones_like(ids), enable_dropout=drops,
             rngs={"dropout": jax.random.PRNGKey(0), "params": jax.random.PRNGKey(1)},
             mutable=["intermediates"],
         )  # fmt: skip
@@ -130,6 +171,18 @@ def differentiated(options: dict[str, Any], devices: Any) -> tuple[Any, Any, tup
 
     weights = jax.tree_util.tree_map_with_path(placed, weights)
     return run, jax.grad(loss), (weights, tokens)
+
+
+def devices_of(topology: str) -> Any:
+    """Devices to compile for: ``v5e:2x2``, ``h100:4``, or this machine's processors."""
+    from jax.experimental import topologies
+
+    kind, _, count = topology.partition(":")
+    if kind == "h100":
+        return topologies.get_topology_desc(
+            topology, platform="cuda", target_config=H100, topology=f"1x1x{count}"
+        ).devices
+    return topologies.get_topology_desc(topology, platform="tpu").devices if count else None
 
 
 def handed_on(jaxpr: Any, iterations: int) -> list[Any]:
@@ -166,21 +219,20 @@ def counted(
 ) -> dict[str, Any]:
     """One case; ``more`` options of its own."""
     import jax
-    from jax.experimental import topologies
 
     options = {**FIXED, "model_name": name, **CASES.get(name, {})}
     options["num_pipeline_repeats"] = repeats
     # DeepSeek's first layers are dense and stay outside.
     options["base_num_decoder_layers"] = STAGES * repeats + name.startswith("deepseek")
+    on_tpus = topology.startswith("v")
+    options["attention"] = "flash" if on_tpus else "dot_product"
+    options["hardware"] = "tpu" if on_tpus else "gpu" if topology.startswith("h") else "cpu"
     options |= more or {}
-    options["attention"] = "flash" if topology else "dot_product"
-    options["hardware"] = "tpu" if topology else "cpu"
     options["set_remat_policy_on_pipeline_iterations"] = policy != "none"
     options["remat_policy"] = "full" if policy == "none" else policy
-    devices = None
     if topology:
         options["max_target_length"] = 2048 if more is None else 1024
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    devices = devices_of(topology)
     with contextlib.redirect_stdout(io.StringIO()):
         run, gradient, shapes = differentiated(options, devices)
         traced = run(lambda: jax.make_jaxpr(gradient)(*shapes))
@@ -197,12 +249,13 @@ def counted(
         "bytes_per_token": tokens / length, "other_bytes": other,
     }  # fmt: skip
     axes = {axis: f"ici_{name}_parallelism" for name, axis in AXES.items()}
+    axes |= {"dtype": "dtype", "dropout": "dropout_rate"}
     result |= {axis: (more or {})[key] for axis, key in axes.items() if key in (more or {})}
     if topology:
         compiled = run(lambda: jax.jit(gradient).lower(*shapes).compile())
-        costs = compiled.cost_analysis()
         result["temporaries"] = compiled.memory_analysis().temp_size_in_bytes
-        result |= {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
+        if costs := compiled.cost_analysis():  # no program for GPUs has them
+            result |= {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
         result["stacked"] = stacked(compiled.as_text(), STAGES * repeats + STAGES - 1)
     return result
 
@@ -210,7 +263,8 @@ def counted(
 def main() -> None:
     """Every case, a line each."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={STAGES}"
+    flags = f"--xla_force_host_platform_device_count={STAGES} --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = flags
     splash = "tokamax._src.ops.experimental.tpu.splash_attention"
     nested = splash.split(".")
     for name in (
@@ -228,6 +282,13 @@ def main() -> None:
             devices = "v5e:2x4" if any(key.startswith("ici_") for key in more) else "v5e:2x2"
             for policy in policies:
                 print(json.dumps(counted(name, policy, repeats, devices, more)), flush=True)
+        return
+    if topology == "fp32":
+        for name, repeats, more in IN_FP32:
+            devices = "h100:8" if any(key.startswith("ici_") for key in more) else "h100:4"
+            devices = "cpu" if repeats > 1 else devices
+            found = counted(name, "none", repeats, devices, {**more, "dtype": "float32"})
+            print(json.dumps(found), flush=True)
         return
     named = "minimal_with_context" if topology else "minimal"
     for name in ["llama3.1-8b"] if topology else CASES:

@@ -1,22 +1,31 @@
 """What JAX keeps of MaxText's layers for the backward where no policy says what runs again.
 
-Tensors that the derivatives of a layer's primitives need, in bf16, counted on MaxText 0.1.0 and
-0.2.0 with JAX 0.10.2 (``benchmarks/memory/maxtext_pipeline.py``; ``src/maxtext/layers`` of 0.2.0:
-normalizations.py, attention_op.py, attention_mla.py, embeddings.py, linears.py, moe.py):
+Tensors that the derivatives of a layer's primitives need, in bf16 or fp32, counted on MaxText
+0.1.0 and 0.2.0 with JAX 0.10.2 (``benchmarks/memory/maxtext_pipeline.py``; ``src/maxtext/layers``
+of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, linears.py, moe.py):
 
 - RMS norms: their input and its square's derivative in fp32, the normalised rows, their output for
-  each product that reads it, and two fp32 numbers of a row; GPT-3's layer norm works in 16 bits.
+  each product that reads it, and two fp32 numbers of a row; GPT-3's layer norm works in the
+  precision of the activations.
 - Attention: queries, keys and values as the kernel reads them, its output before and behind the
   transposition, and the softmax's statistics; sines and cosines of each token. Under context
   parallelism keys and values of all ranks, where they are gathered.
+- Attention without a kernel (``dot_product``, in fp32): the mask, the masked scores (for the
+  maximum's derivative) and their exponentials ahead of a reshape and behind it, of all keys; three
+  numbers of a row; the output ahead of the division by the sum and behind it. Keys and values are
+  gathered again.
+- Dropout: nothing. Layers of a pipeline are applied without keys (``layers/pipeline.py``,
+  ``func_to_vmap``), so 0.2.0 draws masks once, of the width alone (``broadcast_dims``), and 0.1.0
+  fails.
 - Feed-forwards: both products' outputs, the derivative of the activation by parts, and its output.
 - Mixtures: the same of every row that the experts have room for, the rows in the experts' order,
   their outputs in fp32 where they are weighed, and who goes where.
 
 The compiler makes one of copies that differ by where they were constrained to lie: a normalised
-input that queries and keys name apart (0.2.0) adds nothing to what XLA for TPUs allocates. No
-compiler for GPUs was asked: cuDNN's attention transposes nothing, so a copy of its output may be
-too many there, 3 % at most. Nor were layers that share a stage: they may share sines and cosines.
+input that queries and keys name apart (0.2.0) adds nothing to what XLA for TPUs allocates, nor for
+GPUs in fp32. In bf16 no compiler for GPUs was asked: cuDNN's attention transposes nothing, so a
+copy of its output may be too many there, 3 % at most. Nor were layers that share a stage: they may
+share sines and cosines.
 """
 
 from __future__ import annotations
@@ -38,6 +47,8 @@ from planner.models.spec import (
     MoeSpec,
 )
 
+COUNTED = ("bf16", "fp32")
+"""Precisions of a job in which it was counted."""
 _FP32 = 4
 _SILU, _GELU = ("silu",), ("gelu", "gelu_new", "gelu_pytorch_tanh")
 _INNER = {(True, _SILU): 6, (True, _GELU): 8, (False, _GELU): 6}
@@ -46,11 +57,10 @@ make, what the last one reads, and between them the sigmoid, the two products of
 of SiLU's output (``jax.nn.silu``), or what ``jax.nn.gelu`` keeps of its polynomial and tanh."""
 
 
-def counted(block: BlockSpec, ctx: BlockContext) -> bool:
-    """Whether what is kept of such a block is known: bf16, no dropout, fused attention, and parts
-    of which a layer of MaxText was asked."""
-    plain = ctx.element_bytes == 2 and not ctx.dropout and ctx.attention_kernel != "unfused"
-    return plain and not block.parallel and all(_known(part) for part in parts(block))
+def counted(block: BlockSpec) -> bool:
+    """Whether what is kept of such a block is known: parts of which a layer of MaxText was
+    asked."""
+    return not block.parallel and all(_known(part) for part in parts(block))
 
 
 def _known(part: Mixer | FeedForward) -> bool:
@@ -90,8 +100,8 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
             case LatentAttentionSpec():
                 total = total + _latent_attention(part, ctx, shard)
             case MlpSpec():
-                inner = _inner(part.activation, gated=part.gated)
-                total = total + inner * shard.tokens * (part.intermediate // shard.tp) * 2
+                inner = _inner(part.activation, gated=part.gated) * ctx.element_bytes
+                total = total + inner * shard.tokens * (part.intermediate // shard.tp)
             case MoeSpec():
                 total = total + _mixture(part, ctx, shard)
     return total
@@ -99,25 +109,33 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
 
 def _norm(elements: Int64, rows: Int64, ctx: BlockContext, *, read: bool) -> Int64:
     """``read``: whether a product keeps the output."""
+    size = ctx.element_bytes
     if ctx.norm_statistics == 2:
-        return (3 + read) * 2 * elements + 2 * 2 * rows
-    return (2 * _FP32 + 2 + 2 * read) * elements + 2 * _FP32 * rows
+        return (3 + read) * size * elements + 2 * size * rows
+    return (2 * _FP32 + size + size * read) * elements + 2 * _FP32 * rows
 
 
-def _core(queries: Int64, keys: Int64, output: Int64, heads: Int64, shard: Shard) -> Int64:
+def _core(
+    queries: Int64, keys: Int64, output: Int64, heads: Int64, ctx: BlockContext, shard: Shard
+) -> Int64:
     """The kernel's, where ``queries``, ``keys`` with values and ``output`` are elements of this
     rank."""
-    return 2 * (queries + keys * shard.cp_gather + 2 * output) + _FP32 * heads * shard.tokens
+    size = ctx.element_bytes
+    if ctx.attention_kernel == "unfused":
+        scores = (3 * size + 1) * shard.sequence
+        return size * (queries + keys + 2 * output) + (scores + 3 * size) * heads * shard.tokens
+    gathered = size * (queries + keys * shard.cp_gather + 2 * output)
+    return gathered + _FP32 * heads * shard.tokens
 
 
 def _attention(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     x, heads = shard.tokens, spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     queries, keys = heads * spec.head_dim * x, kv * spec.head_dim * x
-    kept = _core(queries, 2 * keys, queries, heads, shard)
+    kept = _core(queries, 2 * keys, queries, heads, ctx, shard)
     if ctx.rotary and spec.rotary:
         # Sines and cosines, which queries and keys share.
-        kept = kept + 2 * 2 * spec.head_dim * x
+        kept = kept + 2 * ctx.element_bytes * spec.head_dim * x
     if spec.qk_norm == "per_head":
         kept = kept + _norm(queries + keys, (heads + kv) * x, ctx, read=False)
     return kept
@@ -126,7 +144,7 @@ def _attention(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
 def _latent_attention(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     x, heads = shard.tokens, spec.heads // shard.tp
     qk, output = spec.qk_nope_head_dim + spec.qk_rope_head_dim, heads * spec.v_head_dim * x
-    kept = _core(heads * qk * x, heads * qk * x + output, output, heads, shard)
+    kept = _core(heads * qk * x, heads * qk * x + output, output, heads, ctx, shard)
     rows = shard.residual_tokens
     for rank in (spec.q_lora_rank, spec.kv_lora_rank):
         if rank is not None:
@@ -136,23 +154,23 @@ def _latent_attention(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard
 
 
 def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
-    x, width = shard.tokens, spec.intermediate // shard.etp
+    x, width, size = shard.tokens, spec.intermediate // shard.etp, ctx.element_bytes
     held = moe.held_rows(spec, ctx, shard)
     weighed = shard.residual_tokens * spec.top_k * ctx.hidden
     masked = np.zeros_like(held)
     if ctx.moe_dispatcher == "allgather":
         # Rows of other ranks' experts are masked ahead of the experts and behind them.
         weighed = np.where(shard.ep > 1, held // shard.etp * ctx.hidden, weighed)
-        masked = np.where(shard.ep > 1, 2 * held * ctx.hidden, 0)
-    inner = _inner(spec.activation, gated=True)
-    kept = (2 * ctx.hidden + inner * 2 * width) * held + _FP32 * weighed + masked
+        masked = np.where(shard.ep > 1, size * held * ctx.hidden, 0)
+    inner = _inner(spec.activation, gated=True) * size
+    kept = (size * ctx.hidden + inner * width) * held + _FP32 * weighed + masked
     # Of a choice its expert, score and weight, and where its row goes and comes from; of a token
     # the softmax's maximum and sum, or what sigmoids become.
     kept = kept + (5 * _FP32 * spec.top_k + 2 * _FP32) * x
     # Rows that arrive are sorted by expert once more.
     kept = kept + np.where(shard.ep > 1, 2 * _FP32 * held, 0)
     if ctx.sigmoid_router:
-        kept = kept + 2 * spec.experts * x
+        kept = kept + size * spec.experts * x
     if spec.shared_intermediate:
-        kept = kept + inner * x * (spec.shared_intermediate // shard.tp) * 2
+        kept = kept + inner * x * (spec.shared_intermediate // shard.tp)
     return kept

@@ -77,7 +77,7 @@ class Prices:
     stay: bool = False
     """Whether passes on padding keep what others do."""
     casts: tuple[int, ...] = ()
-    """Per layer, 16-bit weights that a pass keeps on ranks of several virtual stages where all that
+    """Per layer, weights that a pass keeps on ranks of several virtual stages where all that
     autodiff saves stays."""
     chunks: dict[tuple[object, ...], Chunk] = field(default_factory=dict)
 
@@ -174,7 +174,7 @@ def _casts(request: Request, tables: PricedConfigs, index: int) -> tuple[int, ..
     """By layer, in the arithmetic's bytes: matrices and vectors over what splits them."""
     x = tables.configs
     tp, ep, etp = (int(column[index]) for column in (x.tp, x.ep, x.etp))
-    found = {}
+    found, size = {}, 4 if request.job.precision == "fp32" else 2
     for name in tables.kind_names:
         total = 0
         for weight in request.workload.kinds[name].weights:
@@ -182,6 +182,6 @@ def _casts(request: Request, tables: PricedConfigs, index: int) -> tuple[int, ..
             split = ways.get(weight.sharding, 1)
             if weight.kv_heads:
                 split = min(tp, weight.kv_heads)
-            total += 2 * weight.elements // split
+            total += size * weight.elements // split
         found[name] = total
     return tuple(found[name] for name in request.workload.layers)

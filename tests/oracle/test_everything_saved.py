@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from hardware_profiles.stack_words import EVERYTHING
+from planner.blocks.autodiff import COUNTED
 from planner.refute import better_layout
 from planner.request import Request
 from tests.oracle.amount import of
@@ -24,15 +25,15 @@ SEEDS = range(8000, 8000 + of(40, 24))
 
 @lru_cache(maxsize=256)
 def piped(seed: int) -> Request | None:
-    """The instance of a seed in bf16 without dropout, in a pipeline whose layers have no policy or,
-    every third time, any; None where it has no such layout."""
+    """The instance of a seed in bf16 or fp32, in a pipeline whose layers have no policy or, every
+    third time, any; None where it has no such layout."""
     try:
         request = draw(seed, "maxtext-gpu")
     except ValueError:
         return None  # no figures of the stack's attention kernel on this device
     rng = Random(f"everything {seed}")
     stages = [n for n in range(2, request.devices + 1) if request.devices % n == 0]
-    if request.unsupported is not None or not stages or len(request.workload.layers) < 2:
+    if not stages or len(request.workload.layers) < 2:
         return None
     limits = request.job.constraints.model_copy(
         update={
@@ -42,10 +43,12 @@ def piped(seed: int) -> Request | None:
     )  # fmt: skip
     changes = {
         "constraints": limits, "global_batch": request.devices * rng.choice((1, 2)),
-        "precision": "bf16", "dropout": False, "allow_recompute": True,
+        "precision": rng.choice(COUNTED), "dropout": rng.random() < 0.5, "allow_recompute": True,
     }  # fmt: skip
     job = request.job.model_copy(update=changes)
     request = replace(request, job=job)
+    if request.unsupported is not None:
+        return None
     layouts = list(every_layout(request)) if request.workload.policies else []
     if not layouts or len(layouts) > 60:
         return None
@@ -69,9 +72,13 @@ def test_the_planner_finds_the_best_pipeline_without_a_policy() -> None:
             found["mode"] += 1
             found["chunks"] += x.vpp > 1
             found["outside"] += x.outside > 0
+            found[request.job.precision] += 1
+            found["dropout"] += bool(request.job.dropout)
     assert found["mode"] > 2
     assert found["chunks"]
     assert found["outside"]
+    assert found["dropout"]
+    assert all(found[precision] for precision in COUNTED)
 
 
 @pytest.mark.parametrize("seed", SEEDS[:6])

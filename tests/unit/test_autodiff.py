@@ -64,14 +64,17 @@ def kept(request: Request, mode: str = EVERYTHING, **more: Any) -> tuple[int, in
     return leaf.kinds[0][row], leaf.outside.kinds[0][row] if leaf.outside else 0
 
 
-def test_each_pass_keeps_the_weights_in_16_bits_where_a_rank_has_several_stages() -> None:
-    asked = request()
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4)])
+def test_each_pass_keeps_the_weights_that_it_reads_where_a_rank_has_several_stages(
+    precision: str, size: int
+) -> None:
+    asked = request(precision=precision)
     (kind,) = asked.workload.kinds.values()
     once, _ = kept(asked)
     again, _ = kept(asked, vpp=2, schedule="looped_bfs")
-    assert again - once == 2 * sum(weight.elements for weight in kind.weights)
-    listed = kept(asked, "minimal")
-    assert listed == kept(asked, "minimal", vpp=2, schedule="looped_bfs")
+    assert again - once == size * sum(weight.elements for weight in kind.weights)
+    listed = kept(asked, "minimal_with_context")
+    assert listed == kept(asked, "minimal_with_context", vpp=2, schedule="looped_bfs")
 
 
 def test_layers_outside_have_a_policy() -> None:
@@ -98,17 +101,18 @@ def test_outside_of_a_pipeline_no_layout_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "job"),
-    [
-        ("gpt-oss-20b", {}), ("llama-3.1-8b", {"precision": "fp32"}),
-        ("gpt-3-175b", {"dropout": True}),
-    ],
-)  # fmt: skip
+    ("model", "job"), [("gpt-oss-20b", {}), ("llama-3.1-8b", {"precision": "fp8"})]
+)
 def test_what_was_not_counted_has_no_price(model: str, job: dict[str, Any]) -> None:
     asked = request(model, **job)
     assert EVERYTHING not in [policy.name for policy in asked.workload.policies]
-    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16"):
+    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16 and fp32"):
         evaluate(asked, layout())
+
+
+def test_masks_of_dropout_are_drawn_once() -> None:
+    """Passes of a pipeline have no keys of their own, so none keeps a mask."""
+    assert kept(request("gpt-3-175b", dropout=True)) == kept(request("gpt-3-175b", dropout=False))
 
 
 def test_only_maxtext_s_stacks_have_it() -> None:

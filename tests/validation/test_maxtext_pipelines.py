@@ -30,8 +30,11 @@ COUNTED: dict[tuple[str, str, int], dict[str, Any]] = {
     (row["model"], row["policy"], row["repeats"]): row for row in FOUND["counted"]
 }
 TOKENS = FOUND["tokens"]
-STACKED: list[dict[str, Any]] = [row for row in FOUND["stacked"] if row["policy"] == "none"]
-DEGREES = {"tp", "cp", "ep", "fsdp"}
+STACKED: list[dict[str, Any]] = [
+    row for row in (*FOUND["stacked"], *FOUND["stacked_fp32"]) if row["policy"] == "none"
+]
+CHANGES = {"tp", "cp", "ep", "fsdp", "dropout"}
+FIGURES = {"policy", "stacked", "temporaries", "flops", "bytes_accessed"}
 SAME = {
     "llama3.1-8b": "llama-3.1-8b", "qwen3-8b": "qwen3-8b", "gpt3-175b": "gpt-3-175b",
     "mixtral-8x7b": "mixtral-8x7b", "qwen3-30b-a3b": "qwen3-30b-a3b",
@@ -68,13 +71,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """The layers that were compiled, as ``maxtext_pipeline.py`` narrows them."""
 
 
-def narrow_layer(model: str, folder: Path) -> LayerKind:
+def narrow_layer(row: dict[str, Any], folder: Path) -> LayerKind:
     """The layer of a pipeline, on :data:`CONFIGS`: DeepSeek's dense ones are outside."""
-    path = folder / f"{model}.json"
-    path.write_text(json.dumps(CONFIGS[model]), encoding="utf-8")
+    path = folder / f"{row['model']}.json"
+    path.write_text(json.dumps(CONFIGS[row["model"]]), encoding="utf-8")
     asked = {
         "stack": "maxtext-gpu", "sequence_length": FOUND["stacked_tokens"], "global_batch": 8,
-        "dropout": False, "mtp": False,
+        "precision": "fp32" if "dtype" in row else "bf16", "dropout": "dropout" in row,
+        "mtp": False,
     }  # fmt: skip
     return [*read_request(str(path), "dgx-h100:1", None, asked).workload.kinds.values()][-1]
 
@@ -94,16 +98,21 @@ def kept_without_a_policy(kind: LayerKind, shard: Shard) -> int:
     return int(activation_bytes(kind, shard, policy)[0][0])
 
 
-@pytest.mark.parametrize("row", STACKED, ids=lambda row: "-".join(map(str, [*row.values()][:-4])))
+@pytest.mark.parametrize(
+    "row", STACKED, ids=lambda row: "-".join(str(row[key]) for key in row if key not in FIGURES)
+)
 def test_everything_is_what_the_compiled_loop_stacks(row: dict[str, Any], tmp_path: Path) -> None:
-    """But for segment ids and some numbers of a token's routing, and Llama 3.1's sines and cosines,
-    which are kept in fp32: 512 bytes more of a token."""
-    kind, shard = narrow_layer(row["model"], tmp_path), split_over(row)
+    """But for segment ids and some numbers of a token's routing, and Llama 3.1's sines and cosines:
+    kept in fp32, 512 bytes more of a token, by bf16's, and twice, 1,024 bytes more, in loops for
+    processors, which fp32's with repeats are."""
+    kind, shard = narrow_layer(row, tmp_path), split_over(row)
     kept = kept_without_a_policy(kind, shard)
     if row["repeats"] > 1:
         kept += int(sum(Activations(kind, shard).weights)[0])
     tokens = FOUND["stacked_tokens"] // row.get("cp", 1)
-    rotary = 512 * tokens * (row["model"] == "llama3.1-8b")
+    rotary = 0
+    if row["model"] == "llama3.1-8b":
+        rotary = (1024 * (row["repeats"] - 1) if "dtype" in row else 512) * tokens
     assert abs(row["stacked"] - kept - rotary) <= 16 * FOUND["stacked_tokens"]
 
 
@@ -167,7 +176,7 @@ def test_the_compiler_keeps_it_and_spares_no_products() -> None:
 
 def test_without_a_policy_no_product_runs_again() -> None:
     """A list of outputs runs those products again whose results norms read: queries and keys."""
-    rows = {(r["model"], r["policy"]): r for r in FOUND["stacked"] if not r.keys() & DEGREES}
+    rows = {(r["model"], r["policy"]): r for r in FOUND["stacked"] if not r.keys() & CHANGES}
     again = {
         model: rows[model, "minimal_with_context"]["flops"] - rows[model, "none"]["flops"]
         for model in ("llama3.1-8b", "qwen3-8b")
