@@ -133,6 +133,10 @@ def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
             return np.full_like(shard.tp, shard.transposed), np.ones_like(shard.tp)
         case "tp_straight":
             return shard.straight, np.full_like(shard.tp, shard.transposed)
+        case "tp_shards":
+            return shard.shards, shard.tp * shard.cp
+        case "tp_and_shards":
+            return shard.shards * shard.tp, np.ones_like(shard.tp)
         case "cp":
             return shard.cp, shard.tp
         case "cp_exchange":
@@ -199,4 +203,6 @@ def _collective_time(
     if kind == "ring":
         hop = interconnect.send_recv_time_s(fabric, payload, stride=stride, size=size)
         return hop * (size - 1)
+    if kind == "permute":
+        return interconnect.send_recv_time_s(fabric, payload, stride=stride, size=size)
     return interconnect.collective_time_s(fabric, kind, payload, size=size, stride=stride)

@@ -18,10 +18,11 @@ from cost_models.data_parallel import gathered_ahead, price_kind
 from cost_models.data_traffic import DataParallel, reduces_each
 from cost_models.distinct import (
     Distinct,
+    beside_columns,
     distinct_of,
     has_experts,
+    shard_from,
     take_shard,
-    vocabulary_ranks,
 )
 from cost_models.fragments import add_lookups
 from cost_models.given_order import GivenOrder
@@ -228,18 +229,8 @@ def _row(column: Int64, schedule: Schedule) -> Row:
 
 def shard_of(workload: WorkloadGraph, configs: Configs) -> Shard:
     """The shard of every configuration."""
-    return Shard(
-        sequence=workload.sequence,
-        microbatch=configs.microbatch,
-        tp=configs.tp,
-        cp=configs.cp,
-        ep=configs.ep,
-        etp=configs.etp,
-        sequence_parallel=configs.sequence_parallel,
-        cp_kind=configs.cp_kind,
-        vocabulary=vocabulary_ranks(workload, configs.tp, configs.pp),
-        transposed=workload.transposed,
-    )
+    columns = [*configs.shard_columns(), *beside_columns(workload, configs), configs.pp]
+    return shard_from(workload, columns)
 
 
 def price_configs(

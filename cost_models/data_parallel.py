@@ -50,6 +50,7 @@ from cost_models.host_outputs import move_outputs
 from cost_models.layer_times import NS, LayerTimes, to_ns
 from cost_models.layout import OVER_PIPELINE, SPLIT_BACKWARD, RecomputePolicy
 from cost_models.partitioned import gather_parts
+from cost_models.placed import Placed, placed, without
 from cost_models.recompute import move_checkpoints, row_count, write_modes
 from cost_models.repeat import Real
 from cost_models.split_backward import late_gradient_bytes, write_halves
@@ -95,7 +96,8 @@ def price_kind(
     ):
         pieces = gathered_pieces(kind, stack.layers, experts=experts)
         sent = gathered_bytes(kind, shard, rules, vocab_divisor, experts=experts)
-        part = _data_parallel_times(elements, mesh, data, machine, pieces, sent)
+        apart = None if experts else placed(kind, shard, vocab_divisor)
+        part = _data_parallel_times(elements, mesh, data, machine, pieces, sent, apart)
         if machine.sums_whole:
             more = orthogonalise.exchanges(
                 kind, shard, data, machine, vocab_divisor, experts=experts
@@ -264,7 +266,7 @@ def layer_state(
                 drop_tied=drop_tied,
             )
         )
-    return parts[0] + parts[1]
+    return without(parts[0] + parts[1], placed(kind, shard, vocab_divisor), machine.rules)
 
 
 def _meshes(shard: Shard, data: DataParallel, machine: Machine) -> tuple[Mesh, Mesh]:
@@ -285,7 +287,7 @@ def _window(times: LayerTimes, phase: str, fabric: Fabric, size: Int64, stride: 
 
 def _data_parallel_times(
     elements: Int64, mesh: Mesh, data: DataParallel, machine: Machine, pieces: Pieces,
-    gathered: GatheredBytes,
+    gathered: GatheredBytes, apart: Placed | None,
 ) -> dict[str, Real]:  # fmt: skip
     """Seconds for the gradients of ``elements`` parameters (``reduce``; ``replicas`` where the last
     microbatch alone sums them over replicas) and to gather the weights for the forward
@@ -295,7 +297,7 @@ def _data_parallel_times(
     wire = Wire(
         machine.stack.layers, machine.fabric.devices_per_node, whole_sums=machine.sums_whole
     )
-    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire)
+    found = calls(elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire, apart)
     late = machine.stack.replica_reduction == "step"
     gradients = [call for call in found if call.role == "gradient"]
     weights = [call for call in found if call.role == "parameter"]
@@ -307,7 +309,7 @@ def _data_parallel_times(
     }
     kept = backward_mesh(mesh, data)
     if kept is not mesh:
-        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered, wire)
+        again = calls(elements, kept, data.zero_stage, machine.rules, pieces, gathered, wire, apart)
         parts["again"] = [
             call for call in again if call.role == "parameter" and not call.over_replicas
         ]

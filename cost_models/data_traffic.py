@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cost_models.graph import Bools, Int64, LayerKind, Shard
 from cost_models.interconnect import CollectiveKind
 from cost_models.lanes import replica_stride
+from cost_models.placed import Placed
 from cost_models.state import (
     frozen_per_64,
     is_expert,
@@ -231,7 +232,7 @@ def backward_mesh(mesh: Mesh, data: DataParallel) -> Mesh:
 
 def calls(
     elements: Int64, mesh: Mesh, zero_stage: Int64, rules: StateRules, pieces: Pieces,
-    gathered: GatheredBytes, wire: Wire,
+    gathered: GatheredBytes, wire: Wire, apart: Placed | None = None,
 ) -> tuple[DataCall, ...]:  # fmt: skip
     """Reductions and gathers of ``elements`` parameters held on a device before sharding.
 
@@ -242,9 +243,13 @@ def calls(
     of weights in so many ``pieces``; where the state is split over replicas, an all-gather of the
     updated shard over those. Quantised gradients are exchanged instead, inside nodes and
     across (DeepSpeed, runtime/comm/coalesced_collectives.py, ``all_to_all_quant_reduce``).
+    ``apart``: of dense weights, what the layer's own calls bring together.
     """
-    gradient = elements * float(rules.gradient_bytes)
+    gradient = each = elements * float(rules.gradient_bytes)
     weights = elements * float(rules.gather_bytes) - gathered.narrower
+    if apart is not None:
+        gradient = gradient - apart.gradients * float(rules.gradient_bytes)
+        weights = weights - apart.weights * float(rules.gather_bytes)
     sharded = zero_stage > 0
     whole = (zero_stage < 3) & (wire.layers.gradient_sums == "whole") | ~sharded
     whole |= (zero_stage < 2) & (wire.layers.gradient_sums == "whole_below_2")
@@ -264,7 +269,7 @@ def calls(
         *exchanges,
         *crossings,
         DataCall(
-            "gradient", "all_reduce", gradient / mesh.ways, mesh.replicas, mesh.replica_stride,
+            "gradient", "all_reduce", each / mesh.ways, mesh.replicas, mesh.replica_stride,
             ~whole & some, over_replicas=True,
         ),
         *(

@@ -51,8 +51,8 @@ def distinct_of(workload: WorkloadGraph, configs: Configs, *, experts: bool) -> 
     columns = configs.shard_columns()
     if not experts:
         columns[4] = columns[5] = np.ones_like(configs.pp)
-    keys, shard_of = unique_rows([*columns, shared])
-    shards = _shard_from_keys(workload, keys)
+    keys, shard_of = unique_rows([*columns, *beside_columns(workload, configs), shared])
+    shards = shard_from(workload, keys)
     pairs, pair_of = unique_rows([shard_of, *configs.data_columns()])
     data = DataParallel(*pairs[1:])
     (used, pipelined), timed = unique_rows([pairs[0], np.minimum(data.pp, 2)])
@@ -70,12 +70,23 @@ def vocabulary_ranks(workload: WorkloadGraph, tp: Int64, pp: Int64) -> Int64 | N
     return tp * pp if workload.vocabulary_over_pipeline else None
 
 
-def _shard_from_keys(workload: WorkloadGraph, keys: list[Int64]) -> Shard:
-    microbatch, tp, cp, cp_kind, ep, etp, sp, stages = keys
+def beside_columns(workload: WorkloadGraph, configs: Configs) -> list[Int64]:
+    """What a layer depends on beside its mesh where it decides calls: the ranks that split weights,
+    and whether there is a pipeline."""
+    if workload.transposed == 1:
+        return []
+    fsdp = np.where(configs.zero_stage > 1, configs.dp_shard, 1)
+    return [fsdp, (configs.pp > 1).astype(np.int64)]
+
+
+def shard_from(workload: WorkloadGraph, columns: list[Int64]) -> Shard:
+    """Shards from their columns, the last one the stages that share the vocabulary."""
+    microbatch, tp, cp, cp_kind, ep, etp, sp, *beside, stages = columns
     return Shard(
         sequence=workload.sequence, microbatch=microbatch, tp=tp, cp=cp, ep=ep, etp=etp,
         sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
         vocabulary=vocabulary_ranks(workload, tp, stages), transposed=workload.transposed,
+        fsdp=beside[0] if beside else None, piped=beside[1] > 0 if beside else None,
     )  # fmt: skip
 
 
@@ -92,4 +103,6 @@ def take_shard(shard: Shard, index: Int64) -> Shard:
         cp_kind=shard.cp_kind[index],
         vocabulary=None if shard.vocabulary is None else shard.vocabulary[index],
         transposed=shard.transposed,
+        fsdp=None if shard.fsdp is None else shard.fsdp[index],
+        piped=None if shard.piped is None else shard.piped[index],
     )

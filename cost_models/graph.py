@@ -85,6 +85,25 @@ class Shard:
     transposed: int = 1
     """Of tp, a factor that splits the residual stream and feed-forwards' matrices along its width;
     the rest splits what these are wide inside (``planner.blocks.transposed``)."""
+    fsdp: Int64 | None = None
+    """Ranks that split weights beside ``transposed`` (ZeRO stage 3); None: nothing is transposed,
+    or none do."""
+
+    piped: Bools | None = None
+    """Where there is a pipeline; None as that of ``fsdp``."""
+
+    @property
+    def shards(self) -> Int64:
+        """Ranks of an fsdp axis that a layer's own calls go over."""
+        return np.ones_like(self.tp) if self.fsdp is None else self.fsdp
+
+    @property
+    def beside(self) -> Bools:
+        """Where an fsdp axis splits the dimension too that ``transposed`` splits, or a pipeline's
+        loop is around a layer: XLA then splits the residual stream over all of tp."""
+        piped = False if self.piped is None else self.piped & (self.straight > 1)
+        result: Bools = (self.shards > 1) | piped
+        return result
 
     @property
     def straight(self) -> Int64:
@@ -105,7 +124,7 @@ class Shard:
     def sp(self) -> Int64:
         """By how much the residual stream is split over tp."""
         if self.transposed > 1:
-            return np.full_like(self.tp, self.transposed)
+            return np.where(self.beside, self.tp, self.transposed)
         return np.where(self.sequence_parallel, self.tp, 1)
 
     @property

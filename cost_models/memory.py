@@ -188,7 +188,7 @@ def _outputs(
             for piece in pieces(op, ops):
                 ways = shard.sp if piece.name in REDUCED and isinstance(op, MatMul) else 1
                 if piece.name == "mlp_out" and shard.transposed > 1:
-                    ways = 1  # the product makes a part of the width
+                    ways = shard.sp // shard.transposed  # the product makes a part of the width
                 size = _product_elements(op) * element_bytes
                 add(piece.name, size * piece.width / (piece.whole * ways))
         if isinstance(op, MatMul):

@@ -32,9 +32,11 @@ NAMED: dict[str, tuple[OutputKind, ...]] = {
     "rope": ("query", "key"), "q_up": ("query",), "kv_up": ("key", "value"),
     "proj": ("out_proj",), "proj.scatter": ("out_proj",), "proj.reduce": ("out_proj",),
     "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"], "fc1.sum": PARTS["mlp_in"],
+    "fc1.scatter": PARTS["mlp_in"],
     "shared_fc1": PARTS["mlp_in"], "shared_fc1.gather": PARTS["mlp_in"],
     "expert_fc1": PARTS["mlp_in"],
     "fc2": ("mlp_out",), "fc2.scatter": ("mlp_out",), "fc2.reduce": ("mlp_out",),
+    "fc2.gather": ("mlp_out",), "fc2.permute": ("mlp_out",),
     "shared_fc2": ("mlp_out",), "shared_fc2.scatter": ("mlp_out",),
     "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",), "router": ("router",),
 }  # fmt: skip
@@ -44,6 +46,11 @@ LATENTS: dict[OutputKind, str] = {"mla_q": "q_up", "mla_kv": "kv_up"}
 NORM_WRITES = 0.5
 """Of a norm, what a kept output spares: writing it. Its own backward needs its statistics again,
 which read all of its input, so the products before it run again."""
+ONCE = frozenset(
+    {"fc1.order", "fc2.order", "fc1.weights", "fc2.weights", "fc1.permute", "fc1.samples"}
+)
+"""Calls that bring weights, or a product's input, to where the backward uses them too: it makes
+them once, whether the product runs again or not (``planner.blocks.transposed_fsdp``)."""
 REDUCED: frozenset[OutputKind] = frozenset({"out_proj", "mlp_out"})
 """Named behind their reduction, so scattered under sequence parallelism."""
 LAYER_INPUT: OutputKind = "layer_input"
@@ -115,6 +122,8 @@ def spared(op: Op, ops: tuple[Op, ...]) -> tuple[tuple[frozenset[OutputKind], Re
 
     Queries and keys are named behind their own norm, whose backward needs what the product made.
     """
+    if op.name in ONCE:
+        return ((frozenset(), 1.0),)
     if isinstance(op, Collective):
         named = NAMED.get(op.name, ())
         product = next((o for o in ops if o.name == op.name.split(".")[0]), op)

@@ -26,13 +26,17 @@ Ints: TypeAlias = NDArray[np.integer[Any]] | int
 Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
 Group = Literal[
-    "tp", "tp_transposed", "tp_straight", "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"
+    "tp", "tp_transposed", "tp_straight", "tp_shards", "tp_and_shards",
+    "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"
 ]  # fmt: skip
 """``tp_transposed`` are those of tp's ranks that split a feed-forward's matrices along the residual
-stream's width, ``tp_straight`` those that split its own (``planner.blocks.transposed``).
+stream's width, ``tp_straight`` those that split its own (``planner.blocks.transposed``);
+``tp_shards`` the fsdp ranks beside them, ``tp_and_shards`` these with all of tp.
 ``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
 keys and values round: two levels of groups under ``a2a_p2p``, else one of them is all of cp."""
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
+CollectiveKind = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring", "permute"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ class MatMul:
     """Whether its weight is not trained: the backward has no weight gradient."""
     quantised: Quantised | None = None
     """How a low-precision one gets its operands; None: each whole, by a kernel of its own."""
+    alike: tuple[Ints, Ints, Ints] = (1, 1, 1)
+    """How many ranks compute the same of it, of its input's gradient and of its weight's: as many
+    times the columns (of the input's gradient, too)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +191,8 @@ class Collective:
     ``"name:fprop"``, ``"name:dgrad"`` or ``"name:wgrad"``; exposure is decided in
     ``cost_models.communication``. ``forward_product`` and ``backward_product`` name the product
     that a stack may cut in chunks and run with it in a pipeline: it reads what is gathered, or
-    makes what is scattered. ``ring`` is size - 1 neighbour exchanges of ``bytes`` each.
+    makes what is scattered. ``ring`` is size - 1 neighbour exchanges of ``bytes`` each, ``permute``
+    one send of ``bytes`` to any rank of the group.
     """
 
     name: str

@@ -281,11 +281,11 @@ def _price_kernel(op: Kernel, acc: _Accumulator, machine: Machine) -> None:
                     accumulated_bytes=op.weight * machine.accumulated_bytes, sliced=sliced,
                 )  # fmt: skip
 
-            fprop = time(op.m, op.n, op.k, "fprop")
+            fprop = time(op.m, op.n * op.alike[0], op.k, "fprop")
             none = np.zeros_like(fprop)
-            dgrad = time(op.m, op.k, op.n, "dgrad") if op.backward else none
+            dgrad = time(op.m, op.k * op.alike[1], op.n, "dgrad") if op.backward else none
             trained = op.backward and not op.frozen
-            wgrad = time(op.k, op.n, op.m, "wgrad") if trained else none
+            wgrad = time(op.k, op.n * op.alike[2], op.m, "wgrad") if trained else none
             acc.add("matmul", fprop, dgrad + wgrad)
             acc.weights += wgrad
             if dtype in compute.QUANTISATION_BYTES:

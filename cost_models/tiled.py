@@ -53,7 +53,9 @@ def cut_collectives(
             size, stride = group_of(op, kind.shard(shard))
             active = np.asarray(op.active) & (size > 1)
             for side, times in zip(op.sides(), (forwards(policy), 1), strict=True):
-                if side is None or side.kind == "ring" or not active.any():
+                if side is None or side.kind == "ring" or side.kind == "permute":
+                    continue
+                if not active.any():
                     continue
                 whole = np.asarray(side.bytes, dtype=np.float64) + np.zeros(len(size))
                 each, cut = (

@@ -23,10 +23,13 @@ from cost_models.memory import sequence_tiles
 from cost_models.named_outputs import spared, unneeded
 from cost_models.ops import Collective, Op, Reals, collectives
 from cost_models.orthogonalise import exchanges
+from cost_models.placed import placed
 from cost_models.step import Machine
 from cost_models.tiled import forwards, in_pieces
 
 Pass = Literal["forward", "backward", "recompute", "step"]
+SHARDS = {"tp_shards": "dp_shard", "tp_and_shards": "tp_dp_shard"}
+"""Groups of a layer's own calls that data-parallel ranks are in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Calls:
     name: str
     group: str
     """Dimension of the mesh: tp, cp, ep, etp, dp_shard, dp_replicate, expert_dp, pp, world; the
-    levels of hierarchical context parallelism are cp_exchange and cp_ring."""
+    levels of hierarchical context parallelism are cp_exchange and cp_ring; tp_dp_shard are all
+    ranks of both, where a layer's calls go over them (``planner.blocks.transposed_fsdp``)."""
     ranks: int
     phase: Pass
     kind: str
@@ -139,12 +143,16 @@ def _op_calls(op: Collective, shard: Shard, machine: Machine) -> Iterator[Calls]
             if dispatcher not in ("alltoall", "allgather"):
                 kind = f"{dispatcher}_{'combine' if op.back != back else 'dispatch'}"
         count = round(_first(side.count))
+        if kind == "permute":
+            kind = "send_recv"
         if kind == "ring":
             kind, count = "send_recv", count * (ranks - 1)
         each = round(_first(payload))
         phase: Pass = "backward" if back else "forward"
-        whole = {"cp": shard.cp[0], "tp": shard.tp[0]}.get(op.group[:2])
-        group = op.group[:2] if ranks == whole else op.group
+        group = SHARDS.get(op.group)
+        if group is None:
+            whole = {"cp": shard.cp[0], "tp": shard.tp[0]}.get(op.group[:2])
+            group = op.group[:2] if ranks == whole else op.group
         yield Calls(op.name, group, ranks, phase, kind, count, count * each)
 
 
@@ -179,8 +187,9 @@ def data_calls(
         wire = data_traffic.Wire(
             machine.stack.layers, machine.fabric.devices_per_node, whole_sums=machine.sums_whole
         )
+        apart = placed(kind, shard, vocab_divisor) if group == "dp_shard" else None
         calls = data_traffic.calls(
-            elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire
+            elements, mesh, data.zero_stage, machine.rules, pieces, gathered, wire, apart
         )
         if machine.sums_whole:
             calls += exchanges(

@@ -40,9 +40,7 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
         )
     ways = request.job.tensor_transpose
     if ways > 1:
-        # Beside the others XLA places calls by the sizes (``planner.blocks.transposed``).
         yield f"tensor_transpose {ways} does not divide tp", lambda m: m.tp % ways != 0
-        yield "tensor_transpose is priced without a pipeline", lambda m: m.pp > 1
         yield "tensor_transpose is priced without context parallelism", lambda m: m.cp > 1
     asked = request.job.constraints.recompute or "none"
     sent = first_layers(asked)

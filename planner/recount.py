@@ -124,8 +124,8 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     if loses_gradients(request, mesh.dp * mesh.cp):
         return "the drives lose gradients"
     transposed = request.job.tensor_transpose
-    if transposed > 1 and (mesh.tp % transposed or mesh.pp * mesh.cp > 1):
-        return "tensor_transpose is a part of tp, beside data parallelism alone"
+    if transposed > 1 and (mesh.tp % transposed or mesh.cp > 1):
+        return "tensor_transpose is a part of tp, without context parallelism"
     asked = request.job.constraints.recompute or "none"
     if asked.startswith("partitioned") and (mesh.tp == 1 or mesh.sp):
         return "no rank holds what another holds too"
@@ -264,8 +264,10 @@ def impossible_layout(
             fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
         if not fits and not request.free_stages:
             return "no even split into virtual stages"
-    if zero > 1 and request.job.tensor_transpose > 1:
-        return "tensor_transpose goes without an fsdp axis"
+    if zero == 2 and request.job.tensor_transpose > 1:
+        return "weights that stay gathered are not priced beside tensor_transpose"
+    if zero > 1 and 1 < shard < mesh.dp and request.job.tensor_transpose > 1:
+        return "tensor_transpose goes with a data axis or an fsdp axis"
     beside = mesh.dp > 1 and mesh.tp * mesh.cp * mesh.pp > 1
     if zero == 0 and beside and "zero_0_is_replicate_only" in stack.rules:
         return "replication alone does not combine"

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from planner.recount import Mesh
 
 
-def shard_of_mesh(mesh: Mesh, request: Request) -> Shard:
-    """The sizes of one device's parts under a mesh, as arrays of one."""
+def shard_of_mesh(mesh: Mesh, request: Request, *, fsdp: int = 1) -> Shard:
+    """The sizes of one device's parts, as arrays of one; ``fsdp`` ranks split weights."""
     return Shard(
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(mesh.cp_kind, mesh.cp_inner)]),
         sequence_parallel=np.array([mesh.sp]),
         transposed=request.job.tensor_transpose,
+        fsdp=np.array([fsdp]) if request.job.tensor_transpose > 1 else None,
+        piped=np.array([mesh.pp > 1]) if request.job.tensor_transpose > 1 else None,
         **{
             name: np.array([value])
             for name, value in (
@@ -159,6 +161,7 @@ def _written(
     many = (op.m, op.batch) if isinstance(op, MatMul) else (op.rows * op.room, op.groups)
     size = np.asarray(many[0]) * many[1] * op.n * element_bytes
     scattered = isinstance(op, MatMul) and op.name in ("proj", "fc2", "shared_fc2")
-    if op.name == "fc2" and shard.transposed > 1:
-        scattered = False  # the product makes a part of the width
-    return float(np.ravel(size * sum(sent) / (shard.sp if scattered else 1))[0])
+    ways = np.asarray(shard.sp if scattered else 1)
+    if op.name == "fc2":
+        ways = ways // shard.transposed  # the product makes a part of the width
+    return float(np.ravel(size * sum(sent) / ways)[0])

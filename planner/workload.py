@@ -293,7 +293,9 @@ def _assumptions(
     if job.tensor_transpose > 1:
         notes.append(
             f"tensor_transpose {job.tensor_transpose}: that many of tp's ranks split feed-forwards "
-            "along the other dimension, tensor the rest"
+            "along the other dimension, tensor the rest; beside fsdp and in a pipeline, bytes of "
+            "calls are to 0.2 % (3 % where layers run again in full) and temporaries 0.8 to 3.4 "
+            "times those of 29 programs that XLA compiled"
         )
     notes += _data_assumptions(job, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):

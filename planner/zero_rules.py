@@ -19,7 +19,14 @@ def zero_rules(request: Request) -> Iterator[LayoutRule]:
     stack = request.stack
     label = f"{stack.name} {stack.version}"
     if request.job.tensor_transpose > 1:
-        yield "tensor_transpose is priced without an fsdp axis", lambda _, x: x.zero_stage > 1
+        yield (
+            "tensor_transpose is not priced with weights that stay gathered for a step",
+            lambda _, x: x.zero_stage == 2,
+        )
+        yield (
+            "tensor_transpose is priced beside a data or an fsdp axis, not both",
+            lambda _, x: (x.zero_stage > 1) & (x.dp_shard > 1) & (x.dp_replicate > 1),
+        )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
             f"{label}: replication alone (DDP) does not combine with tp, cp or pp",

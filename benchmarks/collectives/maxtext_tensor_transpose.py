@@ -27,14 +27,14 @@ from collections import Counter
 from typing import Any
 from unittest.mock import MagicMock
 
-AXES = ("pipeline", "fsdp", "context", "tensor", "tensor_transpose")
+AXES = ("data", "pipeline", "fsdp", "context", "tensor", "tensor_transpose")
 """Mesh axes of the cases, the last one fastest."""
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
     "dataset_type": "synthetic", "skip_jax_distributed_system": True, "log_config": False,
     "override_model_config": True, "model_name": "llama3.1-8b", "base_num_decoder_layers": 2,
     "vocab_size": 1024, "hardware": "tpu", "attention": "flash", "remat_policy":
-    "minimal_with_context",
+    "minimal_with_context", "allow_split_physical_axes": True,
 }  # fmt: skip
 SMALL = {"tokens": 1024, "hidden": 2048, "width": 5120, "heads": 16}
 LARGE = {"tokens": 2048, "hidden": 4096, "width": 14336, "heads": 32}
@@ -46,19 +46,36 @@ CASES: tuple[tuple[dict[str, int], dict[str, int], str], ...] = (
     (LARGE, {"tensor": 2, "tensor_transpose": 2}, "minimal_with_context"),
     (SMALL, {"tensor": 4, "tensor_transpose": 2}, "minimal_with_context"),
     (SMALL, {"tensor": 2, "tensor_transpose": 4}, "minimal_with_context"),
-    (SMALL, {"tensor": 2, "tensor_transpose": 2, "fsdp": 2}, "minimal_with_context"),
-    (SMALL, {"tensor_transpose": 2, "fsdp": 2}, "minimal_with_context"),
-    (SMALL, {"tensor_transpose": 2, "context": 2}, "minimal_with_context"),
-    (SMALL, {"tensor": 2, "tensor_transpose": 2, "pipeline": 2}, "minimal_with_context"),
 )
 """Sizes, degrees, remat policy."""
+MANY = {"tokens": 2048, "hidden": 1024, "width": 4096, "heads": 8}
+SHORT = {"tokens": 512, "hidden": 3072, "width": 8192, "heads": 24}
+BESIDE: tuple[tuple[dict[str, int], int, str], ...] = (
+    (SMALL, 1, "t1 u2 f2"), (SMALL, 1, "t2 u2 f2"), (SMALL, 1, "t1 u2 c2"), (SMALL, 4, "t1 u2 f4"),
+    (SMALL, 4, "t2 u2 f2"), (SMALL, 1, "t1 u4 f2"), (SMALL, 4, "t1 u2 f2"), (SMALL, 4, "t1 u4 f4"),
+    (SMALL, 1, "t1 u2 f4"), (SMALL, 1, "t2 u2 f4"), (SMALL, 1, "t1 u2 f8"), (SMALL, 2, "t4 u2 f2"),
+    (SMALL, 4, "t2 u4 f2"), (LARGE, 1, "t2 u2 f4"), (SMALL, 8, "t1 u2 f8"), (SMALL, 16, "t2 u2 f4"),
+    (SMALL, 2, "t2 u2 f2"), (SMALL, 2, "t2 u2 p2"), (SMALL, 4, "t1 u2 p2"), (SMALL, 1, "t2 u2 f8"),
+    (SMALL, 2, "t1 u2 f4"), (SMALL, 1, "t2 u2 d2"), (SMALL, 1, "t1 u2 f4 full"),
+    (SMALL, 1, "t2 u2 f4 full"), (SMALL, 1, "t2 u2 c2"), (SMALL, 4, "t2 u2 f2 p2"),
+    (SMALL, 2, "t4 u2 f8"), (SMALL, 1, "t1 u2 f2 d2"), (SMALL, 1, "t2 u2 f2 d2"),
+    (SMALL | {"tokens": 2048}, 4, "t1 u4 p2"), (SMALL, 2, "t2 u4 p2"), (SMALL, 2, "t4 u2 p2"),
+    (SMALL, 2, "t1 u2 f2 p2"), (LARGE, 1, "t4 u2 f4"), (MANY, 1, "t2 u2 f16"),
+    (SHORT, 4, "t1 u8 f4"), (SMALL, 2, "t4 u1 c2"), (SMALL, 2, "t1 u2 f2 c2"),
+)  # fmt: skip
+"""Sizes; samples of a rank, under a pipeline microbatches of one; degrees by their axes' letters
+(``LETTERS``), and a policy where it is not minimal_with_context."""
+LETTERS = {
+    "t": "tensor", "u": "tensor_transpose", "f": "fsdp", "p": "pipeline", "c": "context",
+    "d": "data",
+}  # fmt: skip
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4}
 SMALLEST = 50_000
 """Bytes below which a call is of scales or statistics."""
 
 
-def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> str:
+def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> Any:
     """The optimized program of one case."""
     import jax
     import jax.numpy as jnp
@@ -69,10 +86,9 @@ def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> str
     from MaxText import maxtext_utils, pyconfig
     from MaxText.layers import models
 
-    ranks, samples = (
-        math.prod(degrees.values()),
-        degrees.get("fsdp", 1) * degrees.get("pipeline", 1),
-    )
+    ranks = math.prod(degrees.values())
+    each = sizes.get("samples", degrees.get("pipeline", 1))
+    samples = degrees.get("data", 1) * degrees.get("fsdp", 1) * each
     options = {
         **FIXED, "remat_policy": policy, "per_device_batch_size": samples,
         "max_target_length": sizes["tokens"], "base_emb_dim": sizes["hidden"],
@@ -81,8 +97,14 @@ def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> str
         **{f"ici_{name}_parallelism": number for name, number in degrees.items()},
     }  # fmt: skip
     if "pipeline" in degrees:
-        options |= {"num_layers_per_pipeline_stage": 1, "num_pipeline_microbatches": samples}
-    slices = {4: "v5e:2x2", 8: "v5e:2x4"}
+        options |= {
+            "num_layers_per_pipeline_stage": 1,
+            "num_pipeline_microbatches": sizes.get("microbatches", each),
+        }
+    slices = {
+        4: "v5e:2x2", 8: "v5e:2x4", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4",
+        128: "v5p:4x4x8",
+    }  # fmt: skip
     devices = topologies.get_topology_desc(slices[ranks], platform="tpu").devices
     base = os.path.join(os.path.dirname(MaxText.__file__), "configs", "base.yml")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -121,7 +143,7 @@ def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> str
             "xla_tpu_enable_latency_hiding_scheduler": "false",
             "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         }
-        return str(step.lower(weights, tokens).compile(compiler_options=readable).as_text())
+        return step.lower(weights, tokens).compile(compiler_options=readable)
 
 
 def members(line: str) -> list[int]:
@@ -239,13 +261,19 @@ def main() -> None:
 
     nnx.Variable.get_metadata = metadata
     for sizes, degrees, policy in CASES:
-        text = compiled(sizes, degrees, policy)
-        row = {**sizes, "degrees": degrees, "policy": policy, "calls": calls(text, degrees)}
-        if math.prod(degrees.values()) == degrees.get("tensor", 1) * degrees.get(
-            "tensor_transpose", 1
-        ):
-            row["kept"] = kept(text)
-        print(json.dumps(row), flush=True)
+        text = str(compiled(sizes, degrees, policy).as_text())
+        found = {**sizes, "degrees": degrees, "policy": policy, "calls": calls(text, degrees)}
+        print(json.dumps({**found, "kept": kept(text)}), flush=True)
+    for shape, samples, layout in BESIDE:
+        words = layout.split()
+        policy = words.pop() if words[-1].isalpha() else "minimal_with_context"
+        degrees = {LETTERS[word[0]]: int(word[1:]) for word in words if word[1:] != "1"}
+        sizes = {**shape, "samples": samples}
+        program = compiled(sizes, degrees, policy)
+        found = {**sizes, "degrees": degrees, "policy": policy}
+        found["calls"] = calls(str(program.as_text()), degrees)
+        found["temporaries"] = int(program.memory_analysis().temp_size_in_bytes)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

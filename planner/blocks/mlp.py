@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.layer_offload import SWIGLU
 from cost_models.ops import Elementwise, MatMul, Op, SavedTensor
@@ -16,6 +18,7 @@ from planner.blocks.context import (
 from planner.blocks.quantised import column, row
 from planner.blocks.splits import Split
 from planner.blocks.tensors import feed_forward
+from planner.blocks.transposed_fsdp import Beside, alike, least_working
 from planner.models.spec import MlpSpec
 
 
@@ -82,9 +85,13 @@ def products(
     sums: tuple[Op, ...] = ()
     if shard.transposed > 1:
         whole = ctx.gathered_bytes(shard)
-        enter = (transposed.reduced_gradient(f"{prefix}fc1", whole, shard),)
-        sums = (transposed.first_sum(f"{prefix}fc1", (2 if gated else 1) * element),)
+        inward = 2 if gated else 1
+        weight = ctx.hidden * intermediate * ctx.element_bytes
+        beside = Beside(prefix, shard, element, whole, weight, inward)
+        enter = (transposed.reduced_gradient(f"{prefix}fc1", whole, shard), *beside.enter())
+        sums = (*beside.sums(), transposed.first_sum(f"{prefix}fc1", inward * element))
         leave = (
+            *beside.leave(),
             transposed.last_sum(f"{prefix}fc2", element),
             transposed.reduced(f"{prefix}fc2", whole, shard),
         )
@@ -93,6 +100,7 @@ def products(
         MatMul(
             f"{prefix}fc1", x, inner, hidden, parts=parts, pieces=(1, 1) if gated else (1,),
             quantised=column(ctx.quantiser, shard, inner, hidden, normed=normed),
+            alike=alike(shard, inward=True),
         ),
         *sums,
         *within(
@@ -100,7 +108,7 @@ def products(
         ),
         MatMul(
             f"{prefix}fc2", x, hidden, width,
-            quantised=row(ctx.quantiser, shard, hidden, width),
+            quantised=row(ctx.quantiser, shard, hidden, width), alike=alike(shard, inward=False),
         ),
         *leave,
     )  # fmt: skip
@@ -131,4 +139,9 @@ def working(spec: MlpSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Gradients of both inner tensors and the gathered input, or what stands for that."""
     element = shard.tokens * (spec.intermediate // shard.straight) * ctx.element_bytes
     whole = ctx.gathered_bytes(shard) // shard.transposed
-    return (3 if spec.gated else 2) * element + whole
+    usual = (3 if spec.gated else 2) * element + whole
+    return (
+        usual
+        if shard.fsdp is None
+        else np.maximum(usual, least_working(spec.gated, element, ctx.gathered_bytes(shard), shard))
+    )

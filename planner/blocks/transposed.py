@@ -17,57 +17,75 @@ tokens, h the stream's width and f the feed-forward's:
 * Looked-up rows are summed over u and scattered, or summed whole over all t x u ranks where t > 1;
   the head gathers and reduces as heads do.
 
-Beside ``fsdp`` or ``context``, which split ``embed`` too, XLA places other calls by the sizes: the
-planner refuses those layouts.
+Beside ``fsdp``, which splits ``embed`` too, ``planner.blocks.transposed_fsdp`` has what XLA does.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cost_models.graph import Int64, Shard
-from cost_models.ops import Collective
+from cost_models.graph import Bools, Int64, Shard
+from cost_models.ops import Collective, Group
 
 
 def enter(name: str, size: Int64, shard: Shard, *, product: str | None) -> tuple[Collective, ...]:
     """Calls around the input of products that all of tp splits by columns; ``size`` bytes of it,
     gathered. ``product`` may run in a pipeline with the gather."""
-    return (
-        Collective(
-            f"{name}.gather", "tp_transposed", "all_gather", size, "all_gather", size,
-            backward_hidden=f"{name}:dgrad", forward_product=product,
-        ),
-        Collective(
-            f"{name}.scatter", "tp_transposed", None, 0, "reduce_scatter", size,
-            backward_hidden=f"{name}:wgrad",
-        ),
-        reduced_gradient(name, size, shard),
+    around = tuple(
+        call
+        for group, where in _around(shard)
+        for call in (
+            Collective(
+                f"{name}.gather", group, "all_gather", size, "all_gather", size,
+                backward_hidden=f"{name}:dgrad", forward_product=product, active=where,
+            ),
+            Collective(
+                f"{name}.scatter", group, None, 0, "reduce_scatter", size,
+                backward_hidden=f"{name}:wgrad", active=where,
+            ),
+        )
     )  # fmt: skip
+    return (*around, reduced_gradient(name, size, shard))
+
+
+def _around(shard: Shard) -> tuple[tuple[Group, Bools], ...]:
+    """Ranks that the residual stream is split over, and where."""
+    return ("tp_transposed", ~shard.beside), ("tp", shard.beside)
 
 
 def reduced_gradient(name: str, size: Int64, shard: Shard) -> Collective:
     """The sum of the input's gradient over the ranks that have other columns of the products."""
     return Collective(
         f"{name}.reduce", "tp_straight", None, 0, "all_reduce", size // shard.transposed,
-        backward_hidden=f"{name}:wgrad",
+        backward_hidden=f"{name}:wgrad", active=~shard.beside,
     )  # fmt: skip
 
 
 def leave(name: str, size: Int64, shard: Shard) -> tuple[Collective, ...]:
     """Calls behind a product that all of tp splits by rows."""
-    return (
+    around = tuple(
         Collective(
-            f"{name}.scatter", "tp_transposed", "reduce_scatter", size, "all_gather", size,
-            forward_product=f"{name}:fprop", backward_product=f"{name}:dgrad",
-        ),
-        reduced(name, size, shard),
-    )  # fmt: skip
+            f"{name}.scatter",
+            group,
+            "reduce_scatter",
+            size,
+            "all_gather",
+            size,
+            forward_product=f"{name}:fprop",
+            backward_product=f"{name}:dgrad",
+            active=where,
+        )
+        for group, where in _around(shard)
+    )
+    return (*around, reduced(name, size, shard))
 
 
 def reduced(name: str, size: Int64, shard: Shard) -> Collective:
     """The sum of a product's output over the ranks that have other rows of its weight."""
     each = size // shard.transposed
-    return Collective(f"{name}.reduce", "tp_straight", "all_reduce", each, None, 0)
+    return Collective(
+        f"{name}.reduce", "tp_straight", "all_reduce", each, None, 0, active=~shard.beside
+    )
 
 
 def first_sum(name: str, size: Int64) -> Collective:
@@ -91,5 +109,12 @@ def looked_up(size: Int64, shard: Shard) -> tuple[Collective, ...]:
             "embedding.scatter", "tp_transposed", "reduce_scatter", size, None, 0, active=apart
         ),
         Collective("embedding.reduce", "tp", "all_reduce", size, None, 0, active=~apart),
-        Collective("embedding.gather", "tp_transposed", None, 0, "all_gather", size),
+        *(
+            Collective("embedding.gather", group, None, 0, "all_gather", size, active=where)
+            for group, where in _around(shard)
+        ),
+        Collective(
+            "embedding.permute", "tp_and_shards", "permute", size // shard.tp, None, 0,
+            active=shard.shards > 1,
+        ),
     )  # fmt: skip

@@ -250,11 +250,14 @@ def _outputs(request: Request, x: Layout, kind: LayerKind, mode: str) -> int:
     if not any(p.name == mode and p.offloads for p in request.workload.policies):
         return 0
     kinds = {name: np.array([getattr(x, name)]) for name in ("microbatch", "tp", "cp", "ep", "etp")}
+    turned = request.job.tensor_transpose > 1
     shard = Shard(
         sequence=request.sequence,
         cp_kind=np.array([cp_kind_code(x.cp_kind, x.cp_inner)]),
         sequence_parallel=np.array([x.sp]),
         transposed=request.job.tensor_transpose,
+        fsdp=np.array([x.dp_shard if x.zero > 1 else 1]) if turned else None,
+        piped=np.array([x.pp > 1]) if turned else None,
         **kinds,
     )
     return outputs_of_layer(kind, shard, named_policy(mode, request.stack))

@@ -201,7 +201,9 @@ def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count - x.outside
     transposed = request.job.tensor_transpose
-    if transposed > 1 and (x.tp % transposed or x.cp > 1 or x.pp > 1 or x.zero > 1):
+    if transposed > 1 and (x.tp % transposed or x.cp > 1 or x.zero == 2):
+        return False
+    if transposed > 1 and x.zero > 1 and x.dp_shard > 1 and x.dp_replicate > 1:
         return False
     experts = False
     host = request.cluster.groups[0].node.host_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from cost_models.communication import group_of
 from cost_models.graph import LayerKind, Shard
 from cost_models.ops import Collective, MatMul
+from cost_models.traffic import layer_calls
 from planner.errors import InputError
 from planner.pipeline import evaluate, read_request
 from planner.request import Request
@@ -51,7 +53,7 @@ def test_groups_lie_inside_each_other() -> None:
     groups = {
         op.group: [int(each[0]) for each in group_of(op, place(8, 2))]
         for op in layer().ops(place(8, 2))
-        if isinstance(op, Collective) and op.group.startswith("tp")
+        if isinstance(op, Collective) and op.group.startswith("tp") and np.all(op.active)
     }
     assert groups == {"tp_transposed": [2, 1], "tp_straight": [4, 2]}
 
@@ -70,12 +72,52 @@ def test_a_layout_is_priced_with_it() -> None:
     assert any("tensor_transpose 2" in note for note in found.prediction.assumptions)
 
 
+def test_an_fsdp_axis_changes_what_layers_send() -> None:
+    """And the plan's print-out knows the groups; whole gradients are summed where t is 1."""
+    one = np.ones(1, dtype=np.int64)
+    machine = request_of().machine
+    for ways, t, kinds in ((4, 1, {"all_reduce"}), (4, 4, {"reduce_scatter", "all_gather"})):
+        shard = replace(place(2 * t, 2), fsdp=ways * one, piped=one > 1)
+        calls = layer_calls(layer(), shard, machine)
+        over = {call.kind for call in calls if call.group == "dp_shard"}
+        assert over == kinds
+        sent = [call for call in calls if call.kind == "send_recv"]
+        assert {call.ranks for call in sent} == {2 * t * ways}
+
+
+def test_a_pipeline_gathers_columns_of_weights() -> None:
+    one = np.ones(1, dtype=np.int64)
+    shard = replace(place(8, 2), fsdp=one, piped=one > 0)
+    calls = layer_calls(layer(), shard, request_of().machine)
+    gathered = [c for c in calls if c.name == "fc2.weights"]
+    assert [(c.phase, c.ranks, c.bytes) for c in gathered] == [
+        ("forward", 2, 4096 * 14336 * 2 // 4)
+    ]
+    ops = {op.name: op for op in layer().ops(shard) if isinstance(op, MatMul)}
+    assert [int(np.ravel(n)[0]) for n in ops["fc2"].alike] == [2, 1, 1]
+    assert [int(np.ravel(n)[0]) for n in ops["fc1"].alike] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("layout", [
+    {"tp": 8, "dp_shard": 2, "zero_stage": 3}, {"tp": 2, "dp_shard": 8, "zero_stage": 3},
+    {"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 3}, {"tp": 8, "pp": 2, "zero_stage": 0},
+])  # fmt: skip
+def test_layouts_beside_other_axes_have_a_price(layout: dict[str, Any]) -> None:
+    found = evaluate(request_of(), layout)
+    assert found.prediction.step_time_s > 0
+    if layout.get("zero_stage") == 3:
+        assert any("fsdp" in note for note in found.prediction.assumptions)
+
+
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        ({"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 1}, "without a pipeline"),
+        ({"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 2}, "stay gathered"),
         ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1}, "without context"),
-        ({"tp": 8, "dp_shard": 2, "zero_stage": 3}, "without an fsdp axis"),
+        (
+            {"tp": 4, "dp_shard": 2, "dp_replicate": 2, "zero_stage": 3},
+            "a data or an fsdp axis, not both",
+        ),
         ({"tp": 1, "dp_shard": 16, "zero_stage": 1}, "does not divide tp"),
     ],
 )

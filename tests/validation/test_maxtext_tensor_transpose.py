@@ -25,7 +25,6 @@ FOUND = json.loads(
 )
 ALONE = [row for row in FOUND["counted"] if {*row["degrees"]} <= {"tensor", "tensor_transpose"}]
 LISTED = [row for row in ALONE if row["policy"] == "minimal_with_context"]
-BESIDE = [row for row in FOUND["counted"] if row not in ALONE]
 PARTS = {"self_attention": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
 GROUPS = {"tp_transposed": "tensor_transpose", "tp_straight": "tensor"}
 
@@ -143,17 +142,3 @@ def test_layers_keep_what_xla_keeps(row: dict[str, Any]) -> None:
     (kind,) = request.workload.kinds.values()
     kept, _ = activation_bytes(kind, place(row), named_policy(row["policy"], request.stack))
     assert int(kept[0]) == row["kept"]
-
-
-def test_beside_other_axes_xla_does_something_else() -> None:
-    """What the planner refuses: activations or the feed-forward's weights go over those axes, and
-    the sums over tensor_transpose are not all that it sends there."""
-    assert BESIDE
-    for row in BESIDE:
-        others = {*row["degrees"]} - {"tensor", "tensor_transpose"}
-        both = {"tensor": 2, "tensor_transpose": 2}
-        alone = next(one for one in LISTED if one["degrees"] == both)
-        calls = {(p, part, kind, axes) for p, part, kind, axes, _, _ in row["calls"]}
-        mlp = {call for call in calls if call[1] == "mlp"}
-        known = {(p, part, kind, axes) for p, part, kind, axes, _, _ in alone["calls"]}
-        assert mlp - known, others
