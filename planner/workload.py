@@ -116,7 +116,9 @@ def build_workload(
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
         quantiser=_quantiser(stack, job, device),
-        counts_residuals=EVERYTHING in stack.recompute and job.precision in autodiff.COUNTED,
+        counts_residuals=EVERYTHING in stack.recompute
+        and job.precision in autodiff.COUNTED
+        and job.tensor_transpose == 1,
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
