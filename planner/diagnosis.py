@@ -14,6 +14,7 @@ from typing import Any
 
 from hardware_profiles.units import format_bytes, format_seconds
 from planner.claims import certificate, envelope
+from planner.decisive import decisive_rules
 from planner.errors import PlannerError
 from planner.layouts import layout_of
 from planner.leaves import Candidate
@@ -21,7 +22,6 @@ from planner.plan import Infeasibility, WayOut
 from planner.predict import predict, price
 from planner.request import Request, fill_defaults
 from planner.search import OUT_OF_MEMORY, Search, SearchResult
-from planner.space import layout_rules, mesh_rules
 from planner.specs import ConstraintSpec
 from planner.stacks import fault
 
@@ -78,16 +78,19 @@ def diagnose(request: Request, result: SearchResult) -> Infeasibility:
 
 
 def _ruled_out(request: Request, result: SearchResult, common: dict[str, Any]) -> Infeasibility:
-    """No layout got as far as memory: the rules that removed them are the answer, above all the
-    last one, which took what all others had left."""
-    rules = (*mesh_rules(request), *layout_rules(request))
-    reason = [reason for reason, _ in rules if result.removed[reason]][-1]
+    """No layout got as far as memory: the rules that removed them are the answer, above all one
+    that layouts break which break no other."""
+    decisive = decisive_rules(request)
+    if decisive:
+        reason, number = decisive.most_common(1)[0]
+        share = f"the only rule that {number:,} of {result.size:,} layouts break"
+    else:
+        reason, number = result.removed.most_common(1)[0]
+        share = f"{number:,} of {result.size:,} layouts, each of which breaks another rule too"
+    rules = decisive or result.removed
     return Infeasibility(
-        message=(
-            f"no layout is possible on {request.devices:,} devices: {reason} "
-            f"(the last {result.removed[reason]:,} of {result.size:,} layouts)"
-        ),
-        binding="; ".join(f"{why}: {n:,}" for why, n in result.removed.most_common(4)),
+        message=f"no layout is possible on {request.devices:,} devices: {reason} ({share})",
+        binding="; ".join(f"{why}: {n:,}" for why, n in rules.most_common(4)),
         ways_out=tuple(_ways_out(request)),
         **common,
     )
