@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Bools
 from cost_models.recompute import in_parts
 from hardware_profiles.stack_words import EVERYTHING
@@ -41,7 +42,12 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
     ways = request.job.tensor_transpose
     if ways > 1:
         yield f"tensor_transpose {ways} does not divide tp", lambda m: m.tp % ways != 0
-        yield "tensor_transpose is priced without context parallelism", lambda m: m.cp > 1
+        gathers = cp_kind_code("all_gather")
+        yield (
+            "tensor_transpose is priced beside context parallelism that gathers keys and values, "
+            "without a pipeline",
+            lambda m: (m.cp > 1) & ((m.pp > 1) | (m.cp_kind != gathers)),
+        )
     asked = request.job.constraints.recompute or "none"
     sent = first_layers(asked)
     if sent:

@@ -139,7 +139,7 @@ class JobSpec(Spec):
     than layers; default: one for all of them, which is searched."""
     tensor_transpose: Positive = 1
     """Of tp's ranks, a factor that splits feed-forwards' matrices along the other dimension, where
-    the stack can (MaxText's axis of that name), beside data, fsdp or a pipeline; default: none."""
+    the stack can (MaxText's axis of that name), beside one other axis; default: none."""
     constraints: ConstraintSpec = ConstraintSpec()
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Relative gap within which a plan is called optimal."""

@@ -62,6 +62,13 @@ BESIDE: tuple[tuple[dict[str, int], int, str], ...] = (
     (SMALL | {"tokens": 2048}, 4, "t1 u4 p2"), (SMALL, 2, "t2 u4 p2"), (SMALL, 2, "t4 u2 p2"),
     (SMALL, 2, "t1 u2 f2 p2"), (LARGE, 1, "t4 u2 f4"), (MANY, 1, "t2 u2 f16"),
     (SHORT, 4, "t1 u8 f4"), (SMALL, 2, "t4 u1 c2"), (SMALL, 2, "t1 u2 f2 c2"),
+    (SMALL, 1, "t1 u2 f4 d2"), (SMALL, 1, "t1 u4 c2"), (SMALL, 1, "t2 u2 f4 d2"),
+    (SMALL, 4, "t1 u2 f2 d4"), (SMALL | {"tokens": 4096}, 1, "t1 u2 c4"),
+    (SMALL, 1, "t1 u4 f2 d2"), (SMALL | {"tokens": 2048}, 1, "t2 u2 c2"),
+    (LARGE, 1, "t2 u2 c4"), (SMALL, 1, "t2 u2 f2 d4"), (SMALL, 1, "t2 u4 f2 d2"),
+    (SMALL, 1, "t4 u2 f2 d4"), (SMALL | {"tokens": 2048}, 1, "t4 u1 c2"),
+    (SMALL | {"tokens": 4096}, 1, "t2 u2 c4"), (SMALL, 1, "t1 u2 c2 d2"),
+    (SMALL, 1, "t2 u2 f2 c2"), (SMALL, 1, "t1 u2 f4 c2"),
 )  # fmt: skip
 """Sizes; samples of a rank, under a pipeline microbatches of one; degrees by their axes' letters
 (``LETTERS``), and a policy where it is not minimal_with_context."""

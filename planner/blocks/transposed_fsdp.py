@@ -26,6 +26,9 @@ is gathered over t, T x h / u, behind a permutation; weights of the last product
 u, and each of the u ranks computes all of its output, T x h, which is summed over t. So does the
 gradient of the first products' input.
 
+Beside ``context``, whose ranks come behind ``tensor_transpose`` in that dimension, weights need no
+permutation: they are gathered over it as ever, and calls are those without it.
+
 Where neither of F and t is a multiple of the other, no program was compiled: F is only compared.
 """
 
@@ -60,7 +63,7 @@ class Beside:
         self.stream, self.part = size // shard.transposed, size // shard.tp
         self.every, self.scattered = element * t, element * ways
         # Of a weight: what its rank has, and what is there of it without fsdp; over t; whole.
-        self.own, self.gathered = weight // (shard.tp * ways), weight // shard.tp
+        self.own, self.gathered = weight // (shard.tp * ways * shard.cp), weight // shard.tp
         self.column, self.matrix = weight // t, np.full_like(t, weight)
 
     def enter(self) -> Iterator[Collective]:

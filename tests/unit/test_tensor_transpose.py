@@ -101,6 +101,8 @@ def test_a_pipeline_gathers_columns_of_weights() -> None:
 @pytest.mark.parametrize("layout", [
     {"tp": 8, "dp_shard": 2, "zero_stage": 3}, {"tp": 2, "dp_shard": 8, "zero_stage": 3},
     {"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 3}, {"tp": 8, "pp": 2, "zero_stage": 0},
+    {"tp": 8, "cp": 2, "zero_stage": 3}, {"tp": 2, "cp": 2, "dp_shard": 4, "zero_stage": 3},
+    {"tp": 2, "dp_shard": 2, "dp_replicate": 4, "zero_stage": 3},
 ])  # fmt: skip
 def test_layouts_beside_other_axes_have_a_price(layout: dict[str, Any]) -> None:
     found = evaluate(request_of(), layout)
@@ -113,10 +115,13 @@ def test_layouts_beside_other_axes_have_a_price(layout: dict[str, Any]) -> None:
     ("layout", "reason"),
     [
         ({"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 2}, "stay gathered"),
-        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1}, "without context"),
+        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1}, "without data"),
+        ({"tp": 4, "cp": 2, "pp": 2, "zero_stage": 0}, "without a pipeline"),
+        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 3}, "with fsdp without tensor"),
+        ({"tp": 2, "dp_shard": 4, "dp_replicate": 2, "zero_stage": 3}, "another size"),
         (
             {"tp": 4, "dp_shard": 2, "dp_replicate": 2, "zero_stage": 3},
-            "a data or an fsdp axis, not both",
+            "beside data and fsdp without tensor",
         ),
         ({"tp": 1, "dp_shard": 16, "zero_stage": 1}, "does not divide tp"),
     ],
