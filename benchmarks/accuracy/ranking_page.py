@@ -19,6 +19,8 @@ DATA = Path(__file__).parent / "data"
 SWEEP = readings.SWEEP
 RUNS = DATA / "runs.csv"
 REDUCTIONS = DATA / "vtrain_all_reduce.csv"
+TIMES = tuple(1e-4 * step for step in range(10, 61))
+"""Seconds that a layer's launches may take."""
 
 
 def ranked(rows: Sequence[judgement.Row]) -> list[str]:
@@ -95,6 +97,9 @@ def taken_apart(rows: Sequence[judgement.Row]) -> list[str]:
     lines += table(("hidden", "tp", *(f"microbatch {mbs}" for mbs in sizes)), cells)
     table_ns = replays.table_of(REDUCTIONS)
     launches = replays.launches(found, read, table_ns)
+    fixed = replays.regrets_at(found, read, table_ns, launches, TIMES[0])
+    worst = [max(replays.regrets_at(found, read, table_ns, launches, t)) for t in TIMES]
+    least, most = min(worst), max(worst)
     lines += [
         "",
         f"Of {len(pairs)} pairs in which one has more work at the same tensor parallelism, "
@@ -106,7 +111,15 @@ def taken_apart(rows: Sequence[judgement.Row]) -> list[str]:
         "for the host launch the same",
         f"kernels; their single traces take {1e3 * launches.low_s:.2f} to "
         f"{1e3 * launches.high_s:.2f} ms, in no order of work. No price that is the same for",
-        "the same launches can follow that. The ranking follows from the layer times alone:",
+        "the same launches can follow that: "
+        f"{len(fixed)} sweeps hold nothing but such layers, and with one time for these",
+        f"launches, any from {1e3 * TIMES[0]:.0f} to {1e3 * TIMES[-1]:.0f} ms, and all else as "
+        "read, the layouts taken in them cost",
+        f"{percent(least)} at worst."
+        if least == most
+        else f"{percent(least)} to {percent(most)} at worst.",
+        "",
+        "The ranking follows from the layer times alone:",
         "",
     ]
     cases = (

@@ -46,6 +46,11 @@ class Step:
     stated_s: float
     """The step time with all digits that the source has."""
 
+    @property
+    def replayed(self) -> float:
+        """How often a layer's time is in the step."""
+        return (self.microbatches + self.pp - 1) * self.layers
+
 
 def steps(rows: Sequence[Row], runs: Path) -> list[Step]:
     """The sweep's runs, with the columns of ``runs``."""
@@ -91,7 +96,7 @@ def _columns(step: Step) -> list[float]:
     shared, piped = float(step.dp > 1), float(step.pp > 1)
     return [
         1.0, shared, step.layers, shared * step.layers, step.microbatches,
-        piped * step.microbatches, step.pp - 1.0, (step.microbatches + step.pp - 1) * step.layers,
+        piped * step.microbatches, step.pp - 1.0, step.replayed,
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from readings import SWEEP, Cell, Step, fused
 
 from planner.studies.calibrate.cases import RunPricer, cases_of
+from planner.studies.ranking import regret
 from planner.studies.runs import read_runs
 
 SEQUENCE = 1024
@@ -147,16 +148,41 @@ def launches(found: Sequence[Step], read: Mapping[Cell, float], table: Table) ->
         steps.setdefault(step.cell, []).append(step)
     shares = {cell: median(s.row.run.launch_share for s in own) for cell, own in steps.items()}
     waiting = [cell for cell, share in shares.items() if share >= WAITING]
-    traced = {cell: read[cell] - _reduced_s(cell, table) for cell in waiting}
+    traced = {cell: read[cell] - reduced_s(cell, table) for cell in waiting}
     merged = tuple(cell for cell in waiting if fused(steps[cell][0]))
     equal = dict(read)
     for kind in (merged, tuple(set(waiting) - set(merged))):
-        equal.update({c: fmean(traced[a] for a in kind) + _reduced_s(c, table) for c in kind})
+        equal.update({c: fmean(traced[a] for a in kind) + reduced_s(c, table) for c in kind})
     own = [traced[cell] for cell in merged]
     return Launches(merged, min(own), max(own), equal)
 
 
-def _reduced_s(cell: Cell, table: Table) -> float:
+def regrets_at(
+    found: Sequence[Step], read: Mapping[Cell, float], table: Table, kinds: Launches, time_s: float
+) -> list[float]:
+    """Of the sweeps all of whose layouts wait for the host in the same launches (with a fused
+    softmax), what the best costs if those take ``time_s`` and everything else is as read."""
+    sweeps: dict[tuple[str, ...], dict[tuple[str, ...], list[Step]]] = {}
+    for step in found:
+        sweeps.setdefault(step.row.sweep, {}).setdefault(step.row.layout, []).append(step)
+    costs = []
+    for layouts in sweeps.values():
+        cells = {step.cell for own in layouts.values() for step in own}
+        if len(layouts) < 2 or not cells <= {*kinds.cells}:
+            continue
+        moved = {cell: time_s + reduced_s(cell, table) - read[cell] for cell in cells}
+        pairs = [
+            (
+                median(s.row.measured_s + moved[s.cell] * s.replayed for s in own),
+                median(s.row.measured_s for s in own),
+            )
+            for own in layouts.values()
+        ]
+        costs.append(regret(pairs))
+    return costs
+
+
+def reduced_s(cell: Cell, table: Table) -> float:
     """Two all-reduces of the layer's forward and two of its backward."""
     hidden, tp, samples = cell
     mib = samples * SEQUENCE * hidden * BYTES // MIB

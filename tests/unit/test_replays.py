@@ -63,3 +63,16 @@ def test_equal_launches_cost_the_same(found: list[readings.Step]) -> None:
     assert len(alone) > 1
     assert len({round(1e9 * launches.equal[cell]) for cell in alone}) == 1
     assert launches.low_s < launches.equal[alone[0]] < launches.high_s
+
+
+def test_no_time_of_equal_launches_ranks_their_sweeps(found: list[readings.Step]) -> None:
+    """Where they take what is read, each sweep's best is found: what is lost is the launches'."""
+    read = readings.layer_times(found, "measured_s")
+    table = replays.table_of(DATA / "vtrain_all_reduce.csv")
+    kinds = replays.launches(found, read, table)
+    for time_s in (1e-3, kinds.low_s, kinds.high_s, 6e-3):
+        costs = replays.regrets_at(found, read, table, kinds, time_s)
+        assert len(costs) == 24
+        assert max(costs) > 0.08
+    as_read = {cell: 1e-3 + replays.reduced_s(cell, table) for cell in read}
+    assert max(replays.regrets_at(found, as_read, table, kinds, 1e-3)) == 0
