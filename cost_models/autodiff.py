@@ -8,7 +8,7 @@ maxtext_pipeline.py``). So nothing runs again, and what is kept beyond the tenso
 and write anyway is written once by the forward and read once by the backward.
 
 Where a rank has several virtual stages, weights depend on the iteration, and each keeps what
-products read of them: a copy in 16 bits, in fp32 the repeat's own.
+products read of them: a copy in 16 bits, or in 8 in fp8, in fp32 the repeat's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cost_models.graph import Int64, Shard, WorkloadGraph
+from cost_models.graph import Int64, LayerKind, Shard, WorkloadGraph
 from cost_models.layout import RecomputePolicy
 from cost_models.leaf import Leaf
 from cost_models.memory import Activations
@@ -56,7 +56,13 @@ def cast_bytes(workload: WorkloadGraph, shard: Shard) -> tuple[Int64, ...]:
     if all(policy.everything is None for policy in workload.policies):
         return ()
     kinds = (workload.kinds[name] for name in dict.fromkeys(workload.layers))
-    return tuple(sum(Activations(kind, shard).weights, np.zeros_like(shard.tp)) for kind in kinds)
+    return tuple(_weights(kind, shard) for kind in kinds)
+
+
+def _weights(kind: LayerKind, shard: Shard) -> Int64:
+    total = sum(Activations(kind, shard).weights, np.zeros_like(shard.tp))
+    result: Int64 = total // kind.element_bytes * kind.pass_weight_bytes
+    return result
 
 
 def with_casts(leaf: Leaf, workload: WorkloadGraph, casts: Sequence[Int64], index: int) -> Leaf:

@@ -186,6 +186,8 @@ class LayerKind:
     everything: Callable[[Shard], Int64] | None = None
     """Bytes that autodiff of a compiled program keeps (``cost_models.autodiff``); None where they
     were not counted."""
+    pass_weight_bytes: int = 2
+    """Per element of a weight that a pass of such a program keeps."""
     output_bytes: Callable[[Shard], Int64] = no_bytes
     """Logits, which a pipeline's schedule may hold beside their loss."""
 

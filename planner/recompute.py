@@ -64,8 +64,10 @@ IN_PIPELINES = f"recompute {EVERYTHING} is of layers in a pipeline, pp above 1"
 
 
 UNCOUNTED = (
-    f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16 and fp32 for layers of "
-    "MaxText's models with SiLU or GELU, latent attention and mixtures among them"
+    f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16, fp32 and int8 for layers "
+    "of MaxText's models with SiLU or GELU, latent attention and mixtures among them; in fp8 on "
+    "GPUs alone, without experts (moe.py, sparse_matmul, fails), as qwix's rules match no layer "
+    "that a pipeline applies (quantizations.py, get_quantization_rule)"
 )
 """Why it has no price for a model or a job."""
 

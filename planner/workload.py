@@ -116,9 +116,11 @@ def build_workload(
         keeps_gathered=stack.layers.gathered_inputs == "kept",
         gathers_heads=stack.kv_head_replication == "gathered",
         quantiser=_quantiser(stack, job, device),
-        counts_residuals=EVERYTHING in stack.recompute
-        and job.precision in autodiff.COUNTED
-        and job.tensor_transpose == 1,
+        own_operand_bytes=(
+            autodiff.own_operand_bytes(job.precision, device.vendor)
+            if EVERYTHING in stack.recompute and job.tensor_transpose == 1
+            else None
+        ),
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
     )
     kinds = {name: _layer_kind(name, block, model, ctx) for name, block in model.blocks.items()}
@@ -189,7 +191,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
     weights = latent_attention.as_split(block_weights(model, block), ctx)
     if ctx.gathers_heads:
         weights = tuple(replace(weight, kv_heads=0) for weight in weights)
-    kept = autodiff.counted(block) and ctx.counts_residuals
+    kept = autodiff.counted(block, ctx)
     return LayerKind(
         name,
         weights,
@@ -200,6 +202,7 @@ def _layer_kind(name: str, block: BlockSpec, model: ModelSpec, ctx: BlockContext
         ctx.element_bytes,
         buffer_bytes=lambda shard: layer_buffers(block, ctx, shard),
         everything=(lambda shard: autodiff.everything(block, ctx, shard)) if kept else None,
+        pass_weight_bytes=ctx.own_operand_bytes or ctx.element_bytes,
     )
 
 

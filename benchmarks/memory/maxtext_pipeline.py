@@ -5,6 +5,7 @@
     python benchmarks/memory/maxtext_pipeline.py                  # bytes, seconds a case
     python benchmarks/memory/maxtext_pipeline.py v5e:2x2          # and compiled; pip install libtpu
     python benchmarks/memory/maxtext_pipeline.py stacks           # other layers, compiled
+    python benchmarks/memory/maxtext_pipeline.py 8bits            # quantised
     python benchmarks/memory/maxtext_pipeline.py fp32             # in fp32, for GPUs: pip install
         # --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
 
@@ -21,7 +22,8 @@ FLOPs and bytes that the compiler counts, loops' bodies once. ``stacks`` compile
 iteration puts on one device's stacks in the compiled loop, where copies of a tensor are one.
 ``fp32`` compiles those of :data:`IN_FP32` for four or eight H100s, ahead of time too, with
 attention as ``dot_product``: kernels of GPUs take 16 bits. Loops over repeats are compiled for
-processors there, as jaxlib 0.10.2 refuses them for GPUs. What only reads data or reports is not
+processors there, as jaxlib 0.10.2 refuses them for GPUs. ``8bits`` is quantised
+(:data:`IN_8_BITS`), on GPUs with ``dot_product`` too. What only reads data or reports is not
 imported: empty modules stand for it.
 """
 
@@ -90,6 +92,28 @@ IN_FP32: list[tuple[str, int, dict[str, Any]]] = [
     ("gpt3-6b", 1, {"dropout_rate": 0.1}),
 ]
 """The same without a policy; Megablox is for TPUs, ``ragged_dot`` stands for it."""
+TILED = {"base_mlp_dim": 3072, "base_moe_mlp_dim": 3072}
+"""Widths that Megablox's tiles divide, as they must in int8."""
+WHOLE_HEADS = {
+    "base_emb_dim": 1024, "base_mlp_dim": 4096, "base_num_query_heads": 8, "base_num_kv_heads": 8,
+    "head_dim": 128,
+}  # fmt: skip
+IN_8_BITS: list[tuple[str, str, str, int, dict[str, Any]]] = [
+    ("llama3.1-8b", "int8", "v5e:2x2", 1, NARROW),
+    ("llama3.1-8b", "int8", "v5e:2x2", 2, NARROW),
+    ("mixtral-8x7b", "int8", "v5e:2x2", 1, {**EXPERTS, **TILED}),
+    ("llama3.1-8b", "int8", "h100:4", 1, NARROW),
+    ("gpt3-6b", "int8", "h100:4", 1, WHOLE_HEADS),
+    ("mixtral-8x7b", "int8", "h100:4", 1, ROWS),
+    ("llama3.1-8b", "fp8", "h100:4", 1, NARROW),
+    ("llama3.1-8b", "fp8", "h100:8", 1, {**NARROW, "ici_tensor_parallelism": 2}),
+    ("gpt3-6b", "fp8", "h100:4", 1, WHOLE_HEADS),
+    ("qwen3-8b", "fp8", "h100:4", 1, NARROW),
+    ("llama3.1-8b", "nanoo_fp8", "h100:4", 1, NARROW),
+    ("gpt3-6b", "nanoo_fp8", "h100:4", 1, WHOLE_HEADS),
+]
+"""Models, quantizations, topologies, repeats and options, without a policy. AQT splits the range
+of gradients of weights over slices, of which there is one."""
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -203,6 +227,7 @@ def stacked(program: str, iterations: int) -> int:
     """Bytes that one iteration leaves on one device's stacks: of all loops of a compiled
     ``program``, the most that has a place for each iteration."""
     width = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "c64": 8}
+    width |= {"f8e4m3fn": 1, "f8e4m3fnuz": 1, "f8e5m2": 1, "s8": 1}
     most = 0
     for loop in re.finditer(r"= \((.*?)\) while\(", program):
         total = 0
@@ -246,10 +271,10 @@ def counted(
         other += size * (rows == 0)
     result = {
         "model": name, "policy": policy, "repeats": repeats, "tensors": len(kept),
-        "bytes_per_token": tokens / length, "other_bytes": other,
+        "bytes_per_token": tokens / length, "other_bytes": other, "devices": topology,
     }  # fmt: skip
     axes = {axis: f"ici_{name}_parallelism" for name, axis in AXES.items()}
-    axes |= {"dtype": "dtype", "dropout": "dropout_rate"}
+    axes |= {"dtype": "dtype", "dropout": "dropout_rate", "quantization": "quantization"}
     result |= {axis: (more or {})[key] for axis, key in axes.items() if key in (more or {})}
     if topology:
         compiled = run(lambda: jax.jit(gradient).lower(*shapes).compile())
@@ -289,6 +314,11 @@ def main() -> None:
             devices = "cpu" if repeats > 1 else devices
             found = counted(name, "none", repeats, devices, {**more, "dtype": "float32"})
             print(json.dumps(found), flush=True)
+        return
+    if topology == "8bits":
+        for name, quantization, devices, repeats, more in IN_8_BITS:
+            chosen = {**more, "quantization": quantization, "quantization_local_shard_count": 1}
+            print(json.dumps(counted(name, "none", repeats, devices, chosen)), flush=True)
         return
     named = "minimal_with_context" if topology else "minimal"
     for name in ["llama3.1-8b"] if topology else CASES:

@@ -1,6 +1,6 @@
 """What JAX keeps of MaxText's layers for the backward where no policy says what runs again.
 
-Tensors that the derivatives of a layer's primitives need, in bf16 or fp32, counted on MaxText
+Tensors that the derivatives of a layer's primitives need, in each precision, counted on MaxText
 0.1.0 and 0.2.0 with JAX 0.10.2 (``benchmarks/memory/maxtext_pipeline.py``; ``src/maxtext/layers``
 of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, linears.py, moe.py):
 
@@ -17,6 +17,11 @@ of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, l
 - Dropout: nothing. Layers of a pipeline are applied without keys (``layers/pipeline.py``,
   ``func_to_vmap``), so 0.2.0 draws masks once, of the width alone (``broadcast_dims``), and 0.1.0
   fails.
+- int8: what bf16 keeps. AQT's products take their inputs in 16 bits again in the backward.
+- fp8: each product's input once more, in 8 bits (``Fp8DirectDotGeneralOp``), or as 16 bits of an
+  8-bit number (``NANOOFp8DotGeneralOp``), instead of the input that products share, and the history
+  of its largest values. qwix's rules (``decoder/.*layers.*``) do not match layers that a pipeline
+  applies, which stay in 16 bits; ``sparse_matmul`` fails with flax's (no ``quant_dg``).
 - Feed-forwards: both products' outputs, the derivative of the activation by parts, and its output.
 - Mixtures: the same of every row that the experts have room for, the rows in the experts' order,
   their outputs in fp32 where they are weighed, and who goes where.
@@ -47,8 +52,13 @@ from planner.models.spec import (
     MoeSpec,
 )
 
-COUNTED = ("bf16", "fp32")
-"""Precisions of a job in which it was counted."""
+SHARED = ("bf16", "fp32", "int8")
+"""Precisions whose products share the inputs that are kept."""
+OWN = {("fp8", "nvidia"): 1, ("fp8", "amd"): 2}
+"""Of precisions and vendors, bytes per element of the input that each product keeps for itself."""
+_HISTORY = 1024
+"""Largest values, one of a step, from which flax's products in fp8 take their scales
+(``amax_history_length``)."""
 _FP32 = 4
 _SILU, _GELU = ("silu",), ("gelu", "gelu_new", "gelu_pytorch_tanh")
 _INNER = {(True, _SILU): 6, (True, _GELU): 8, (False, _GELU): 6}
@@ -57,10 +67,20 @@ make, what the last one reads, and between them the sigmoid, the two products of
 of SiLU's output (``jax.nn.silu``), or what ``jax.nn.gelu`` keeps of its polynomial and tanh."""
 
 
-def counted(block: BlockSpec) -> bool:
-    """Whether what is kept of such a block is known: parts of which a layer of MaxText was
-    asked."""
-    return not block.parallel and all(_known(part) for part in parts(block))
+def own_operand_bytes(precision: str, vendor: str) -> int | None:
+    """Bytes per element of what each product keeps of its input for itself, 0 where products share
+    it; None where it was not counted."""
+    return 0 if precision in SHARED else OWN.get((precision, vendor))
+
+
+def counted(block: BlockSpec, ctx: BlockContext) -> bool:
+    """Whether what is kept of such a block is known: parts of which a layer of MaxText was asked,
+    in fp8 those that have no experts or latents."""
+    if ctx.own_operand_bytes is None or block.parallel:
+        return False
+    plain = not ctx.own_operand_bytes
+    kinds = all(plain or isinstance(part, AttentionSpec | MlpSpec) for part in parts(block))
+    return kinds and all(_known(part) for part in parts(block))
 
 
 def _known(part: Mixer | FeedForward) -> bool:
@@ -89,9 +109,13 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Bytes of one microbatch on one device, of a block that was :func:`counted`."""
     # Tensor parallelism splits the width: each rank has all rows.
     elements, rows = shard.residual_tokens * ctx.hidden, shard.tokens
+    own = ctx.own_operand_bytes or 0
     total = np.zeros_like(shard.tp)
     for index, part in enumerate(parts(block)):
-        total = total + _norm(elements, rows, ctx, read=True)
+        total = total + _norm(elements, rows, ctx, read=not own)
+        if own:
+            products = _readers(part, ctx)
+            total = total + own * products * elements + _FP32 * _HISTORY * (products + 1)
         if index + len(parts(block)) < block.norms:
             total = total + _norm(elements, rows, ctx, read=False)
         match part:
@@ -101,10 +125,19 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
                 total = total + _latent_attention(part, ctx, shard)
             case MlpSpec():
                 inner = _inner(part.activation, gated=part.gated) * ctx.element_bytes
+                inner += own - ctx.element_bytes if own else 0
                 total = total + inner * shard.tokens * (part.intermediate // shard.tp)
             case MoeSpec():
                 total = total + _mixture(part, ctx, shard)
     return total
+
+
+def _readers(part: Mixer | FeedForward, ctx: BlockContext) -> int:
+    """Products that read a norm's output: queries, keys and values apart, but for GPT-3
+    (``fused_qkv`` of models/gpt3.py), whose norms alone are layer norms."""
+    if isinstance(part, AttentionSpec):
+        return 1 if ctx.norm_statistics == 2 else 3
+    return 1 + (isinstance(part, MlpSpec) and part.gated)
 
 
 def _norm(elements: Int64, rows: Int64, ctx: BlockContext, *, read: bool) -> Int64:
@@ -121,10 +154,11 @@ def _core(
     """The kernel's, where ``queries``, ``keys`` with values and ``output`` are elements of this
     rank."""
     size = ctx.element_bytes
+    outputs = (size + (ctx.own_operand_bytes or size)) * output
     if ctx.attention_kernel == "unfused":
         scores = (3 * size + 1) * shard.sequence
-        return size * (queries + keys + 2 * output) + (scores + 3 * size) * heads * shard.tokens
-    gathered = size * (queries + keys * shard.cp_gather + 2 * output)
+        return size * (queries + keys) + outputs + (scores + 3 * size) * heads * shard.tokens
+    gathered = size * (queries + keys * shard.cp_gather) + outputs
     return gathered + _FP32 * heads * shard.tokens
 
 

@@ -114,8 +114,9 @@ class BlockContext:
     quantiser: Quantiser | None = None
     """How operands of low-precision products are quantised; None: in full precision's products, or
     each operand whole, by a kernel of its own."""
-    counts_residuals: bool = False
-    """Whether a mode may keep all that autodiff saves (``planner.blocks.autodiff``)."""
+    own_operand_bytes: int | None = None
+    """Where a mode may keep all that autodiff saves (``planner.blocks.autodiff``), bytes per
+    element of the input that each product keeps for itself; 0: products share it."""
     whole_embedding_in_context: bool = False
     """Whether every tp rank has the embedding whole under context parallelism."""
 

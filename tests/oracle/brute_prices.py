@@ -174,7 +174,9 @@ def _casts(request: Request, tables: PricedConfigs, index: int) -> tuple[int, ..
     """By layer, in the arithmetic's bytes: matrices and vectors over what splits them."""
     x = tables.configs
     tp, ep, etp = (int(column[index]) for column in (x.tp, x.ep, x.etp))
-    found, size = {}, 4 if request.job.precision == "fp32" else 2
+    found, size = {}, {"fp32": 4, "fp8": 1}.get(request.job.precision, 2)
+    if request.job.precision == "fp8" and request.machine.device.vendor == "amd":
+        size = 2
     for name in tables.kind_names:
         total = 0
         for weight in request.workload.kinds[name].weights:

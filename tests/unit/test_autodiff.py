@@ -23,9 +23,9 @@ from planner.studies.communication import communication
 from planner.studies.verify import verify
 
 
-def request(model: str = "llama-3.1-8b", **job: Any) -> Request:
+def request(model: str = "llama-3.1-8b", cluster: str = "dgx-h100:1", /, **job: Any) -> Request:
     asked = {"stack": "maxtext-gpu", "sequence_length": 2048, "global_batch": 32, **job}
-    return read_request(model, "dgx-h100:1", None, asked)
+    return read_request(model, cluster, None, asked)
 
 
 def layout(mode: str = EVERYTHING, **more: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def kept(request: Request, mode: str = EVERYTHING, **more: Any) -> tuple[int, in
     return leaf.kinds[0][row], leaf.outside.kinds[0][row] if leaf.outside else 0
 
 
-@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4)])
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4), ("fp8", 1)])
 def test_each_pass_keeps_the_weights_that_it_reads_where_a_rank_has_several_stages(
     precision: str, size: int
 ) -> None:
@@ -101,13 +101,34 @@ def test_outside_of_a_pipeline_no_layout_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "job"), [("gpt-oss-20b", {}), ("llama-3.1-8b", {"precision": "fp8"})]
-)
-def test_what_was_not_counted_has_no_price(model: str, job: dict[str, Any]) -> None:
-    asked = request(model, **job)
+    ("model", "job", "cluster"),
+    [
+        ("gpt-oss-20b", {}, "dgx-h100:1"), ("mixtral-8x7b", {"precision": "fp8"}, "dgx-h100:1"),
+        ("llama-3.1-8b", {"precision": "fp8", "stack": "maxtext-tpu"}, "tpu-v6e-8"),
+    ],
+)  # fmt: skip
+def test_what_was_not_counted_has_no_price(model: str, job: dict[str, Any], cluster: str) -> None:
+    asked = request(model, cluster, **job)
     assert EVERYTHING not in [policy.name for policy in asked.workload.policies]
-    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16 and fp32"):
+    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16, fp32 and"):
         evaluate(asked, layout())
+
+
+def test_products_in_fp8_keep_inputs_of_their_own_and_those_in_int8_share_them() -> None:
+    """Of Llama's, queries, keys and values read one norm, gate and up the other: five copies in
+    8 bits for two in 16. Attention's output and the feed-forward's take half the bytes."""
+    tokens, hidden, inner = 2048, 4096, 14336
+    shared, own = kept(request())[0], kept(request(precision="fp8"))[0]
+    less = tokens * ((2 * 2 - 5) * hidden + hidden + inner)
+    assert shared - own == less - 7 * 4 * 1024
+    assert kept(request("llama-3.1-8b", "dgx-a100:1", precision="int8"))[0] == shared
+
+
+def test_on_amd_s_devices_inputs_in_fp8_are_kept_in_16_bits() -> None:
+    shared, own = (
+        kept(request("llama-3.1-8b", "mi300x-8:1", precision=p))[0] for p in ("bf16", "fp8")
+    )
+    assert own - shared == 2048 * 3 * 2 * 4096 + 7 * 4 * 1024
 
 
 def test_masks_of_dropout_are_drawn_once() -> None:
