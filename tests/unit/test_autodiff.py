@@ -136,6 +136,14 @@ def test_masks_of_dropout_are_drawn_once() -> None:
     assert kept(request("gpt-3-175b", dropout=True)) == kept(request("gpt-3-175b", dropout=False))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_plans_of_other_precisions_hold(precision: str) -> None:
+    limits = {"recompute": EVERYTHING, "fix": {"pp": 2}}
+    found = plan(request("llama-3.2-1b", constraints=limits, precision=precision))
+    assert verify(found) == []
+    assert {part.mode for stage in found.layout.stages for part in stage.recompute} == {EVERYTHING}
+
+
 def test_only_maxtext_s_stacks_have_it() -> None:
     for name in catalog_names("stack"):
         stack = load_stack(name)
