@@ -25,6 +25,11 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
             f"{label}: no fp8 with gradient accumulation (one microbatch, or a pipeline)",
             lambda m: (m.pp == 1) & (m.dp * m.microbatch != batch),
         )
+    if "no_pipeline_in_fp8" in stack.rules and request.job.precision == "fp8":
+        yield f"{label}: layers of a pipeline are not quantised in fp8", lambda m: m.pp > 1
+    if "no_experts_in_fp8" in stack.rules and request.job.precision == "fp8":
+        experts = request.workload.expert_count > 0
+        yield f"{label}: no mixture of experts in fp8", lambda m: (m.tp > 0) & experts
     if "no_accumulation" in stack.rules:
         yield f"{label}: a step is one microbatch", lambda m: m.dp * m.microbatch != batch
     if request.job.optimizer == "muon" and not stack.muon.tensor_parallel:

@@ -169,6 +169,11 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
             return "no further tokens are predicted with context parallelism"
     if mesh.pp > 1 and "no_pipeline" in stack.rules:
         return "the stack has no pipeline"
+    in_fp8 = request.job.precision == "fp8"
+    if in_fp8 and mesh.pp > 1 and "no_pipeline_in_fp8" in stack.rules:
+        return "the stack's pipelines are not in fp8"
+    if in_fp8 and request.workload.expert_count and "no_experts_in_fp8" in stack.rules:
+        return "the stack has no mixture of experts in fp8"
     if mesh.ep > 1 and "no_expert_parallelism" in stack.rules:
         return "the stack has no expert parallelism"
     if mesh.tp > 1 and mesh.ep == 1 and "tp_needs_expert_parallelism" in stack.rules:
@@ -176,7 +181,7 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     if mesh.pp > model.layer_count + (2 if stack.uneven_stages else 0):
         return "more stages than layers"
     accumulates = mesh.pp == 1 and mesh.dp * mesh.mbs < request.global_batch
-    if accumulates and request.job.precision == "fp8" and "no_accumulation_in_fp8" in stack.rules:
+    if accumulates and in_fp8 and "no_accumulation_in_fp8" in stack.rules:
         return "the stack accumulates no gradients in fp8"
     if accumulates and "no_accumulation" in stack.rules:
         return "a step of the stack is one microbatch"

@@ -319,6 +319,10 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if "no_accumulation_in_fp8" in rules and request.job.precision == "fp8" and x.pp == 1 and m > 1:
         return False
+    if request.job.precision == "fp8" and (
+        ("no_pipeline_in_fp8" in rules and x.pp > 1) or ("no_experts_in_fp8" in rules and experts)
+    ):
+        return False
     if request.job.optimizer == "muon" and (
         (x.tp > 1 and not stack.muon.tensor_parallel) or (x.pp > 1 and not stack.muon.pipeline)
     ):

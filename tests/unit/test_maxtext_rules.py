@@ -104,3 +104,26 @@ def test_the_sequence_axis_exchanges_heads(stack: str) -> None:
     assert found.prediction.step_time_s != gathered.prediction.step_time_s
     both = evaluate(asked, {"cp": 4, "cp_kind": "a2a_all_gather", "cp_inner": 2})
     assert both.layout.cp_inner == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "stack", "layout", "said"),
+    [
+        ("llama-3.1-8b", "tpu-v6e-8", "maxtext-tpu", {"pp": 2}, "pipeline are not quantised"),
+        ("llama-3.1-8b", "dgx-h100:1", "maxtext-gpu-fp8-full", {"pp": 2}, "are not quantised"),
+        ("mixtral-8x7b", "dgx-h100:1", "maxtext-gpu", {"ep": 8}, "no mixture of experts in fp8"),
+    ],
+)
+def test_what_maxtext_does_not_run_in_fp8(
+    model: str, cluster: str, stack: str, layout: dict[str, int], said: str
+) -> None:
+    """layers/pipeline.py and moe.py; in bf16 the same layouts run."""
+    chosen = {"microbatch_size": 1, "zero_stage": 3, **layout}
+    batch = {"global_batch": 16 if "pp" in layout else 8}
+    assert evaluate(request(model, cluster, stack.removesuffix("-fp8-full"), **batch), chosen)
+    asked = request(model, cluster, stack, precision="fp8", **batch)
+    with pytest.raises(InputError, match=said):
+        evaluate(asked, chosen)
+    if layout == {"ep": 8}:
+        asked = request(model, cluster, "maxtext-gpu-fp8-full", precision="fp8", **batch)
+        assert evaluate(asked, chosen)

@@ -111,6 +111,8 @@ def test_the_rules_that_a_stack_may_name_are_those_that_are_implemented() -> Non
         "needs_block_scaled_products",
         "no_accumulation",
         "no_accumulation_in_fp8",
+        "no_experts_in_fp8",
+        "no_pipeline_in_fp8",
         "no_prediction_in_chunks",
         "no_zero_2_with_pipeline",
         "no_zero_3_with_context",
