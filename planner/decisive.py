@@ -31,16 +31,16 @@ def decisive_rules(request: Request) -> Counter[str]:
     Each layout would be possible, for all that rules can tell, without the rule. The count of what
     a rule removes (``Space.removed``) depends on the order of the rules; this does not.
     """
-    reasons = _reasons(request)
+    reasons, rules = _reasons(request), [broken for _, broken in mesh_rules(request)]
     found: Counter[str] = Counter()
     for meshes in enumerate_meshes(request):
-        count, last = _broken([broken(meshes) for _, broken in mesh_rules(request)], 0)
+        count, last = _broken([broken(meshes) for broken in rules], 0)
         near = np.flatnonzero(count < 2)
         for start in range(0, len(near), CHUNK):
             part = near[start : start + CHUNK]
-            more, which = _of_layouts(request, meshes.take(part), count[part], last[part])
-            for index in which[more == 1].tolist():
-                found[reasons[index]] += 1
+            which = _broken_alone(request, meshes.take(part), count[part], last[part], len(rules))
+            for index, number in zip(*np.unique(which, return_counts=True), strict=True):
+                found[reasons[index]] += int(number)
     plain = {
         name: JobSpec.model_fields[name].get_default(call_default_factory=True) for name in WISHES
     }
@@ -53,14 +53,15 @@ def _reasons(request: Request) -> list[str]:
     return [why for why, _ in (*mesh_rules(request), *layout_rules(request))]
 
 
-def _of_layouts(request: Request, meshes: Meshes, count: Int64, last: Int64) -> tuple[Int64, Int64]:
-    """Rules that the layouts of meshes break, which break ``count`` themselves, and one of them."""
+def _broken_alone(request: Request, meshes: Meshes, count: Int64, last: Int64, first: int) -> Int64:
+    """The one rule of each layout that breaks no other, by its index. The meshes break ``count``
+    themselves, the last of which is ``last``; rules on layouts are counted from ``first``."""
     layouts = expand(request, meshes)
-    gathered, first = meshes.take(layouts.mesh), sum(1 for _ in mesh_rules(request))
+    gathered = meshes.take(layouts.mesh)
     masks = [broken(gathered, layouts) for _, broken in layout_rules(request)]
     more, which = _broken(masks, first)
-    total: Int64 = more + count[layouts.mesh]
-    return total, np.where(more > 0, which, last[layouts.mesh])
+    alone: Int64 = np.where(more > 0, which, last[layouts.mesh])[more + count[layouts.mesh] == 1]
+    return alone
 
 
 def _broken(masks: Sequence[Bools], first: int) -> tuple[Int64, Int64]:
