@@ -137,6 +137,8 @@ def group_of(op: Collective, shard: Shard) -> tuple[Int64, Int64]:
             return shard.shards, shard.tp * shard.cp
         case "tp_and_shards":
             return shard.shards * shard.tp, np.ones_like(shard.tp)
+        case "tp_sharing":
+            return shard.sharing, shard.tp
         case "cp":
             return shard.cp, shard.tp
         case "cp_exchange":

@@ -71,12 +71,13 @@ def vocabulary_ranks(workload: WorkloadGraph, tp: Int64, pp: Int64) -> Int64 | N
 
 
 def beside_columns(workload: WorkloadGraph, configs: Configs) -> list[Int64]:
-    """What a layer depends on beside its mesh where it decides calls: the ranks that split weights,
-    and whether there is a pipeline."""
+    """What a layer depends on beside its mesh where it decides calls: the ranks that split its
+    weights while it runs, whether there is a pipeline, and the other data-parallel ranks."""
     if workload.transposed == 1:
         return []
-    fsdp = np.where(configs.zero_stage > 1, configs.dp_shard, 1)
-    return [fsdp, (configs.pp > 1).astype(np.int64)]
+    fsdp = np.where(configs.zero_stage == 3, configs.dp_shard, 1)
+    replicas = configs.dp_replicate * configs.dp_shard // fsdp
+    return [fsdp, (configs.pp > 1).astype(np.int64), replicas]
 
 
 def shard_from(workload: WorkloadGraph, columns: list[Int64]) -> Shard:
@@ -87,6 +88,7 @@ def shard_from(workload: WorkloadGraph, columns: list[Int64]) -> Shard:
         sequence_parallel=sp.astype(bool), cp_kind=cp_kind,
         vocabulary=vocabulary_ranks(workload, tp, stages), transposed=workload.transposed,
         fsdp=beside[0] if beside else None, piped=beside[1] > 0 if beside else None,
+        replicas=beside[2] if beside else None,
     )  # fmt: skip
 
 
@@ -105,4 +107,5 @@ def take_shard(shard: Shard, index: Int64) -> Shard:
         transposed=shard.transposed,
         fsdp=None if shard.fsdp is None else shard.fsdp[index],
         piped=None if shard.piped is None else shard.piped[index],
+        replicas=None if shard.replicas is None else shard.replicas[index],
     )

@@ -88,6 +88,8 @@ class Shard:
     fsdp: Int64 | None = None
     """Ranks that split weights beside ``transposed`` (ZeRO stage 3); None: nothing is transposed,
     or none do."""
+    replicas: Int64 | None = None
+    """Data-parallel ranks beside those; None as that of ``fsdp``."""
 
     piped: Bools | None = None
     """Where there is a pipeline; None as that of ``fsdp``."""
@@ -96,6 +98,11 @@ class Shard:
     def shards(self) -> Int64:
         """Ranks of an fsdp axis that a layer's own calls go over."""
         return np.ones_like(self.tp) if self.fsdp is None else self.fsdp
+
+    @property
+    def sharing(self) -> Int64:
+        """Ranks that share out the tokens of a step, where a layer's own calls go over them."""
+        return self.shards * self.cp * (1 if self.replicas is None else self.replicas)
 
     @property
     def beside(self) -> Bools:

@@ -31,14 +31,18 @@ NAMED: dict[str, tuple[OutputKind, ...]] = {
     "latent_norm": ("mla_q", "mla_kv"),
     "rope": ("query", "key"), "q_up": ("query",), "kv_up": ("key", "value"),
     "proj": ("out_proj",), "proj.scatter": ("out_proj",), "proj.reduce": ("out_proj",),
-    "fc1": PARTS["mlp_in"], "fc1.gather": PARTS["mlp_in"], "fc1.sum": PARTS["mlp_in"],
-    "fc1.scatter": PARTS["mlp_in"],
-    "shared_fc1": PARTS["mlp_in"], "shared_fc1.gather": PARTS["mlp_in"],
-    "expert_fc1": PARTS["mlp_in"],
-    "fc2": ("mlp_out",), "fc2.scatter": ("mlp_out",), "fc2.reduce": ("mlp_out",),
-    "fc2.gather": ("mlp_out",), "fc2.permute": ("mlp_out",),
-    "shared_fc2": ("mlp_out",), "shared_fc2.scatter": ("mlp_out",),
-    "shared_fc2.reduce": ("mlp_out",), "expert_fc2": ("mlp_out",), "router": ("router",),
+    **{
+        f"{prefix}fc1{call}": PARTS["mlp_in"]
+        for prefix in ("", "shared_")
+        for call in ("", ".gather", ".sum", ".scatter", ".over")
+    },
+    "expert_fc1": PARTS["mlp_in"], "expert_fc1.sum": PARTS["mlp_in"],
+    **{
+        f"{prefix}fc2{call}": ("mlp_out",)
+        for prefix in ("", "shared_")
+        for call in ("", ".scatter", ".reduce", ".gather", ".permute", ".outer")
+    },
+    "expert_fc2": ("mlp_out",), "router": ("router",), "router.sum": ("router",),
 }  # fmt: skip
 """Tensors that the ops of ``planner.blocks`` make, in the order of their pieces."""
 LATENTS: dict[OutputKind, str] = {"mla_q": "q_up", "mla_kv": "kv_up"}
@@ -46,9 +50,22 @@ LATENTS: dict[OutputKind, str] = {"mla_q": "q_up", "mla_kv": "kv_up"}
 NORM_WRITES = 0.5
 """Of a norm, what a kept output spares: writing it. Its own backward needs its statistics again,
 which read all of its input, so the products before it run again."""
-ONCE = frozenset(
-    {"fc1.order", "fc2.order", "fc1.weights", "fc2.weights", "fc1.permute", "fc1.samples"}
-)
+ONCE = frozenset({"experts.order", "experts.fp32"}) | {
+    f"{prefix}{call}"
+    for prefix in ("", "shared_")
+    for call in (
+        "fc1.order",
+        "fc2.order",
+        "fc1.weights",
+        "fc2.weights",
+        "fc1.permute",
+        "fc1.samples",
+        "fc1.input",
+        "fc1.columns",
+        "fc2.rows",
+        "fc2.inner",
+    )
+}
 """Calls that bring weights, or a product's input, to where the backward uses them too: it makes
 them once, whether the product runs again or not (``planner.blocks.transposed_fsdp``)."""
 REDUCED: frozenset[OutputKind] = frozenset({"out_proj", "mlp_out"})

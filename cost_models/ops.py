@@ -26,12 +26,13 @@ Ints: TypeAlias = NDArray[np.integer[Any]] | int
 Reals: TypeAlias = NDArray[np.integer[Any]] | NDArray[np.floating[Any]] | float
 
 Group = Literal[
-    "tp", "tp_transposed", "tp_straight", "tp_shards", "tp_and_shards",
+    "tp", "tp_transposed", "tp_straight", "tp_shards", "tp_and_shards", "tp_sharing",
     "cp", "cp_exchange", "cp_ring", "cp_gather", "ep", "etp"
 ]  # fmt: skip
 """``tp_transposed`` are those of tp's ranks that split a feed-forward's matrices along the residual
 stream's width, ``tp_straight`` those that split its own (``planner.blocks.transposed``);
-``tp_shards`` the fsdp ranks beside them, ``tp_and_shards`` these with all of tp.
+``tp_shards`` the fsdp ranks beside them, ``tp_and_shards`` these with all of tp, ``tp_sharing`` all
+that share out a step's tokens.
 ``cp_exchange`` are the context-parallel ranks that exchange heads, ``cp_ring`` those that pass
 keys and values round: two levels of groups under ``a2a_p2p``, else one of them is all of cp."""
 CollectiveKind = Literal[

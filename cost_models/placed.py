@@ -33,7 +33,7 @@ def placed(kind: LayerKind, shard: Shard, vocab_divisor: int) -> Placed | None:
     none = np.zeros_like(shard.tp)
     local, whole = none, none
     for weight in kind.weights:
-        if weight.name.startswith("mlp.") and weight.sharding in ("column", "row"):
+        if weight.name.startswith(("mlp.", "moe.shared.")) and weight.sharding in ("column", "row"):
             local = local + local_tensor(weight, shard, vocab_divisor).total
             whole = whole + weight.elements
     beside = shard.shards > 1

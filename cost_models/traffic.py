@@ -28,7 +28,7 @@ from cost_models.step import Machine
 from cost_models.tiled import forwards, in_pieces
 
 Pass = Literal["forward", "backward", "recompute", "step"]
-SHARDS = {"tp_shards": "dp_shard", "tp_and_shards": "tp_dp_shard"}
+SHARDS = {"tp_shards": "dp_shard", "tp_and_shards": "tp_dp_shard", "tp_sharing": "dp_cp"}
 """Groups of a layer's own calls that data-parallel ranks are in."""
 
 
@@ -40,7 +40,8 @@ class Calls:
     group: str
     """Dimension of the mesh: tp, cp, ep, etp, dp_shard, dp_replicate, expert_dp, pp, world; the
     levels of hierarchical context parallelism are cp_exchange and cp_ring; tp_dp_shard are all
-    ranks of both, where a layer's calls go over them (``planner.blocks.transposed_fsdp``)."""
+    ranks of both and dp_cp all that share out tokens, where a layer's calls go over them
+    (``planner.blocks.transposed_fsdp``)."""
     ranks: int
     phase: Pass
     kind: str

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cost_models.cp_kinds import cp_kind_code
 from cost_models.graph import Bools
 from cost_models.recompute import in_parts
 from hardware_profiles.stack_words import EVERYTHING
@@ -47,11 +46,10 @@ def job_rules(request: Request) -> Iterator[tuple[str, Callable[[Meshes], Bools]
     ways = request.job.tensor_transpose
     if ways > 1:
         yield f"tensor_transpose {ways} does not divide tp", lambda m: m.tp % ways != 0
-        gathers = cp_kind_code("all_gather")
+        experts_too = request.workload.expert_count > 0
         yield (
-            "tensor_transpose is priced beside context parallelism that gathers keys and values, "
-            "without a pipeline",
-            lambda m: (m.cp > 1) & ((m.pp > 1) | (m.cp_kind != gathers)),
+            f"{label}: mixtures have neither tensor nor an expert axis beside tensor_transpose",
+            lambda m: experts_too & ((m.tp != ways) | (m.ep > 1)),
         )
     asked = request.job.constraints.recompute or "none"
     sent = first_layers(asked)

@@ -126,8 +126,9 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     transposed = request.job.tensor_transpose
     if transposed > 1 and mesh.tp % transposed:
         return "tensor_transpose is a part of tp"
-    if transposed > 1 and mesh.cp > 1 and (mesh.pp > 1 or mesh.cp_kind != "all_gather"):
-        return "tensor_transpose goes with gathered keys and values, in one stage"
+    beside = mesh.tp > transposed or mesh.ep > 1
+    if transposed > 1 and beside and request.workload.expert_count:
+        return "mixtures run tensor_transpose alone"
     asked = request.job.constraints.recompute or "none"
     if asked.startswith("partitioned") and (mesh.tp == 1 or mesh.sp):
         return "no rank holds what another holds too"
@@ -271,17 +272,6 @@ def impossible_layout(
             fits = layers - (mesh.pp - 1) * max(2, -(-layers // mesh.pp)) >= 0
         if not fits and not request.free_stages:
             return "no even split into virtual stages"
-    if zero == 2 and request.job.tensor_transpose > 1:
-        return "weights that stay gathered are not priced beside tensor_transpose"
-    if (turned := request.job.tensor_transpose) > 1:
-        fsdp = shard if zero > 1 else 1
-        data, tensor = mesh.dp // fsdp, mesh.tp > turned
-        if fsdp > 1 and data > 1 and (tensor or data == turned):
-            return (
-                "tensor_transpose goes with data and fsdp where tensor is 1 and data another size"
-            )
-        if mesh.cp > 1 and (data > 1 or (fsdp > 1 and tensor)):
-            return "tensor_transpose goes with context, with fsdp where tensor is 1"
     beside = mesh.dp > 1 and mesh.tp * mesh.cp * mesh.pp > 1
     if zero == 0 and beside and "zero_0_is_replicate_only" in stack.rules:
         return "replication alone does not combine"

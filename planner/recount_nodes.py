@@ -41,7 +41,7 @@ class Nodes:
         self._most: dict[int, int] = {}
         self.per_rank = mesh.dp * mesh.cp * mesh.tp
         self.per_node = request.cluster.groups[0].node.devices_per_node
-        shard = self.shard = shard_of_mesh(mesh, request, fsdp=ways if zero > 1 else 1)
+        shard = self.shard = shard_of_mesh(mesh, request, fsdp=ways if zero == 3 else 1)
         self.request, self._listed = request, dict[tuple[str, str], int]()
         self.waiting = leaf.microbatches if mesh.pp > 1 else 1
         self.passes = self.waiting * leaf.vpp + padding_of(leaf.schedule, mesh.pp, request)

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from planner.errors import InputError
-from planner.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec
+from planner.models.spec import (
+    AttentionSpec,
+    BlockSpec,
+    LatentAttentionSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
 
 if TYPE_CHECKING:
     from planner.request import Request
@@ -25,24 +32,18 @@ def transpose_faults(request: Request) -> Iterator[InputError]:
         )
     elif not isinstance(model, ModelSpec) or not all(map(_plain, model.blocks.values())):
         yield InputError(
-            f"tensor_transpose is priced for attention and dense feed-forwards one after the "
-            f"other, and {model.name} has other layers",
+            f"tensor_transpose is priced for attention and feed-forwards one after the other, and "
+            f"{model.name} has other layers",
             hint="leave tensor_transpose out",
-        )
-    elif model.vision is not None or request.predicts:
-        yield InputError(
-            f"tensor_transpose is priced for decoders alone, and {model.name} has more",
-            hint="leave tensor_transpose out, or mtp: false in the job",
         )
     elif model.hidden % ways:
         yield InputError(
             f"the width {model.hidden} does not split over tensor_transpose {ways}",
             hint="a factor of tp that divides the width, such as 2",
         )
-    elif request.job.optimizer == "muon":
-        yield InputError("tensor_transpose is not priced with muon, which takes whole matrices")
 
 
 def _plain(block: BlockSpec) -> bool:
-    layers = isinstance(block.mixer, AttentionSpec) and isinstance(block.feed_forward, MlpSpec)
-    return layers and not block.parallel
+    mixes = isinstance(block.mixer, AttentionSpec | LatentAttentionSpec)
+    feeds = isinstance(block.feed_forward, MlpSpec | MoeSpec)
+    return mixes and feeds and not block.parallel

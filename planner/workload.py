@@ -118,7 +118,7 @@ def build_workload(
         quantiser=_quantiser(stack, job, device),
         own_operand_bytes=(
             autodiff.own_operand_bytes(job.precision, device.vendor)
-            if EVERYTHING in stack.recompute and job.tensor_transpose == 1
+            if EVERYTHING in stack.recompute
             else None
         ),
         whole_embedding_in_context=stack.layers.vocabulary == "split_without_context",
@@ -298,10 +298,12 @@ def _assumptions(
     if job.tensor_transpose > 1:
         notes.append(
             f"tensor_transpose {job.tensor_transpose}: that many of tp's ranks split feed-forwards "
-            "along the other dimension, tensor the rest; beside fsdp and in a pipeline, bytes of "
-            "calls are to 0.2 % (3 % where layers run again in full) and temporaries 0.8 to 3.4 "
-            "times those of 29 programs that XLA compiled; beside context 0.59 to 0.79 of "
-            "all bytes are priced (0.75 without it)"
+            "along the other dimension, tensor the rest; beside fsdp, in a pipeline and of "
+            "mixtures, bytes of calls are to 4 % those of 40 programs that XLA compiled (of two on "
+            "64 ranks 1.2 and 1.5 times); with tensor and fsdp beside data or context 0.79 to 1.3 "
+            "times those of 22 (of one 1.76, and arithmetic up to 2.1 times); else beside context "
+            "0.59 to 0.99 (0.75 without it), beside data 0.78 to 1.04, where heads are exchanged "
+            "0.85 to 2.2, of latents 0.82 to 0.97; temporaries 0.8 to 4 times"
         )
     notes += _data_assumptions(job, ctx)
     if any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values()):

@@ -18,29 +18,6 @@ def zero_rules(request: Request) -> Iterator[LayoutRule]:
     """ZeRO stages and groups of ranks that cannot be combined with other degrees."""
     stack = request.stack
     label = f"{stack.name} {stack.version}"
-    if request.job.tensor_transpose > 1:
-        yield (
-            "tensor_transpose is not priced with weights that stay gathered for a step",
-            lambda _, x: x.zero_stage == 2,
-        )
-        ways = request.job.tensor_transpose
-        yield (
-            "tensor_transpose is priced beside data and fsdp without tensor, and where data is of "
-            "another size",
-            lambda m, x: (
-                _fsdp(x) & (x.dp_replicate > 1) & ((m.tp > ways) | (x.dp_replicate == ways))
-            ),
-        )
-        yield (
-            "tensor_transpose is priced beside context without data, and with fsdp without tensor",
-            lambda m, x: (
-                (m.cp > 1)
-                & (
-                    (x.dp_replicate * np.where(_fsdp(x), 1, x.dp_shard) > 1)
-                    | _fsdp(x) & (m.tp > ways)
-                )
-            ),
-        )
     if "zero_0_is_replicate_only" in stack.rules:
         yield (
             f"{label}: replication alone (DDP) does not combine with tp, cp or pp",
@@ -113,12 +90,6 @@ def zero_rules(request: Request) -> Iterator[LayoutRule]:
                 & ((x.dp_shard * m.cp) % group != 0)
             ),
         )
-
-
-def _fsdp(x: Layouts) -> Bools:
-    """Where an fsdp axis splits weights."""
-    result: Bools = (x.zero_stage > 1) & (x.dp_shard > 1)
-    return result
 
 
 def one_rank_rules(request: Request) -> Iterator[LayoutRule]:

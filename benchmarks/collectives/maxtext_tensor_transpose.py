@@ -27,7 +27,7 @@ from collections import Counter
 from typing import Any
 from unittest.mock import MagicMock
 
-AXES = ("data", "pipeline", "fsdp", "context", "tensor", "tensor_transpose")
+AXES = ("data", "pipeline", "fsdp", "sequence", "context", "tensor", "tensor_transpose", "expert")
 """Mesh axes of the cases, the last one fastest."""
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
@@ -36,8 +36,8 @@ FIXED = {
     "vocab_size": 1024, "hardware": "tpu", "attention": "flash", "remat_policy":
     "minimal_with_context", "allow_split_physical_axes": True,
 }  # fmt: skip
-SMALL = {"tokens": 1024, "hidden": 2048, "width": 5120, "heads": 16}
-LARGE = {"tokens": 2048, "hidden": 4096, "width": 14336, "heads": 32}
+SMALL: dict[str, Any] = {"tokens": 1024, "hidden": 2048, "width": 5120, "heads": 16}
+LARGE: dict[str, Any] = {"tokens": 2048, "hidden": 4096, "width": 14336, "heads": 32}
 CASES: tuple[tuple[dict[str, int], dict[str, int], str], ...] = (
     (SMALL, {"tensor": 4}, "minimal_with_context"),
     (SMALL, {"tensor_transpose": 4}, "minimal_with_context"),
@@ -48,9 +48,10 @@ CASES: tuple[tuple[dict[str, int], dict[str, int], str], ...] = (
     (SMALL, {"tensor": 2, "tensor_transpose": 4}, "minimal_with_context"),
 )
 """Sizes, degrees, remat policy."""
-MANY = {"tokens": 2048, "hidden": 1024, "width": 4096, "heads": 8}
+MANY: dict[str, Any] = {"tokens": 2048, "hidden": 1024, "width": 4096, "heads": 8}
 SHORT = {"tokens": 512, "hidden": 3072, "width": 8192, "heads": 24}
-BESIDE: tuple[tuple[dict[str, int], int, str], ...] = (
+MIXTURE = SMALL | {"model": "mixture", "width": 1536}
+BESIDE: tuple[tuple[dict[str, Any], int, str], ...] = (
     (SMALL, 1, "t1 u2 f2"), (SMALL, 1, "t2 u2 f2"), (SMALL, 1, "t1 u2 c2"), (SMALL, 4, "t1 u2 f4"),
     (SMALL, 4, "t2 u2 f2"), (SMALL, 1, "t1 u4 f2"), (SMALL, 4, "t1 u2 f2"), (SMALL, 4, "t1 u4 f4"),
     (SMALL, 1, "t1 u2 f4"), (SMALL, 1, "t2 u2 f4"), (SMALL, 1, "t1 u2 f8"), (SMALL, 2, "t4 u2 f2"),
@@ -69,12 +70,41 @@ BESIDE: tuple[tuple[dict[str, int], int, str], ...] = (
     (SMALL, 1, "t4 u2 f2 d4"), (SMALL | {"tokens": 2048}, 1, "t4 u1 c2"),
     (SMALL | {"tokens": 4096}, 1, "t2 u2 c4"), (SMALL, 1, "t1 u2 c2 d2"),
     (SMALL, 1, "t2 u2 f2 c2"), (SMALL, 1, "t1 u2 f4 c2"),
+    (SMALL, 1, "t2 u2 f2 d8"), (SMALL, 1, "t2 u2 f4 d4"), (SMALL, 1, "t4 u2 f2 d2"),
+    (SMALL, 1, "t2 u2 f8 d2"), (SMALL, 4, "t2 u2 f2 d4"), (SMALL, 1, "t1 u2 c2 d4"),
+    (SMALL | {"tokens": 2048}, 2, "t1 u2 c2 p2"), (SMALL | {"tokens": 2048}, 2, "t2 u2 c2 p2"),
+    (SMALL, 1, "t1 u2 f2 c2 d2"), (SMALL, 1, "t2 u2 f2 c2 d2"), (SMALL, 1, "t2 u2 f4 c2"),
+    (SMALL, 1, "t1 u4 f2 d4"), (SMALL, 1, "t4 u2 f4 d2"), (SMALL, 1, "t2 u4 f4 d2"),
+    (SMALL, 1, "t4 u2 f8 d2"), (SMALL, 1, "t1 u2 f2 d8"), (SMALL, 1, "t1 u4 f2 d8"),
+    (SMALL, 2, "t2 u2 f8 d4"), (LARGE, 1, "t2 u2 f4 d2"), (SMALL, 2, "t4 u2 f4 d4"),
+    (SMALL | {"model": "latent"}, 1, "t1 u4"), (SMALL | {"model": "latents"}, 1, "t1 u4"),
+    (SMALL, 1, "t1 u2 f2"), (SMALL | {"model": "latent"}, 1, "t1 u2 f2"), (MIXTURE, 1, "t1 u4"),
+    (MIXTURE, 1, "t1 u2 f2"), (MIXTURE, 1, "t1 u2 d2"), (MIXTURE, 1, "t1 u2 c2"),
+    (MIXTURE, 2, "t1 u2 p2"), (SMALL | {"model": "once"}, 4, "t1 u2 f2 p2"),
+    (SMALL | {"model": "once"}, 4, "t2 u2 f2 p2"), (SMALL, 1, "t1 u2 s2"), (SMALL, 1, "t2 u2 s2"),
+    (SMALL, 1, "t1 u2 s2 c2"), (SMALL, 1, "t4 u2 f2 c2"), (SMALL, 1, "t2 u4 f2 d4"),
+    (MANY, 1, "t2 u2 f4 c4"), (SMALL, 2, "t4 u2 f2 d8"), (MIXTURE, 1, "t1 u2 f4"),
+    (MIXTURE, 1, "t1 u4 f2"), (LARGE | {"model": "mixture", "width": 2048}, 1, "t1 u2 f2"),
+    (MIXTURE, 2, "t1 u2 f2 d2"), (MIXTURE, 2, "t1 u2 f2 full"),
 )  # fmt: skip
 """Sizes; samples of a rank, under a pipeline microbatches of one; degrees by their axes' letters
 (``LETTERS``), and a policy where it is not minimal_with_context."""
+MODELS: dict[str, dict[str, Any]] = {
+    "mixture": {"model_name": "mixtral-8x7b", "num_experts": 4},
+    "latent": {
+        "model_name": "deepseek2-16b", "first_num_dense_layers": 2, "base_num_kv_heads": 16,
+    },
+    "latents": {
+        "model_name": "deepseek3-671b", "first_num_dense_layers": 2, "base_num_kv_heads": 16,
+        "q_lora_rank": 768,
+    },
+    "once": {"pipeline_fsdp_ag_once": True},
+}  # fmt: skip
+"""Other layers or options than Llama's. Mixtures fail with ``tensor`` or ``expert`` beside
+``tensor_transpose``: shapes do not match when they are traced, with ``use_ring_of_experts`` too."""
 LETTERS = {
     "t": "tensor", "u": "tensor_transpose", "f": "fsdp", "p": "pipeline", "c": "context",
-    "d": "data",
+    "d": "data", "s": "sequence", "e": "expert",
 }  # fmt: skip
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -82,7 +112,7 @@ SMALLEST = 50_000
 """Bytes below which a call is of scales or statistics."""
 
 
-def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> Any:
+def compiled(sizes: dict[str, Any], degrees: dict[str, int], policy: str) -> Any:
     """The optimized program of one case."""
     import jax
     import jax.numpy as jnp
@@ -95,13 +125,14 @@ def compiled(sizes: dict[str, int], degrees: dict[str, int], policy: str) -> Any
 
     ranks = math.prod(degrees.values())
     each = sizes.get("samples", degrees.get("pipeline", 1))
-    samples = degrees.get("data", 1) * degrees.get("fsdp", 1) * each
+    samples = math.prod(degrees.get(name, 1) for name in ("data", "fsdp", "expert")) * each
     options = {
         **FIXED, "remat_policy": policy, "per_device_batch_size": samples,
         "max_target_length": sizes["tokens"], "base_emb_dim": sizes["hidden"],
-        "base_mlp_dim": sizes["width"], "base_num_query_heads": sizes["heads"],
-        "base_num_kv_heads": 8, "ici_fsdp_parallelism": 1,
+        "base_mlp_dim": sizes["width"], "base_moe_mlp_dim": sizes["width"],
+        "base_num_query_heads": sizes["heads"], "base_num_kv_heads": 8, "ici_fsdp_parallelism": 1,
         **{f"ici_{name}_parallelism": number for name, number in degrees.items()},
+        **MODELS.get(sizes.get("model", ""), {}),
     }  # fmt: skip
     if "pipeline" in degrees:
         options |= {
@@ -230,7 +261,9 @@ def calls(text: str, degrees: dict[str, int]) -> list[list[Any]]:
             continue
         again, back = "rematted" in name, "transpose(" in name
         phase = "again" if again else "backward" if back else "forward"
-        place = next((p for p in ("self_attention", "mlp", "embed", "logits") if p in name), "rest")
+        place = next(
+            (p for p in ("self_attention", "Moe", "mlp", "embed", "logits") if p in name), "rest"
+        )
         listed[phase, place, kind, axes_of(members(line), degrees), size] += 1
     return [[*call, number] for call, number in sorted(listed.items())]
 
@@ -280,6 +313,7 @@ def main() -> None:
         found = {**sizes, "degrees": degrees, "policy": policy}
         found["calls"] = calls(str(program.as_text()), degrees)
         found["temporaries"] = int(program.memory_analysis().temp_size_in_bytes)
+        found["flops"] = int(program.cost_analysis()["flops"])
         print(json.dumps(found), flush=True)
 
 

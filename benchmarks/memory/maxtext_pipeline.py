@@ -75,8 +75,33 @@ STACKS: list[tuple[str, tuple[str, ...], int, dict[str, Any]]] = [
     ("gpt3-6b", ("none",), 1, {}),
     ("llama3.1-8b", ("none",), 1, {**NARROW, "dropout_rate": 0.1}),
     ("gpt3-6b", ("none",), 1, {"dropout_rate": 0.1}),
+    ("llama3.1-8b", ("none",), 1, {**NARROW, "ici_tensor_transpose_parallelism": 2}),
+    (
+        "llama3.1-8b",
+        ("none",),
+        1,
+        {
+            **NARROW,
+            **TWO,
+            "ici_tensor_transpose_parallelism": 2,
+            "ici_fsdp_parallelism": 2,
+        },
+    ),
+    (
+        "llama3.1-8b",
+        ("none",),
+        1,
+        {
+            **NARROW,
+            "base_num_kv_heads": 4,
+            "ici_tensor_transpose_parallelism": 2,
+            "ici_tensor_parallelism": 2,
+        },
+    ),
+    ("mixtral-8x7b", ("none",), 1, {**EXPERTS, "ici_tensor_transpose_parallelism": 2}),
 ]
-"""Models, policies, repeats and options that are compiled."""
+"""Models, policies, repeats and options that are compiled; those with ``tensor_transpose`` with
+release 0.1.0."""
 ROWS = {**EXPERTS, "megablox": False}
 IN_FP32: list[tuple[str, int, dict[str, Any]]] = [
     ("llama3.1-8b", 1, NARROW),
@@ -127,7 +152,10 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { m
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """What XLA asks of a device that it compiles for."""
-AXES = {"tensor": "tp", "context": "cp", "expert": "ep", "fsdp": "fsdp"}
+AXES = {
+    "tensor": "tp", "context": "cp", "expert": "ep", "fsdp": "fsdp",
+    "tensor_transpose": "transposed",
+}  # fmt: skip
 FIXED = {
     "run_name": "count", "enable_checkpointing": False, "base_output_directory": "/tmp",
     "dataset_type": "synthetic", "skip_jax_distributed_system": True, "log_config": False,
@@ -303,7 +331,8 @@ def main() -> None:
     topology = sys.argv[1] if len(sys.argv) > 1 else ""
     if topology == "stacks":
         for name, policies, repeats, more in STACKS:
-            devices = "v5e:2x4" if any(key.startswith("ici_") for key in more) else "v5e:2x2"
+            split = sum(key.startswith("ici_") for key in more)
+            devices = ("v5e:2x2", "v5e:2x4", "v5p:2x2x4")[split]
             for policy in policies:
                 print(json.dumps(counted(name, policy, repeats, devices, more)), flush=True)
         return

@@ -105,6 +105,13 @@ def _inner(activation: str, *, gated: bool) -> int:
     return sum(n for (g, names), n in _INNER.items() if g == gated and activation in names)
 
 
+def _inner_width(spec: MlpSpec, shard: Shard) -> Int64:
+    """What is wide inside a feed-forward is whole on each rank where XLA splits tensor parallelism
+    both ways in a pipeline (two of each, compiled for TPUs)."""
+    whole = shard.beside & (shard.straight > 1) & (shard.transposed > 1)
+    return spec.intermediate // np.where(whole, 1, shard.straight)
+
+
 def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Bytes of one microbatch on one device, of a block that was :func:`counted`."""
     # Tensor parallelism splits the width: each rank has all rows.
@@ -126,7 +133,7 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
             case MlpSpec():
                 inner = _inner(part.activation, gated=part.gated) * ctx.element_bytes
                 inner += own - ctx.element_bytes if own else 0
-                total = total + inner * shard.tokens * (part.intermediate // shard.tp)
+                total = total + inner * shard.tokens * _inner_width(part, shard)
             case MoeSpec():
                 total = total + _mixture(part, ctx, shard)
     return total
@@ -188,7 +195,8 @@ def _latent_attention(spec: LatentAttentionSpec, ctx: BlockContext, shard: Shard
 
 
 def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
-    x, width, size = shard.tokens, spec.intermediate // shard.etp, ctx.element_bytes
+    x, size = shard.tokens, ctx.element_bytes
+    hidden, width = moe.expert_widths(spec, ctx, shard)
     held = moe.held_rows(spec, ctx, shard)
     weighed = shard.residual_tokens * spec.top_k * ctx.hidden
     masked = np.zeros_like(held)
@@ -197,7 +205,7 @@ def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
         weighed = np.where(shard.ep > 1, held // shard.etp * ctx.hidden, weighed)
         masked = np.where(shard.ep > 1, size * held * ctx.hidden, 0)
     inner = _inner(spec.activation, gated=True) * size
-    kept = (size * ctx.hidden + inner * width) * held + _FP32 * weighed + masked
+    kept = (size * hidden + inner * width) * held + _FP32 * weighed + masked
     # Of a choice its expert, score and weight, and where its row goes and comes from; of a token
     # the softmax's maximum and sum, or what sigmoids become.
     kept = kept + (5 * _FP32 * spec.top_k + 2 * _FP32) * x
@@ -206,5 +214,5 @@ def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     if ctx.sigmoid_router:
         kept = kept + size * spec.experts * x
     if spec.shared_intermediate:
-        kept = kept + inner * x * (spec.shared_intermediate // shard.tp)
+        kept = kept + inner * x * (spec.shared_intermediate // shard.straight)
     return kept

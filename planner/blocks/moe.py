@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cost_models.graph import Int64, Shard, Weight
 from cost_models.ops import Collective, Elementwise, GroupedMatMul, MatMul, Op, Routing, SavedTensor
-from planner.blocks import folded_experts, mlp, routing
+from planner.blocks import folded_experts, mlp, routing, transposed
 from planner.blocks.context import BlockContext, product_input_bytes, residual_add, within
 from planner.blocks.quantised import plain
 from planner.blocks.splits import Split
@@ -116,6 +116,15 @@ def held_rows(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     return room
 
 
+def expert_widths(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[int, Int64]:
+    """Columns of a row that enter the experts of a rank, and by how many their products are wide
+    inside: etp splits these, or those where tensor parallelism is transposed."""
+    hidden = spec.latent or ctx.hidden
+    if shard.transposed > 1:
+        return hidden // shard.transposed, np.full_like(shard.etp, spec.intermediate)
+    return hidden, spec.intermediate // shard.etp
+
+
 def reorderings(
     ctx: BlockContext, own: Int64, gathered: Int64, local: Int64
 ) -> tuple[tuple[Elementwise, ...], ...]:
@@ -149,14 +158,17 @@ def reorderings(
 
 
 def exchanges(
-    spec: MoeSpec, ctx: BlockContext, own: Int64, gathered: Int64, routing: Routing
+    spec: MoeSpec, ctx: BlockContext, shard: Shard, own: Int64, gathered: Int64, routing: Routing
 ) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
     """Collectives before the experts and after them.
 
     Sliced experts exchange nothing: each expert's output is summed over tp, and in the backward the
     gradient of its input, once for each product that reads it (DeepSpeed, module_inject/auto_tp.py:
-    every expert's last product is a ``LinearAllreduce``, the others ``LinearLayer``).
+    every expert's last product is a ``LinearAllreduce``, the others ``LinearLayer``). Transposed
+    ones sum their products over parts of the width instead (``transposed.over_width``).
     """
+    if shard.transposed > 1:
+        return (), ()
     if not ctx.sliced_experts:
         return (
             Collective("dispatch", "ep", "all_to_all", own, "all_to_all", own, routing=routing),
@@ -181,12 +193,12 @@ def exchanges(
 
 def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     """Ops of the sub-block after its norm, up to and including the residual add."""
-    r, h, e = shard.residual_tokens, spec.latent or ctx.hidden, ctx.element_bytes
+    r, e = shard.residual_tokens, ctx.element_bytes
+    h, width = expert_widths(spec, ctx, shard)
     copies = r * spec.top_k
-    own = folded_experts.dealt(ctx, shard, copies) * h * e
+    own = folded_experts.dealt(ctx, shard, copies) * (spec.latent or ctx.hidden) * e
     hot = rows(spec, ctx, shard) * imbalance(spec, ctx, shard)
     local = spec.experts // shard.ep
-    width = spec.intermediate // shard.etp
     gathered = rows(spec, ctx, shard) * h * e
     router = 1.0 * r * spec.experts * 4
     fc1 = (2 if spec.gated else 1) * width
@@ -202,18 +214,21 @@ def ops(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[Op, ...]:
     sorted_bytes = held * h * e if ctx.expert_room else gathered
     before, arrived, leaving, after = reorderings(ctx, own, sorted_bytes, local)
     deal, restore = folded_experts.around(ctx, shard, copies, h * e)
-    inward, outward = exchanges(spec, ctx, own, gathered, route)
+    inward, outward = exchanges(spec, ctx, shard, own, gathered, route)
     result: list[Op] = [
         MatMul("router", r, spec.experts, ctx.hidden, low_precision=False),
         Elementwise("routing", 4 * router, 3 * router, 6, 4),
+        *transposed.over_width("router", shard, shard.tokens * spec.experts * e),
         *_latent("latent_down", spec, r, h, ctx.hidden),
         *deal,
         *before,
         *_count_exchange(spec, ctx),
         *inward,
+        *transposed.expert_weights(shard, local * h * width * (read + 1)),
         *arrived,
         GroupedMatMul("expert_fc1", local, hot / local, fc1, h, pieces=(1,) * read,
                       room=room, quantised=plain(ctx.quantiser, hot, fc1, h, local)),
+        *transposed.over_width("expert_fc1", shard, read * inner),
         Elementwise("expert_activation", (read + 1) * inner, (2 * read + 1) * inner,
                     modules=("moe_act",)),
         GroupedMatMul("expert_fc2", local, hot / local, h, width, room=room,
@@ -245,9 +260,9 @@ def _count_exchange(spec: MoeSpec, ctx: BlockContext) -> tuple[Collective, ...]:
 
 def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, ...]:
     """Tensors kept for the backward, after the norm's input and output."""
-    h, e = spec.latent or ctx.hidden, ctx.element_bytes
-    held = held_rows(spec, ctx, shard)
-    inner = held * (spec.intermediate // shard.etp) * e
+    h, width = expert_widths(spec, ctx, shard)
+    e, held = ctx.element_bytes, held_rows(spec, ctx, shard)
+    inner = held * width * e
     weighed = shard.residual_tokens * spec.top_k
     if ctx.expert_room and ctx.moe_dispatcher == "allgather":
         weighed = held // shard.etp
@@ -257,12 +272,12 @@ def saved(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> tuple[SavedTensor, 
         SavedTensor("dispatched", ctx.saved_input(held * h * e), input_of="expert_fc1"),
         SavedTensor("expert_fc1_output", (2 if spec.gated else 1) * inner, input_of="moe_act"),
         SavedTensor("expert_activation", ctx.saved_input(inner), modules=("moe_act",)),
-        _weighing(spec, ctx, shard, inner, weighed * h),
+        _weighing(spec, ctx, shard, inner, weighed * (spec.latent or ctx.hidden)),
     ]
     if spec.gated and "swiglu" not in ctx.fused:
         result.append(SavedTensor("expert_gate_activation", inner, modules=("moe_act",)))
     if spec.latent is not None:
-        result.append(SavedTensor("latent_tokens", 2 * shard.residual_tokens * h * e))
+        result.append(SavedTensor("latent_tokens", 2 * shard.residual_tokens * spec.latent * e))
     if spec.shared_intermediate:
         result += within("shared_experts", (
             *_shared_input(ctx, shard),
@@ -310,8 +325,9 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """
     held = held_rows(spec, ctx, shard)
     hidden = spec.latent or ctx.hidden
-    inner = held * (spec.intermediate // shard.etp)
-    gradients = (2 * held * hidden + (3 if spec.gated else 2) * inner) * ctx.element_bytes
+    columns, width = expert_widths(spec, ctx, shard)
+    inner = held * width
+    gradients = (2 * held * columns + (3 if spec.gated else 2) * inner) * ctx.element_bytes
     gathered = ctx.gathered_bytes(shard)
     if not ctx.dtensor:
         return gradients + gathered

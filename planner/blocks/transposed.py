@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from cost_models.graph import Bools, Int64, Shard
-from cost_models.ops import Collective, Group
+from cost_models.ops import Collective, Group, Reals
 
 
 def enter(name: str, size: Int64, shard: Shard, *, product: str | None) -> tuple[Collective, ...]:
@@ -91,6 +91,35 @@ def reduced(name: str, size: Int64, shard: Shard) -> Collective:
 def first_sum(name: str, size: Int64) -> Collective:
     """The sum of the feed-forward's first products, ``size`` bytes, over parts of the width."""
     return Collective(f"{name}.sum", "tp_transposed", "all_reduce", size, None, 0)
+
+
+def over_width(name: str, shard: Shard, size: Reals) -> tuple[Collective, ...]:
+    """The sum of products by router or experts, ``size`` bytes, over parts of the width, and of
+    their gradients alike (MaxText 0.1.0, layers/moe.py: ``psum`` of each product inside a
+    ``shard_map``, whose derivative is one too)."""
+    if shard.transposed == 1:
+        return ()
+    return (Collective(f"{name}.sum", "tp_transposed", "all_reduce", size, "all_reduce", size),)
+
+
+def expert_weights(shard: Shard, elements: Int64) -> tuple[Collective, ...]:
+    """What brings experts' weights together beside an fsdp axis, of ``elements`` of them that a
+    rank has without it: they are ordered and gathered in fp32 (a unit's gather has 16 bits of it)
+    and their gradients put back in that order, twice as many bytes of each (compiled with 2 and 4
+    fsdp ranks)."""
+    if shard.transposed == 1:
+        return ()
+    some, own = shard.shards > 1, elements // shard.shards
+    return (
+        Collective(
+            "experts.order", "tp_and_shards", "permute", 4 * own, "permute", 4 * own, active=some
+        ),
+        Collective(
+            "experts.fp32", "tp_shards", "all_gather", 2 * elements, "all_gather", 2 * elements,
+            active=some,
+        ),
+        Collective("experts.back", "tp_and_shards", None, 0, "permute", 8 * own, active=some),
+    )  # fmt: skip
 
 
 def last_sum(name: str, size: Int64) -> Collective:

@@ -54,7 +54,12 @@ class Beside:
     ) -> None:
         ways, t = shard.shards, shard.straight
         self.first, self.last, self.inward = f"{prefix}fc1", f"{prefix}fc2", inward
-        self.alone, self.split = (ways > 1) & (t == 1), (ways > 1) & (t > 1)
+        self.alone, self.shared = (ways > 1) & (t == 1), shared(shard)
+        self.spread = self.shared & (shard.sharing == ways * shard.cp)
+        self.tidy = self.shared & tidy(shard)
+        self.wide = self.shared & ~self.tidy & ~self.spread
+        self.local = self.tidy | self.spread
+        self.split = (ways > 1) & (t > 1) & ~self.shared
         self.even, self.piped = self.split & (ways == t), shard.beside & (ways == 1)
         self.more, self.less = self.split & (ways > t), self.split & (ways < t)
         self.near, self.uneven = self.even | self.less | self.piped, self.more | self.less
@@ -65,6 +70,9 @@ class Beside:
         # Of a weight: what its rank has, and what is there of it without fsdp; over t; whole.
         self.own, self.gathered = weight // (shard.tp * ways * shard.cp), weight // shard.tp
         self.column, self.matrix = weight // t, np.full_like(t, weight)
+        # Of all ranks that share out tokens: T x f / t, and of T x h what a rank makes.
+        self.inner = element * shard.sharing
+        self.outer = size * np.where(ways == t, shard.sharing, 1)
 
     def enter(self) -> Iterator[Collective]:
         """Around the first products."""
@@ -74,6 +82,8 @@ class Beside:
             ("permute", "tp_and_shards", self.near, "permute", self.part, 1),
             ("samples", "tp_straight", self.near, "all_gather", self.stream, 1),
             ("samples", "tp_and_shards", self.more, "all_gather", self.samples, 1),
+            ("input", "tp", self.wide | self.tidy, "all_gather", self.whole, 1),
+            ("columns", "tp_and_shards", self.wide | self.tidy, "all_gather", self.column, n),
         )
         yield from _calls(name, rows, forward=True, backward=True)
         behind: tuple[Row, ...] = (
@@ -84,6 +94,11 @@ class Beside:
             ("gradients", "tp_straight", self.uneven, "all_gather", self.every, n),
             *self._weights(n),
             ("reduce", "tp_straight", self.piped, "all_reduce", self.whole, 1),
+            ("inner", "tp_sharing", self.wide, "all_gather", self.inner, 1),
+            ("inner", "tp_straight", self.local, "all_gather", self.every, 1),
+            ("outer", "tp_straight", self.wide, "all_reduce", self.outer, 1),
+            ("sums", "tp_sharing", self.wide | self.tidy, "all_reduce", self.column, n),
+            ("inner", "tp_sharing", self.spread, "all_gather", self.inner, n),
         )
         yield from _calls(name, behind, forward=False, backward=True)
 
@@ -92,13 +107,22 @@ class Beside:
         row: Row = (
             "scatter", "tp_shards", self.split, "reduce_scatter", self.scattered, self.inward
         )  # fmt: skip
-        yield from _calls(self.first, (row,), forward=True, backward=False)
+        over: Row = (
+            "over", "tp_sharing", self.spread, "all_reduce", self.inner * self.inward, 1
+        )  # fmt: skip
+        yield from _calls(self.first, (row, over), forward=True, backward=False)
 
     def leave(self) -> Iterator[Collective]:
         """Around the last product."""
         name, sums = self.last, self.matrix * (self.inward + 1)
-        order: Row = ("order", "tp_and_shards", self.alone, "permute", self.own, 1)
-        yield from _calls(name, (order,), forward=True, backward=True)
+        order: tuple[Row, ...] = (
+            ("order", "tp_and_shards", self.alone, "permute", self.own, 1),
+            ("rows", "tp_and_shards", self.wide, "all_gather", self.column, 1),
+            ("rows", "tp_sharing", self.local, "all_gather", self.gathered, 1),
+            ("inner", "tp_sharing", self.wide, "all_gather", self.inner, 1),
+            ("inner", "tp_straight", self.local, "all_gather", self.every, 1),
+        )
+        yield from _calls(name, order, forward=True, backward=True)
         behind: tuple[Row, ...] = (
             ("whole", "tp_transposed", self.alone, "all_gather", self.whole, 1),
             ("sums", "tp_shards", self.alone, "all_reduce", sums, 1),
@@ -110,6 +134,10 @@ class Beside:
             ("input", "tp_shards", self.uneven, "all_gather", self.scattered, 1),
             ("order", "tp_and_shards", self.even, "permute", self.own, 1),
             ("weights", "tp_shards", self.even, "reduce_scatter", self.gathered, 1),
+            ("output", "tp", self.wide | self.tidy, "all_gather", self.whole, 1),
+            ("sums", "tp_sharing", self.wide | self.tidy, "all_reduce", self.column, 1),
+            ("own", "tp_sharing", self.spread, "all_gather", self.inner, 1),
+            ("over", "tp_sharing", self.spread, "all_reduce", self.inner, 1),
         )
         yield from _calls(name, behind, forward=False, backward=True)
         ahead: tuple[Row, ...] = (
@@ -119,6 +147,7 @@ class Beside:
             ("gather", "tp_straight", self.uneven, "all_gather", self.every, 1),
             *self._weights(1),
             ("reduce", "tp_straight", self.piped, "all_reduce", self.whole, 1),
+            ("outer", "tp_straight", self.wide, "all_reduce", self.outer, 1),
         )
         yield from _calls(name, ahead, forward=True, backward=False)
 
@@ -132,25 +161,49 @@ class Beside:
         )
 
 
+def shared(shard: Shard) -> Bools:
+    """Where samples or tokens are shared out over more ranks than an fsdp axis beside tensor."""
+    return (shard.shards > 1) & (shard.straight > 1) & (shard.sharing > shard.shards)
+
+
+def tidy(shard: Shard) -> Bools:
+    """Where XLA does not take ranks of one axis for those of another, as many."""
+    t, u, others = shard.straight, shard.transposed, shard.sharing // shard.shards
+    alike = (shard.shards == t) | (shard.shards == u) | (others == t) | (others == u)
+    result: Bools = ~alike & (shard.cp == 1)
+    return result
+
+
 def least_working(gated: bool, element: Int64, size: Int64, shard: Shard) -> Int64:
     """Bytes that work at once where fsdp splits weights and t > 1: the input and the output's
     gradient as they come to the weights, and of what is wide inside F x T x f / t of each gradient,
-    of the input, and of two sums that are not scattered yet."""
-    ways, t = shard.shards, shard.straight
-    inner = (5 if gated else 4) * element * ways
-    outer = 2 * np.where(ways > t, size * ways, size // shard.transposed)
+    of the input, and of two sums that are not scattered yet; where tokens are shared out over
+    more ranks, of all of these instead of F."""
+    ways, t, wide = shard.shards, shard.straight, shared(shard)
+    inner = (5 if gated else 4) * element * np.where(wide, shard.sharing, ways)
+    spread = np.where(ways == t, shard.sharing, 1)
+    outer = np.where(wide, spread, np.where(ways > t, ways, 0)) * size
+    outer = 2 * np.where(outer > 0, outer, size // shard.transposed)
     return np.where((ways > 1) & (t > 1), outer + inner, 0)
 
 
 def alike(shard: Shard, *, inward: bool) -> tuple[Ints, Ints, Ints]:
-    """How often the u ranks compute the same of a product, of its input's gradient and of its
-    weight's (``cost_models.ops.MatMul.alike``)."""
+    """How often ranks compute the same of a product, of its input's gradient and of its weight's
+    (``cost_models.ops.MatMul.alike``)."""
     u = shard.transposed
     if u == 1:
         return (1, 1, 1)
-    whole = np.where((shard.shards > 1) & (shard.straight == 1), u, 1)
-    piped = np.where(shard.beside & (shard.shards == 1), u, 1)
-    return (1, piped, whole) if inward else (piped, 1, whole)
+    alone, split = shard.straight == 1, shard.shards * shard.cp
+    copied = shared(shard) & (shard.sharing > split)
+    each, even = np.where(copied, u, 1), copied & (shard.shards == shard.straight)
+    piped = np.where(shard.beside & (shard.shards == 1), u, each)
+    narrow = piped * np.where(even, shard.sharing, 1)
+    # As many data-parallel ranks as u: weights come whole to each.
+    taken = np.where(alone & (shard.sharing == u * split) & (split > 1), u, 1)
+    whole = np.where((shard.shards > 1) & alone, u, each)
+    if inward:
+        return each * taken, narrow, whole
+    return narrow * taken, each, whole * np.where(even, shard.straight, 1)
 
 
 def _calls(

@@ -256,7 +256,7 @@ def _outputs(request: Request, x: Layout, kind: LayerKind, mode: str) -> int:
         cp_kind=np.array([cp_kind_code(x.cp_kind, x.cp_inner)]),
         sequence_parallel=np.array([x.sp]),
         transposed=request.job.tensor_transpose,
-        fsdp=np.array([x.dp_shard if x.zero > 1 else 1]) if turned else None,
+        fsdp=np.array([x.dp_shard if x.zero == 3 else 1]) if turned else None,
         piped=np.array([x.pp > 1]) if turned else None,
         **kinds,
     )

@@ -201,16 +201,9 @@ def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count - x.outside
     transposed = request.job.tensor_transpose
-    if transposed > 1 and (x.tp % transposed or x.zero == 2):
+    if x.tp % transposed:
         return False
-    if transposed > 1 and x.cp > 1 and (x.pp > 1 or x.cp_kind != "all_gather"):
-        return False
-    split = x.zero > 1 and x.dp_shard > 1
-    data = x.dp_replicate * (1 if split else x.dp_shard)
-    tensor = x.tp > transposed
-    if transposed > 1 and split and data > 1 and (tensor or data == transposed):
-        return False
-    if transposed > 1 and x.cp > 1 and (data > 1 or (split and tensor)):
+    if transposed > 1 and (x.tp > transposed or x.ep > 1) and request.workload.expert_count:
         return False
     experts = False
     host = request.cluster.groups[0].node.host_memory

@@ -10,11 +10,13 @@ import pytest
 
 from cost_models.communication import group_of
 from cost_models.graph import LayerKind, Shard
-from cost_models.ops import Collective, MatMul
+from cost_models.ops import Collective, GroupedMatMul, MatMul
 from cost_models.traffic import layer_calls
 from planner.errors import InputError
+from planner.models.spec import ModelSpec
 from planner.pipeline import evaluate, read_request
 from planner.request import Request
+from planner.tensor_transpose import transpose_faults
 
 ASKED = {"stack": "maxtext-tpu", "sequence_length": 2048, "global_batch": 16}
 LAYOUT: dict[str, Any] = {"tp": 8, "dp_shard": 2, "zero_stage": 1}
@@ -103,6 +105,14 @@ def test_a_pipeline_gathers_columns_of_weights() -> None:
     {"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 3}, {"tp": 8, "pp": 2, "zero_stage": 0},
     {"tp": 8, "cp": 2, "zero_stage": 3}, {"tp": 2, "cp": 2, "dp_shard": 4, "zero_stage": 3},
     {"tp": 2, "dp_shard": 2, "dp_replicate": 4, "zero_stage": 3},
+    {"tp": 2, "dp_shard": 4, "dp_replicate": 2, "zero_stage": 3},
+    {"tp": 4, "dp_shard": 2, "dp_replicate": 2, "zero_stage": 3},
+    {"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 3},
+    {"tp": 4, "cp": 2, "pp": 2, "zero_stage": 0},
+    {"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1},
+    {"tp": 2, "cp": 2, "cp_kind": "a2a", "dp_shard": 4, "zero_stage": 3},
+    {"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 2},
+    {"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 3, "recompute": "everything_saveable"},
 ])  # fmt: skip
 def test_layouts_beside_other_axes_have_a_price(layout: dict[str, Any]) -> None:
     found = evaluate(request_of(), layout)
@@ -112,33 +122,64 @@ def test_layouts_beside_other_axes_have_a_price(layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "reason"),
+    ("model", "layout", "reason"),
     [
-        ({"tp": 4, "pp": 2, "dp_shard": 2, "zero_stage": 2}, "stay gathered"),
-        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 1}, "without data"),
-        ({"tp": 4, "cp": 2, "pp": 2, "zero_stage": 0}, "without a pipeline"),
-        ({"tp": 4, "cp": 2, "dp_shard": 2, "zero_stage": 3}, "with fsdp without tensor"),
-        ({"tp": 2, "dp_shard": 4, "dp_replicate": 2, "zero_stage": 3}, "another size"),
+        ("llama-3.1-8b", {"tp": 1, "dp_shard": 16, "zero_stage": 1}, "does not divide tp"),
+        ("mixtral-8x7b", {"tp": 4, "etp": 4, "dp_shard": 4, "zero_stage": 3}, "neither tensor nor"),
         (
-            {"tp": 4, "dp_shard": 2, "dp_replicate": 2, "zero_stage": 3},
-            "beside data and fsdp without tensor",
+            "mixtral-8x7b",
+            {"tp": 2, "etp": 2, "ep": 2, "dp_shard": 8, "zero_stage": 3},
+            "neither tensor nor an expert axis",
         ),
-        ({"tp": 1, "dp_shard": 16, "zero_stage": 1}, "does not divide tp"),
     ],
 )
-def test_layouts_in_which_xla_does_something_else_are_refused(
-    layout: dict[str, Any], reason: str
+def test_layouts_that_fail_in_the_software_are_refused(
+    model: str, layout: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InputError, match=reason):
-        evaluate(request_of(), layout)
+        evaluate(read_request(model, "tpu-v5p-32:1", None, job()), layout)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("mixtral-8x7b", {"tp": 2, "etp": 2, "dp_shard": 8, "zero_stage": 3}),
+        ("deepseek-v2-lite", {"tp": 2, "etp": 2, "dp_shard": 8, "zero_stage": 3}),
+        ("deepseek-v3", {"tp": 2, "etp": 2, "dp_shard": 8, "zero_stage": 3}),
+    ],
+)
+def test_other_layers_have_a_price(model: str, layout: dict[str, Any]) -> None:
+    found = evaluate(read_request(model, "tpu-v5p-32:1", None, job()), layout)
+    plain = evaluate(read_request(model, "tpu-v5p-32:1", None, ASKED), layout)
+    assert found.prediction.step_time_s != plain.prediction.step_time_s
+
+
+def test_experts_split_columns_of_rows_instead_of_their_width() -> None:
+    """As many FLOPs and bytes of weights as with tensor; tokens' copies have all of the width
+    inside, whose sums over the axis are their only calls."""
+    (kind,) = read_request("mixtral-8x7b", "tpu-v5p-32:1", None, job()).workload.kinds.values()
+    one = np.ones(1, dtype=np.int64)
+    ops = {}
+    for transposed in (1, 4):
+        shard = replace(place(4, transposed), etp=4 * one)
+        ops[transposed] = {op.name: op for op in kind.ops(shard)}
+    for name in ("expert_fc1", "expert_fc2"):
+        plain, other = ops[1][name], ops[4][name]
+        assert isinstance(plain, GroupedMatMul)
+        assert isinstance(other, GroupedMatMul)
+        sizes = [float(np.prod([np.ravel(d)[0] for d in (op.groups, op.rows, op.n, op.k)]))
+                 for op in (plain, other)]  # fmt: skip
+        assert sizes[0] == pytest.approx(sizes[1])
+    total = ops[4]["expert_fc1.sum"]
+    assert isinstance(total, Collective)
+    assert int(np.ravel(total.forward_bytes)[0]) == 2048 * 2 * 2 * 14336 * 2
+    assert "dispatch" not in ops[4]
 
 
 @pytest.mark.parametrize(
     ("model", "changes", "reason"),
     [
         ("llama-3.1-8b", {"stack": "torchtitan"}, "has no tensor_transpose"),
-        ("mixtral-8x7b", {}, "has other layers"),
-        ("llama-3.1-8b", {"optimizer": "muon"}, "muon"),
         ("llama-3.1-8b", {"tensor_transpose": 3}, "does not split over tensor_transpose 3"),
     ],
 )
@@ -146,3 +187,14 @@ def test_what_cannot_have_it_says_so(model: str, changes: dict[str, Any], reason
     node = "dgx-h100:2" if changes.get("stack") else "tpu-v5p-32:1"
     with pytest.raises(InputError, match=reason):
         evaluate(read_request(model, node, None, job(**changes)), LAYOUT)
+
+
+def test_parallel_sub_blocks_are_refused() -> None:
+    """No model that the stack has is made of them."""
+    request = request_of()
+    assert isinstance(request.model, ModelSpec)
+    (name,) = request.model.blocks
+    block = request.model.blocks[name].model_copy(update={"parallel": True, "norms": 1})
+    model = request.model.model_copy(update={"blocks": {name: block}})
+    (found,) = transpose_faults(replace(request, model=model))
+    assert "has other layers" in str(found)

@@ -17,6 +17,7 @@ from cost_models.data_parallel import price_kind
 from cost_models.data_traffic import DataParallel
 from cost_models.graph import Shard
 from cost_models.memory import activation_bytes
+from cost_models.ops import MatMul, Op
 from cost_models.recompute import mode_rows
 from cost_models.step import Field, price_layer
 from cost_models.traffic import data_calls, layer_calls, recomputed_calls
@@ -26,21 +27,31 @@ from tests.validation.test_maxtext_tensor_transpose import request_of, ways
 FOUND: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "maxtext_tensor_transpose_beside.json").read_text("utf-8")
 )["counted"]
-PRICED = [row for row in FOUND if not {"data", "context"} & {*row["degrees"]}]
-BESIDE_CONTEXT = [
-    row
-    for row in FOUND
-    if "context" in row["degrees"]
-    and "data" not in row["degrees"]
-    and not {"fsdp", "tensor"} <= {*row["degrees"]}
-]
-WITH_DATA = [
-    row
-    for row in FOUND
-    if {"data", "fsdp"} <= {*row["degrees"]}
-    and "tensor" not in row["degrees"]
-    and row["degrees"]["data"] != row["degrees"]["tensor_transpose"]
-]
+
+
+def _has(row: dict[str, Any], *axes: str) -> bool:
+    return {*axes} <= {*row["degrees"]}
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """How near the price of a program's calls is: which test it is in."""
+    if row.get("model", "once") != "once":
+        return str(row["model"]).removesuffix("s")
+    if _has(row, "sequence"):
+        return "sequence"
+    if not {"data", "context"} & {*row["degrees"]}:
+        return "exact"
+    if _has(row, "fsdp", "tensor"):
+        return "shared"
+    if _has(row, "fsdp", "data") and not _has(row, "context"):
+        return "data"
+    return "context" if _has(row, "context") else "replicated"
+
+
+PRICED, SHARED, BESIDE_CONTEXT, WITH_DATA, MIXTURES = (
+    [row for row in FOUND if _kind(row) == kind]
+    for kind in ("exact", "shared", "context", "data", "mixture")
+)
 IN_SUMS = [row for row in PRICED if math.prod(row["degrees"].values()) == 64]
 """Where XLA brings all samples to each rank in sums that it names after no layer."""
 Key = tuple[str, str, int]
@@ -48,18 +59,23 @@ Key = tuple[str, str, int]
 
 def named(row: dict[str, Any]) -> str:
     degrees = "x".join(f"{name}{number}" for name, number in row["degrees"].items())
-    return f"{degrees}-{row['samples']}-{row['hidden']}-{row['policy']}"
+    model = row.get("model", "llama")
+    return f"{model}-{degrees}-{row['samples']}-{row['hidden']}-{row['tokens']}-{row['policy']}"
 
 
 def place(row: dict[str, Any]) -> tuple[Shard, DataParallel]:
     one, (tp, transposed) = np.ones(1, dtype=np.int64), ways(row)
     degree = row["degrees"].get
-    fsdp, stages, samples = degree("fsdp", 1), degree("pipeline", 1), row["samples"]
+    stages, samples = degree("pipeline", 1), row["samples"]
+    # Gathered ahead of the loop, weights are whole inside (pipeline_fsdp_ag_once).
+    fsdp = 1 if row.get("model") == "once" else degree("fsdp", 1)
+    exchanged = degree("sequence", 1)
+    kind = "a2a" if exchanged > 1 else "all_gather"
     shard = Shard(
         row["tokens"], one * (samples // row.get("microbatches", samples if stages > 1 else 1)),
-        tp * one, degree("context", 1) * one, one, one, one > 0,
-        cp_kind_code("all_gather") * one, transposed=transposed, fsdp=fsdp * one,
-        piped=stages * one > 1,
+        tp * one, degree("context", 1) * exchanged * one, one, tp * one, one > 0,
+        cp_kind_code(kind) * one, transposed=transposed, fsdp=fsdp * one,
+        piped=stages * one > 1, replicas=degree("data", 1) * one,
     )  # fmt: skip
     return shard, DataParallel(degree("data", 1) * one, fsdp * one, stages * one, 3 * one, 0 * one)
 
@@ -69,14 +85,19 @@ def counted(row: dict[str, Any]) -> Counter[Key]:
     context calls have lost the names of their places."""
     found = Counter[Key]()
     for phase, part, kind, axes, size, number in row["calls"]:
-        unnamed = part == "rest" and "context" in row["degrees"]
-        if part in ("self_attention", "mlp") or unnamed:
+        unnamed = part == "rest" and ({"context", "sequence"} & {*row["degrees"]} or _gathers(row))
+        if part in ("self_attention", "mlp", "Moe") or unnamed:
             ranks = math.prod(row["degrees"][axis] for axis in axes.split())
             key = _key(
                 "forward" if phase == "forward" else "backward", kind.replace("-", "_"), ranks
             )
             found[key] += size * number
     return found
+
+
+def _gathers(row: dict[str, Any]) -> bool:
+    """Whether the weights of experts come from other ranks: calls that are named after no layer."""
+    return row.get("model") == "mixture" and "fsdp" in row["degrees"]
 
 
 def priced(row: dict[str, Any]) -> Counter[Key]:
@@ -142,7 +163,7 @@ def test_all_samples_may_come_in_sums(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "row", [row for row in PRICED if "temporaries" in row and "fsdp" in row["degrees"]
-            and "pipeline" not in row["degrees"]], ids=named,
+            and "pipeline" not in row["degrees"]] + SHARED, ids=named,
 )  # fmt: skip
 def test_temporaries_are_within_reach(row: dict[str, Any]) -> None:
     """Two layers' activations, what works, and gradients on their way, against what XLA lays out;
@@ -159,15 +180,15 @@ def test_temporaries_are_within_reach(row: dict[str, Any]) -> None:
     kept, _ = activation_bytes(kind, shard, named_policy(row["policy"], request.stack))
     assert int(rows[modes.kept][0]) == int(kept[0])
     total = 2 * int(kept[0]) + int((rows[modes.working] + rows[Field.IN_FLIGHT])[0])
-    assert 0.8 < total / row["temporaries"] < 3.5
+    assert 0.8 < total / row["temporaries"] < 4
 
 
 @pytest.mark.parametrize("row", BESIDE_CONTEXT, ids=named)
 def test_beside_context_most_bytes_are_priced(row: dict[str, Any]) -> None:
     """Of calls around attention XLA makes more than are priced, with the axis and without."""
     share = priced(row).total() / counted(row).total()
-    if "fsdp" in row["degrees"]:
-        assert 0.9 < share < 1.1
+    if {"fsdp", "data", "pipeline"} & {*row["degrees"]}:
+        assert 0.75 < share < 1.0
     elif "tensor_transpose" in row["degrees"]:
         assert 0.55 < share < 0.85
     else:
@@ -177,6 +198,64 @@ def test_beside_context_most_bytes_are_priced(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("row", WITH_DATA, ids=named)
 def test_data_beside_fsdp_sums_over_both(row: dict[str, Any]) -> None:
     """Feed-forwards' gradients in one call, which are priced as one over fsdp, then one of a part
-    over data."""
+    over data. Where data is as large as the axis, weights come whole to each rank."""
     mine, seen = priced(row), counted(row)
-    assert mine.total() == pytest.approx(seen.total(), rel=0.06)
+    assert 0.75 < mine.total() / seen.total() < 1.06
+
+
+@pytest.mark.parametrize("row", SHARED, ids=named)
+def test_calls_over_several_axes_are_priced_as_the_dearer_ways(row: dict[str, Any]) -> None:
+    """With 4 x 2 x 2 x 8 ranks XLA finds the cheaper one, which none of the smaller programs
+    shows."""
+    share = priced(row).total() / counted(row).total()
+    assert 0.75 < share < (1.8 if row["degrees"].get("data") == 8 else 1.32)
+
+
+@pytest.mark.parametrize("row", [row for row in FOUND if _kind(row) == "sequence"], ids=named)
+def test_exchanged_heads_are_priced_dear(row: dict[str, Any]) -> None:
+    """The sequence axis splits ``embed`` as fsdp does, and XLA sums feed-forwards' products over
+    it too instead of gathering their weights."""
+    assert 0.8 < priced(row).total() / counted(row).total() < 2.3
+
+
+@pytest.mark.parametrize("row", MIXTURES, ids=named)
+def test_experts_send_what_xla_sends(row: dict[str, Any]) -> None:
+    """Their calls are the software's own; beside fsdp weights are ordered in fp32."""
+    mine, seen = priced(row), counted(row)
+    if row["policy"] == "full":
+        assert 0.9 < mine.total() / seen.total() < 1.1
+    else:
+        assert mine.total() == pytest.approx(seen.total(), rel=0.02)
+
+
+@pytest.mark.parametrize("row", [row for row in FOUND if _kind(row) == "latent"], ids=named)
+def test_latents_send_most_of_what_xla_sends(row: dict[str, Any]) -> None:
+    """It sums what is projected down over parts of the width, and gathers it in parts."""
+    assert 0.8 < priced(row).total() / counted(row).total() < 1
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in FOUND if "flops" in row and not _has(row, "pipeline")
+            and _kind(row) not in ("sequence", "latent", "mixture")], ids=named,
+)  # fmt: skip
+def test_what_ranks_compute_alike_is_counted(row: dict[str, Any]) -> None:
+    """FLOPs of a rank by the compiler's count, which has none of the experts' kernels; where the
+    priced way is the dearer one, more."""
+    (kind,) = request_of(row).workload.kinds.values()
+    shard, _ = place(row)
+    head = 3 * 2.0 * float(shard.tokens[0]) * row["hidden"] * 1024 / float(shard.tp[0])
+    share = (_flops(kind.ops(shard)) + head) / row["flops"]
+    if _kind(row) == "shared":
+        assert 0.98 < share < (2.1 if row["degrees"]["tensor_transpose"] == 4 else 1.16)
+    else:
+        assert 0.98 < share < 1.01
+
+
+def _flops(ops: tuple[Op, ...]) -> float:
+    """Of all three products of each."""
+    total = 0.0
+    for op in ops:
+        if isinstance(op, MatMul):
+            times = sum(float(np.ravel(ways)[0]) for ways in op.alike)
+            total += times * 2.0 * float(np.prod([np.ravel(d)[0] for d in (op.m, op.n, op.k)]))
+    return total

@@ -32,10 +32,11 @@ COUNTED: dict[tuple[str, str, int], dict[str, Any]] = {
 TOKENS = FOUND["tokens"]
 STACKED: list[dict[str, Any]] = [
     row
-    for row in (*FOUND["stacked"], *FOUND["stacked_fp32"], *FOUND["stacked_8_bits"])
+    for part in ("stacked", "stacked_transposed", "stacked_fp32", "stacked_8_bits")
+    for row in FOUND[part]
     if row["policy"] == "none"
 ]
-CHANGES = {"tp", "cp", "ep", "fsdp", "dropout"}
+CHANGES = {"tp", "cp", "ep", "fsdp", "transposed", "dropout"}
 FIGURES = {"policy", "stacked", "temporaries", "flops", "bytes_accessed"}
 SAME = {
     "llama3.1-8b": "llama-3.1-8b", "qwen3-8b": "qwen3-8b", "gpt3-175b": "gpt-3-175b",
@@ -109,11 +110,11 @@ def scores(row: dict[str, Any]) -> int:
 
 def split_over(row: dict[str, Any]) -> Shard:
     degree = {name: np.array([row.get(name, 1)]) for name in ("tp", "cp", "ep")}
-    one = np.ones(1, dtype=np.int64)
-    gathers = np.array([cp_kind_code("all_gather")])
+    one, transposed = np.ones(1, dtype=np.int64), row.get("transposed", 1)
+    gathers, tp = np.array([cp_kind_code("all_gather")]), degree["tp"] * transposed
     return Shard(
-        FOUND["stacked_tokens"], one, degree["tp"], degree["cp"], degree["ep"], degree["tp"],
-        one.astype(bool), gathers,
+        FOUND["stacked_tokens"], one, tp, degree["cp"], degree["ep"], tp, one.astype(bool),
+        gathers, transposed=transposed, piped=one > 0,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def kept_without_a_policy(kind: LayerKind, shard: Shard) -> int:
 def test_everything_is_what_the_compiled_loop_stacks(row: dict[str, Any], tmp_path: Path) -> None:
     """But for segment ids and some numbers of a token's routing, and Llama 3.1's sines and cosines:
     kept in fp32, 512 bytes more of a token, by bf16's, and twice, 1,024 bytes more, in loops for
-    processors, which fp32's with repeats are."""
+    processors, which fp32's with repeats are; a mixture's are shared out over tensor_transpose."""
     kind, shard = narrow_layer(row, tmp_path), split_over(row)
     kept = kept_without_a_policy(kind, shard)
     if row["repeats"] > 1:
@@ -140,6 +141,8 @@ def test_everything_is_what_the_compiled_loop_stacks(row: dict[str, Any], tmp_pa
     rotary = 0
     if row["model"] == "llama3.1-8b":
         rotary = (1024 * (row["repeats"] - 1) if "dtype" in row else 512) * tokens
+    elif "transposed" in row:
+        rotary = -256 * tokens
     assert abs(row["stacked"] - scores(row) - kept - rotary) <= 16 * FOUND["stacked_tokens"]
 
 

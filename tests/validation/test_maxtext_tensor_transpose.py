@@ -15,7 +15,14 @@ import pytest
 from cost_models.graph import LayerKind, Shard
 from cost_models.memory import activation_bytes
 from cost_models.traffic import Calls, layer_calls, recomputed_calls
-from planner.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec
+from planner.models.spec import (
+    AttentionSpec,
+    BlockSpec,
+    LatentAttentionSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
 from planner.pipeline import read_request
 from planner.recompute import named_policy
 from planner.request import Request
@@ -40,6 +47,23 @@ def ways(row: dict[str, Any]) -> tuple[int, int]:
     return row["degrees"].get("tensor", 1) * transposed, transposed
 
 
+def mixer_of(row: dict[str, Any]) -> AttentionSpec | LatentAttentionSpec:
+    """DeepSeek-V2-Lite's where the row says so; with latents of queries too."""
+    if row.get("model") not in ("latent", "latents"):
+        return AttentionSpec(heads=row["heads"], kv_heads=8, head_dim=128)
+    return LatentAttentionSpec(
+        heads=row["heads"], q_lora_rank=768 if row["model"] == "latents" else None,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    )  # fmt: skip
+
+
+def feed_forward_of(row: dict[str, Any]) -> MlpSpec | MoeSpec:
+    """A mixture of four experts where the row says so."""
+    if row.get("model") == "mixture":
+        return MoeSpec(intermediate=row["width"], experts=4, top_k=2, gated=True)
+    return MlpSpec(intermediate=row["width"], gated=True)
+
+
 def request_of(row: dict[str, Any]) -> Request:
     asked = {
         "stack": "maxtext-tpu", "sequence_length": row["tokens"], "global_batch": 1,
@@ -47,8 +71,8 @@ def request_of(row: dict[str, Any]) -> Request:
     }  # fmt: skip
     request = read_request("llama-3.1-8b", "tpu-v5e-8:1", None, asked)
     block = BlockSpec(
-        mixer=AttentionSpec(heads=row["heads"], kv_heads=8, head_dim=128),
-        feed_forward=MlpSpec(intermediate=row["width"], gated=True),
+        mixer=mixer_of(row),
+        feed_forward=feed_forward_of(row),
     )
     assert isinstance(request.model, ModelSpec)
     changes = {"hidden": row["hidden"], "vocab": 1024, "blocks": {"decoder": block}}
