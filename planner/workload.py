@@ -299,7 +299,7 @@ def _assumptions(
         notes.append(
             f"tensor_transpose {job.tensor_transpose}: that many of tp's ranks split feed-forwards "
             "along the other dimension, tensor the rest; beside fsdp, in a pipeline and of "
-            "mixtures, bytes of calls are to 4 % those of 40 programs that XLA compiled (of two on "
+            "mixtures, bytes of calls are to 4 % those of 42 programs that XLA compiled (of two on "
             "64 ranks 1.2 and 1.5 times); with tensor and fsdp beside data or context 0.79 to 1.3 "
             "times those of 22 (of one 1.76, and arithmetic up to 2.1 times); else beside context "
             "0.59 to 0.99 (0.75 without it), beside data 0.78 to 1.04, where heads are exchanged "

@@ -17,6 +17,9 @@ tokens, h the stream's width and f the feed-forward's:
 * Looked-up rows are summed over u and scattered, or summed whole over all t x u ranks where t > 1;
   the head gathers and reduces as heads do.
 
+Experts are split like feed-forwards, by MaxText's own calls (layers/moe.py, sparse_matmul): rows
+keep T x h / u, each product is summed over u inside, and what follows is computed by each of them.
+
 Beside ``fsdp``, which splits ``embed`` too, ``planner.blocks.transposed_fsdp`` has what XLA does.
 """
 

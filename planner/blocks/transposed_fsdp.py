@@ -30,6 +30,21 @@ Beside ``context``, whose ranks come behind ``tensor_transpose`` in that dimensi
 permutation: they are gathered over it as ever, and calls are those without it.
 
 Where neither of F and t is a multiple of the other, no program was compiled: F is only compared.
+
+Where data or context, D or C ranks, are beside both F and t (23 programs), tokens are shared out
+over S = D x F x C ranks, weights over F, and what comes to what depends on which degrees are equal:
+
+* D is 1: first products are summed over all S, S x T x f / t each, and scattered by taking a part;
+  the last one has its weights gathered over S, W / (t u), and its input over t. Backward, S x T x
+  f / t is gathered for each weight, and summed once more.
+* None of D and F is t or u: weights of the first products are gathered over F x u, W / t each, and
+  the input, T x h, over t x u; the last product is as above. Gradients are summed over S.
+* else all weights are gathered so, and T x h of the output summed over t; for the gradients of
+  weights some of S x T x f / t is gathered. Where F is t, for the last product too, whose output is
+  made on each rank for all S. With F < t, or F = u, XLA may do with less: this is the dearer way.
+
+All of the u ranks then compute the same of the products whose weights are gathered over them. So
+do they where t is 1 and D is u.
 """
 
 from __future__ import annotations
