@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -176,11 +176,12 @@ def read_document(path: Path) -> object:
     return parse_document(decode(data, where=where), where=where)
 
 
-def validate(model: type[M], data: object, *, where: str) -> M:
+def validate(model: type[M], data: object, *, where: str, also: Collection[str] = ()) -> M:
     """``data`` as a ``model``; raises one :class:`DocumentError` that names field, value and rule.
 
     Up to three problems are listed. An unknown key gets a "did you mean" over the fields that the
-    model has there. True and false are no numbers, although Python takes them for 1 and 0.
+    model has there and, at the top, over the keys ``also``, which are read before. True and false
+    are no numbers, although Python takes them for 1 and 0.
     """
     if not isinstance(data, (Mapping, model)):
         raise DocumentError(
@@ -195,7 +196,7 @@ def validate(model: type[M], data: object, *, where: str) -> M:
         lines: list[str] = []
         hint: str | None = None
         for problem in problems:
-            line, advice = _describe(model, data, problem)
+            line, advice = _describe(model, data, problem, also)
             lines.append(line)
             hint = hint or advice
         if len(lines) == 1:
@@ -272,12 +273,12 @@ def _at(error: yaml.YAMLError) -> str:
 
 
 def _describe(
-    model: type[BaseModel], data: object, problem: Mapping[str, Any]
+    model: type[BaseModel], data: object, problem: Mapping[str, Any], also: Collection[str]
 ) -> tuple[str, str | None]:
     kind, loc, value = problem["type"], tuple(problem["loc"]), problem.get("input")
     path = _path(data, loc, missing=kind == "missing")
     if kind == "extra_forbidden":
-        known = _fields_at(model, loc[:-1])
+        known = _fields_at(model, loc[:-1]).union(also if len(loc) == 1 else ())
         parent = _path(data, loc[:-1], missing=False)
         place = f" in {parent}" if parent else ""
         return f"unknown key {str(loc[-1])!r}{place}", did_you_mean(str(loc[-1]), known)

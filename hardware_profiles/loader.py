@@ -192,7 +192,7 @@ def _build(
     if isinstance(data, Mapping):
         data = _expand(model, data, where=where, folder=folder, chain=chain)
     try:
-        spec = validate(model, data, where=where)
+        spec = validate(model, data, where=where, also=("extends",))
     except DocumentError as error:
         example = _EXAMPLES.get(model)
         if example is None or error.hint is not None or " is missing" not in error.message:
@@ -368,7 +368,7 @@ def _cluster(data: object, *, where: str, folder: Path) -> ClusterSpec:
     if isinstance(data, Mapping) and _NODE_KEYS & data.keys() and not _CLUSTER_KEYS & data.keys():
         single = _build(NodeSpec, data, where=where, folder=folder)
         return _single(f"{single.name}:1", single, 1)
-    request = validate(ClusterRequest, data, where=where)
+    request = validate(ClusterRequest, data, where=where, also=("extends",))
     groups: list[NodeGroup] = []
     for member in request.members():
         if isinstance(member.node, str):

@@ -156,3 +156,13 @@ def test_a_device_without_what_everything_needs_is_refused(
     path.write_text(f"extends: h100-sxm-80gb\n{line}\n")
     with pytest.raises(DocumentError, match=message):
         loader.load_device(str(path))
+
+
+@pytest.mark.parametrize("rest", ["groups: []", "devices_per_node: 4"])
+def test_a_misspelt_extends_is_found(tmp_path: Path, rest: str) -> None:
+    """It is read before the fields of what it starts from are known."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extnds: dgx-h100\n{rest}\n")
+    with pytest.raises(DocumentError, match="unknown key 'extnds'") as error:
+        loader.load_cluster(str(path))
+    assert error.value.hint == "did you mean 'extends'?"
