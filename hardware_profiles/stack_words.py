@@ -9,8 +9,9 @@ from pydantic import Field
 from hardware_profiles.sourced import Profile
 
 AttentionSort = Literal[
-    "sliding windows", "latent attention", "mixtures of experts", "models without experts"
-]
+    "sliding windows", "attention sinks", "latent attention", "mixtures of experts",
+    "models without experts",
+]  # fmt: skip
 ContextKind = Literal["p2p", "all_gather", "a2a", "a2a_p2p", "a2a_all_gather"]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """How tokens reach the ranks of their experts; see ``cost_models.expert_exchange``."""
@@ -34,7 +35,7 @@ StackRule = Literal[
     "no_tied_embeddings", "no_tied_embeddings_in_pipeline", "needs_block_scaled_products",
     "shards_fill_nodes", "experts_follow_tp", "experts_over_ep_or_tp",
     "tp_needs_expert_parallelism", "experts_over_data_or_context", "no_accumulation_in_fp8",
-    "no_pipeline_in_fp8", "no_experts_in_fp8",
+    "no_pipeline_in_fp8", "no_experts_in_fp8", "no_sinks_in_16_bit_pipelines",
     "no_accumulation", "hybrid_shards_are_nodes", "replicas_share_weights",
     "muon_takes_whole_query_groups",
     "shards_over_one_rank", "whole_gradients_need_one_microbatch",

@@ -93,6 +93,8 @@ def contexts_of_sort(request: Request, sort: AttentionSort) -> set[ContextKind]:
     layers = contexts_of_layers(job, model)
     if sort == "sliding windows":
         return {kind for block, kind in layers if _window(model.blocks[block])}
+    if sort == "attention sinks":
+        return {kind for block, kind in layers if _sinks(model.blocks[block])}
     if sort == "latent attention":
         latent = LatentAttentionSpec
         return {kind for block, kind in layers if isinstance(model.blocks[block].mixer, latent)}
@@ -101,6 +103,10 @@ def contexts_of_sort(request: Request, sort: AttentionSort) -> set[ContextKind]:
 
 def _window(block: BlockSpec) -> bool:
     return isinstance(block.mixer, AttentionSpec) and block.mixer.window is not None
+
+
+def _sinks(block: BlockSpec) -> bool:
+    return isinstance(block.mixer, AttentionSpec) and block.mixer.sinks
 
 
 def context_faults(request: Request) -> Iterator[InputError]:

@@ -88,7 +88,7 @@ def impossible_mesh(mesh: Mesh, request: Request) -> str | None:
     for block in [*blocks, *([model.vision.block] if model.vision else [])]:
         mixer, feed_forward, tower = block.mixer, block.feed_forward, block not in blocks
         for own in degrees.meshes_of_layers(mesh, block, request):
-            if reason := impossible_mixer(mixer, own, stack, tower):
+            if reason := impossible_mixer(mixer, own, request, tower):
                 return reason
         if degrees.parts_of_groups(mixer, mesh.tp, request):
             return "Muon takes whole query groups"

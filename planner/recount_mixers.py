@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hardware_profiles.schema import StackSpec
 from planner.models.spec import (
     AttentionSpec,
     GatedDeltaNetSpec,
@@ -17,10 +16,12 @@ from planner.models.spec import (
 
 if TYPE_CHECKING:
     from planner.recount import Mesh
+    from planner.request import Request
 
 
-def impossible_mixer(mixer: Mixer | None, mesh: Mesh, stack: StackSpec, tower: bool) -> str | None:
+def impossible_mixer(mixer: Mixer | None, mesh: Mesh, request: Request, tower: bool) -> str | None:
     """Why this mixer cannot be split as the mesh says, or None."""
+    stack = request.stack
     over_tp: list[int] = []
     over_cp: list[int] = []
     ways, runs = mesh.cp, stack.cp_kinds
@@ -32,6 +33,12 @@ def impossible_mixer(mixer: Mixer | None, mesh: Mesh, stack: StackSpec, tower: b
             ways = mesh.cp_inner if mesh.cp_kind.startswith("a2a_") else mesh.cp
             if mixer.window is not None:
                 runs = stack.cp_kinds_of.get("sliding windows", runs)
+            if mixer.sinks:
+                able = stack.cp_kinds_of.get("attention sinks", runs)
+                runs = tuple(kind for kind in runs if kind in able)
+            apart = mixer.sinks and "no_sinks_in_16_bit_pipelines" in stack.rules
+            if apart and mesh.pp > 1 and request.job.precision != "fp32":
+                return "the stack has no attention sinks in pipelines of 16 bits"
             if mixer.kv_heads % mesh.tp and (
                 mesh.tp % mixer.kv_heads or not stack.kv_head_replication or mixer.output_gate
             ):

@@ -18,6 +18,7 @@ from hardware_profiles.schema import ClusterSpec, StackSpec
 from hardware_profiles.stack_words import ModelFeature
 from planner.blocks.registry import model_kinds
 from planner.errors import InputError
+from planner.kernels import attention_kernel
 from planner.memory_margin import margin_of, usable_bytes
 from planner.models.features import PREDICTION, model_features
 from planner.models.kinds import Model
@@ -179,15 +180,15 @@ class Request:
     @property
     def unsupported(self) -> str | None:
         """Why the device cannot run this job's precision under this stack, or None."""
-        device, precision = self.machine.device, self.job.precision
+        device = self.machine.device
         missing = [name for name in self.machine.product_dtypes if name not in device.peak_flops]
         if missing:
             return (
                 f"{device.name} has no {missing[0]} arithmetic "
                 f"(it has {', '.join(sorted(device.peak_flops))})"
             )
-        kernel = self.stack.attention_kernel(device.name)
-        if precision != "fp32" and kernel not in ("unfused", *device.kernels.attention):
+        kernel = attention_kernel(self.model, self.job, self.stack, device)
+        if kernel not in ("unfused", *device.kernels.attention):
             return (
                 f"{self.stack.name} runs {kernel} attention, for which {device.name} has no "
                 f"efficiency (it has {', '.join(sorted(device.kernels.attention)) or 'none'})"
@@ -213,8 +214,8 @@ class Request:
     @property
     def kernel_basis(self) -> Basis:
         """How the efficiencies of the kernels that this job uses are known, the weakest of them."""
-        device, precision = self.machine.device, self.job.precision
-        kernel = "unfused" if precision == "fp32" else self.stack.attention_kernel(device.name)
+        device = self.machine.device
+        kernel = attention_kernel(self.model, self.job, self.stack, device)
         return kernel_basis(device, self.machine.product_dtypes, kernel)
 
     @property

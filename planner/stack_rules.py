@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cost_models.graph import Bools
+from planner.blocks.registry import attention_sorts
 from planner.meshes import Meshes
 from planner.request import Request
 
@@ -17,6 +18,9 @@ def concerns(rule: str, request: Request) -> bool:
         return request.workload.tied_embeddings
     if rule in ("no_prediction_in_pipeline", "no_prediction_with_context"):
         return request.predicts
+    if rule == "no_sinks_in_16_bit_pipelines":
+        sinks = "attention sinks" in attention_sorts(request.model)
+        return sinks and request.job.precision != "fp32"
     return request.workload.expert_count > 0 or rule not in {
         "moe_with_tp_needs_sequence_parallel",
         "ep_with_tp_needs_sequence_parallel",
@@ -30,6 +34,10 @@ def concerns(rule: str, request: Request) -> bool:
 
 
 STACK_RULES: dict[str, tuple[str | None, Callable[[Meshes], Bools]]] = {
+    "no_sinks_in_16_bit_pipelines": (
+        "in 16 bits no derivative of a pipeline's loop over layers with attention sinks",
+        lambda m: m.pp > 1,
+    ),
     "moe_with_tp_needs_sequence_parallel": (
         "experts with tp need sequence parallelism",
         lambda m: (m.tp > 1) & (m.sp == 0),

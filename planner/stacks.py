@@ -12,6 +12,7 @@ from hardware_profiles.loader import catalog_names, load_stack
 from hardware_profiles.schema import ClusterSpec, StackSpec
 from planner.blocks.registry import KIND_NAMES, attention_sorts
 from planner.errors import InputError
+from planner.kernels import attention_kernel
 from planner.layer_contexts import context_faults
 from planner.models.kinds import Model
 from planner.recompute import refusal
@@ -133,12 +134,8 @@ def _faults(request: Request) -> Iterator[InputError]:
         )
     if job.dropout and not stack.trains_dropout:
         yield InputError(f"the layers of {name} have no dropout")
-    kernel, runs = stack.attention_kernel(device.name), device.kernels.attention
-    if (
-        attention_sorts(request.model)
-        and job.precision != "fp32"
-        and (kernel not in ("unfused", *runs))
-    ):
+    kernel, runs = attention_kernel(request.model, job, stack, device), device.kernels.attention
+    if attention_sorts(request.model) and kernel not in ("unfused", *runs):
         known = ", ".join(sorted(runs)) or "none"
         yield InputError(f"{name} runs {kernel} attention, and {device.name} has {known}")
     tune = job.finetune

@@ -38,6 +38,7 @@ from planner.blocks.weights import (
     mtp_weights,
     prediction_tables,
 )
+from planner.kernels import attention_kernel
 from planner.layer_contexts import by_context, contexts_of_layers, said
 from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
 from planner.recompute import searched_policies
@@ -63,9 +64,7 @@ def build_workload(
     ctx = BlockContext(
         hidden=model.hidden,
         element_bytes=4 if job.precision == "fp32" else 2,
-        attention_kernel=(
-            "unfused" if job.precision == "fp32" else stack.attention_kernel(device.name)
-        ),
+        attention_kernel=attention_kernel(model, job, stack, device),
         fused=frozenset(stack.fused),
         dropout=has_dropout,
         vocab=model.vocab,

@@ -132,6 +132,8 @@ def attention_sorts(model: Model) -> list[AttentionSort]:
         found.append("latent attention")
     if any(isinstance(mixer, AttentionSpec) and mixer.window is not None for mixer in mixers):
         found.append("sliding windows")
+    if any(isinstance(mixer, AttentionSpec) and mixer.sinks for mixer in mixers):
+        found.append("attention sinks")
     experts = any(isinstance(b.feed_forward, MoeSpec) for b in model.blocks.values())
     return [*found, "mixtures of experts" if experts else "models without experts"]
 

@@ -253,6 +253,10 @@ def runs(request: Request, x: Layout) -> bool:
                     return False
                 if x.cp > 1 and kind not in stack.cp_kinds_of.get(sort, stack.cp_kinds):
                     return False
+                sinks = isinstance(mixer, AttentionSpec) and mixer.sinks
+                able = stack.cp_kinds_of.get("attention sinks", stack.cp_kinds)
+                if x.cp > 1 and sinks and kind not in able:
+                    return False
         if isinstance(feed, MlpSpec) and feed.intermediate % x.tp:
             return False
         if isinstance(feed, MoeSpec):
@@ -316,6 +320,10 @@ def runs(request: Request, x: Layout) -> bool:
         ("no_pipeline_in_fp8" in rules and x.pp > 1) or ("no_experts_in_fp8" in rules and experts)
     ):
         return False
+    if "no_sinks_in_16_bit_pipelines" in rules and x.pp > 1 and request.job.precision != "fp32":
+        for block in request.model.blocks.values():
+            if isinstance(block.mixer, AttentionSpec) and block.mixer.sinks:
+                return False
     if request.job.optimizer == "muon" and (
         (x.tp > 1 and not stack.muon.tensor_parallel) or (x.pp > 1 and not stack.muon.pipeline)
     ):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from cost_models.graph import Shard
+from cost_models.ops import Attention, MatMul
 from planner.errors import InputError
 from planner.pipeline import evaluate, read_request
 from planner.recount import every_mesh
 from planner.request import Request
+from planner.shards import ONE
 
 
 def request(model: str, cluster: str, stack: str, **job: object) -> Request:
@@ -127,3 +131,59 @@ def test_what_maxtext_does_not_run_in_fp8(
     if layout == {"ep": 8}:
         asked = request(model, cluster, "maxtext-gpu-fp8-full", precision="fp8", **batch)
         assert evaluate(asked, chosen)
+
+
+def test_no_kernel_of_gpus_takes_attention_sinks() -> None:
+    """layers/attention_op.py, validate_gpu_flash_attention: products of all queries and keys and a
+    softmax between, of windows too; the ring is a kernel's own."""
+    asked = request("gpt-oss-20b", "dgx-h100:1", "maxtext-gpu", global_batch=8)
+    one = np.ones(1, dtype=np.int64)
+    shard = Shard(2048, one, one, one, one, one, np.zeros(1, dtype=np.bool_), 0 * one)
+    for kind in asked.workload.kinds.values():
+        ops = kind.ops(shard)
+        assert not any(isinstance(op, Attention) for op in ops)
+        (scores,) = (op for op in ops if op.name == "scores")
+        assert isinstance(scores, MatMul)
+        assert [int(np.ravel(n)[0]) for n in (scores.m, scores.n, scores.k, scores.batch)] == [
+            2048, 2048, 64, 64,
+        ]  # fmt: skip
+        (kept,) = (tensor.bytes for tensor in kind.saved(shard) if tensor.name == "softmax")
+        assert int(np.ravel(kept)[0]) == 2 * 64 * 2048**2
+    chosen = {"cp": 2, "ep": 4, "microbatch_size": 1, "recompute": "full"}
+    assert evaluate(asked, {**chosen, "cp_kind": "all_gather"})
+    with pytest.raises(InputError, match="context parallelism of attention sinks is all_gather"):
+        evaluate(asked, {**chosen, "cp_kind": "p2p"})
+    without = request("qwen3-30b-a3b", "dgx-h100:1", "maxtext-gpu", global_batch=8)
+    assert evaluate(without, {**chosen, "cp_kind": "p2p"})
+    assert {mesh.cp_kind for mesh in every_mesh(asked) if mesh.cp > 1} == {
+        "all_gather", "a2a", "a2a_all_gather",
+    }  # fmt: skip
+
+
+def test_lists_name_no_output_of_attention_without_a_kernel() -> None:
+    """0.2.0, attention_op.py: kernels alone name their output ``context``."""
+    asked = request("gpt-oss-20b", "dgx-h100:1", "maxtext-gpu", global_batch=8)
+    chosen = {"ep": 8, "microbatch_size": 1}
+    with_name, without = (
+        evaluate(asked, {**chosen, "recompute": mode}).prediction
+        for mode in ("minimal_with_context", "minimal")
+    )
+    assert with_name.step_time_s == without.step_time_s
+    assert with_name.stages == without.stages
+
+
+def test_splash_attention_has_no_derivative_for_sinks_in_a_loop() -> None:
+    """jax 0.10.2, _splash_attention_bwd: the gradient of the sinks is in 16 bits, they are not."""
+    asked = request("gpt-oss-20b", "tpu-v6e-8", "maxtext-tpu", global_batch=8)
+    chosen = {"ep": 4, "microbatch_size": 1, "recompute": "full"}
+    assert any(
+        isinstance(op, Attention) for kind in asked.workload.kinds.values() for op in kind.ops(ONE)
+    )
+    assert evaluate(asked, {**chosen, "ep": 8})
+    with pytest.raises(InputError, match="no derivative of a pipeline's loop over layers with att"):
+        evaluate(asked, {**chosen, "pp": 2})
+    assert all(mesh.pp == 1 for mesh in every_mesh(asked))
+    on_gpus = request("gpt-oss-20b", "dgx-h100:1", "maxtext-gpu", global_batch=8)
+    assert evaluate(on_gpus, {**chosen, "pp": 2})
+    without = request("qwen3-30b-a3b", "tpu-v6e-8", "maxtext-tpu", global_batch=8)
+    assert evaluate(without, {**chosen, "pp": 2})

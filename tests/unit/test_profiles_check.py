@@ -280,6 +280,7 @@ def test_a_stack_names_what_exists(name: str) -> None:
         "zero_2_needs_expert_parallelism",
         "needs_block_scaled_products", "shards_fill_nodes", "zero_1_shards_over_all",
         "no_accumulation_in_fp8", "no_pipeline_in_fp8", "no_experts_in_fp8",
+        "no_sinks_in_16_bit_pipelines",
         "muon_takes_whole_query_groups",
         "zero_2_needs_pipeline", "no_accumulation", "hybrid_shards_are_nodes",
         "replicas_share_weights", "no_prediction_in_chunks", "shards_over_one_rank",

@@ -1,0 +1,67 @@
+"""Layers with attention sinks, which kernels and pipelines refuse: the planner equals brute
+force."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hardware_profiles.loader import load_stack
+from planner.models.spec import AttentionSpec, BlockSpec
+from planner.refute import better_layout
+from planner.request import Request
+from tests.oracle.amount import of
+from tests.oracle.compare import compare, differences
+from tests.oracle.instances import draw
+
+SEEDS = range(9100, 9100 + of(30, 18))
+
+
+def with_sinks(block: BlockSpec) -> BlockSpec:
+    if not isinstance(block.mixer, AttentionSpec):
+        return block
+    return block.model_copy(update={"mixer": block.mixer.model_copy(update={"sinks": True})})
+
+
+def sunk(seed: int, stack: str) -> Request | None:
+    """The instance of a seed on a stack as it ships, in a pipeline or with context parallelism
+    where its devices allow it; None where its device has no figures of the stack's kernel."""
+    try:
+        request = replace(draw(seed, stack), stack=load_stack(stack))
+    except ValueError:
+        return None
+    blocks = {name: with_sinks(block) for name, block in request.model.blocks.items()}
+    model = request.model.model_copy(update={"blocks": blocks})
+    most = max(n for n in (1, 2, 3, 4) if request.devices % n == 0)
+    limits = request.job.constraints.model_copy(
+        update={
+            "fix": {"cp": most} if seed % 3 == 0 else {}, "max": {}, "forbid": (),
+            "schedule": None, "recompute": None, "sequence_parallel": None,
+        }
+    )  # fmt: skip
+    changes = {"constraints": limits, "sequence_length": 96, "global_batch": request.devices}
+    job = request.job.model_copy(update=changes)
+    request = replace(request, model=model, job=job, capacity_bytes=10**15)
+    return None if request.unsupported is not None else request
+
+
+def test_the_planner_finds_the_best_layout_of_layers_with_sinks() -> None:
+    found = Counter[str]()
+    for stack in ("maxtext-gpu", "maxtext-tpu"):
+        for seed in SEEDS:
+            request = sunk(seed, stack)
+            if request is None:
+                continue
+            each = compare(seed, request=request)
+            assert not differences(each)
+            x = each.answer.layout
+            if x is None or each.answer.time is None:
+                continue
+            assert better_layout(request, each.answer.time) is None
+            assert better_layout(request, each.answer.time + 1) is not None
+            found[stack] += 1
+            found[f"{stack} {request.job.precision}"] += 1
+            found["context"] += x.cp > 1
+    assert found["maxtext-gpu bf16"]
+    assert found["maxtext-tpu bf16"]
+    assert found["context"]
