@@ -6,6 +6,7 @@
     python benchmarks/memory/maxtext_pipeline.py v5e:2x2          # and compiled; pip install libtpu
     python benchmarks/memory/maxtext_pipeline.py stacks           # other layers, compiled
     python benchmarks/memory/maxtext_pipeline.py 8bits            # quantised
+    python benchmarks/memory/maxtext_pipeline.py sinks            # gpt-oss, for GPUs
     python benchmarks/memory/maxtext_pipeline.py fp32             # in fp32, for GPUs: pip install
         # --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
 
@@ -23,8 +24,9 @@ iteration puts on one device's stacks in the compiled loop, where copies of a te
 ``fp32`` compiles those of :data:`IN_FP32` for four or eight H100s, ahead of time too, with
 attention as ``dot_product``: kernels of GPUs take 16 bits. Loops over repeats are compiled for
 processors there, as jaxlib 0.10.2 refuses them for GPUs. ``8bits`` is quantised
-(:data:`IN_8_BITS`), on GPUs with ``dot_product`` too. What only reads data or reports is not
-imported: empty modules stand for it.
+(:data:`IN_8_BITS`), on GPUs with ``dot_product`` too. ``sinks`` are gpt-oss's blocks of two layers
+(:data:`WITH_SINKS`), to which MaxText refuses the kernels of GPUs. What only reads data or reports
+is not imported: empty modules stand for it.
 """
 
 from __future__ import annotations
@@ -138,6 +140,34 @@ IN_8_BITS: list[tuple[str, str, str, int, dict[str, Any]]] = [
 """Models, quantizations, topologies, repeats and options, without a policy. AQT splits the range
 of gradients of weights over slices, of which there is one. Megablox's product in int8 does not
 compile for v5e with jax 0.10.2 (``tpu.reshape``)."""
+SINKS = {
+    "base_emb_dim": 1024, "base_mlp_dim": 1536, "base_num_query_heads": 8,
+    "base_num_kv_heads": 2, "head_dim": 128, "num_experts": 8, "num_experts_per_tok": 2,
+    "megablox": False, "sparse_matmul": True,
+}  # fmt: skip
+OTHER_SINKS = {
+    **SINKS, "base_emb_dim": 768, "base_mlp_dim": 1280, "base_num_query_heads": 16,
+    "base_num_kv_heads": 4, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+}  # fmt: skip
+WITH_SINKS: list[tuple[str, str, dict[str, Any]]] = [
+    ("gpt-oss-20b", "h100:4", SINKS),
+    ("gpt-oss-20b", "h100:4", OTHER_SINKS),
+    ("gpt-oss-20b", "h100:8", {**SINKS, "ici_tensor_parallelism": 2}),
+    ("gpt-oss-20b", "h100:8", {**OTHER_SINKS, "ici_tensor_parallelism": 2}),
+    ("gpt-oss-20b", "h100:8", {**SINKS, "ici_context_parallelism": 2}),
+    ("gpt-oss-20b", "h100:8", {**SINKS, **TWO, "ici_expert_parallelism": 2}),
+    ("gpt-oss-20b", "h100:4", {**SINKS, "dtype": "float32"}),
+    (
+        "gpt-oss-20b", "h100:4",
+        {**SINKS, "quantization": "int8", "quantization_local_shard_count": 1},
+    ),
+    ("gpt-oss-20b", "v5e:2x2", {**SINKS, "megablox": True, "attention": "dot_product"}),
+    ("mixtral-8x7b", "h100:8", {**ROWS, "ici_tensor_parallelism": 2}),
+    ("gemma2-9b", "h100:4", {**NARROW, "dtype": "float32"}),
+]  # fmt: skip
+"""Models, topologies and options, without a policy; splash attention has no derivative for sinks in
+a loop. Besides, a mixture without sinks that is split over tensor, and softcapped scores. moe.py
+calls ``jnp.clip`` with names of arguments that jax 0.10.2 has no more."""
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -250,6 +280,15 @@ def handed_on(jaxpr: Any, iterations: int) -> list[Any]:
     return []
 
 
+def clip_as_it_was(clip: Any) -> Any:
+    """``jnp.clip`` with ``a_min`` and ``a_max``, as releases 0.1.0 and 0.2.0 call it."""
+
+    def clipped(x: Any, min: Any = None, max: Any = None, **names: Any) -> Any:  # noqa: A002
+        return clip(x, names.get("a_min", min), names.get("a_max", max))
+
+    return clipped
+
+
 def stacked(program: str, iterations: int) -> int:
     """Bytes that one iteration leaves on one device's stacks: of all loops of a compiled
     ``program``, the most that has a place for each iteration."""
@@ -347,6 +386,14 @@ def main() -> None:
         for name, quantization, devices, repeats, more in IN_8_BITS:
             chosen = {**more, "quantization": quantization, "quantization_local_shard_count": 1}
             print(json.dumps(counted(name, "none", repeats, devices, chosen)), flush=True)
+        return
+    if topology == "sinks":
+        import jax.numpy as jnp
+
+        jnp.clip = clip_as_it_was(jnp.clip)
+        for name, devices, more in WITH_SINKS:
+            found = counted(name, "none", 1, devices, more)
+            print(json.dumps(found | {"hidden": more["base_emb_dim"]}), flush=True)
         return
     named = "minimal_with_context" if topology else "minimal"
     for name in ["llama3.1-8b"] if topology else CASES:

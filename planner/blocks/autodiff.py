@@ -13,7 +13,10 @@ of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, l
 - Attention without a kernel (``dot_product``, in fp32): the mask, the masked scores (for the
   maximum's derivative) and their exponentials ahead of a reshape and behind it, of all keys; three
   numbers of a row; the output ahead of the division by the sum and behind it. Keys and values are
-  gathered again.
+  gathered again. Softcaps add two of all keys (in fp32; in 16 bits one layer of Gemma 2's pairs has
+  them in fp32, and was not counted). Sinks are one more key of the scores and of their
+  exponentials, but for those behind the reshape. Layers that have them (gpt-oss) rotate by YaRN's
+  complex factors, which the two layers of a block, MaxText's unit there, share.
 - Dropout: nothing. Layers of a pipeline are applied without keys (``layers/pipeline.py``,
   ``func_to_vmap``), so 0.2.0 draws masks once, of the width alone (``broadcast_dims``), and 0.1.0
   fails.
@@ -23,8 +26,11 @@ of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, l
   of its largest values. qwix's rules (``decoder/.*layers.*``) do not match layers that a pipeline
   applies, which stay in 16 bits; ``sparse_matmul`` fails with flax's (no ``quant_dg``).
 - Feed-forwards: both products' outputs, the derivative of the activation by parts, and its output.
-- Mixtures: the same of every row that the experts have room for, the rows in the experts' order,
-  their outputs in fp32 where they are weighed, and who goes where.
+- Mixtures: the norm's output whole, which tensor parallelism splits elsewhere; the same of every
+  row that the experts have room for, the rows in the experts' order,
+  their outputs in fp32 where they are weighed, and who goes where. Experts with biases (gpt-oss)
+  clip what both products make: nine tensors, the three factors of the clips' derivatives, the
+  sigmoid's derivative, both factors of either product, and the output.
 
 The compiler makes one of copies that differ by where they were constrained to lie: a normalised
 input that queries and keys name apart (0.2.0) adds nothing to what XLA for TPUs allocates, nor for
@@ -66,6 +72,9 @@ _INNER = {(True, _SILU): 6, (True, _GELU): 8, (False, _GELU): 6}
 make, what the last one reads, and between them the sigmoid, the two products of its derivative and
 of SiLU's output (``jax.nn.silu``), or what ``jax.nn.gelu`` keeps of its polynomial and tanh."""
 
+_CLIPPED = 9
+"""The same of experts that clip gates and inputs (0.2.0, moe.py, ``apply_ffn_activation``)."""
+
 
 def own_operand_bytes(precision: str, vendor: str) -> int | None:
     """Bytes per element of what each product keeps of its input for itself, 0 where products share
@@ -80,20 +89,25 @@ def counted(block: BlockSpec, ctx: BlockContext) -> bool:
         return False
     plain = not ctx.own_operand_bytes
     kinds = all(plain or isinstance(part, AttentionSpec | MlpSpec) for part in parts(block))
-    return kinds and all(_known(part) for part in parts(block))
+    return kinds and all(_known(part, ctx) for part in parts(block))
 
 
-def _known(part: Mixer | FeedForward) -> bool:
+def _known(part: Mixer | FeedForward, ctx: BlockContext) -> bool:
     match part:
         case AttentionSpec():
-            own = part.alibi or part.sinks or part.output_gate or part.tied_kv
+            own = part.alibi or part.output_gate or part.tied_kv
+            if ctx.attention_kernel == "unfused":
+                own = own or (part.softcap and ctx.element_bytes != _FP32)
+            else:
+                own = own or part.sinks
             return not own and part.chunk is None and part.qk_norm != "full"
         case LatentAttentionSpec():
             return True
         case MlpSpec():
             return _inner(part.activation, gated=part.gated) > 0
         case MoeSpec():
-            apart = part.shared_gate or part.expert_bias or part.router_scales
+            apart = part.shared_gate or part.router_scales
+            apart = apart or (part.expert_bias and part.shared_intermediate > 0)
             plain = part.latent is None and not apart
             return plain and part.gated and part.activation in _SILU
         case _:
@@ -116,7 +130,7 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
     """Bytes of one microbatch on one device, of a block that was :func:`counted`."""
     # Tensor parallelism splits the width: each rank has all rows.
     elements, rows = shard.residual_tokens * ctx.hidden, shard.tokens
-    own = ctx.own_operand_bytes or 0
+    size, own = ctx.element_bytes, ctx.own_operand_bytes or 0
     total = np.zeros_like(shard.tp)
     for index, part in enumerate(parts(block)):
         total = total + _norm(elements, rows, ctx, read=not own)
@@ -131,10 +145,13 @@ def everything(block: BlockSpec, ctx: BlockContext, shard: Shard) -> Int64:
             case LatentAttentionSpec():
                 total = total + _latent_attention(part, ctx, shard)
             case MlpSpec():
-                inner = _inner(part.activation, gated=part.gated) * ctx.element_bytes
-                inner += own - ctx.element_bytes if own else 0
+                inner = _inner(part.activation, gated=part.gated) * size
+                inner += own - size if own else 0
                 total = total + inner * shard.tokens * _inner_width(part, shard)
             case MoeSpec():
+                # The router reads whole rows of the norm's output, the experts those of their own.
+                whole = shard.tokens * ctx.hidden - elements
+                total = total + size * np.where(np.asarray(shard.transposed) > 1, 0, whole)
                 total = total + _mixture(part, ctx, shard)
     return total
 
@@ -156,14 +173,22 @@ def _norm(elements: Int64, rows: Int64, ctx: BlockContext, *, read: bool) -> Int
 
 
 def _core(
-    queries: Int64, keys: Int64, output: Int64, heads: Int64, ctx: BlockContext, shard: Shard
+    queries: Int64,
+    keys: Int64,
+    output: Int64,
+    heads: Int64,
+    ctx: BlockContext,
+    shard: Shard,
+    *,
+    sinks: bool = False,
+    softcap: bool = False,
 ) -> Int64:
     """The kernel's, where ``queries``, ``keys`` with values and ``output`` are elements of this
     rank."""
     size = ctx.element_bytes
     outputs = (size + (ctx.own_operand_bytes or size)) * output
     if ctx.attention_kernel == "unfused":
-        scores = (3 * size + 1) * shard.sequence
+        scores = ((3 + 2 * softcap) * size + 1) * shard.sequence + 2 * size * sinks
         return size * (queries + keys) + outputs + (scores + 3 * size) * heads * shard.tokens
     gathered = size * (queries + keys * shard.cp_gather) + outputs
     return gathered + _FP32 * heads * shard.tokens
@@ -173,8 +198,13 @@ def _attention(spec: AttentionSpec, ctx: BlockContext, shard: Shard) -> Int64:
     x, heads = shard.tokens, spec.heads // shard.tp
     kv = local_kv_heads(spec.kv_heads, shard.tp)
     queries, keys = heads * spec.head_dim * x, kv * spec.head_dim * x
-    kept = _core(queries, 2 * keys, queries, heads, ctx, shard)
-    if ctx.rotary and spec.rotary:
+    kept = _core(
+        queries, 2 * keys, queries, heads, ctx, shard, sinks=spec.sinks, softcap=spec.softcap
+    )
+    if ctx.rotary and spec.rotary and spec.sinks:
+        # Complex factors of halves, of each head's queries and keys, half of those of a block.
+        kept = kept + 8 * (queries + keys) // 4
+    elif ctx.rotary and spec.rotary:
         # Sines and cosines, which queries and keys share.
         kept = kept + 2 * ctx.element_bytes * spec.head_dim * x
     if spec.qk_norm == "per_head":
@@ -204,7 +234,7 @@ def _mixture(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
         # Rows of other ranks' experts are masked ahead of the experts and behind them.
         weighed = np.where(shard.ep > 1, held // shard.etp * ctx.hidden, weighed)
         masked = np.where(shard.ep > 1, size * held * ctx.hidden, 0)
-    inner = _inner(spec.activation, gated=True) * size
+    inner = (_CLIPPED if spec.expert_bias else _inner(spec.activation, gated=True)) * size
     kept = (size * hidden + inner * width) * held + _FP32 * weighed + masked
     # Of a choice its expert, score and weight, and where its row goes and comes from; of a token
     # the softmax's maximum and sum, or what sigmoids become.

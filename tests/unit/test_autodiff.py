@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,12 +104,15 @@ def test_outside_of_a_pipeline_no_layout_fits() -> None:
 @pytest.mark.parametrize(
     ("model", "job", "cluster", "said"),
     [
-        ("gpt-oss-20b", {}, "dgx-h100:1", "keeps what autodiff saves, counted in bf16, fp32 and"),
-        # Nor does either run in fp8 with a policy.
+        # Neither runs in fp8 with a policy, nor do sinks in pipelines on TPUs.
         ("mixtral-8x7b", {"precision": "fp8"}, "dgx-h100:1", "no mixture of experts in fp8"),
         (
             "llama-3.1-8b", {"precision": "fp8", "stack": "maxtext-tpu"}, "tpu-v6e-8",
             "layers of a pipeline are not quantised",
+        ),
+        (
+            "gpt-oss-20b", {"stack": "maxtext-tpu"}, "tpu-v6e-8",
+            "no derivative of a pipeline's loop over layers with attention sinks",
         ),
     ],
 )  # fmt: skip
@@ -119,6 +123,16 @@ def test_what_was_not_counted_has_no_price(
     assert EVERYTHING not in [policy.name for policy in asked.workload.policies]
     with pytest.raises(InputError, match=said):
         evaluate(asked, layout())
+
+
+def test_layers_that_were_not_counted_have_no_such_mode() -> None:
+    """Sinks in a kernel of GPUs, where MaxText has none."""
+    asked = request("gpt-oss-20b")
+    assert EVERYTHING in [policy.name for policy in asked.workload.policies]
+    flash = replace(asked, stack=asked.stack.model_copy(update={"attention_kernels_of": {}}))
+    assert EVERYTHING not in [policy.name for policy in flash.workload.policies]
+    with pytest.raises(InputError, match="keeps what autodiff saves, counted in bf16, fp32 and"):
+        evaluate(flash, layout())
 
 
 def test_products_in_fp8_keep_inputs_of_their_own_and_those_in_int8_share_them() -> None:

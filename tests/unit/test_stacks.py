@@ -52,7 +52,10 @@ def test_the_default_looks_at_the_job_too() -> None:
 def test_a_named_stack_is_never_replaced() -> None:
     with pytest.raises(InputError, match=r"megatron-core 0\.13 does not run on tpu-v5p") as caught:
         read_request("llama-3.1-8b", "tpu-v5p-8", None, {"stack": "megatron-core"})
-    able = ("maxtext-tpu", "maxtext-tpu-ring-of-experts", "maxtext-tpu-sharded-optimizer")
+    able = (
+        "maxtext-tpu", "maxtext-tpu-dot-product", "maxtext-tpu-ring-of-experts",
+        "maxtext-tpu-sharded-optimizer",
+    )  # fmt: skip
     assert caught.value.hint == " or ".join(f"--stack {name}" for name in able)
 
 
