@@ -40,7 +40,7 @@ from planner.blocks.weights import (
 )
 from planner.kernels import attention_kernel
 from planner.layer_contexts import by_context, contexts_of_layers, said
-from planner.models.spec import BlockSpec, ModelSpec, MoeSpec
+from planner.models.spec import AttentionSpec, BlockSpec, ModelSpec, MoeSpec
 from planner.recompute import searched_policies
 from planner.specs import JobSpec
 from planner.tied_ends import tied_unit
@@ -287,6 +287,9 @@ def _assumptions(
 ) -> tuple[str, ...]:
     notes = list(model.notes)
     for part in model_parts(model):
+        if isinstance(part, AttentionSpec) and ctx.attention_kernel == "unfused":
+            # Windows and chunks are masks of the whole score matrices.
+            part = part.model_copy(update={"window": None, "chunk": None})
         notes += (note for note in kind_of(part).assumptions(part) if note not in notes)
     if model.logit_softcap:
         notes.append("softcapped logits: the tanh between head and loss is not priced")

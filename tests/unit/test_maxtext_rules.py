@@ -149,6 +149,8 @@ def test_no_kernel_of_gpus_takes_attention_sinks() -> None:
         ]  # fmt: skip
         (kept,) = (tensor.bytes for tensor in kind.saved(shard) if tensor.name == "softmax")
         assert int(np.ravel(kept)[0]) == 2 * 64 * 2048**2
+    assert not any("windows" in note for note in asked.workload.assumptions)
+    assert any("full, not causal, score" in note for note in asked.workload.assumptions)
     chosen = {"cp": 2, "ep": 4, "microbatch_size": 1, "recompute": "full"}
     assert evaluate(asked, {**chosen, "cp_kind": "all_gather"})
     with pytest.raises(InputError, match="context parallelism of attention sinks is all_gather"):
