@@ -38,6 +38,14 @@ def leading(layers: Sequence[str]) -> int | None:
     return first if len({*layers[first:]}) == 1 else None
 
 
+def pattern_of(layers: Sequence[str]) -> int:
+    """Layers of the shortest pattern that kinds of layers repeat, 1 where a stage has one kind."""
+    if leading(layers) is not None:
+        return 1
+    n = len(layers)
+    return next(k for k in range(2, n + 1) if all(layers[i] == layers[i - k] for i in range(k, n)))
+
+
 def outside_numbers(layers: Sequence[str], schedule: Schedule, stages: int) -> tuple[int, ...]:
     """How many layers may be outside a pipeline of ``stages`` equal virtual stages; the fewest
     first. Where its stages cannot be equal, the least that is outside anyhow."""

@@ -138,6 +138,9 @@ class StackSpec(Profile):
     """Whether stages may hold different numbers of layers."""
     free_virtual_stages: bool = False
     """Whether each virtual stage may hold any number of layers: then a job may ask for it."""
+    longest_pattern: int | None = Field(default=None, ge=1)
+    """Layers of different kinds are piped as whole patterns that they repeat, of so many at most;
+    None: a virtual stage may begin anywhere in one."""
     spare_layers: Literal["middle", "last", "filled"] = "middle"
     """Where the layers go that an even split leaves over, when nobody says: to the middle (the
     first stage has the embedding, the last the head), to the last stages, or every stage filled

@@ -66,7 +66,7 @@ IN_PIPELINES = f"recompute {EVERYTHING} is of layers in a pipeline, pp above 1"
 UNCOUNTED = (
     f"recompute {EVERYTHING} keeps what autodiff saves, counted in bf16, fp32 and int8 for layers "
     "of MaxText's models with SiLU or GELU, latent attention, mixtures and, where no kernel runs "
-    "attention, sinks among them, softcaps there in fp32; in fp8 on GPUs alone, without experts "
+    "attention, sinks among them; in fp8 on GPUs alone, without experts "
     "(moe.py, sparse_matmul, fails), as qwix's rules match no layer that a pipeline applies "
     "(quantizations.py, get_quantization_rule)"
 )

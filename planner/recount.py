@@ -20,7 +20,7 @@ from planner.plan import Layout
 from planner.recount_host import inputs_held
 from planner.recount_mixers import impossible_mixer
 from planner.recount_order import impossible_order, order_shape
-from planner.recount_outside import left_outside
+from planner.recount_outside import breaks_patterns, left_outside
 from planner.request import Request
 
 
@@ -227,6 +227,8 @@ def impossible_layout(
         return f"the stack has no schedule {schedule}"
     elif (vpp > 1) != (schedule not in ONE_STAGE):
         return "interleaving is what vpp > 1 means"
+    if stages > 1 and breaks_patterns(layers / stages, request):
+        return "stages hold whole patterns of layers"
     if schedule in ON_A_V and vpp != 2:
         return "a V has two virtual stages per rank"
     if "pipeline_needs_multiple_of_pp" in stack.rules and m % mesh.pp:

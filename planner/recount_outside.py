@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from planner.request import Request
 
 
@@ -16,3 +18,14 @@ def left_outside(schedule: str, stages: int, request: Request) -> list[int]:
         return [0]
     first = turns[0] if turns else 0
     return [n for n in range(first, len(kinds)) if (len(kinds) - n) % stages == 0]
+
+
+def breaks_patterns(held: float, request: Request) -> bool:
+    """Whether equal stages of so many layers begin inside a pattern that the stack pipes whole, or
+    the pattern is longer than any that it has."""
+    kinds, most = request.workload.layers, request.stack.longest_pattern
+    turns = sum(a != b for a, b in pairwise(kinds))
+    if most is None or turns < 2:
+        return False
+    repeats = [n for n in range(2, most + 1) if kinds[n:] == kinds[:-n]]
+    return not repeats or held % repeats[0] != 0

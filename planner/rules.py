@@ -20,6 +20,7 @@ from cost_models.layout import (
     V_SHAPED,
     codes_of,
 )
+from cost_models.outside import pattern_of
 from cost_models.rounds import runnable
 from hardware_profiles.stack_words import ContextKind
 from planner.blocks.registry import attention_sorts, model_splits
@@ -213,6 +214,24 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
         yield (
             f"{label}: {layers} layers do not split evenly over the stages",
             lambda m, x: (layers - x.outside) % (m.pp * x.vpp) != 0,
+        )
+    yield from _pattern_rules(request)
+
+
+def _pattern_rules(request: Request) -> Iterator[LayoutRule]:
+    """Where stages are modules that hold whole patterns of layers of different kinds."""
+    stack, most = request.stack, request.stack.longest_pattern
+    label, pattern = f"{stack.name} {stack.version}", pattern_of(request.workload.layers)
+    if most is None or pattern == 1:
+        return
+    kinds = f"{request.model.name}'s layers repeat themselves after {pattern}"
+    if pattern > most:
+        yield f"{label}: pipelines hold patterns of up to {most}, {kinds}", lambda m, _: m.pp > 1
+    else:
+        layers = request.model.layer_count
+        yield (
+            f"{label}: each stage holds whole patterns, {kinds}",
+            lambda m, x: (m.pp > 1) & (layers // (m.pp * x.vpp) % pattern != 0),
         )
 
 

@@ -163,6 +163,7 @@ WITH_SINKS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("gpt-oss-20b", "v5e:2x2", {**SINKS, "megablox": True, "attention": "dot_product"}),
     ("mixtral-8x7b", "h100:8", {**ROWS, "ici_tensor_parallelism": 2}),
+    ("gemma2-9b", "h100:4", NARROW),
     ("gemma2-9b", "h100:4", {**NARROW, "dtype": "float32"}),
 ]  # fmt: skip
 """Models, topologies and options, without a policy; splash attention has no derivative for sinks in

@@ -13,8 +13,8 @@ of 0.2.0: normalizations.py, attention_op.py, attention_mla.py, embeddings.py, l
 - Attention without a kernel (``dot_product``, in fp32): the mask, the masked scores (for the
   maximum's derivative) and their exponentials ahead of a reshape and behind it, of all keys; three
   numbers of a row; the output ahead of the division by the sum and behind it. Keys and values are
-  gathered again. Softcaps add two of all keys (in fp32; in 16 bits one layer of Gemma 2's pairs has
-  them in fp32, and was not counted). Sinks are one more key of the scores and of their
+  gathered again. Softcaps add two of all keys, and one layer of Gemma 2's pairs works in fp32 (so
+  half of either is counted). Sinks are one more key of the scores and of their
   exponentials, but for those behind the reshape. Layers that have them (gpt-oss) rotate by YaRN's
   complex factors, which the two layers of a block, MaxText's unit there, share.
 - Dropout: nothing. Layers of a pipeline are applied without keys (``layers/pipeline.py``,
@@ -96,10 +96,7 @@ def _known(part: Mixer | FeedForward, ctx: BlockContext) -> bool:
     match part:
         case AttentionSpec():
             own = part.alibi or part.output_gate or part.tied_kv
-            if ctx.attention_kernel == "unfused":
-                own = own or (part.softcap and ctx.element_bytes != _FP32)
-            else:
-                own = own or part.sinks
+            own = own or (part.sinks and ctx.attention_kernel != "unfused")
             return not own and part.chunk is None and part.qk_norm != "full"
         case LatentAttentionSpec():
             return True
@@ -188,8 +185,11 @@ def _core(
     size = ctx.element_bytes
     outputs = (size + (ctx.own_operand_bytes or size)) * output
     if ctx.attention_kernel == "unfused":
-        scores = ((3 + 2 * softcap) * size + 1) * shard.sequence + 2 * size * sinks
-        return size * (queries + keys) + outputs + (scores + 3 * size) * heads * shard.tokens
+        wide = (size + _FP32) / 2 if softcap else size
+        scores = ((3 + 2 * softcap) * wide + 1) * shard.sequence + 2 * size * sinks
+        inputs = size * (queries + keys) + (wide - size) * (2 * output + keys / 2)
+        kept = inputs + outputs + (scores + 3 * wide) * heads * shard.tokens
+        return np.ceil(kept).astype(np.int64)
     gathered = size * (queries + keys * shard.cp_gather) + outputs
     return gathered + _FP32 * heads * shard.tokens
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 from planner.models.spec import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
@@ -197,6 +198,12 @@ def _orders(request: Request, pp: int) -> Iterator[tuple[str, int]]:
                     yield schedule, vpp
 
 
+def _one_kind(kinds: Sequence[str]) -> bool:
+    """Whether all layers behind those of the first kind are of one kind."""
+    rest = [*itertools.dropwhile(lambda kind: kind == kinds[0], kinds)]
+    return len({*rest}) < 2
+
+
 def runs(request: Request, x: Layout) -> bool:
     """Whether the model splits this way and the stack can run it."""
     stack, layers = request.stack, request.model.layer_count - x.outside
@@ -205,6 +212,11 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if transposed > 1 and (x.tp > transposed or x.ep > 1) and request.workload.expert_count:
         return False
+    most, kinds = stack.longest_pattern, request.workload.layers
+    if most is not None and x.pp > 1 and not _one_kind(kinds):
+        repeats = [n for n in range(2, most + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)]]
+        if not repeats or layers // (x.pp * x.vpp) % repeats[0]:
+            return False
     experts = False
     host = request.cluster.groups[0].node.host_memory
     if stack.offload is not None and stack.offload.inputs and host is None:

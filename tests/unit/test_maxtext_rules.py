@@ -189,3 +189,23 @@ def test_splash_attention_has_no_derivative_for_sinks_in_a_loop() -> None:
     assert evaluate(on_gpus, {**chosen, "pp": 2})
     without = request("qwen3-30b-a3b", "tpu-v6e-8", "maxtext-tpu", global_batch=8)
     assert evaluate(without, {**chosen, "pp": 2})
+
+
+@pytest.mark.parametrize(
+    ("model", "pp", "reason"),
+    [
+        ("gpt-oss-20b", 4, None), ("gpt-oss-20b", 8, "each stage holds whole patterns"),
+        ("gemma-2-9b", 2, "each stage holds whole patterns"),
+        ("gemma-3-1b", 2, "patterns of up to 4"),
+        ("qwen3-8b", 4, None), ("deepseek-v2-lite", 2, None),
+    ],
+)  # fmt: skip
+def test_stages_hold_whole_patterns_of_layers(model: str, pp: int, reason: str | None) -> None:
+    """gpt-oss's 24 layers come in pairs: stages of 6 hold three, stages of 3 would cut one."""
+    asked = request(model, "tpu-v5p-32:1", "maxtext-tpu-dot-product", global_batch=64, mtp=False)
+    layout = {"pp": pp, "dp_shard": 16 // pp, "zero_stage": 3}
+    if reason is None:
+        assert evaluate(asked, layout).layout.pp == pp
+        return
+    with pytest.raises(InputError, match=reason):
+        evaluate(asked, layout)

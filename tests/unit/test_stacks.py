@@ -151,12 +151,16 @@ def test_sizes_without_bounds_are_refused_at_once(field: str) -> None:
         read_request("llama-3.1-8b", "dgx-h100", None, {field: 10**30})
 
 
-def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan() -> None:
-    request = read_request("llama-3.2-1b", "tpu-v6e-8", None, {"stack": "maxtext-tpu"})
-    result = plan(request)
-    assert result.target.not_priced == tuple(load_stack("maxtext-tpu").not_priced)
-    assert any("Gemma 2 without a kernel" in thing for thing in result.target.not_priced)
-    assert load_stack("maxtext-gpu").not_priced == {}
+def test_what_a_stack_runs_and_no_layout_has_is_said_with_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: torchtitan\nname: mine\nnot_priced: {a pass: not counted yet}\n")
+    job = {"stack": str(path), "sequence_length": 2048, "global_batch": 8}
+    result = plan(read_request("llama-3.2-1b", "dgx-h100", None, job))
+    assert result.target.not_priced == ("a pass",)
+
+
+def test_no_stack_that_ships_leaves_out_what_it_runs() -> None:
+    assert not [name for name in catalog_names("stack") if load_stack(name).not_priced]
 
 
 def test_orders_of_one_s_own_run_where_pytorch_reads_them_from_a_file() -> None:
