@@ -328,9 +328,11 @@ def working(spec: MoeSpec, ctx: BlockContext, shard: Shard) -> Int64:
     columns, width = expert_widths(spec, ctx, shard)
     inner = held * width
     gradients = (2 * held * columns + (3 if spec.gated else 2) * inner) * ctx.element_bytes
-    gathered = ctx.gathered_bytes(shard)
+    whole = spec.experts // shard.ep * columns * width * (3 if spec.gated else 2)
+    gathered = ctx.gathered_bytes(shard) + transposed.expert_working(shard, whole)
+    plain: Int64 = gradients + gathered
     if not ctx.dtensor:
-        return gradients + gathered
+        return plain
     weighing = 3 * _weighed_bytes(ctx, shard) * shard.residual_tokens * spec.top_k * hidden
-    largest: Int64 = np.maximum(gradients + gathered, weighing)
+    largest: Int64 = np.maximum(plain, weighing)
     return largest

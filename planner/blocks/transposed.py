@@ -125,6 +125,13 @@ def expert_weights(shard: Shard, elements: Int64) -> tuple[Collective, ...]:
     )  # fmt: skip
 
 
+def expert_working(shard: Shard, elements: Int64) -> Int64:
+    """Bytes beside what a unit's gather and gradients take of those weights: they and their
+    gradients are there in fp32."""
+    result: Int64 = np.where((shard.shards > 1) & (shard.transposed > 1), 6 * elements, 0)
+    return result
+
+
 def last_sum(name: str, size: Int64) -> Collective:
     """The sum of the gradient of the last product's input, ``size`` bytes, over those parts."""
     return Collective(

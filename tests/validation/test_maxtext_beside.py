@@ -163,7 +163,8 @@ def test_all_samples_may_come_in_sums(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "row", [row for row in PRICED if "temporaries" in row and "fsdp" in row["degrees"]
-            and "pipeline" not in row["degrees"]] + SHARED, ids=named,
+            and "pipeline" not in row["degrees"]] + SHARED
+    + [row for row in MIXTURES if _has(row, "fsdp")], ids=named,
 )  # fmt: skip
 def test_temporaries_are_within_reach(row: dict[str, Any]) -> None:
     """Two layers' activations, what works, and gradients on their way, against what XLA lays out;
