@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def leading(layers: Sequence[str]) -> int | None:
     """Layers ahead of the pipeline at least: the first ones, where all behind them are of another
-    kind; None where kinds alternate, which no stage of one module has."""
+    kind; None where kinds alternate, of which stages hold whole patterns."""
     if not layers:
         return 0
     first = next((i for i, kind in enumerate(layers) if kind != layers[0]), 0)
@@ -46,14 +46,18 @@ def pattern_of(layers: Sequence[str]) -> int:
     return next(k for k in range(2, n + 1) if all(layers[i] == layers[i - k] for i in range(k, n)))
 
 
-def outside_numbers(layers: Sequence[str], schedule: Schedule, stages: int) -> tuple[int, ...]:
+def outside_numbers(
+    layers: Sequence[str], schedule: Schedule, stages: int, longest: int | None = None
+) -> tuple[int, ...]:
     """How many layers may be outside a pipeline of ``stages`` equal virtual stages; the fewest
-    first. Where its stages cannot be equal, the least that is outside anyhow."""
-    ahead = leading(layers)
-    if ahead is None or schedule not in ALL_AT_ONCE:
+    first. Where its stages cannot be equal, the least that is outside anyhow. ``longest`` is the
+    stack's ``longest_pattern``."""
+    ahead, pattern = leading(layers), pattern_of(layers)
+    if schedule not in ALL_AT_ONCE or (ahead is None and (longest is None or pattern > longest)):
         return (0,)
+    ahead, block = ahead or 0, stages * pattern
     held = len(layers) - ahead
-    return tuple(range(ahead + held % stages, len(layers), stages)) or (ahead,)
+    return tuple(range(ahead + held % block, len(layers), block)) or (ahead,)
 
 
 def outside_configs(configs: Configs, global_batch: int) -> Configs:

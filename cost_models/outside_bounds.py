@@ -1,9 +1,9 @@
 """Lower bounds of many layouts with layers outside the pipeline, memory included.
 
-Their pipelines have equal stages of one kind of layer in one mode of recomputation, so each rank's
-work and memory are known: the time is that of ``cost_models.surrogate`` for that one partition, and
-of the layers outside, in the fastest mode that may fit. What a rank rounds up, or makes room for in
-the optimizer step, is left out.
+Their pipelines have equal stages of one kind of layer, or of whole patterns of several, in one mode
+of recomputation, so each rank's work and memory are known: the time is that of
+``cost_models.surrogate`` for that one partition, and of the layers outside, in the fastest mode
+that may fit. What a rank rounds up, or makes room for in the optimizer step, is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cost_models.configs import PricedConfigs
 from cost_models.graph import Bools, Int64
 from cost_models.idle_passes import bubbles
 from cost_models.layout import ONE_CHUNK_AT_ONCE, codes_of
-from cost_models.outside import leading
+from cost_models.outside import leading, pattern_of
 from cost_models.recompute import mode_rows
 from cost_models.step import Field
 
@@ -84,10 +84,15 @@ class _Stages:
         self.tables, self.config = tables, layouts.config
         names, ahead = tables.workload.layers, leading(tables.workload.layers) or 0
         self.ahead = ahead > 0
-        self.kind = tables.kinds[tables.kind_names.index(names[-1])]
-        many = layouts.outside - ahead
+        pattern = names[ahead : ahead + pattern_of(names)]
+        kinds = [tables.kinds[tables.kind_names.index(name)] for name in pattern]
+        self.kind = np.sum(kinds, axis=0) // len(pattern)
+        """A layer of the pipeline, of several kinds their mean, rounded down."""
+        # How many of a kind the first or the last layers have.
+        order = names if self.ahead else names[::-1]
         self.counts = [
-            many if name == names[-1] else np.full_like(many, ahead) for name in tables.kind_names
+            np.cumsum([0, *(each == name for each in order)])[layouts.outside]
+            for name in tables.kind_names
         ]
         self.pp, self.vpp = tables.configs.pp[self.config], layouts.vpp
         self.m = layouts.microbatches.astype(np.float64)

@@ -30,7 +30,7 @@ def settled_outside(
                 hint="leave it out",
             )
         return 0
-    numbers = outside_numbers(layers, schedule, pp * vpp)
+    numbers = outside_numbers(layers, schedule, pp * vpp, stack.longest_pattern)
     if asked is None:
         return numbers[0]
     if not isinstance(asked, int) or asked not in numbers:

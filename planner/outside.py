@@ -6,6 +6,7 @@ what is left of it is a list of modes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cost_models.layout import RecomputeMode
@@ -48,8 +49,8 @@ def close_outside(
 
 def _added_ns(leaf: Leaf, mode: RecomputeMode) -> int:
     assert leaf.outside is not None
-    row = leaf.modes[mode].extra
-    kind = leaf.kinds[leaf.sequence[outside_bounds(leaf)[0]]]
-    held = (len(leaf.sequence) - leaf.outside.layers) // leaf.pp
+    row, bounds = leaf.modes[mode].extra, outside_bounds(leaf)
+    inside = Counter(leaf.sequence[bounds[0] : bounds[-1]])
+    held = sum(count // leaf.pp * leaf.kinds[kind][row] for kind, count in inside.items())
     apart = zip(leaf.outside.counts, leaf.outside.kinds, strict=True)
-    return leaf.microbatches * held * kind[row] + sum(count * each[row] for count, each in apart)
+    return leaf.microbatches * held + sum(count * each[row] for count, each in apart)

@@ -231,7 +231,7 @@ def _pattern_rules(request: Request) -> Iterator[LayoutRule]:
         layers = request.model.layer_count
         yield (
             f"{label}: each stage holds whole patterns, {kinds}",
-            lambda m, x: (m.pp > 1) & (layers // (m.pp * x.vpp) % pattern != 0),
+            lambda m, x: (m.pp > 1) & ((layers - x.outside) // (m.pp * x.vpp) % pattern != 0),
         )
 
 

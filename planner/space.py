@@ -78,7 +78,7 @@ def pipeline_options(request: Request, pp: int) -> tuple[tuple[Schedule, int, in
     return tuple(
         (schedule, vpp, number)
         for schedule, vpp in options
-        for number in outside_numbers(layers, schedule, pp * vpp)
+        for number in outside_numbers(layers, schedule, pp * vpp, request.stack.longest_pattern)
     )
 
 

@@ -174,7 +174,8 @@ def may_be_outside(request: Request, schedule: str, out: int) -> bool:
         return out == 0
     kinds = [run.block for run in request.model.layers]
     if len(kinds) > 2:
-        return out == 0
+        each = _repeated(request)
+        return out == 0 or (each > 0 and len(inside) > 0 and len(inside) % each == 0)
     # Of a model of two kinds the first does not enter the pipeline.
     return len({request.workload.layers[n] for n in inside}) == 1 and (not before or not behind)
 
@@ -198,6 +199,13 @@ def _orders(request: Request, pp: int) -> Iterator[tuple[str, int]]:
                     yield schedule, vpp
 
 
+def _repeated(request: Request) -> int:
+    """Layers of the pattern that the stack pipes, 0 where it has none as long."""
+    kinds, most = request.workload.layers, request.stack.longest_pattern or 0
+    whole = (n for n in range(2, most + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
+    return next(whole, 0)
+
+
 def _one_kind(kinds: Sequence[str]) -> bool:
     """Whether all layers behind those of the first kind are of one kind."""
     rest = [*itertools.dropwhile(lambda kind: kind == kinds[0], kinds)]
@@ -212,10 +220,9 @@ def runs(request: Request, x: Layout) -> bool:
         return False
     if transposed > 1 and (x.tp > transposed or x.ep > 1) and request.workload.expert_count:
         return False
-    most, kinds = stack.longest_pattern, request.workload.layers
-    if most is not None and x.pp > 1 and not _one_kind(kinds):
-        repeats = [n for n in range(2, most + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)]]
-        if not repeats or layers // (x.pp * x.vpp) % repeats[0]:
+    if stack.longest_pattern is not None and x.pp > 1 and not _one_kind(request.workload.layers):
+        each = _repeated(request)
+        if not each or layers // (x.pp * x.vpp) % each:
             return False
     experts = False
     host = request.cluster.groups[0].node.host_memory

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
+from itertools import cycle, product
 from random import Random
 
 import pytest
 
 from cost_models.outside import leading
+from planner.models.spec import ModelSpec
 from planner.refute import better_layout
 from planner.request import Request
 from planner.space import build_space
@@ -24,18 +25,30 @@ from tests.oracle.test_bounds import as_tuple, check_bounds, surviving
 STACKS = ("maxtext-gpu", "maxtext-tpu")
 STARTS = range(8000, 8040, 10)
 EACH = of(10, 3)
+PATTERNED = (
+    (8036, "maxtext-tpu"), (8065, "maxtext-gpu"), (8042, "maxtext-gpu"), (8042, "maxtext-tpu"),
+)[: of(4, 2)]  # fmt: skip
+"""Instances of two kinds of layers."""
 SEEDS = tuple(start + i for start in STARTS for i in range(EACH))
 
 
 @lru_cache(maxsize=256)
-def piped(seed: int, stack: str) -> Request | None:
+def piped(seed: int, stack: str, pattern: int = 0) -> Request | None:
     """The instance of a seed in a pipeline and with a batch that its stages can share; None where
-    it has no layout with layers outside."""
+    it has no layout with layers outside. With a ``pattern``: so many layers, of two kinds in turns.
+    """
     try:
         request = draw(seed, stack)
     except ValueError:
         return None  # no figures of the stack's attention kernel on this device
     rng = Random(f"piped {seed}")
+    if pattern:
+        if not isinstance(request.model, ModelSpec) or len(request.model.blocks) != 2:
+            return None
+        run = request.model.layers[0]
+        turns = zip(range(pattern), cycle(request.model.blocks), strict=False)
+        layers = tuple(run.model_copy(update={"block": name, "count": 1}) for _, name in turns)
+        request = replace(request, model=request.model.model_copy(update={"layers": layers}))
     stages = [n for n in range(2, request.devices + 1) if request.devices % n == 0]
     if request.unsupported is not None or not stages or len(request.workload.layers) < 2:
         return None
@@ -57,6 +70,28 @@ def solved(seed: int, stack: str) -> Answer:
     request = piped(seed, stack)
     assert request is not None
     return brute_force(request)
+
+
+@pytest.mark.parametrize("pattern", (6, 5, 8)[: of(3)])
+def test_the_planner_is_right_with_patterns_of_layers(pattern: int) -> None:
+    """Kinds that take turns are in the pipeline, and outside, in pairs."""
+    found = Counter[str]()
+    for seed, stack in PATTERNED:
+        request = piped(seed, stack, pattern)
+        if request is None:
+            continue
+        meshes, layouts = surviving(request)
+        kept = [as_tuple(meshes, layouts, index) for index in range(len(layouts))]
+        assert sorted(kept) == sorted(every_layout(request)), f"seed {seed}"
+        check_bounds(seed, request=request)
+        answer = brute_force(request)
+        assert not differences(compare(seed, answer, request=request)), seed
+        if answer.layout is None or answer.time is None:
+            continue
+        assert better_layout(request, answer.time) is None, f"seed {seed}"
+        assert better_layout(request, answer.time + 1) is not None, f"seed {seed}"
+        found["outside" if answer.layout.outside else "inside"] += 1
+    assert found, "no instance"
 
 
 @pytest.mark.parametrize("stack", STACKS)

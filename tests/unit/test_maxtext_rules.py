@@ -192,20 +192,23 @@ def test_splash_attention_has_no_derivative_for_sinks_in_a_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "pp", "reason"),
+    ("model", "pp", "outside"),
     [
-        ("gpt-oss-20b", 4, None), ("gpt-oss-20b", 8, "each stage holds whole patterns"),
-        ("gemma-2-9b", 2, "each stage holds whole patterns"),
-        ("gemma-3-1b", 2, "patterns of up to 4"),
-        ("qwen3-8b", 4, None), ("deepseek-v2-lite", 2, None),
+        ("gpt-oss-20b", 4, 0), ("gpt-oss-20b", 8, 8), ("gpt-oss-120b", 4, 4), ("gemma-2-9b", 2, 2),
+        ("qwen3-8b", 8, 4), ("deepseek-v2-lite", 2, 1),
     ],
 )  # fmt: skip
-def test_stages_hold_whole_patterns_of_layers(model: str, pp: int, reason: str | None) -> None:
-    """gpt-oss's 24 layers come in pairs: stages of 6 hold three, stages of 3 would cut one."""
+def test_stages_hold_whole_patterns_of_layers(model: str, pp: int, outside: int) -> None:
+    """gpt-oss's 24 layers come in pairs: eight stages hold one each, and four pairs are outside."""
     asked = request(model, "tpu-v5p-32:1", "maxtext-tpu-dot-product", global_batch=64, mtp=False)
     layout = {"pp": pp, "dp_shard": 16 // pp, "zero_stage": 3}
-    if reason is None:
-        assert evaluate(asked, layout).layout.pp == pp
-        return
-    with pytest.raises(InputError, match=reason):
-        evaluate(asked, layout)
+    assert evaluate(asked, layout).layout.layers_outside == outside
+    if outside > 1:
+        with pytest.raises(InputError, match=f"layers_outside = {outside - 1}"):
+            evaluate(asked, {**layout, "layers_outside": outside - 1})
+
+
+def test_patterns_without_a_block_have_no_pipeline() -> None:
+    asked = request("gemma-3-1b", "tpu-v5p-32:1", "maxtext-tpu", global_batch=64)
+    with pytest.raises(InputError, match="patterns of up to 4"):
+        evaluate(asked, {"pp": 2, "dp_shard": 8, "zero_stage": 3})

@@ -59,6 +59,9 @@ def test_what_leads_is_the_first_of_two_kinds() -> None:
     assert leading(("d", "d", "m", "m")) == 2
     assert leading(("d", "m", "d", "m")) is None
     assert outside_numbers(("d", "m", "d", "m"), "gpipe", 2) == (0,)
+    assert outside_numbers(("d", "m") * 5, "gpipe", 2, longest=2) == (2, 6)
+    assert outside_numbers(("d", "m", "m") * 4, "gpipe", 2, longest=2) == (0,)
+    assert outside_numbers(("a",) * 5, "gpipe", 2, longest=4) == (1, 3)
     assert outside_numbers(("a",) * 4, "1f1b", 2) == (0,)
 
 
