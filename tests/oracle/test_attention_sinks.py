@@ -15,7 +15,7 @@ from tests.oracle.amount import of
 from tests.oracle.compare import compare, differences
 from tests.oracle.instances import draw
 
-SEEDS = range(9100, 9100 + of(18, 12))
+SEEDS = range(9100, 9100 + of(18, 6))
 
 
 def with_sinks(block: BlockSpec) -> BlockSpec:

@@ -27,7 +27,7 @@ STARTS = range(8000, 8040, 10)
 EACH = of(10, 3)
 PATTERNED = (
     (8036, "maxtext-tpu"), (8065, "maxtext-gpu"), (8042, "maxtext-gpu"), (8042, "maxtext-tpu"),
-)[: of(4, 2)]  # fmt: skip
+)[: of(4)]  # fmt: skip
 """Instances of two kinds of layers."""
 SEEDS = tuple(start + i for start in STARTS for i in range(EACH))
 
