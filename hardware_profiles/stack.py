@@ -157,8 +157,8 @@ class StackSpec(Profile):
     attention_kernels: dict[str, str]
     """Best attention kernel generation per device name prefix; ``default`` is the fallback.
     ``unfused`` means batched matrix products and a masked softmax."""
-    attention_kernels_of: dict[ModelFeature, str] = Field(default_factory=dict)
-    """The kernel, on every device, of models with a feature that the device's own does not take."""
+    attention_kernels_of: dict[ModelFeature, Literal["unfused"]] = Field(default_factory=dict)
+    """What runs on every device for models with a feature that its own kernel does not take."""
     fused: tuple[Fusion, ...] = ()
     """Fusions on by default."""
     launch_overhead: Sourced
@@ -372,8 +372,8 @@ class StackSpec(Profile):
     def attention_kernel(self, device: str, features: Iterable[ModelFeature] = ()) -> str:
         """The kernel for a device: that of the longest matching name prefix, else ``default``; of a
         model whose ``features`` have one, that."""
-        own = [self.attention_kernels_of[f] for f in features if f in self.attention_kernels_of]
-        return own[0] if own else by_prefix(self.attention_kernels, device)
+        refused = any(feature in self.attention_kernels_of for feature in features)
+        return "unfused" if refused else by_prefix(self.attention_kernels, device)
 
     def dispatcher(self, device: str) -> Dispatcher:
         """How the experts' tokens travel on a device."""

@@ -221,9 +221,9 @@ def layout_rules(request: Request) -> Iterator[LayoutRule]:
 def _pattern_rules(request: Request) -> Iterator[LayoutRule]:
     """Where stages are modules that hold whole patterns of layers of different kinds."""
     stack, most = request.stack, request.stack.longest_pattern
-    label, pattern = f"{stack.name} {stack.version}", pattern_of(request.workload.layers)
-    if most is None or pattern == 1:
+    if most is None or (pattern := pattern_of(request.workload.layers)) == 1:
         return
+    label = f"{stack.name} {stack.version}"
     kinds = f"{request.model.name}'s layers repeat themselves after {pattern}"
     if pattern > most:
         yield f"{label}: pipelines hold patterns of up to {most}, {kinds}", lambda m, _: m.pp > 1

@@ -127,7 +127,8 @@ def expert_weights(shard: Shard, elements: Int64) -> tuple[Collective, ...]:
 
 def expert_working(shard: Shard, elements: Int64) -> Int64:
     """Bytes beside what a unit's gather and gradients take of those weights: they and their
-    gradients are there in fp32."""
+    gradients are there in fp32, 2 and 4 more of each (temporaries of the programs of
+    ``benchmarks/collectives/maxtext_tensor_transpose.py``)."""
     result: Int64 = np.where((shard.shards > 1) & (shard.transposed > 1), 6 * elements, 0)
     return result
 

@@ -130,14 +130,14 @@ class Beside:
     def leave(self) -> Iterator[Collective]:
         """Around the last product."""
         name, sums = self.last, self.matrix * (self.inward + 1)
-        order: tuple[Row, ...] = (
+        around: tuple[Row, ...] = (
             ("order", "tp_and_shards", self.alone, "permute", self.own, 1),
             ("rows", "tp_and_shards", self.wide, "all_gather", self.column, 1),
             ("rows", "tp_sharing", self.local, "all_gather", self.gathered, 1),
             ("inner", "tp_sharing", self.wide, "all_gather", self.inner, 1),
             ("inner", "tp_straight", self.local, "all_gather", self.every, 1),
         )
-        yield from _calls(name, order, forward=True, backward=True)
+        yield from _calls(name, around, forward=True, backward=True)
         behind: tuple[Row, ...] = (
             ("whole", "tp_transposed", self.alone, "all_gather", self.whole, 1),
             ("sums", "tp_shards", self.alone, "all_reduce", sums, 1),

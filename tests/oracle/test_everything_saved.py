@@ -11,10 +11,9 @@ from random import Random
 import pytest
 
 from hardware_profiles.stack_words import EVERYTHING
-from planner.refute import better_layout
 from planner.request import Request
 from tests.oracle.amount import of
-from tests.oracle.compare import compare, differences
+from tests.oracle.compare import agreed
 from tests.oracle.instances import capacity_of, draw
 from tests.oracle.layouts import every_layout
 from tests.oracle.test_bounds import check_bounds
@@ -61,14 +60,11 @@ def test_the_planner_finds_the_best_pipeline_without_a_policy() -> None:
         request = piped(seed)
         if request is None:
             continue
-        each = compare(seed, request=request)
-        assert not differences(each)
-        x = each.answer.layout
-        if x is None or each.answer.time is None:
+        answer = agreed(seed, request)
+        x = answer.layout
+        if x is None:
             continue
-        assert better_layout(request, each.answer.time) is None
-        assert better_layout(request, each.answer.time + 1) is not None
-        if each.answer.options[0][0] == EVERYTHING:
+        if answer.options[0][0] == EVERYTHING:
             found["mode"] += 1
             found["chunks"] += x.vpp > 1
             found["outside"] += x.outside > 0
